@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: trace, cut, write, verify; and the `stageline` command."""

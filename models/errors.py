@@ -1,0 +1,40 @@
+"""The exceptions of Stageline: what a user did or met, told in one line.
+
+StagelineError
+├── CheckpointError     the checkpoint is missing, broken, unsafe or of an unknown kind
+├── ExportError         the checkpoint cannot be traced or cut
+├── BundleError         the bundle is missing, changed, unsafe or of another version
+├── EngineError         an engine is not installed, or failed to open or to run a stage
+├── RequestError        what was submitted to a pipeline cannot be run
+└── QueueFullError      the pipeline's queue is full and the submitter asked not to wait
+
+The command line prints the message and exits with 1 (2 for usage); any other exception is our bug and keeps its traceback.
+"""
+
+
+class StagelineError(Exception):
+    """Base of all errors that Stageline raises for what a user did or met. The message is one line."""
+
+
+class CheckpointError(StagelineError):
+    """The checkpoint is missing, broken, unsafe or of an unknown kind."""
+
+
+class ExportError(StagelineError):
+    """The checkpoint cannot be traced or cut."""
+
+
+class BundleError(StagelineError):
+    """The bundle is missing, changed, unsafe or of another version."""
+
+
+class EngineError(StagelineError):
+    """An engine is not installed, or failed to open or to run a stage."""
+
+
+class RequestError(StagelineError):
+    """What was submitted to a pipeline cannot be run."""
+
+
+class QueueFullError(StagelineError):
+    """The pipeline's queue is full and the submitter asked not to wait."""

@@ -1,0 +1,1 @@
+"""Devices: where a stage runs and who moves its data."""
