@@ -1,0 +1,177 @@
+"""A checkpoint on disk, opened without its weights: what it is, what it holds and where each tensor lies."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from stageline.models import gguf_file, safetensors_file
+from stageline.models.errors import CheckpointError
+from stageline.models.tensors import TensorEntry
+
+_INDEX = "model.safetensors.index.json"
+_AUXILIARY = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Make one with `Checkpoint.open`."""
+
+    path: Path
+    """The folder, or the .gguf file."""
+    kind: Literal["safetensors", "gguf"]
+    config: dict[str, Any]
+    """config.json; of a .gguf its metadata without the arrays of its tokenizer."""
+    tensors: dict[str, TensorEntry]
+    files: tuple[Path, ...]
+    """The files that hold the weights."""
+    tokenizer: Path | None
+    """tokenizer.json, where there is one."""
+    auxiliary: tuple[Path, ...]
+    """The small files beside the weights that a bundle carries along, as far as they exist."""
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Open a Hugging Face folder, a .gguf file, or a folder with one .gguf file. Reads headers, never weights.
+
+        Raises:
+            CheckpointError: nothing there, not a checkpoint, unsafe (pickled) or damaged.
+        """
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; give a checkpoint's folder or a .gguf file")
+        if path.is_dir():
+            if (path / "config.json").is_file():
+                return _open_folder(path)
+            return _open_gguf(path, _only_gguf(path))
+        if path.suffix == ".gguf":
+            return _open_gguf(path, path)
+        raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the checkpoint's folder")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, an object is needed; download it again")
+    return value
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    config = read_json_object(folder / "config.json")
+    single = folder / "model.safetensors"
+    if single.is_file():
+        files: tuple[Path, ...] = (single,)
+        tensors = safetensors_file.read_header(single)
+    elif (folder / _INDEX).is_file():
+        files, tensors = _read_shards(folder)
+    else:
+        raise CheckpointError(_why_no_weights(folder))
+    return Checkpoint(
+        path=folder,
+        kind="safetensors",
+        config=config,
+        tensors=tensors,
+        files=files,
+        tokenizer=_tokenizer(folder),
+        auxiliary=_auxiliary(folder),
+    )
+
+
+def _read_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:
+    index = folder / _INDEX
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    names_by_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        # Judged by its text: the Hub's cache makes every file a link out of the folder, so resolving would refuse it.
+        if not isinstance(shard, str) or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+            raise CheckpointError(
+                f"{index} puts tensor {name!r} into {shard!r}, outside the folder; do not trust this checkpoint"
+            )
+        names_by_shard.setdefault(shard, []).append(name)
+
+    tensors: dict[str, TensorEntry] = {}
+    for shard, names in sorted(names_by_shard.items()):
+        file = folder / shard
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder} lacks the shard {shard!r}, which holds {len(names)} of the {len(weight_map)} tensors; download it"
+            )
+        held = safetensors_file.read_header(file)
+        for name in names:
+            if name not in held:
+                raise CheckpointError(f"{file} lacks tensor {name!r}, which {_INDEX} puts there; download both again")
+            tensors[name] = held[name]
+    return tuple(folder / shard for shard in sorted(names_by_shard)), tensors
+
+
+def _why_no_weights(folder: Path) -> str:
+    pickles = _names(folder, *_PICKLES)
+    stray = _names(folder, "*.safetensors")
+    ggufs = _names(folder, "*.gguf")
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} holds an adapter, not a whole model; merge it into its base model and save that"
+    if stray:
+        return f"{folder} has {stray[0]} but neither model.safetensors nor {_INDEX}; download the missing file"
+    if ggufs:
+        return f"{folder} has its weights in {ggufs[0]}; give that file's path instead of the folder's"
+    if pickles:
+        return (
+            f"{folder} has its weights only in {pickles[0]}, and reading a pickle can run any code; convert it where "
+            "you trust it: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) with transformers"
+        )
+    return f"{folder} has no weights (model.safetensors or {_INDEX}); download them"
+
+
+def _open_gguf(path: Path, file: Path) -> Checkpoint:
+    metadata, tensors = gguf_file.read_header(file)
+    return Checkpoint(
+        path=path,
+        kind="gguf",
+        config=metadata,
+        tensors=tensors,
+        files=(file,),
+        tokenizer=_tokenizer(file.parent),
+        auxiliary=_auxiliary(file.parent),
+    )
+
+
+def _only_gguf(folder: Path) -> Path:
+    names = _names(folder, "*.gguf")
+    if len(names) > 1:
+        raise CheckpointError(f"{folder} has {len(names)} .gguf files ({', '.join(names[:4])}, ...); give one's path")
+    if not names:
+        raise CheckpointError(f"{folder} has neither config.json nor a .gguf file; give a checkpoint's folder")
+    return folder / names[0]
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    file = folder / "tokenizer.json"
+    return file if file.is_file() else None
+
+
+def _auxiliary(folder: Path) -> tuple[Path, ...]:
+    return tuple(folder / name for name in _AUXILIARY if (folder / name).is_file())
+
+
+def _names(folder: Path, *patterns: str) -> list[str]:
+    return sorted(file.name for pattern in patterns for file in folder.glob(pattern))
