@@ -1,0 +1,379 @@
+"""Cutting the marked graph into parts: a prologue, one graph for each distinct kind of block, an epilogue.
+
+Every value has a level: it depends on constants only, on the sizes of dimensions, on the model's inputs (then it is computed
+once, in the prologue, and shared), or on the hidden state (then it belongs to the block whose result needs it).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+
+from stageline.exporter.blocks import Call
+from stageline.exporter.trace import MARK, Trace
+from stageline.models.errors import ExportError
+from stageline.runtime.manifest import TensorSpec, Use
+
+CONSTANT, SIZES, SHARED, CHAIN = range(4)
+# Operators on sizes that give a scalar or a short list of sizes, so that repeating them in a block costs nothing.
+_SIZE_OPERATORS = frozenset({"Squeeze", "Unsqueeze", "Reshape", "Concat", "Cast", "CastLike", "Add", "Sub", "Mul", "Div",
+                             "Gather", "Slice", "Max", "Min", "Neg", "Identity", "Mod"})
+
+
+class NotProvenError(Exception):
+    """Two blocks that look alike have different graphs; they must all be traced."""
+
+
+@dataclass
+class Cut:
+    """Part graphs, and how the model uses them in order: prologue, blocks, epilogue."""
+
+    parts: list[ir.Model] = field(default_factory=list)
+    inputs: list[tuple[TensorSpec, ...]] = field(default_factory=list)
+    outputs: list[tuple[TensorSpec, ...]] = field(default_factory=list)
+    weights: list[tuple[TensorSpec, ...]] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+
+
+@dataclass
+class _Piece:
+    """A region of the marked graph: its nodes in order, and what it reads, binds and gives."""
+
+    nodes: list[ir.Node]
+    reads: list[ir.Value]
+    weights: list[ir.Value]
+    outputs: list[ir.Value]
+
+
+def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozenset[str]) -> Cut:
+    """Cut the trace. `weight_names` are the initializers that come from the checkpoint; all others are constants.
+
+    NotProvenError where stamping is not proven; ExportError where the graph cannot be cut at all.
+    """
+    model = trace.model
+    _share(model, stack)
+    graph = model.graph
+    marks = {node.attributes["tag"].as_string(): node for node in graph if (node.domain, node.op_type) == MARK}
+    ends = {node.outputs[0] for tag, node in marks.items() if tag.startswith("out.")}
+    names: dict[ir.Value, str] = {value: str(value.name) for value in graph.inputs}
+    real = sorted(trace.real)
+    results: dict[int, list[ir.Value]] = {}
+    for index in real:
+        outputs = [marks[tag].outputs[0] for tag in marks if tag.startswith(f"out.{index}.")]
+        results[index] = [value for value in outputs if value.uses()] or outputs[:1]
+        for position, value in enumerate(results[index]):
+            names[value] = f"hidden.{index + 1}" if position == 0 else f"extra.{index + 1}.{position}"
+    hidden = marks[f"in.0.{stack[0].chain or 0}"].inputs[0]
+    assert hidden is not None
+    free = {d.value for d in hidden.shape or () if isinstance(d, ir.SymbolicDim)}
+    level = _levels(graph, free)
+    cutter = _Cutter(level, ends, weight_names, free)
+    blocks = {index: cutter.piece(results[index]) for index in real}
+    epilogue = cutter.piece(list(graph.outputs))
+    names.setdefault(hidden, "hidden.0")
+    shared = [v for piece in (*blocks.values(), epilogue) for v in piece.reads if v not in ends]
+    for value in shared:
+        names.setdefault(value, f"shared.{sum(n.startswith('shared.') for n in names.values())}")
+    inputs = set(graph.inputs)
+    prologue = cutter.prologue([v for v in dict.fromkeys(shared) if v not in inputs])
+    _check_chain(blocks, ends, stack)
+    return _assemble(trace, stack, kinds, prologue, blocks, epilogue, names)
+
+
+def _share(model: ir.Model, stack: list[Call]) -> None:
+    """Take away the markers of what the blocks share, so that what they compute from it alone becomes one computation."""
+    for node in list(model.graph):
+        if (node.domain, node.op_type) != MARK:
+            continue
+        side, block, leaf = node.attributes["tag"].as_string().split(".")
+        if side == "in" and stack[int(block)].chain not in (None, int(leaf)):
+            assert node.inputs[0] is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            model.graph.remove(node, safe=True)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+
+
+def _levels(graph: ir.Graph, free: set[str | None]) -> dict[ir.Value, int]:
+    """What each value depends on; see the module's first lines."""
+    level: dict[ir.Value, int] = dict.fromkeys(graph.inputs, SHARED)
+    for value in graph.initializers.values():
+        level[value] = CONSTANT
+    for node in graph:
+        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+            raise ExportError(f"operator {node.name} ({node.op_type}) holds a graph of its own; blocks with control flow "
+                              "cannot be cut")
+        if (node.domain, node.op_type) == MARK:
+            mine = CHAIN
+        else:
+            mine = max((level[v] for v in node.inputs if v is not None), default=CONSTANT)
+            if (mine == SHARED and size_read(node) in free and size_read(node) is not None) or (
+                mine == SIZES and node.op_type in _SIZE_OPERATORS
+            ):
+                mine = SIZES
+            elif mine == SIZES:
+                mine = SHARED
+        for value in node.outputs:
+            level[value] = mine
+    return level
+
+
+def size_read(node: ir.Node) -> str | None:
+    """The free dimension whose size a Shape node reads, or None where it reads anything else."""
+    if node.op_type != "Shape" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    shape = node.inputs[0].shape
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else len(shape)
+    read = list(shape)[start:end]
+    return read[0].value if len(read) == 1 and isinstance(read[0], ir.SymbolicDim) else None
+
+
+class _Cutter:
+    """Collects the region of the graph that gives wanted values."""
+
+    def __init__(self, level: dict[ir.Value, int], ends: set[ir.Value], weights: frozenset[str], free: set[str | None]):
+        self.level, self.ends, self.weight_names, self.free = level, ends, weights, free
+
+    def piece(self, outputs: list[ir.Value]) -> _Piece:
+        """A block or the epilogue: stops at the blocks before it and at shared values."""
+        nodes: dict[ir.Node, None] = {}
+        reads: dict[ir.Value, None] = {}
+        weights: dict[ir.Value, None] = {}
+
+        def visit(value: ir.Value, top: bool = False) -> None:
+            node = value.producer()
+            if not top and value in self.ends:
+                reads[value] = None
+            elif node is None:
+                if value.is_initializer():
+                    if value.name in self.weight_names:
+                        weights[value] = None
+                else:
+                    reads[value] = None
+            elif self.level[value] == SHARED and value.dtype is not None and value.shape is not None:
+                reads[value] = None
+            elif node not in nodes:
+                if self.level[value] != SIZES or size_read(node) is None:
+                    for source in node.inputs:
+                        if source is not None:
+                            visit(source)
+                nodes[node] = None
+
+        for value in outputs:
+            visit(value, top=True)
+        return _Piece(list(nodes), list(reads), list(weights), outputs)
+
+    def prologue(self, outputs: list[ir.Value]) -> _Piece:
+        """Everything that the shared values need."""
+        nodes: dict[ir.Node, None] = {}
+        reads: dict[ir.Value, None] = {}
+        weights: dict[ir.Value, None] = {}
+
+        def visit(value: ir.Value) -> None:
+            node = value.producer()
+            if node is None:
+                if not value.is_initializer():
+                    reads[value] = None
+                elif value.name in self.weight_names:
+                    weights[value] = None
+            elif node not in nodes:
+                for source in node.inputs:
+                    if source is not None:
+                        visit(source)
+                nodes[node] = None
+
+        for value in outputs:
+            visit(value)
+        return _Piece(list(nodes), list(reads), list(weights), outputs)
+
+
+def _check_chain(blocks: dict[int, _Piece], ends: set[ir.Value], stack: list[Call]) -> None:
+    for index, piece in blocks.items():
+        if index and not any(value in ends for value in piece.reads):
+            raise ExportError(f"block {index} ({stack[index].module}) does not depend on the blocks before it; looked for a "
+                              "hidden state that runs through all blocks and did not find one")
+
+
+def _spec(value: ir.Value, name: str) -> TensorSpec:
+    if value.dtype is None or value.shape is None:
+        raise ExportError(f"value {value.name} crosses a cut but the trace gives it no type or shape")
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorSpec(name=name, dtype=np.dtype(value.dtype.numpy()).name, shape=shape)
+
+
+def _canonical(piece: _Piece, local: Mapping[ir.Value, str]) -> str:
+    """A digest that is equal for two pieces exactly when their graphs are the same but for the names of values."""
+    numbers: dict[ir.Value, str] = {value: f"read{i}" for i, value in enumerate(piece.reads)}
+    lines = []
+
+    def name(value: ir.Value | None) -> str:
+        if value is None:
+            return "-"
+        if value in numbers:
+            return numbers[value]
+        if value in local:
+            return "weight " + local[value] + str(value.dtype) + str(value.shape)
+        assert value.const_value is not None
+        return "constant " + _constant(value.const_value)
+
+    for count, node in enumerate(piece.nodes):
+        attributes = []
+        for key in sorted(node.attributes):
+            attribute = node.attributes[key]
+            if key == "tag" and (node.domain, node.op_type) == MARK:
+                continue
+            plain = attribute.type != ir.AttributeType.TENSOR
+            attributes.append(f"{key}={attribute.value if plain else _constant(attribute.as_tensor())}")
+        size = size_read(node)
+        inputs = [f"size {size}"] if size is not None else [name(v) for v in node.inputs]
+        lines.append(f"{node.domain}:{node.op_type}({', '.join(inputs)}){attributes}")
+        for i, value in enumerate(node.outputs):
+            numbers[value] = f"node{count}.{i}"
+    lines.append(str([numbers[v] for v in piece.outputs]))
+    lines.append(str([(str(v.dtype), str(v.shape)) for v in piece.reads]))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _constant(tensor: ir.TensorProtocol) -> str:
+    return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.sha256(tensor.tobytes()).hexdigest()}"
+
+
+def _local_weights(piece: _Piece, module: str) -> dict[ir.Value, str]:
+    """Names of a piece's weights, relative to its module where they lie in it."""
+    prefix = module + "."
+    return {v: str(v.name).removeprefix(prefix) if str(v.name).startswith(prefix) else "/" + str(v.name) for v in piece.weights}
+
+
+def _assemble(
+    trace: Trace, stack: list[Call], kinds: list[int], prologue: _Piece, blocks: dict[int, _Piece], epilogue: _Piece,
+    names: dict[ir.Value, str],
+) -> Cut:
+    result = Cut()
+    known: dict[str, int] = {}
+
+    def add(piece: _Piece, module: str, label: str) -> tuple[int, dict[ir.Value, str], str]:
+        local = _local_weights(piece, module)
+        digest = _canonical(piece, local)
+        if digest not in known:
+            known[digest] = len(result.parts)
+            result.parts.append(_graph(piece, local, label, trace.model))
+            result.inputs.append(tuple(_spec(v, f"in{i}") for i, v in enumerate(piece.reads)))
+            result.outputs.append(tuple(_spec(v, f"out{i}") for i, v in enumerate(piece.outputs)))
+            result.weights.append(tuple(_spec(v, local[v]) for v in piece.weights))
+        return known[digest], local, digest
+
+    def use(piece: _Piece, module: str = "", call: int = 0, label: str = "") -> tuple[Use, str]:
+        part, local, digest = add(piece, module, label)
+        return Use(
+            part=part,
+            reads={f"in{i}": names[v] for i, v in enumerate(piece.reads)},
+            writes={f"out{i}": names.get(v, str(v.name)) for i, v in enumerate(piece.outputs)},
+            weights={local[v]: str(v.name) for v in piece.weights},
+            module=module,
+            call=call,
+        ), digest
+
+    result.uses.append(use(prologue, label="prologue")[0])
+    made: dict[int, tuple[Use, str]] = {}
+    for index in sorted(blocks):
+        made[index] = use(blocks[index], stack[index].module, stack[index].count, f"block-{index}")
+        first, digest = made[kinds[index]]
+        if len(blocks) < len(stack) and (made[index][1] != digest or _wiring(made[index][0], index) != _wiring(first, kinds[index])):
+            raise NotProvenError(f"blocks {kinds[index]} and {index} look alike but their graphs differ")
+    for index, call in enumerate(stack):
+        result.uses.append(made[index][0] if index in made else _stamp(made[kinds[index]][0], stack[kinds[index]], call, kinds[index], index))
+    result.uses.append(use(epilogue, label="epilogue")[0])
+    if len(blocks) < len(stack):
+        _thread_hidden(result, blocks, stack)
+    return result
+
+
+def _wiring(use: Use, index: int) -> dict[str, str]:
+    """What a block reads, with its place in the chain taken out."""
+    return {k: "hidden" if v.startswith("hidden.") else v for k, v in use.reads.items()}
+
+
+def _stamp(use: Use, first: Call, call: Call, first_index: int, index: int) -> Use:
+    """The use of block `first` moved to block `call`."""
+    prefix = first.module + "."
+    return Use(
+        part=use.part,
+        reads={k: f"hidden.{index}" if v.startswith("hidden.") else v for k, v in use.reads.items()},
+        writes={k: f"hidden.{index + 1}" for k in use.writes},
+        weights={k: call.module + "." + v.removeprefix(prefix) if v.startswith(prefix) else v for k, v in use.weights.items()},
+        module=call.module,
+        call=call.count,
+    )
+
+
+def _thread_hidden(result: Cut, blocks: dict[int, _Piece], stack: list[Call]) -> None:
+    """In a trace with blocks left out, the hidden state skipped them; lead it through every block in order."""
+    for index in range(len(stack)):
+        use = result.uses[index + 1]
+        result.uses[index + 1] = use.model_copy(
+            update={"reads": {k: f"hidden.{index}" if v.startswith("hidden.") else v for k, v in use.reads.items()}}
+        )
+
+
+def _graph(piece: _Piece, local: Mapping[ir.Value, str], label: str, source: ir.Model) -> ir.Model:
+    """A piece as a model of its own: inputs in0, in1, ..., then its weights under their local names."""
+    new: dict[ir.Value, ir.Value] = {}
+    inputs: list[ir.Value] = []
+    for i, value in enumerate(piece.reads):
+        new[value] = _border(value, f"in{i}")
+        inputs.append(new[value])
+    for value in piece.weights:
+        new[value] = _border(value, local[value])
+        inputs.append(new[value])
+    constants: list[ir.Value] = []
+    nodes = []
+    for node in piece.nodes:
+        size = size_read(node)
+        if size is not None and node.inputs[0] not in new:
+            nodes.append(_size_of(node, size, piece.reads, new))
+            continue
+        mapped: list[ir.Value | None] = []
+        for value in node.inputs:
+            if value is not None and value not in new:
+                constant = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+                new[value] = constant
+                constants.append(constant)
+            mapped.append(None if value is None else new[value])
+        if (node.domain, node.op_type) == MARK:
+            copy = ir.node("Identity", mapped)
+        else:
+            copy = ir.Node(node.domain, node.op_type, mapped, list(node.attributes.values()), num_outputs=len(node.outputs))
+        copy.name = node.name
+        for old, value in zip(node.outputs, copy.outputs, strict=True):
+            value.name, value.type, value.shape = old.name, old.type, old.shape
+            new[old] = value
+        nodes.append(copy)
+    outputs = []
+    for i, value in enumerate(piece.outputs):
+        end = ir.node("Identity", [new[value]])
+        end.outputs[0].name, end.outputs[0].type, end.outputs[0].shape = f"out{i}", value.type, value.shape
+        nodes.append(end)
+        outputs.append(end.outputs[0])
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=constants, opset_imports=dict(source.graph.opset_imports), name=label)
+    graph.opset_imports.pop(MARK[0], None)
+    return ir.Model(graph, ir_version=source.ir_version, producer_name="stageline")
+
+
+def _border(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=value.type)
+
+
+def _size_of(node: ir.Node, size: str, reads: list[ir.Value], new: dict[ir.Value, ir.Value]) -> ir.Node:
+    """A Shape node that reads the same size from a tensor that the piece has."""
+    for value in reads:
+        for axis, dimension in enumerate(value.shape or ()):
+            if isinstance(dimension, ir.SymbolicDim) and dimension.value == size:
+                copy = ir.node("Shape", [new[value]], {"start": axis, "end": axis + 1})
+                copy.outputs[0].name, copy.outputs[0].type = node.outputs[0].name, ir.TensorType(ir.DataType.INT64)
+                new[node.outputs[0]] = copy.outputs[0]
+                return copy
+    raise ExportError(f"the size of dimension {size!r} is needed after a cut but no tensor that crosses it has that dimension")

@@ -1,0 +1,182 @@
+"""The model without its weights: a torch module built from the config alone, for tracing.
+
+Parameters live on the meta device while the model is built and become fake tensors for the trace, so a model of any size
+costs kilobytes. Buffers stay real, because some (rotary frequencies) are computed when the model is built.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from stageline.models.errors import ExportError
+from stageline.models.sentence import SentencePooling
+
+# task (Hugging Face's name) -> (how a class of that task ends its name, the factory, the outputs)
+TASKS: dict[str, tuple[str, Any]] = {
+    "text-generation": ("ForCausalLM", transformers.AutoModelForCausalLM),
+    "text-classification": ("ForSequenceClassification", transformers.AutoModelForSequenceClassification),
+    "token-classification": ("ForTokenClassification", transformers.AutoModelForTokenClassification),
+    "image-classification": ("ForImageClassification", transformers.AutoModelForImageClassification),
+    "fill-mask": ("ForMaskedLM", transformers.AutoModelForMaskedLM),
+    "feature-extraction": ("Model", transformers.AutoModel),
+    "sentence-similarity": ("Model", transformers.AutoModel),
+}
+SAMPLE_BATCH, SAMPLE_LENGTH = 3, 7  # unlike any usual width, so that a dimension is never taken for a constant
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the model: a name, a torch dtype, and a shape whose strings are free dimensions."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape used for tracing."""
+        sizes = {"batch": SAMPLE_BATCH, "length": SAMPLE_LENGTH}
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+
+
+class Task(torch.nn.Module):
+    """A transformers model reduced to named tensors in and a tuple of tensors out."""
+
+    def __init__(self, model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...], pooling: SentencePooling | None):
+        super().__init__()
+        self.model = model
+        self.input_names = tuple(i.name for i in inputs)
+        self.output_names = outputs
+        self.pooling = pooling
+        self.extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = dict(zip(self.input_names, tensors, strict=True))
+        result = self.model(**named, **self.extra, return_dict=True)
+        if self.output_names == ("logits",):
+            return (result.logits,)
+        hidden = result.last_hidden_state
+        if self.pooling is None:
+            return (hidden,)
+        return (pool(hidden, named["attention_mask"], self.pooling), hidden)
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: SentencePooling) -> torch.Tensor:
+    """Sentence embeddings as sentence-transformers defines them: hidden [batch, length, width] -> [batch, width]."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    if pooling.mode == "cls":
+        # the first token that is not padding: the same as token 0 when padding is on the right
+        first = mask.argmax(dim=1)
+        sentence = hidden.gather(1, first.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
+    elif pooling.mode == "lasttoken":
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask * positions).argmax(dim=1)
+        sentence = hidden.gather(1, last.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
+    elif pooling.mode == "max":
+        sentence = hidden.masked_fill(weights == 0, -1e9).max(dim=1).values
+    elif pooling.mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
+        if pooling.mode == "weightedmean":
+            weights = weights * torch.arange(1, mask.shape[1] + 1, device=mask.device).to(hidden.dtype).view(1, -1, 1)
+        count = weights.sum(dim=1).clamp(min=1e-9)
+        sentence = (hidden * weights).sum(dim=1) / (count.sqrt() if pooling.mode == "mean_sqrt_len_tokens" else count)
+    else:
+        raise ExportError(f"pooling mode {pooling.mode!r} is not known; known: cls, lasttoken, max, mean, "
+                          "mean_sqrt_len_tokens, weightedmean")
+    return torch.nn.functional.normalize(sentence, p=2.0, dim=1) if pooling.normalize else sentence
+
+
+def config_of(config: Mapping[str, Any]) -> Any:
+    """The transformers config object of a config.json. ExportError where transformers does not know the model_type."""
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    if kind is None:
+        raise ExportError("config.json has no model_type, so its architecture is unknown; add the model_type it was trained as")
+    if "auto_map" in values and kind not in transformers.CONFIG_MAPPING:
+        raise ExportError(f"model_type {kind!r} brings its own code (auto_map), which is never run; export a model that "
+                          f"transformers {transformers.__version__} has built in")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ExportError(f"transformers {transformers.__version__} does not know model_type {kind!r}; "
+                          "check the spelling in config.json or install a newer transformers")
+    try:
+        return transformers.AutoConfig.for_model(kind, **values)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"config.json of model_type {kind!r} is not valid: {' '.join(str(error).split())}") from error
+    except Exception as error:  # huggingface_hub's strict dataclasses raise their own family
+        if "Validation" not in type(error).__name__:
+            raise
+        raise ExportError(f"config.json of model_type {kind!r} is not valid: {' '.join(str(error).split())}") from error
+
+
+def task_of(config: Any, pooling: SentencePooling | None) -> str:
+    """The task that the checkpoint was saved for, from sentence-transformers' files and config.architectures."""
+    if pooling is not None:
+        return "sentence-similarity"
+    for name in getattr(config, "architectures", None) or ():
+        for task, (ending, _) in TASKS.items():
+            if name.endswith(ending) or (ending == "ForCausalLM" and name.endswith("LMHeadModel")):
+                return task
+    return "feature-extraction"
+
+
+def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
+    """The transformers model for a task, parameters on meta, in evaluation mode."""
+    if task not in TASKS:
+        raise ExportError(f"task {task!r} is not known; known: {', '.join(TASKS)}")
+    config.use_cache = False
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = TASKS[task][1].from_config(config, dtype=dtype, attn_implementation=attention)
+    except ValueError as error:
+        first = " ".join(str(error).split())[:200]
+        raise ExportError(f"model_type {config.model_type!r} has no model for task {task!r} ({first}); choose another --task") from error
+    return model.eval()
+
+
+def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
+    """What the model reads, from its own declaration and the signature of its forward."""
+    accepted = inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    config = model.config
+    if main == "input_ids":
+        names = ["input_ids", "attention_mask"]
+        if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0):
+            names.append("token_type_ids")
+        return tuple(Input(n, torch.int64, ("batch", "length")) for n in names if n in accepted)
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return (Input("pixel_values", dtype, ("batch", config.num_channels, height, width)),)
+    raise ExportError(f"the model reads {main!r}; stages can be cut for models that read input_ids or pixel_values")
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have shapes but no data."""
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def fake_parameters(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every meta parameter by a fake CPU one; a parameter shared by two modules stays shared."""
+    made: dict[int, torch.nn.Parameter] = {}
+    kept = []  # the ids above stay valid while their parameters live
+    with mode:
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    kept.append(parameter)
+                    made[id(parameter)] = torch.nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
+                    )
+                module._parameters[name] = made[id(parameter)]
+
+
+def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every distinct parameter as name -> (dtype, shape); for writing synthetic checkpoints."""
+    return {n: (str(p.dtype).removeprefix("torch."), tuple(p.shape)) for n, p in model.named_parameters()}

@@ -1,0 +1,186 @@
+"""One trace of the model with its blocks marked, as an ONNX graph without weights.
+
+Each block's arguments and results pass through marker operators, so that the graph says where a block begins and ends.
+Of each kind of block the first and the last are traced; the blocks between are stood in for by their input.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch.utils import _pytree
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from stageline.exporter.blocks import Call
+from stageline.exporter.skeleton import Input, Task
+from stageline.models.errors import ExportError
+
+OPSET = 23
+MARK = ("stageline", "Mark")
+ATTENTION = "stageline"
+# Arguments that transformers hands to an attention function and that do not change what it computes here: masks carry
+# positions and windows already.
+_HARMLESS = frozenset({"position_ids", "sliding_window", "cache_position", "use_cache", "output_attentions", "head_mask",
+                       "deterministic", "position_embeddings", "layer_idx", "target_dtype", "cu_seq_lens_q",
+                       "cu_seq_lens_k", "max_length_q", "max_length_k", "softcap", "is_causal", "dropout", "scaling",
+                       "output_hidden_states", "return_dict", "output_router_logits"})
+
+
+class NotFusedError(Exception):
+    """Attention of this model asks for more than the Attention operator gives; trace it in primitive operators."""
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """One ONNX Attention operator (opset 23): query [batch, heads, length, size], key and value with as many or fewer
+    heads. NotFusedError where the model asks for sinks, soft caps or biases."""
+    unknown = {k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False}
+    if unknown or options.get("softcap") is not None:
+        raise NotFusedError(", ".join(sorted(unknown)) or "softcap")
+    causal = options.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if attention_mask is not None and attention_mask.shape[-1] != key.shape[-2]:
+        attention_mask = attention_mask[..., : key.shape[-2]]
+    result = torch.onnx.ops.attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=options.get("scaling"),
+        is_causal=attention_mask is None and causal,
+    )
+    return result[0].transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The marked graph, and which blocks in it are real."""
+
+    model: ir.Model
+    real: frozenset[int]
+
+
+def _mark(tensor: torch.Tensor, tag: str) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        "::".join(MARK), [tensor], attrs={"tag": tag}, dtype=tensor.dtype, shape=tensor.shape, version=1
+    )
+
+
+class _Marks:
+    """Replaces the forward of every block by one that marks, or stands in for, each call."""
+
+    def __init__(self, stack: list[Call], kinds: list[int], real: frozenset[int]):
+        self.stack, self.kinds, self.real = stack, kinds, real
+        self.at = 0
+        self.shape_of_output: dict[int, tuple[list[Any], Any]] = {}
+
+    def __enter__(self) -> "_Marks":
+        for call in self.stack:
+            if "forward" not in vars(call.block):
+                call.block.forward = self._forward(call.block.forward)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for call in self.stack:
+            vars(call.block).pop("forward", None)
+
+    def _forward(self, original: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            index = self.at
+            self.at += 1
+            leaves, spec = _pytree.tree_flatten((args, kwargs))
+            if index not in self.real:
+                output, output_spec = self.shape_of_output[self.kinds[index]]
+                hidden = leaves[self.stack[index].chain or 0]
+                return _pytree.tree_unflatten([hidden, *output[1:]], output_spec)
+            leaves = [_mark(x, f"in.{index}.{i}") if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
+            args, kwargs = _pytree.tree_unflatten(leaves, spec)
+            output, output_spec = _pytree.tree_flatten(original(*args, **kwargs))
+            output = [_mark(x, f"out.{index}.{i}") if isinstance(x, torch.Tensor) else x for i, x in enumerate(output)]
+            self.shape_of_output[index] = (output, output_spec)
+            return _pytree.tree_unflatten(output, output_spec)
+
+        return forward
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the tracer's warnings, which speak of its own insides and not of the user's model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def representatives(kinds: list[int]) -> frozenset[int]:
+    """The first and the last block of each kind."""
+    last = {kind: index for index, kind in enumerate(kinds)}
+    return frozenset(kinds) | frozenset(last.values())
+
+
+def trace(
+    task: Task, inputs: tuple[Input, ...], samples: tuple[torch.Tensor, ...], stack: list[Call], kinds: list[int],
+    real: frozenset[int],
+) -> Trace:
+    """Trace `task` with blocks marked; those not in `real` are stood in for by their input."""
+    free = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
+    )
+    with _quiet(), _Marks(stack, kinds, real), torch.no_grad():
+        try:
+            program = torch.export.export(task, samples, dynamic_shapes=(free,), strict=False)
+            exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+        except NotFusedError:
+            raise
+        except Exception as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ExportError(f"{type(task.model).__name__} cannot be traced: {first.strip()[:300]}") from error
+    assert exported is not None
+    model = exported.model
+    name_borders(model, inputs, task.output_names)
+    for initializer in model.graph.initializers.values():
+        if isinstance(getattr(initializer.const_value, "raw", None), torch._subclasses.FakeTensor):
+            initializer.const_value = None  # the optimiser must not look at data that is not there
+    with _quiet():
+        optimizer.optimize_ir(model, num_iterations=2, onnx_shape_inference=False)
+    return Trace(model, real)
+
+
+def name_borders(model: ir.Model, inputs: tuple[Input, ...], outputs: tuple[str, ...]) -> None:
+    """Give inputs, outputs and free dimensions their own names in place of the tracer's."""
+    symbols: dict[str, str] = {}
+    for value, spec in zip(model.graph.inputs, inputs, strict=True):
+        value.name = spec.name
+        assert value.shape is not None
+        for size, name in zip(value.shape, spec.shape, strict=True):
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                symbols[size.value] = str(name)
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        value.name = name
+    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [symbols.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) and d.value else d for d in value.shape]
+            )
