@@ -1,1 +1,29 @@
-"""Engines: what runs one stage on a device."""
+"""Engines: what runs one stage on a device. `engine_factory` finds one by name."""
+
+from collections.abc import Callable
+
+from stageline.models.errors import EngineError
+from stageline.runtime.engines.base import Array, Engine, EngineFactory, StageFile
+
+__all__ = ["ENGINES", "Array", "Engine", "EngineFactory", "StageFile", "engine_factory"]
+
+
+def _onnxruntime() -> EngineFactory:
+    try:
+        from stageline.runtime.engines.onnxruntime import OnnxRuntimeEngine
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise EngineError('the engine onnxruntime is not installed: pip install "stageline[cpu]"') from error
+    return OnnxRuntimeEngine
+
+
+ENGINES: dict[str, Callable[[], EngineFactory]] = {"onnxruntime": _onnxruntime}
+"""Engine name -> a function that imports its backend and gives its factory."""
+
+
+def engine_factory(name: str) -> EngineFactory:
+    """The factory of the engine called `name`. EngineError if the name is unknown or its backend is not installed."""
+    if name not in ENGINES:
+        raise EngineError(f"unknown engine {name!r}; known engines: {', '.join(sorted(ENGINES))}")
+    return ENGINES[name]()

@@ -1,0 +1,41 @@
+"""Processors as devices: one worker thread for each stage, pinned to the stage's own processors."""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+
+def allowed_cores() -> tuple[int, ...]:
+    """The processors this process may use, in order."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def share_cores(stages: int, cores: Sequence[int]) -> list[tuple[int, ...]]:
+    """The processors of each stage: contiguous runs of `cores`, longer ones first, by at most one longer.
+
+    With more stages than processors each stage gets one, shared round robin.
+    """
+    if stages > len(cores):
+        return [(cores[stage % len(cores)],) for stage in range(stages)]
+    each, longer = divmod(len(cores), stages)
+    starts = [stage * each + min(stage, longer) for stage in range(stages + 1)]
+    return [tuple(cores[start:end]) for start, end in itertools.pairwise(starts)]
+
+
+def start_worker(name: str, cores: tuple[int, ...], work: Callable[[], None]) -> threading.Thread:
+    """Start a thread called `name` that pins itself to `cores` and then does `work`. The caller owns the thread.
+
+    Threads that `work` starts inherit the pinning. Where the system has no pinning (not Linux) it runs unpinned.
+    """
+
+    def pinned() -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores)  # 0 is the calling thread
+        work()
+
+    thread = threading.Thread(target=pinned, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,36 @@
+"""The way of a micro-batch through the stages, as data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stageline.models.errors import BundleError
+
+
+@dataclass(frozen=True)
+class Step:
+    """Run `stage` for the values named in `fetch`, then keep only those named in `keep` for what comes after."""
+
+    stage: int
+    fetch: tuple[str, ...]
+    keep: frozenset[str]
+
+
+def route(
+    stages: Sequence[tuple[Sequence[str], Sequence[str]]], inputs: Sequence[str], outputs: Sequence[str]
+) -> tuple[Step, ...]:
+    """The steps from a model's inputs to its wanted outputs. `stages` holds the input and output names of each stage.
+
+    A stage that gives nothing wanted is left out; a value is dropped after the last stage that reads it. BundleError
+    if a stage reads, or the model gives, what neither an earlier stage nor the inputs hold.
+    """
+    steps: list[Step] = []
+    wanted = frozenset(outputs)
+    for number, (reads, gives) in reversed(list(enumerate(stages))):
+        fetch = tuple(name for name in gives if name in wanted)
+        if fetch:
+            steps.append(Step(number, fetch, wanted))
+            wanted = (wanted - set(fetch)) | set(reads)
+    unknown = sorted(wanted - set(inputs))
+    if unknown:
+        raise BundleError(f"no stage gives {unknown[0]!r} before it is read, and it is not an input of the model")
+    return tuple(reversed(steps))
