@@ -114,7 +114,8 @@ def _read_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]
         file = folder / shard
         if not file.is_file():
             raise CheckpointError(
-                f"{folder} lacks the shard {shard!r}, which holds {len(names)} of the {len(weight_map)} tensors; download it"
+                f"{folder} lacks the shard {shard!r}, which holds {len(names)} of the {len(weight_map)} tensors; "
+                "download it"
             )
         held = safetensors_file.read_header(file)
         for name in names:

@@ -83,6 +83,15 @@ def header_sha256(path: Path) -> str:
     return hashlib.sha256(struct.pack("<Q", len(header)) + header).hexdigest()
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a dtype (NumPy name).
+
+    Raises:
+        CheckpointError: safetensors has no such type.
+    """
+    return _format_type(dtype)[1]
+
+
 def write_streaming(
     path: Path,
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],
@@ -96,36 +105,13 @@ def write_streaming(
 
     Raises:
         CheckpointError: the file cannot be written (a full disk), or the format has no such dtype.
-        ValueError: the chunks of a tensor do not add up to its size.
+        ValueError: a name is given twice, or the chunks of a tensor do not add up to its size.
     """
-    placed = []
-    for name, dtype, shape in tensors:
-        if dtype not in _FORMAT_NAMES:
-            raise CheckpointError(
-                f"cannot write tensor {name!r}: safetensors has no type {dtype}; it has {', '.join(_FORMAT_NAMES)}"
-            )
-        format_name, itemsize = _FORMAT_NAMES[dtype]
-        placed.append((itemsize, name, format_name, shape))
-    placed.sort(key=lambda item: -item[0])
-
-    # transformers refuses files that do not say which framework's layout they have.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    sizes: dict[str, int] = {}
-    end = 0
-    for itemsize, name, format_name, shape in placed:
-        if name in header:
-            raise ValueError(f"tensor {name!r} is given twice")
-        sizes[name] = math.prod(shape) * itemsize
-        header[name] = {"dtype": format_name, "shape": list(shape), "data_offsets": [end, end + sizes[name]]}
-        end += sizes[name]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
+    prefix, sizes = _layout(tensors)
     unfinished = path.with_name(path.name + ".part")
     digest = hashlib.sha256()
     try:
         with unfinished.open("wb") as file:
-            prefix = struct.pack("<Q", len(text)) + text
             file.write(prefix)
             digest.update(prefix)
             for name, size_bytes in sizes.items():
@@ -141,6 +127,51 @@ def write_streaming(
     finally:
         unfinished.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def write_sparse(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Write a safetensors file with a true header and no data: a hole of the full size, which reads as zeros.
+
+    Raises:
+        CheckpointError: the file cannot be written, or the format has no such dtype.
+        ValueError: a name is given twice.
+    """
+    prefix, sizes = _layout(tensors)
+    try:
+        path.write_bytes(prefix)
+        os.truncate(path, len(prefix) + sum(sizes.values()))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """What comes before the data, and each tensor's bytes in the order of the data."""
+    placed = []
+    for name, dtype, shape in tensors:
+        format_name, element_bytes = _format_type(dtype)
+        placed.append((element_bytes, name, format_name, shape))
+    placed.sort(key=lambda item: -item[0])
+
+    # transformers refuses files that do not say which framework's layout they have.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    sizes: dict[str, int] = {}
+    end = 0
+    for element_bytes, name, format_name, shape in placed:
+        if name in header:
+            raise ValueError(f"tensor {name!r} is given twice")
+        sizes[name] = math.prod(shape) * element_bytes
+        header[name] = {"dtype": format_name, "shape": list(shape), "data_offsets": [end, end + sizes[name]]}
+        end += sizes[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, sizes
+
+
+def _format_type(dtype: str) -> tuple[str, int]:
+    """The format's name of a dtype (NumPy name) and the bytes of one element."""
+    if dtype not in _FORMAT_NAMES:
+        raise CheckpointError(f"safetensors has no type {dtype}; convert to one of {', '.join(_FORMAT_NAMES)}")
+    return _FORMAT_NAMES[dtype]
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
@@ -198,9 +229,9 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
         raise CheckpointError(f"{where} has the shape {shape!r}, a list of sizes is needed; {_AGAIN}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has the data_offsets {offsets!r}, [begin, end] is needed; {_AGAIN}")
-    numpy_name, itemsize = _DTYPES[dtype]
+    numpy_name, element_bytes = _DTYPES[dtype]
     begin, end = offsets
-    needed = math.prod(shape) * itemsize
+    needed = math.prod(shape) * element_bytes
     if end - begin != needed:
         raise CheckpointError(
             f"{where} ({dtype} {shape}) needs {needed:,} bytes, but its data_offsets hold {end - begin:,}; {_AGAIN}"

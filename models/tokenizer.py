@@ -1,0 +1,120 @@
+"""Text to token arrays and back, with the tokenizers library alone: what serving needs of a checkpoint's tokenizer."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stageline.models.errors import CheckpointError, RequestError
+from tokenizers import Tokenizer
+
+
+class TextEncoder:
+    """A checkpoint's tokenizer. Make one with `TextEncoder.open`; several threads may use it."""
+
+    def __init__(self, tokenizer: Any, max_length: int, pad_id: int) -> None:
+        self.max_length = max_length
+        """The most tokens a text may have, special ones included."""
+        self.pad_id = pad_id
+        # What tokenizer.json says of padding and truncation is how its model was trained, not how it is served.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def open(cls, path: Path, max_length: int, pad_id: int) -> "TextEncoder":
+        """Read a tokenizer.json.
+
+        Raises:
+            CheckpointError: the file cannot be read or is no tokenizer.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); download it again") from error
+        return cls(tokenizer, max_length, pad_id)
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, truncate: bool = False
+    ) -> dict[str, NDArray[np.int64]]:
+        """Turn texts, or each text with its pair, into arrays padded on the right to the longest of them.
+
+        Returns input_ids, attention_mask and token_type_ids, each int64 [batch, length].
+
+        Raises:
+            RequestError: no texts, something that is no text, a text without tokens, or one longer than
+                `max_length` while `truncate` is off.
+        """
+        inputs = _inputs(texts, pairs)
+        encodings = self._tokenizer.encode_batch(inputs)
+        for number, encoding in enumerate(encodings):
+            if len(encoding.ids) > self.max_length:
+                if not truncate:
+                    raise RequestError(
+                        f"text {number} has {len(encoding.ids)} tokens, at most {self.max_length} fit; "
+                        "shorten it, or pass truncate=True"
+                    )
+                text = inputs[number]
+                encodings[number] = self._truncating.encode(*((text,) if isinstance(text, str) else text))
+            elif not encoding.ids:
+                raise RequestError(f"text {number} ({inputs[number]!r}) has no tokens; give a text with some")
+
+        shape = (len(encodings), max(len(encoding.ids) for encoding in encodings))
+        arrays = {
+            "input_ids": np.full(shape, self.pad_id, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "token_type_ids": np.zeros(shape, np.int64),
+        }
+        for row, encoding in enumerate(encodings):
+            length = len(encoding.ids)
+            arrays["input_ids"][row, :length] = encoding.ids
+            arrays["attention_mask"][row, :length] = encoding.attention_mask
+            arrays["token_type_ids"][row, :length] = encoding.type_ids
+        return arrays
+
+    def count(self, text: str) -> int:
+        """How many tokens the text has, special ones included.
+
+        Raises:
+            RequestError: it is no text.
+        """
+        (checked,) = _inputs([text], None)
+        return len(self._tokenizer.encode(checked).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, without the special ones.
+
+        Raises:
+            RequestError: an id is negative or does not fit 32 bits.
+        """
+        try:
+            return str(self._tokenizer.decode([int(i) for i in ids]))
+        except OverflowError as error:
+            raise RequestError("a token id is negative or too large; ids come from encode or a model") from error
+
+    @cached_property
+    def _truncating(self) -> Any:
+        """A second tokenizer: truncation is a state of the object, and other threads are using the first."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.enable_truncation(self.max_length)
+        return tokenizer
+
+
+def _inputs(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str] | list[tuple[str, str]]:
+    """Check what a user gave, and bring it into the form the library takes."""
+    if isinstance(texts, str) or isinstance(pairs, str):
+        raise RequestError("a single text was given where a list of texts is needed; pass [text]")
+    if not len(texts):
+        raise RequestError("no texts were given; pass at least one")
+    if pairs is not None and len(pairs) != len(texts):
+        raise RequestError(f"{len(texts)} texts were given with {len(pairs)} pairs; give one pair for each text")
+    for number, text in [*enumerate(texts), *enumerate(pairs or ())]:
+        if not isinstance(text, str):
+            raise RequestError(f"text {number} is a {type(text).__name__}; give a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"text {number} is not valid Unicode ({error.reason}); repair its decoding") from error
+    return list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
