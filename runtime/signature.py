@@ -101,9 +101,7 @@ def _measure(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) ->
     """Note the size of each free dimension in `sizes`; RequestError where the shape contradicts spec or notes."""
     told = f"input {spec.name!r} has shape {_shape(shape)}, the model wants {_shape(spec.shape)}"
     if len(shape) != len(spec.shape):
-        hint = (
-            "; a single row still needs its batch dimension: array[None]" if len(shape) + 1 == len(spec.shape) else ""
-        )
+        hint = "; give a single row as array[None]" if len(shape) + 1 == len(spec.shape) else ""
         raise RequestError(f"{told}: {len(shape)} dimensions instead of {len(spec.shape)}{hint}")
     for size, wanted in zip(shape, spec.shape, strict=True):
         expected = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
