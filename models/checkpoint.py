@@ -46,15 +46,18 @@ class Checkpoint:
         Raises:
             CheckpointError: nothing there, not a checkpoint, unsafe (pickled) or damaged.
         """
-        if not path.exists():
-            raise CheckpointError(f"{path} does not exist; give a checkpoint's folder or a .gguf file")
-        if path.is_dir():
-            if (path / "config.json").is_file():
-                return _open_folder(path)
-            return _open_gguf(path, _only_gguf(path))
-        if path.suffix == ".gguf":
-            return _open_gguf(path, path)
-        raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the checkpoint's folder")
+        try:
+            if not path.exists():
+                raise CheckpointError(f"{path} does not exist; give a checkpoint's folder or a .gguf file")
+            if path.is_dir():
+                if (path / "config.json").is_file():
+                    return _open_folder(path)
+                return _open_gguf(path, _only_gguf(path))
+            if path.suffix == ".gguf":
+                return _open_gguf(path, path)
+            raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the checkpoint's folder")
+        except OSError as error:
+            raise CheckpointError(f"cannot look into {path}: {error.strerror}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def _open_gguf(path: Path, file: Path) -> Checkpoint:
 def _only_gguf(folder: Path) -> Path:
     names = _names(folder, "*.gguf")
     if len(names) > 1:
-        raise CheckpointError(f"{folder} has {len(names)} .gguf files ({', '.join(names[:4])}, ...); give one's path")
+        raise CheckpointError(f"{folder} has {len(names)} .gguf files ({', '.join(names[:4])}); give one's path")
     if not names:
         raise CheckpointError(f"{folder} has neither config.json nor a .gguf file; give a checkpoint's folder")
     return folder / names[0]

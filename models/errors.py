@@ -8,7 +8,8 @@ StagelineError
 ├── RequestError        what was submitted to a pipeline cannot be run
 └── QueueFullError      the pipeline's queue is full and the submitter asked not to wait
 
-The command line prints the message and exits with 1 (2 for usage); any other exception is our bug and keeps its traceback.
+The command line prints the message and exits with 1 (2 for usage); any other exception is our bug and keeps its
+traceback.
 """
 
 

@@ -83,8 +83,8 @@ class TextEncoder:
         (checked,) = _inputs([text], None)
         return len(self._tokenizer.encode(checked).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these tokens, without the special ones.
+    def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
+        """The text of these tokens [length], without the special ones.
 
         Raises:
             RequestError: an id is negative or does not fit 32 bits.

@@ -1,0 +1,17 @@
+"""The lowest floor stays light: importing it brings in no framework, and no optional package."""
+
+import pkgutil
+import subprocess
+import sys
+
+import stageline.models
+
+FORBIDDEN = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "gguf", "ml_dtypes", "pydantic", "rich")
+
+
+def test_importing_every_module_brings_in_no_framework() -> None:
+    modules = [f"stageline.models.{module.name}" for module in pkgutil.iter_modules(stageline.models.__path__)]
+    assert "stageline.models.checkpoint" in modules
+    program = f"import sys, {', '.join(modules)}; print([m for m in {FORBIDDEN} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
