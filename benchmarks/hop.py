@@ -2,7 +2,8 @@
 
 The cost of a hop is (time of a request through S stages - S direct calls of the engine, one after the other) / S, so it
 holds the submission and the result as well. Latency has one request in flight, throughput many. With more stages than
-processors, throughput cannot rise: each stage's work is still done by someone.
+processors, throughput cannot rise: each stage's work is still done by someone. Most of a hop's latency is the system
+waking a thread: the table begins with what that costs on this machine, through the same queue, doing nothing else.
 
     python benchmarks/hop.py --json hop.json
 """
@@ -14,11 +15,12 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from time import perf_counter
 
 import numpy as np
 import onnx.parser
-from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.devices.cpu import allowed_cores, start_worker
 from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.pipeline import Pipeline, PipelineStage
@@ -54,6 +56,29 @@ def per_call_us(call: Callable[[], object], calls: int) -> float:
             call()
         rounds.append((perf_counter() - begin) / calls * 1e6)
     return statistics.median(rounds)
+
+
+def wake_up_us(first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """Microseconds for a thread on `first` to wake one on `second`, through a queue: half of a round trip."""
+    there: SimpleQueue[bool] = SimpleQueue()
+    back: SimpleQueue[bool] = SimpleQueue()
+    found: list[float] = []
+
+    def answer() -> None:
+        while there.get():
+            back.put(True)
+
+    def ask() -> None:
+        def round_trip() -> None:
+            there.put(True)
+            back.get()
+
+        found.append(per_call_us(round_trip, 1000) / 2)
+        there.put(False)
+
+    for thread in [start_worker("answer", second, answer), start_worker("ask", first, ask)]:
+        thread.join()
+    return found[0]
 
 
 def measure(count: int) -> dict[str, float]:
@@ -93,8 +118,13 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    cores = allowed_cores()
+    wake_up = {"same_core": wake_up_us(cores[:1], cores[:1]), "other_core": wake_up_us(cores[:1], cores[-1:])}
     rows = [measure(count) for count in arguments.stages]
-    print(f"{len(allowed_cores())} processors; microseconds a request, and what each hop adds")
+    print(
+        f"{len(cores)} processors; waking a thread takes {wake_up['same_core']:.1f} us on the same processor, ", end=""
+    )
+    print(f"{wake_up['other_core']:.1f} us on another. Microseconds a request, and what each hop adds:")
     print("stages  direct  latency  per hop  throughput  per hop")
     for row in rows:
         print(
@@ -102,7 +132,7 @@ def main() -> None:
             f"{row['throughput_us']:10.1f}  {row['throughput_hop_us']:7.1f}"
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"cores": len(allowed_cores()), "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps({"cores": len(cores), "wake_up_us": wake_up, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

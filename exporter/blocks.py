@@ -108,10 +108,9 @@ def stampable(stack: list[Call]) -> str | None:
         if call.chain is None:
             return f"what block {index - 1} ({stack[index - 1].module}) returns is not what block {index} is given"
     for index, call in enumerate(stack):
-        tensors = [leaf for leaf in call.outputs if isinstance(leaf, torch.Tensor)]
-        if len(tensors) != 1 or call.outputs[0] is not tensors[0]:
-            return f"block {index} ({call.module}) returns {len(tensors)} tensors"
-        if call.chain is not None and call.inputs[call.chain].shape != tensors[0].shape:
+        if not isinstance(call.outputs[0], torch.Tensor):
+            return f"block {index} ({call.module}) does not return a hidden state first"
+        if call.chain is not None and call.inputs[call.chain].shape != call.outputs[0].shape:
             return f"block {index} ({call.module}) changes the shape of the hidden state"
     return None
 

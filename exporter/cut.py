@@ -16,6 +16,7 @@ from stageline.exporter.blocks import Call
 from stageline.exporter.trace import MARK, Trace
 from stageline.models.errors import ExportError
 from stageline.runtime.manifest import TensorSpec, Use
+from stageline.runtime.stitch import size_read
 
 CONSTANT, SIZES, SHARED, CHAIN = range(4)
 # Operators on sizes that give a scalar or a short list of sizes, so that repeating them in a block costs nothing.
@@ -64,6 +65,8 @@ def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozens
     for index in real:
         outputs = [marks[tag].outputs[0] for tag in marks if tag.startswith(f"out.{index}.")]
         results[index] = [value for value in outputs if value.uses()] or outputs[:1]
+        if len(results[index]) > 1 and len(real) < len(stack):
+            raise NotProvenError(f"block {index} hands on {len(results[index])} tensors")
         for position, value in enumerate(results[index]):
             names[value] = f"hidden.{index + 1}" if position == 0 else f"extra.{index + 1}.{position}"
     hidden = marks[f"in.0.{stack[0].chain or 0}"].inputs[0]
@@ -72,7 +75,7 @@ def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozens
     level = _levels(graph, free)
     cutter = _Cutter(level, ends, weight_names, free)
     blocks = {index: cutter.piece(results[index]) for index in real}
-    epilogue = cutter.piece(list(graph.outputs))
+    epilogue = cutter.piece(list(graph.outputs), through=False)
     names.setdefault(hidden, "hidden.0")
     shared = [v for piece in (*blocks.values(), epilogue) for v in piece.reads if v not in ends]
     for value in shared:
@@ -121,25 +124,15 @@ def _levels(graph: ir.Graph, free: set[str | None]) -> dict[ir.Value, int]:
     return level
 
 
-def size_read(node: ir.Node) -> str | None:
-    """The free dimension whose size a Shape node reads, or None where it reads anything else."""
-    if node.op_type != "Shape" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
-        return None
-    shape = node.inputs[0].shape
-    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-    end = node.attributes["end"].as_int() if "end" in node.attributes else len(shape)
-    read = list(shape)[start:end]
-    return read[0].value if len(read) == 1 and isinstance(read[0], ir.SymbolicDim) else None
-
-
 class _Cutter:
     """Collects the region of the graph that gives wanted values."""
 
     def __init__(self, level: dict[ir.Value, int], ends: set[ir.Value], weights: frozenset[str], free: set[str | None]):
         self.level, self.ends, self.weight_names, self.free = level, ends, weights, free
 
-    def piece(self, outputs: list[ir.Value]) -> _Piece:
-        """A block or the epilogue: stops at the blocks before it and at shared values."""
+    def piece(self, outputs: list[ir.Value], through: bool = True) -> _Piece:
+        """A block or the epilogue: stops at the blocks before it and at shared values. `through` is False where an output
+        may itself be a block's result (an epilogue that does nothing)."""
         nodes: dict[ir.Node, None] = {}
         reads: dict[ir.Value, None] = {}
         weights: dict[ir.Value, None] = {}
@@ -164,7 +157,7 @@ class _Cutter:
                 nodes[node] = None
 
         for value in outputs:
-            visit(value, top=True)
+            visit(value, top=through)
         return _Piece(list(nodes), list(reads), list(weights), outputs)
 
     def prologue(self, outputs: list[ir.Value]) -> _Piece:
@@ -253,6 +246,7 @@ def _assemble(
     names: dict[ir.Value, str],
 ) -> Cut:
     result = Cut()
+    output_names = [str(v.name) for v in trace.model.graph.outputs]
     known: dict[str, int] = {}
 
     def add(piece: _Piece, module: str, label: str) -> tuple[int, dict[ir.Value, str], str]:
@@ -266,12 +260,14 @@ def _assemble(
             result.weights.append(tuple(_spec(v, local[v]) for v in piece.weights))
         return known[digest], local, digest
 
-    def use(piece: _Piece, module: str = "", call: int = 0, label: str = "") -> tuple[Use, str]:
+    def use(
+        piece: _Piece, module: str = "", call: int = 0, label: str = "", writes: list[str] | None = None
+    ) -> tuple[Use, str]:
         part, local, digest = add(piece, module, label)
         return Use(
             part=part,
             reads={f"in{i}": names[v] for i, v in enumerate(piece.reads)},
-            writes={f"out{i}": names.get(v, str(v.name)) for i, v in enumerate(piece.outputs)},
+            writes={f"out{i}": name for i, name in enumerate(writes or [names[v] for v in piece.outputs])},
             weights={local[v]: str(v.name) for v in piece.weights},
             module=module,
             call=call,
@@ -286,7 +282,7 @@ def _assemble(
             raise NotProvenError(f"blocks {kinds[index]} and {index} look alike but their graphs differ")
     for index, call in enumerate(stack):
         result.uses.append(made[index][0] if index in made else _stamp(made[kinds[index]][0], stack[kinds[index]], call, kinds[index], index))
-    result.uses.append(use(epilogue, label="epilogue")[0])
+    result.uses.append(use(epilogue, label="epilogue", writes=output_names)[0])
     if len(blocks) < len(stack):
         _thread_hidden(result, blocks, stack)
     return result

@@ -31,6 +31,10 @@ TASKS: dict[str, tuple[str, Any]] = {
 SAMPLE_BATCH, SAMPLE_LENGTH = 3, 7  # unlike any usual width, so that a dimension is never taken for a constant
 
 
+class AttentionError(Exception):
+    """The model does not take the attention function it was asked to use."""
+
+
 @dataclass(frozen=True)
 class Input:
     """One input of the model: a name, a torch dtype, and a shape whose strings are free dimensions."""
@@ -129,13 +133,35 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     if task not in TASKS:
         raise ExportError(f"task {task!r} is not known; known: {', '.join(TASKS)}")
     config.use_cache = False
+    config._attn_implementation_internal = None  # a config built with before still holds its choice
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             model = TASKS[task][1].from_config(config, dtype=dtype, attn_implementation=attention)
     except ValueError as error:
         first = " ".join(str(error).split())[:200]
+        if "attn_implementation" in first or "attention" in first.lower():
+            raise AttentionError(first) from error
         raise ExportError(f"model_type {config.model_type!r} has no model for task {task!r} ({first}); choose another --task") from error
+    model.tie_weights()  # replacing parameters by meta ones undid it
     return model.eval()
+
+
+def outputs_of(task: str) -> tuple[str, ...]:
+    """The names of a task's outputs."""
+    named = {"feature-extraction": ("last_hidden_state",), "sentence-similarity": ("sentence_embedding", "last_hidden_state")}
+    return named.get(task, ("logits",))
+
+
+def max_positions(model: Any) -> int | None:
+    """How many tokens in a row the model can place. Position tables with a padding row begin after it (RoBERTa)."""
+    stated = getattr(model.config, "max_position_embeddings", None)
+    if stated is None:
+        return None
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == stated and module.padding_idx is not None:
+            if stated != getattr(model.config, "vocab_size", None):
+                return int(stated) - module.padding_idx - 1
+    return int(stated)
 
 
 def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Self
 
 from stageline.models.errors import EngineError, RequestError, StagelineError
+from stageline.runtime.bundle import Bundle
 from stageline.runtime.devices.cpu import allowed_cores, share_cores, start_worker
 from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
 from stageline.runtime.manifest import TensorSpec
@@ -173,8 +174,6 @@ class Pipeline:
         micro_batch: int | None = None,
     ) -> Self:
         """Open a bundle. BundleError if it is missing or broken, EngineError if the engine is not there or refuses."""
-        from stageline.runtime.bundle import Bundle
-
         opened = Bundle.open(Path(bundle))
         factory = engine_factory(engine)
         stages = [

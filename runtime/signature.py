@@ -64,7 +64,7 @@ class Signature:
         given: dict[str, Array] = {}
         for spec in self.inputs:
             if spec.name in inputs:
-                given[spec.name] = _cast(spec, np.asarray(inputs[spec.name]))
+                given[spec.name] = _cast(spec, _array(spec, inputs[spec.name]))
                 _measure(spec, given[spec.name].shape, sizes)
         for dimension, size in sizes.items():
             if size == 0:
@@ -78,6 +78,13 @@ class Signature:
         return {
             spec.name: given[spec.name] if spec.name in given else _filled(spec, sizes) for spec in self.inputs
         }, sizes
+
+
+def _array(spec: TensorSpec, value: object) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError:  # nested lists of different lengths
+        raise RequestError(f"input {spec.name!r} is no array: its rows differ in length; pad them to one") from None
 
 
 def _cast(spec: TensorSpec, array: Array) -> Array:

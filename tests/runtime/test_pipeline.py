@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx.parser
@@ -15,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.errors import BundleError, EngineError, QueueFullError, RequestError
+from stageline.runtime.bundle import Bundle
 from stageline.runtime.engines import Array, StageFile, engine_factory
-from stageline.runtime.manifest import TensorSpec
+from stageline.runtime.manifest import Manifest, Stage, TensorSpec
 from stageline.runtime.pipeline import Pipeline, PipelineStage
 from stageline.runtime.signature import Signature
 
@@ -382,6 +384,39 @@ def test_a_slow_last_stage_does_not_gather_activations() -> None:
     with Pipeline(CURVE, stages, micro_batch=1) as pipeline:
         pipeline.run(rows(*range(60)))
     assert most <= 4  # two a stage
+
+
+def test_requests_that_skip_the_first_stage_pass_those_that_fill_the_window() -> None:
+    stages = [
+        PipelineStage(("x",), ("h",), lambda cores: PythonStage("h", lambda values: values["x"])),
+        PipelineStage(("x",), ("y",), lambda cores: PythonStage("y", lambda values: -values["x"])),
+    ]
+    with Pipeline(CURVE, stages, micro_batch=1) as pipeline:
+        both = [pipeline.submit(rows(*range(20))) for _ in range(10)]
+        late = [pipeline.submit(rows(*range(20)), ["y"]) for _ in range(10)]
+        assert all(future.result(SECONDS)["y"][19, 0] == -19 for future in both + late)
+
+
+def test_a_bundle_opens_with_its_own_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token_stages(tmp_path)
+    hidden, pooled = TOKENS.outputs
+    twice = spec("twice", "float32", "batch", "length", 2)
+    ids, mask = TOKENS.inputs
+    borders = [((ids,), (twice,)), ((twice,), (hidden,)), ((hidden, mask), (pooled,))]
+    stages = [
+        Stage(file=f"{i}.onnx", first_block=i, last_block=i, inputs=reads, outputs=gives, weight_bytes=0, parameters=0)
+        for i, (reads, gives) in enumerate(borders)
+    ]
+    manifest = Manifest.model_construct(
+        inputs=TOKENS.inputs, outputs=TOKENS.outputs, vocabulary=100, max_positions=16, stages=tuple(stages)
+    )
+    monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, manifest=manifest))
+    with Pipeline.open(str(tmp_path), threads=1, micro_batch=1) as pipeline:
+        pooled_rows = pipeline.run({"input_ids": np.array([[1, 2], [3, 4]])}, ["pooled"])["pooled"]
+        np.testing.assert_array_equal(pooled_rows, [[20, 20], [44, 44]])
+        assert len({stage.cores for stage in pipeline.stats().stages}) == 1
+        with pytest.raises(RequestError, match="outside the vocabulary"):
+            pipeline.run({"input_ids": np.array([[100]])})
 
 
 def test_nothing_of_a_finished_request_stays_in_memory() -> None:

@@ -1,9 +1,10 @@
 """What a request is refused for, and in which words."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from stageline.models.errors import BundleError, RequestError
-from stageline.runtime.engines import Array
 from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.signature import Signature
 
@@ -35,6 +36,10 @@ TWO = np.ones((2, 2), np.float32)
         (
             {"input_ids": np.full((1, 1), 2**63, np.uint64), "scale": TWO},
             "input 'input_ids' has values outside int64 (9223372036854775808 to 9223372036854775808)",
+        ),
+        (
+            {"input_ids": [[1, 2], [3]], "scale": TWO},
+            "input 'input_ids' is no array: its rows differ in length; pad them to one",
         ),
         (
             {"input_ids": IDS[0], "scale": TWO},
@@ -75,7 +80,7 @@ TWO = np.ones((2, 2), np.float32)
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(inputs: dict[str, Array], message: str) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError) as refusal:
         BERT.check_inputs(inputs)
     assert str(refusal.value) == message

@@ -1,0 +1,184 @@
+"""Bringing the checkpoint's weights into a bundle: linked where they are right as they are, else streamed."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from stageline.exporter import gguf
+from stageline.exporter.skeleton import TASKS
+from stageline.models.checkpoint import Checkpoint
+from stageline.models.errors import CheckpointError, ExportError
+from stageline.models.safetensors_file import header_sha256, write_streaming
+from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle import HASH_LIMIT_BYTES, file_sha256
+from stageline.runtime.manifest import FileEntry
+
+FOLDER = "weights"
+_CHUNK_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where each of the model's tensors comes from. `names` maps a parameter or buffer to a tensor of the checkpoint."""
+
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    converted: bool  # whether transformers has to merge or split tensors to get the model's
+
+
+def find(checkpoint: Checkpoint, model: Any) -> Weights:
+    """Match the model's tensors with the checkpoint's, as transformers would load them. ExportError where one is missing."""
+    if checkpoint.kind == "gguf":
+        names = gguf.tensor_names(checkpoint, model)
+        return Weights(checkpoint, _checked(checkpoint, model, names), converted=False)
+    state = model.state_dict(keep_vars=True)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    names: dict[str, str] = {}
+    converted = False
+    for name in checkpoint.tensors:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None and name not in state:
+            converted = True
+        names.setdefault(renamed, name)
+        if name in state:
+            names[name] = name
+    if converted:
+        return Weights(checkpoint, {name: name for name in state}, converted=True)
+    return Weights(checkpoint, _checked(checkpoint, model, names), converted=False)
+
+
+def _checked(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """Names for every parameter and for the buffers that the checkpoint holds; parameters tied together share one."""
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = next((names[alias] for alias in (name, *tied[id(parameter)]) if alias in names), None)
+        if source is None:
+            raise ExportError(
+                f"{checkpoint.path} has no tensor for {name} of {type(model).__name__} (it holds {len(checkpoint.tensors)} "
+                "tensors); choose the --task it was saved for"
+            )
+        if checkpoint.tensors[source].shape != tuple(parameter.shape):
+            raise ExportError(
+                f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.tensors[source].shape)} but config.json makes "
+                f"it {list(parameter.shape)}; the config and the weights are of different models"
+            )
+        found[name] = source
+    for name, buffer in model.named_buffers():
+        if name in names and checkpoint.tensors[names[name]].shape == tuple(buffer.shape):
+            found[name] = names[name]
+    return found
+
+
+def majority_dtype(checkpoint: Checkpoint) -> str:
+    """The floating dtype that most bytes of the checkpoint have; float32 for quantised ones."""
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
+    floating = {dtype: size for dtype, size in sizes.items() if dtype in ("float32", "float16", "bfloat16")}
+    return max(floating, key=lambda dtype: floating[dtype]) if floating and checkpoint.kind == "safetensors" else "float32"
+
+
+def place(weights: Weights, model: Any, config: Any, task: str, dtype: str, folder: Path) -> list[FileEntry]:
+    """Put the weights into `folder`/weights with `dtype` for every floating tensor, and return the files' entries."""
+    target = folder / FOLDER
+    target.mkdir()
+    checkpoint = weights.checkpoint
+    if weights.converted:
+        return [_materialise(checkpoint, config, task, dtype, target / "model.safetensors")]
+    if checkpoint.kind == "gguf":
+        shapes = {weights.names[n]: tuple(p.shape) for n, p in model.named_parameters() if n in weights.names}
+        read = gguf.reader(checkpoint, model)
+        sha = write_streaming(
+            target / "model.safetensors",
+            [(name, dtype, shape) for name, shape in shapes.items()],
+            lambda name: [_as(read(name), dtype)],
+        )
+        return [_entry(target / "model.safetensors", sha)]
+    used = set(weights.names.values())
+    floating = {checkpoint.tensors[n].dtype for n in used if checkpoint.tensors[n].dtype in ("float32", "float16", "bfloat16")}
+    if floating <= {dtype} or majority_dtype(checkpoint) == dtype:
+        return _link(checkpoint, sorted({checkpoint.tensors[n].file for n in used}), target)
+    entries = {name: checkpoint.tensors[name] for name in sorted(used)}
+    sha = write_streaming(
+        target / "model.safetensors",
+        [(e.name, dtype if e.dtype in floating else e.dtype, e.shape) for e in entries.values()],
+        lambda name: _converted_chunks(entries[name], dtype if entries[name].dtype in floating else entries[name].dtype),
+    )
+    return [_entry(target / "model.safetensors", sha)]
+
+
+def _link(checkpoint: Checkpoint, files: list[Path], target: Path) -> list[FileEntry]:
+    """Hard-link the files, or copy them where the file system cannot link. Hashing is left out for very large ones."""
+    hashed = sum(file.stat().st_size for file in files) <= HASH_LIMIT_BYTES
+    entries = []
+    for file in files:
+        copy = target / file.name
+        try:
+            os.link(file.resolve(), copy)
+        except OSError:
+            try:
+                shutil.copyfile(file, copy)
+            except OSError as error:
+                raise CheckpointError(f"cannot copy {file} into the bundle: {error.strerror}") from error
+        entries.append(_entry(copy, file_sha256(copy) if hashed else None))
+    return entries
+
+
+def _entry(file: Path, sha256: str | None) -> FileEntry:
+    return FileEntry(
+        path=f"{FOLDER}/{file.name}", size_bytes=file.stat().st_size, sha256=sha256,
+        header_sha256=None if sha256 else header_sha256(file),
+    )
+
+
+def _numpy(dtype: str) -> Any:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return np.dtype(dtype)
+
+
+def _as(array: Any, dtype: str) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).astype(_numpy(dtype), copy=False).view(np.uint8).reshape(-1))
+
+
+def _converted_chunks(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
+    """The tensor's data in another dtype, a few megabytes at a time."""
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset)
+        left = entry.size_bytes
+        while left:
+            data = file.read(min(left, _CHUNK_BYTES))
+            if not data:
+                raise CheckpointError(f"{entry.file} ends inside tensor {entry.name}; download it again")
+            left -= len(data)
+            yield _as(np.frombuffer(data, _numpy(entry.dtype)), dtype)
+
+
+def _materialise(checkpoint: Checkpoint, config: Any, task: str, dtype: str, file: Path) -> FileEntry:
+    """Let transformers load the model, merging or splitting tensors as it does, and write what it got."""
+    model = TASKS[task][1].from_pretrained(
+        checkpoint.path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True,
+        trust_remote_code=False,
+    )
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    sha = write_streaming(
+        file,
+        [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()],
+        lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))],
+    )
+    return _entry(file, sha)
