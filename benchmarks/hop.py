@@ -121,10 +121,9 @@ def main() -> None:
     cores = allowed_cores()
     wake_up = {"same_core": wake_up_us(cores[:1], cores[:1]), "other_core": wake_up_us(cores[:1], cores[-1:])}
     rows = [measure(count) for count in arguments.stages]
-    print(
-        f"{len(cores)} processors; waking a thread takes {wake_up['same_core']:.1f} us on the same processor, ", end=""
-    )
-    print(f"{wake_up['other_core']:.1f} us on another. Microseconds a request, and what each hop adds:")
+    here, there = wake_up.values()
+    print(f"{len(cores)} processors; waking a thread takes {here:.1f} us on the same one, {there:.1f} us on another")
+    print("microseconds a request, and what each hop adds:")
     print("stages  direct  latency  per hop  throughput  per hop")
     for row in rows:
         print(

@@ -47,7 +47,8 @@ def cut(signature: Signature, inputs: Mapping[str, Array], sizes: Mapping[str, i
     if lengths is None:
         return [Piece(slice(start, end), None) for start, end in itertools.pairwise(bounds)]
     if count == 1:
-        return [Piece(slice(0, rows), int(lengths.max()))]
+        longest = int(lengths.max())
+        return [Piece(slice(0, rows), longest if longest < sizes[LENGTH] else None)]
     order = np.argsort(-lengths, kind="stable")
     chunks = [order[start:end] for start, end in itertools.pairwise(bounds)]
     return [Piece(chunk, int(lengths[chunk[0]])) for chunk in chunks]
@@ -55,7 +56,7 @@ def cut(signature: Signature, inputs: Mapping[str, Array], sizes: Mapping[str, i
 
 def take(signature: Signature, inputs: Mapping[str, Array], piece: Piece) -> dict[str, Array]:
     """The inputs of one micro-batch, contiguous; views where they are contiguous already."""
-    return {spec.name: np.ascontiguousarray(inputs[spec.name][piece.index(spec)]) for spec in signature.inputs}
+    return {spec.name: np.asarray(inputs[spec.name][piece.index(spec)], order="C") for spec in signature.inputs}
 
 
 def join(

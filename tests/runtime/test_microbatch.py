@@ -3,6 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from stageline.runtime.engines import Array
 from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.microbatch import FEWEST_TOKENS, cut, default_rows, join, take
 from stageline.runtime.signature import Signature
@@ -11,7 +12,8 @@ MASK = TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "length"
 SIDEWAYS = TensorSpec(name="sideways", dtype="float32", shape=("length", 2, "batch"))
 SHARED = TensorSpec(name="shared", dtype="float32", shape=(3,))
 SQUARE = TensorSpec(name="square", dtype="float32", shape=("batch", 1, "length", "length"))
-MODEL = Signature((MASK, SIDEWAYS, SHARED), (SIDEWAYS.model_copy(), SQUARE))
+SCALAR = TensorSpec(name="scalar", dtype="float32", shape=())
+MODEL = Signature((MASK, SIDEWAYS, SHARED, SCALAR), (SIDEWAYS.model_copy(), SQUARE))
 
 
 @given(rows=st.integers(1, 9), length=st.integers(1, 6), micro_rows=st.integers(1, 12), data=st.data())
@@ -19,13 +21,18 @@ def test_joining_undoes_cutting_up_to_padding(rows: int, length: int, micro_rows
     lengths = np.array(data.draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows)))
     mask = (np.arange(length) < lengths[:, None]).astype(np.int64)
     numbers = np.arange(length * 2 * rows, dtype=np.float32).reshape(length, 2, rows) + 1
-    inputs = {"attention_mask": mask, "sideways": numbers, "shared": np.ones(3, np.float32)}
+    inputs: dict[str, Array] = {
+        "attention_mask": mask,
+        "sideways": numbers,
+        "shared": np.ones(3, np.float32),
+        "scalar": np.array(1, np.float32),
+    }
     sizes = {"batch": rows, "length": length}
     pieces = cut(MODEL, inputs, sizes, micro_rows)
     parts = []
     for piece in pieces:
         values = take(MODEL, inputs, piece)
-        assert values["shared"].shape == (3,)
+        assert (values["shared"].shape, values["scalar"].shape) == ((3,), ())
         assert values["attention_mask"].shape[0] <= micro_rows
         first = values["sideways"][:, 0, :].T  # [batch, length]
         parts.append({"sideways": values["sideways"], "square": (first[:, :, None] * first[:, None, :])[:, None]})

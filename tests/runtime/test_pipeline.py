@@ -93,8 +93,8 @@ def onnx_stage(folder: Path, number: int, text: str) -> PipelineStage:
     file = folder / f"{number}.onnx"
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> stage {text}')
     file.write_bytes(model.SerializeToString())
-    names = [tuple(value.name for value in values) for values in (model.graph.input, model.graph.output)]
-    return PipelineStage(*names, partial(engine_factory("onnxruntime"), StageFile(number, file, folder)))
+    reads, gives = (tuple(value.name for value in values) for values in (model.graph.input, model.graph.output))
+    return PipelineStage(reads, gives, partial(engine_factory("onnxruntime"), StageFile(number, file, folder)))
 
 
 # A model of tokens in three stages: `hidden` is 6 ids + 1 for each token, `pooled` its sum under the mask.
@@ -454,4 +454,4 @@ def test_stages_that_do_not_connect_are_refused() -> None:
 @pytest.mark.parametrize("option", ["threads", "queue", "micro_batch"])
 def test_options_below_one_are_refused(option: str) -> None:
     with pytest.raises(RequestError, match=rf"^{option} is 0; it must be at least 1$"):
-        curve(**{option: 0})
+        Pipeline(CURVE, [], **{option: 0})
