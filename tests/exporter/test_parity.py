@@ -1,0 +1,126 @@
+"""Every architecture, cut at 1 stage, 2 stages and one block a stage, gives what torch gives (eager attention, float32)."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from stageline.exporter import skeleton
+from stageline.exporter.export import export
+from stageline.models.synthetic import write_random
+from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.pipeline import Pipeline
+
+TOLERANCE = 1e-4
+_SMALL = {
+    "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 99,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+_GROUPED = {**_SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TINY_GPT = {"n_embd": 32, "n_head": 4, "n_layer": 4, "vocab_size": 99, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_TINY_FALCON = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+_TINY_VIT = {
+    "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+
+# name -> (model_type, config, class of the checkpoint, kinds of blocks' part graphs expected)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bert": ("bert", _SMALL, "BertModel"),
+    "bert-classifier": ("bert", _SMALL, "BertForSequenceClassification"),
+    "distilbert": (
+        "distilbert",
+        {"dim": 32, "n_heads": 4, "hidden_dim": 64, "n_layers": 4, "vocab_size": 99, "max_position_embeddings": 64},
+        "DistilBertModel",
+    ),
+    "roberta": ("roberta", {**_SMALL, "bos_token_id": 1, "eos_token_id": 2}, "RobertaForMaskedLM"),
+    "albert": ("albert", {**_SMALL, "embedding_size": 16}, "AlbertModel"),
+    "electra": ("electra", {**_SMALL, "embedding_size": 16}, "ElectraModel"),
+    "modernbert": (
+        "modernbert",
+        {**_SMALL, "num_hidden_layers": 7, "pad_token_id": 0, "local_attention": 8, "bos_token_id": 1, "eos_token_id": 2,
+         "cls_token_id": 1, "sep_token_id": 2},
+        "ModernBertModel",
+    ),
+    "mpnet": ("mpnet", _SMALL, "MPNetModel"),
+    "gpt2": ("gpt2", _TINY_GPT, "GPT2LMHeadModel"),
+    "gpt_neox": ("gpt_neox", {**_SMALL, "bos_token_id": 1, "eos_token_id": 2}, "GPTNeoXForCausalLM"),
+    "opt": (
+        "opt",
+        {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 64, "num_hidden_layers": 4, "vocab_size": 99,
+         "max_position_embeddings": 64, "word_embed_proj_dim": 32, "eos_token_id": 2},
+        "OPTForCausalLM",
+    ),
+    "llama": ("llama", _GROUPED, "LlamaForCausalLM"),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": 6}, "MistralForCausalLM"),
+    "qwen2": ("qwen2", _GROUPED, "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 8}, "Qwen3ForCausalLM"),
+    "gemma2": ("gemma2", {**_GROUPED, "head_dim": 8, "sliding_window": 6, "num_hidden_layers": 6}, "Gemma2ForCausalLM"),
+    "gemma3_text": (
+        "gemma3_text", {**_GROUPED, "head_dim": 8, "sliding_window": 6, "num_hidden_layers": 13}, "Gemma3ForCausalLM",
+    ),
+    "phi3": ("phi3", _GROUPED, "Phi3ForCausalLM"),
+    "olmo2": ("olmo2", _GROUPED, "Olmo2ForCausalLM"),
+    "starcoder2": ("starcoder2", {**_GROUPED, "bos_token_id": 1, "eos_token_id": 2}, "Starcoder2ForCausalLM"),
+    "falcon": ("falcon", _TINY_FALCON, "FalconForCausalLM"),
+    "vit": ("vit", _TINY_VIT, "ViTForImageClassification"),
+}  # fmt: skip
+
+
+def synthesize(folder: Path, model_type: str, values: dict[str, Any], saved_as: str, dtype: str = "float32") -> Path:
+    """A checkpoint with seeded random weights in `folder`."""
+    values = {"model_type": model_type, "architectures": [saved_as], **values}
+    config = skeleton.config_of(values)
+    model = skeleton.build(config, skeleton.task_of(config, None), getattr(torch, dtype), "eager")
+    write_random(folder, values, skeleton.parameter_shapes(model), seed=7)
+    return folder
+
+
+def random_inputs(bundle: Bundle, seed: int, rows: int = 5, length: int = 19) -> dict[str, np.ndarray]:
+    """Fresh inputs: ragged rows padded on the right, one of them full and one of a single token; or random images."""
+    rng = np.random.default_rng(seed)
+    made: dict[str, np.ndarray] = {}
+    for spec in bundle.manifest.inputs:
+        shape = [{"batch": rows, "length": length}.get(d, d) if isinstance(d, str) else d for d in spec.shape]
+        if spec.name == "attention_mask":
+            lengths = np.array([length, 1, *rng.integers(2, length, rows - 2)])
+            made[spec.name] = (np.arange(length) < lengths[:, None]).astype(np.int64)
+        elif spec.name == "token_type_ids":
+            made[spec.name] = rng.integers(0, 2, shape)
+        elif spec.name == "input_ids":
+            made[spec.name] = rng.integers(3, bundle.manifest.vocabulary, shape)
+        else:
+            made[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+    if "attention_mask" in made:
+        made["input_ids"][made["attention_mask"] == 0] = 0
+    return made
+
+
+def reference(folder: Path, saved_as: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """What transformers gives with eager attention in float32."""
+    model = getattr(transformers, saved_as).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        result = model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    return np.asarray(result[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_stages_give_what_torch_gives(name: str, tmp_path: Path) -> None:
+    model_type, values, saved_as = ARCHITECTURES[name]
+    checkpoint = synthesize(tmp_path / "checkpoint", model_type, values, saved_as)
+    bundle = export(checkpoint, tmp_path / "bundle")
+    assert bundle.manifest.trace.startswith("stamped"), bundle.manifest.trace
+    output = bundle.manifest.outputs[-1].name
+    for seed, stages in enumerate((1, 2, bundle.manifest.blocks)):
+        bundle = recut(tmp_path / "bundle", stages)
+        inputs = random_inputs(bundle, seed)
+        with Pipeline.open(tmp_path / "bundle") as pipeline:
+            got = pipeline.run(inputs)[output]
+        want = reference(checkpoint, saved_as, inputs)
+        real = inputs["attention_mask"] == 1 if "attention_mask" in inputs and got.ndim == 3 else ...
+        assert got.shape == want.shape
+        assert np.abs(got[real] - want[real]).max() <= TOLERANCE, f"{stages} stages"
