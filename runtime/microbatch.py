@@ -6,6 +6,7 @@ model makes of padding: read it under the mask.
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,18 +33,31 @@ class Piece:
         )
 
 
-def default_rows(rows: int, length: int, stages: int) -> int:
-    """Rows of a micro-batch so that `rows` rows of `length` tokens keep all stages busy, unless they are few."""
-    for_all_stages = -(-rows // (MICRO_BATCHES_PER_STAGE * stages))
-    return max(for_all_stages, -(-FEWEST_TOKENS // length)) if stages > 1 else rows
+def default_rows(rows: int, tokens: float, stages: int, ragged: bool) -> int:
+    """Rows of a micro-batch, for `rows` rows of `tokens` tokens each (on average, padding left out).
+
+    Rows of one length: so many that all stages have work. Rows of different lengths: as few as make a worthwhile
+    micro-batch, for the smaller it is, the less padding it computes. Measured on MiniLM: about 128 real tokens are best
+    for ragged batches of any size, and double the speed of a single stage.
+    """
+    worthwhile = math.ceil(FEWEST_TOKENS / tokens)
+    if ragged:
+        return worthwhile
+    return max(worthwhile, math.ceil(rows / (MICRO_BATCHES_PER_STAGE * stages))) if stages > 1 else rows
 
 
-def cut(signature: Signature, inputs: Mapping[str, Array], sizes: Mapping[str, int], micro_rows: int) -> list[Piece]:
-    """Even pieces of at most `micro_rows` rows each that cover the batch once."""
+def cut(
+    signature: Signature, inputs: Mapping[str, Array], sizes: Mapping[str, int], stages: int, micro_rows: int | None
+) -> list[Piece]:
+    """Even pieces of at most `micro_rows` rows each (None: by `default_rows`) that cover the batch once."""
     rows = sizes.get(BATCH, 1)
-    count = -(-rows // micro_rows)
-    bounds = [rows * i // count for i in range(count + 1)]
     lengths = _row_lengths(signature, inputs)
+    if micro_rows is None:
+        tokens = sizes.get(LENGTH, 1) if lengths is None else float(lengths.mean())
+        ragged = lengths is not None and bool(lengths.min() < lengths.max())
+        micro_rows = default_rows(rows, tokens, stages, ragged)
+    count = math.ceil(rows / micro_rows)
+    bounds = [rows * i // count for i in range(count + 1)]
     if lengths is None:
         return [Piece(slice(start, end), None) for start, end in itertools.pairwise(bounds)]
     if count == 1:

@@ -33,9 +33,9 @@ from stageline.runtime.bundle import Bundle
 from stageline.runtime.devices.cpu import allowed_cores, share_cores, start_worker
 from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
 from stageline.runtime.manifest import TensorSpec
-from stageline.runtime.microbatch import Piece, cut, default_rows, join, take
+from stageline.runtime.microbatch import Piece, cut, join, take
 from stageline.runtime.route import Step, route
-from stageline.runtime.signature import BATCH, LENGTH, Signature
+from stageline.runtime.signature import Signature
 from stageline.runtime.slots import Slots
 
 WINDOW = 2  # micro-batches a stage: one that runs and one that is next
@@ -269,8 +269,7 @@ class Pipeline:
         """A request that fits the signature, and its micro-batches."""
         names = self.signature.check_outputs(outputs)
         given, sizes = self.signature.check_inputs(inputs)
-        rows = self._micro_batch or default_rows(sizes.get(BATCH, 1), sizes.get(LENGTH, 1), len(self._lanes))
-        pieces = cut(self.signature, given, sizes, rows)
+        pieces = cut(self.signature, given, sizes, len(self._lanes), self._micro_batch)
         specs = tuple(spec for spec in self.signature.outputs if spec.name in names)
         request = _Request(sizes, specs, self._route(names), pieces, [{} for _ in pieces], len(pieces))
         return request, [_MicroBatch(request, i, take(self.signature, given, piece)) for i, piece in enumerate(pieces)]
