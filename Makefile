@@ -1,0 +1,63 @@
+# Needs make and Python 3.11 or newer (PYTHON=python3.12 chooses one). Everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FLOORS := models runtime exporter dashboard
+CODE := $(FLOORS) tests benchmarks examples
+CHECKPOINTS := models/checkpoints
+export STAGELINE_CHECKPOINTS := $(CURDIR)/$(CHECKPOINTS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check lint types pytest checkpoints bench clean
+
+help:
+	@echo 'make demo   fetch the reference checkpoints, export each to two stages, run them'
+	@echo 'make test   lint, types and all tests that need no GPU'
+	@echo 'make bench  the benchmarks, into benchmarks/results/'
+	@echo 'make clean  remove the virtual environment, bundles and caches (checkpoints stay)'
+
+# The stamp is newer than pyproject.toml when the environment fits it.
+$(VENV)/stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,export,dev]'
+	@touch $@
+
+checkpoints: $(VENV)/stamp
+	@$(BIN)/stageline models fetch minilm
+	@$(BIN)/stageline models fetch smollm2
+
+demo: checkpoints
+	@rm -rf bundles/minilm bundles/smollm2
+	@mkdir -p bundles
+	$(BIN)/stageline export $(CHECKPOINTS)/minilm -o bundles/minilm --stages 2
+	$(BIN)/stageline export $(CHECKPOINTS)/smollm2 -o bundles/smollm2 --stages 2
+	$(BIN)/stageline run bundles/minilm --text 'A cat sits on the mat.' --text 'A kitten rests on a rug.' --text 'Shares fell sharply on Monday.'
+	$(BIN)/stageline run bundles/smollm2 --text 'The capital of France is'
+
+test: lint types pytest
+
+check: lint types
+
+lint: $(VENV)/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow setuptools' package-dir; it sees the packages under their full names through these links.
+types: $(VENV)/stamp
+	@mkdir -p .view/stageline
+	@for floor in $(FLOORS); do ln -sfn ../../$$floor .view/stageline/$$floor; done
+	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
+
+pytest: checkpoints
+	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadfile
+
+bench: checkpoints
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/export_cost.py --json benchmarks/results/export_cost.json
+	$(BIN)/python benchmarks/pipeline.py --json benchmarks/results/pipeline.json
+	$(BIN)/python benchmarks/hop.py --json benchmarks/results/hop.json
+
+clean:
+	rm -rf $(VENV) .view bundles build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
