@@ -1,0 +1,170 @@
+"""Sentences a second of MiniLM: stages on a core each, beside one session on all of it and two sessions side by side.
+
+Everything runs the same graph in the same process, interleaved round by round (A B C D, A B C D, ...), because machines
+drift; medians over the rounds are compared. The rivals are plain ONNX Runtime sessions with its own defaults. Several
+requests are in flight wherever the runner can use them; the time to fill and to drain is counted.
+
+    python benchmarks/pipeline.py bundles/minilm --json pipeline.json
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import onnxruntime as ort
+from stageline.runtime.bundle import recut
+from stageline.runtime.devices.cpu import allowed_cores, start_worker
+from stageline.runtime.engines import Array
+from stageline.runtime.pipeline import Pipeline
+
+BATCHES = ((1, 32), (8, 128), (32, 64))  # rows, tokens
+OUTPUT = "sentence_embedding"
+IN_FLIGHT = 8
+Feed = dict[str, Array]
+Runner = Callable[[Sequence[Feed]], list[Array]]
+"""Runs requests, as many at a time as it can, and gives their outputs in order."""
+
+
+def session(graph: Path, threads: int) -> ort.InferenceSession:
+    """A plain session over a whole model."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
+def one_session(graph: Path, threads: int) -> Runner:
+    """One session, a request after the other."""
+    opened = session(graph, threads)
+
+    def run(feeds: Sequence[Feed]) -> list[Array]:
+        return [opened.run([OUTPUT], feed)[0] for feed in feeds]
+
+    return run
+
+
+def side_by_side(graph: Path, cores: Sequence[int]) -> Runner:
+    """A one-thread session for each core, pinned to it, that takes the next request when it has done one."""
+    opened = [session(graph, 1) for _ in cores]
+
+    def run(feeds: Sequence[Feed]) -> list[Array]:
+        results: list[Array] = [np.empty(0)] * len(feeds)
+        left: Iterator[int] = iter(range(len(feeds)))  # next() on it is atomic
+
+        def work(mine: ort.InferenceSession) -> None:
+            for number in left:
+                results[number] = mine.run([OUTPUT], feeds[number])[0]
+
+        threads = [
+            start_worker("session", (core,), lambda mine=mine: work(mine))  # type: ignore[misc]
+            for core, mine in zip(cores, opened, strict=True)
+        ]
+        for thread in threads:
+            thread.join()
+        return results
+
+    return run
+
+
+def staged(pipeline: Pipeline) -> Runner:
+    """Our pipeline; its queue bounds the requests in flight, and `submit` waits for a place."""
+
+    def run(feeds: Sequence[Feed]) -> list[Array]:
+        futures = [pipeline.submit(feed, [OUTPUT]) for feed in feeds]
+        return [future.result()[OUTPUT] for future in futures]
+
+    return run
+
+
+def feed(rows: int, tokens: int, vocabulary: int) -> Feed:
+    """A request of full rows."""
+    ids = np.random.default_rng(0).integers(1000, vocabulary, (rows, tokens))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def measure(
+    runners: dict[str, Runner], request: Feed, rows: int, rounds: int, round_s: float
+) -> dict[str, list[float]]:
+    """Sentences a second of each runner, one figure a round."""
+    answers = [run([request])[0] for run in runners.values()]
+    for answer in answers[1:]:
+        np.testing.assert_allclose(answer, answers[0], atol=1e-4)
+    began = perf_counter()
+    next(iter(runners.values()))([request] * 2)
+    count = max(4, round(2 * round_s / (perf_counter() - began)) * 2)  # even, so that two sessions end together
+    found: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            began = perf_counter()
+            run([request] * count)
+            found[name].append(count * rows / (perf_counter() - began))
+    return found
+
+
+def main() -> None:
+    """Measure, print a table, write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, nargs="?", default=Path("bundles/minilm"), help="an exported minilm")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--round-s", type=float, default=1.5, help="about how long one runner works in a round, in seconds"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    cores = allowed_cores()[:2]
+    if len(cores) < 2:
+        raise SystemExit("this process may use one processor only; two stages side by side need two")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        graphs = {}
+        for stages in (1, 2):
+            copy = shutil.copytree(arguments.bundle, folder / f"{stages}-stage")
+            graphs[stages] = recut(copy, stages)
+        whole = graphs[1].path / graphs[1].manifest.stages[0].file
+        vocabulary = graphs[1].manifest.vocabulary or 2000
+        pipeline = stack.enter_context(Pipeline.open(graphs[2].path, threads=2, queue=IN_FLIGHT))
+        runners = {
+            "1 session, 1 thread": one_session(whole, 1),
+            "1 session, 2 threads": one_session(whole, 2),
+            "2 sessions, 1 thread": side_by_side(whole, cores),
+            "2 stages, 1 thread": staged(pipeline),
+        }
+        ours = list(runners)[-1]
+        print(
+            f"sentences/s, median of {arguments.rounds} interleaved rounds (lowest to highest), "
+            f"onnxruntime {ort.__version__}"
+        )
+        print(f"{'batch':8}" + "".join(f"{name:>24}" for name in runners) + f"{'stages / best other':>22}")
+        results = []
+        for rows, tokens in BATCHES:
+            found = measure(runners, feed(rows, tokens, vocabulary), rows, arguments.rounds, arguments.round_s)
+            medians = {name: statistics.median(values) for name, values in found.items()}
+            best = max(value for name, value in medians.items() if name != ours)
+            ratio = medians[ours] / best
+            cells = "".join(f"{f'{medians[n]:.1f} ({min(v):.0f} to {max(v):.0f})':>24}" for n, v in found.items())
+            print(f"{f'{rows} x {tokens}':8}{cells}{ratio:>22.2f}", flush=True)
+            results.append(
+                {
+                    "rows": rows,
+                    "tokens": tokens,
+                    "sentences_per_s": found,
+                    "medians": medians,
+                    "ratio_to_best_other": ratio,
+                }
+            )
+        cuts = [[stage.first_block, stage.last_block] for stage in graphs[2].manifest.stages]
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        setting = {"processors": os.cpu_count(), "onnxruntime": ort.__version__, "stages": cuts, "in_flight": IN_FLIGHT}
+        arguments.json.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
