@@ -15,7 +15,7 @@ from stageline.exporter import gguf, skeleton
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.exporter.cut import Cut, NotProvenError, cut
 from stageline.exporter.fuse import fuse
-from stageline.exporter.trace import ATTENTION, OPSET, NotFusedError, representatives, trace
+from stageline.exporter.trace import ATTENTION, OPSET, NotFusedError, first_line, representatives, trace
 from stageline.exporter.weights import Weights, find, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint, read_json_object
 from stageline.models.errors import ExportError
@@ -112,8 +112,15 @@ def _trace(
         with mode:
             return tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in inputs)
 
-    with mode, torch.no_grad():
-        stack = watch(wrapped, samples())
+    try:
+        with mode, torch.no_grad():
+            stack = watch(wrapped, samples())
+    except (NotFusedError, ExportError, KeyError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be run on {', '.join(i.name for i in inputs)} alone: {first_line(error)}"
+        ) from error
     kind = kinds(stack)
     reason = stampable(stack)
     real = representatives(kind) if reason is None else frozenset(range(len(stack)))
@@ -136,6 +143,9 @@ def _cut(
     kind: list[int], real: frozenset[int], weights: Weights,
 ) -> Cut:
     traced = trace(wrapped, inputs, samples, stack, kind, real)
+    if wrapped.model.config._attn_implementation == ATTENTION and not any(n.op_type == "Attention" for n in traced.model.graph):
+        # The model computes attention itself, so it wants the mask that goes with that, a bias and not a truth table.
+        raise NotFusedError("attention of its own")
     names = frozenset("model." + name for name in weights.names)
     result = cut(traced, stack, kind, names)
     for part in result.parts:

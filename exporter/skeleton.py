@@ -137,6 +137,7 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             model = TASKS[task][1].from_config(config, dtype=dtype, attn_implementation=attention)
+            model.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on the router's choice
     except ValueError as error:
         first = " ".join(str(error).split())[:200]
         if "attn_implementation" in first or "attention" in first.lower():

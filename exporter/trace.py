@@ -33,6 +33,14 @@ _HARMLESS = frozenset({"position_ids", "sliding_window", "cache_position", "use_
                        "output_hidden_states", "return_dict", "output_router_logits"})
 
 
+def first_line(error: BaseException) -> str:
+    """The root cause's first line of text: torch wraps causes in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"
+
+
 class NotFusedError(Exception):
     """Attention of this model asks for more than the Attention operator gives; trace it in primitive operators."""
 
@@ -154,8 +162,7 @@ def trace(
         except NotFusedError:
             raise
         except Exception as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ExportError(f"{type(task.model).__name__} cannot be traced: {first.strip()[:300]}") from error
+            raise ExportError(f"{type(task.model).__name__} cannot be traced: {first_line(error)}") from error
     assert exported is not None
     model = exported.model
     name_borders(model, inputs, task.output_names)
