@@ -51,7 +51,7 @@ types: $(VENV)/stamp
 	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
 
 pytest: checkpoints
-	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadfile
+	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadgroup
 
 bench: checkpoints
 	@mkdir -p benchmarks/results

@@ -1,4 +1,4 @@
-"""Sentence embeddings inside your own program: python examples/embed.py bundles/minilm (a bundle that `make demo` made)."""
+"""Sentence embeddings inside your own program: python examples/embed.py bundles/minilm (which `make demo` makes)."""
 
 import asyncio
 import sys
