@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from stageline.exporter.blocks import Call
+from stageline.exporter.fuse import fuse_rotary
 from stageline.exporter.trace import MARK, Trace
 from stageline.models.errors import ExportError
 from stageline.runtime.manifest import TensorSpec, Use
@@ -96,6 +97,7 @@ def _share(model: ir.Model, stack: list[Call]) -> None:
             assert node.inputs[0] is not None
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
             model.graph.remove(node, safe=True)
+    fuse_rotary(model)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
 

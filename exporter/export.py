@@ -14,7 +14,7 @@ import torch
 from stageline.exporter import gguf, skeleton
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.exporter.cut import Cut, NotProvenError, cut
-from stageline.exporter.fuse import fuse
+from stageline.exporter.fuse import fuse_norms
 from stageline.exporter.trace import ATTENTION, OPSET, NotFusedError, first_line, representatives, trace
 from stageline.exporter.weights import Weights, find, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint, read_json_object
@@ -149,7 +149,7 @@ def _cut(
     names = frozenset("model." + name for name in weights.names)
     result = cut(traced, stack, kind, names)
     for part in result.parts:
-        fuse(part)
+        fuse_norms(part)
     return result
 
 

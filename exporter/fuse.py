@@ -6,13 +6,50 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules.fusion import _layer_norm, _rms_normalization, _rotary_embedding
 
 
-def fuse(model: ir.Model) -> ir.Model:
-    """Rewrite normalisation and rotary patterns of opset 23 in `model`. Attention is one operator since the trace."""
-    rules = [
-        *_rms_normalization.rms_normalization_ruleset.rules,
-        *_layer_norm.layer_normalization_ruleset.rules,
-        *_rotary_embedding.rotary_embedding_rules.rules,
-    ]
-    rewrite(model, rules)
+def fuse_norms(model: ir.Model) -> None:
+    """Rewrite normalisation patterns to the operators of opset 23. Attention is one operator since the trace."""
+    rewrite(
+        model,
+        [
+            *_rms_normalization.rms_normalization_ruleset.rules,
+            *_layer_norm.layer_normalization_ruleset.rules,
+        ],
+    )
     RemoveUnusedNodesPass()(model)
-    return model
+
+
+def fuse_rotary(model: ir.Model) -> None:
+    """Rewrite rotary patterns to RotaryEmbedding. On the whole model, before it is cut: that the two halves of a table
+    are equal is seen only where the table is made."""
+    rewrite(model, [*_rotary_embedding.rotary_embedding_rules.rules])
+    rewrite(model, [*_rotary_embedding.partial_embedding_rules.rules])
+    for node in list(model.graph):
+        if node.op_type == "RotaryEmbedding":
+            for place in (1, 2):
+                _give_rows(model, node, place)
+
+
+def _give_rows(model: ir.Model, node: ir.Node, place: int) -> None:
+    """The operator wants a table for each row of the batch; one that all rows share is expanded."""
+    table, x = node.inputs[place], node.inputs[0]
+    assert table is not None and x is not None and x.shape is not None
+    cosine = table.producer()  # of the angles; the rewriter leaves its type and shape open
+    assert cosine is not None and cosine.inputs[0] is not None
+    table.shape, table.type = cosine.inputs[0].shape, cosine.inputs[0].type
+    if table.shape is None or table.shape[0] != 1:
+        return
+    source = next((v for v in model.graph.inputs if v.shape is not None and v.shape[0] == x.shape[0]), None)
+    if source is None:
+        return
+    rows = ir.node("Shape", [source], {"start": 0, "end": 1})
+    ones = ir.node("Constant", [], {"value": ir.tensor([1, 1], dtype=ir.DataType.INT64)})
+    sizes = ir.node("Concat", [rows.outputs[0], ones.outputs[0]], {"axis": 0})
+    expand = ir.node("Expand", [table, sizes.outputs[0]])
+    for number, new in enumerate((rows, ones, sizes, expand)):
+        new.outputs[0].name = f"{node.outputs[0].name}.table{place}.{number}"
+        new.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+    expand.outputs[0].type = table.type
+    expand.outputs[0].shape = ir.Shape([x.shape[0], *list(table.shape)[1:]])
+    rows.outputs[0].shape, ones.outputs[0].shape, sizes.outputs[0].shape = ir.Shape([1]), ir.Shape([2]), ir.Shape([3])
+    model.graph.insert_before(node, [rows, ones, sizes, expand])
+    node.replace_input_with(place, expand.outputs[0])
