@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 FLOORS := models runtime exporter dashboard
-CODE := $(FLOORS) tests benchmarks examples
 CHECKPOINTS := models/checkpoints
 export STAGELINE_CHECKPOINTS := $(CURDIR)/$(CHECKPOINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -49,6 +48,7 @@ types: $(VENV)/stamp
 	@mkdir -p .view/stageline
 	@for floor in $(FLOORS); do ln -sfn ../../$$floor .view/stageline/$$floor; done
 	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
+	$(BIN)/mypy benchmarks examples
 
 pytest: checkpoints
 	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadgroup
