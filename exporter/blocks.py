@@ -5,14 +5,14 @@ most parameters, counted once a call, is the model's stack. Nothing here knows t
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree
-
 from stageline.models.errors import ExportError
+from torch.utils import _pytree
 
 CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
 _TORCH_INTERNALS = frozenset({"_parameters", "_buffers", "_modules", "forward", "training"})
@@ -69,13 +69,13 @@ def watch(task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call
         stacks.setdefault((container, depth), []).append(call)
     if not stacks:
         raise ExportError(
-            f"{type(getattr(task, 'model', task)).__name__} cannot be cut: looked for calls to the children of a ModuleList, "
-            "Sequential or ModuleDict, and its forward makes none"
+            f"{type(getattr(task, 'model', task)).__name__} cannot be cut: looked for calls to the children of a "
+            "ModuleList, Sequential or ModuleDict, and its forward makes none"
         )
     weight = {key: sum(p.numel() for c in stack for p in c.block.parameters()) for key, stack in stacks.items()}
     best = max(stacks, key=lambda key: (weight[key], -key[1]))
     stack = stacks[best]
-    for earlier, later in zip(stack, stack[1:], strict=False):
+    for earlier, later in itertools.pairwise(stack):
         leaf = earlier.outputs[0] if earlier.outputs else None
         found = [i for i, value in enumerate(later.inputs) if value is leaf and isinstance(leaf, torch.Tensor)]
         later.chain = found[0] if found else None
@@ -165,7 +165,9 @@ def _same_one(a: torch.nn.Module, b: torch.nn.Module, index_a: int, index_b: int
         twin = b._buffers[name]
         if buffer is not None and twin is not None and not torch.equal(buffer, twin):
             return False
-    ours = {k: v for k, v in vars(a).items() if k not in _TORCH_INTERNALS and not k.startswith(("_forward", "_backward"))}
+    ours = {
+        k: v for k, v in vars(a).items() if k not in _TORCH_INTERNALS and not k.startswith(("_forward", "_backward"))
+    }
     theirs = {k: v for k, v in vars(b).items() if k in ours}
     return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k], index_a, index_b) for k in ours)
 

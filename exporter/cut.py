@@ -1,7 +1,7 @@
 """Cutting the marked graph into parts: a prologue, one graph for each distinct kind of block, an epilogue.
 
-Every value has a level: it depends on constants only, on the sizes of dimensions, on the model's inputs (then it is computed
-once, in the prologue, and shared), or on the hidden state (then it belongs to the block whose result needs it).
+Every value has a level: it depends on constants only, on the sizes of dimensions, on the model's inputs (then it is
+computed once, in the prologue, and shared), or on the hidden state (then it belongs to the block that needs it).
 """
 
 import hashlib
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
-
 from stageline.exporter.blocks import Call
 from stageline.exporter.fuse import fuse_rotary
 from stageline.exporter.trace import MARK, Trace
@@ -21,8 +20,27 @@ from stageline.runtime.stitch import size_read
 
 CONSTANT, SIZES, SHARED, CHAIN = range(4)
 # Operators on sizes that give a scalar or a short list of sizes, so that repeating them in a block costs nothing.
-_SIZE_OPERATORS = frozenset({"Squeeze", "Unsqueeze", "Reshape", "Concat", "Cast", "CastLike", "Add", "Sub", "Mul", "Div",
-                             "Gather", "Slice", "Max", "Min", "Neg", "Identity", "Mod"})
+_SIZE_OPERATORS = frozenset(
+    {
+        "Squeeze",
+        "Unsqueeze",
+        "Reshape",
+        "Concat",
+        "Cast",
+        "CastLike",
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Gather",
+        "Slice",
+        "Max",
+        "Min",
+        "Neg",
+        "Identity",
+        "Mod",
+    }
+)
 
 
 class NotProvenError(Exception):
@@ -88,7 +106,7 @@ def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozens
 
 
 def _share(model: ir.Model, stack: list[Call]) -> None:
-    """Take away the markers of what the blocks share, so that what they compute from it alone becomes one computation."""
+    """Take away the markers of what the blocks share, so that what they compute from it alone is computed once."""
     for node in list(model.graph):
         if (node.domain, node.op_type) != MARK:
             continue
@@ -108,9 +126,14 @@ def _levels(graph: ir.Graph, free: set[str | None]) -> dict[ir.Value, int]:
     for value in graph.initializers.values():
         level[value] = CONSTANT
     for node in graph:
-        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
-            raise ExportError(f"operator {node.name} ({node.op_type}) holds a graph of its own; blocks with control flow "
-                              "cannot be cut")
+        if any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        ):
+            raise ExportError(
+                f"operator {node.name} ({node.op_type}) holds a graph of its own; blocks with control flow "
+                "cannot be cut"
+            )
         if (node.domain, node.op_type) == MARK:
             mine = CHAIN
         else:
@@ -133,8 +156,8 @@ class _Cutter:
         self.level, self.ends, self.weight_names, self.free = level, ends, weights, free
 
     def piece(self, outputs: list[ir.Value], through: bool = True) -> _Piece:
-        """A block or the epilogue: stops at the blocks before it and at shared values. `through` is False where an output
-        may itself be a block's result (an epilogue that does nothing)."""
+        """A block or the epilogue: stops at the blocks before it and at shared values. `through` is False where an
+        output may itself be a block's result (an epilogue that does nothing)."""
         nodes: dict[ir.Node, None] = {}
         reads: dict[ir.Value, None] = {}
         weights: dict[ir.Value, None] = {}
@@ -189,8 +212,10 @@ class _Cutter:
 def _check_chain(blocks: dict[int, _Piece], ends: set[ir.Value], stack: list[Call]) -> None:
     for index, piece in blocks.items():
         if index and not any(value in ends for value in piece.reads):
-            raise ExportError(f"block {index} ({stack[index].module}) does not depend on the blocks before it; looked for a "
-                              "hidden state that runs through all blocks and did not find one")
+            raise ExportError(
+                f"block {index} ({stack[index].module}) does not depend on the blocks before it; looked for a "
+                "hidden state that runs through all blocks and did not find one"
+            )
 
 
 def _spec(value: ir.Value, name: str) -> TensorSpec:
@@ -240,11 +265,19 @@ def _constant(tensor: ir.TensorProtocol) -> str:
 def _local_weights(piece: _Piece, module: str) -> dict[ir.Value, str]:
     """Names of a piece's weights, relative to its module where they lie in it."""
     prefix = module + "."
-    return {v: str(v.name).removeprefix(prefix) if str(v.name).startswith(prefix) else "/" + str(v.name) for v in piece.weights}
+    return {
+        v: str(v.name).removeprefix(prefix) if str(v.name).startswith(prefix) else "/" + str(v.name)
+        for v in piece.weights
+    }
 
 
 def _assemble(
-    trace: Trace, stack: list[Call], kinds: list[int], prologue: _Piece, blocks: dict[int, _Piece], epilogue: _Piece,
+    trace: Trace,
+    stack: list[Call],
+    kinds: list[int],
+    prologue: _Piece,
+    blocks: dict[int, _Piece],
+    epilogue: _Piece,
     names: dict[ir.Value, str],
 ) -> Cut:
     result = Cut()
@@ -280,10 +313,16 @@ def _assemble(
     for index in sorted(blocks):
         made[index] = use(blocks[index], stack[index].module, stack[index].count, f"block-{index}")
         first, digest = made[kinds[index]]
-        if len(blocks) < len(stack) and (made[index][1] != digest or _wiring(made[index][0], index) != _wiring(first, kinds[index])):
+        if len(blocks) < len(stack) and (
+            made[index][1] != digest or _wiring(made[index][0], index) != _wiring(first, kinds[index])
+        ):
             raise NotProvenError(f"blocks {kinds[index]} and {index} look alike but their graphs differ")
     for index, call in enumerate(stack):
-        result.uses.append(made[index][0] if index in made else _stamp(made[kinds[index]][0], stack[kinds[index]], call, kinds[index], index))
+        result.uses.append(
+            made[index][0]
+            if index in made
+            else _stamp(made[kinds[index]][0], stack[kinds[index]], call, kinds[index], index)
+        )
     result.uses.append(use(epilogue, label="epilogue", writes=output_names)[0])
     if len(blocks) < len(stack):
         _thread_hidden(result, blocks, stack)
@@ -301,8 +340,10 @@ def _stamp(use: Use, first: Call, call: Call, first_index: int, index: int) -> U
     return Use(
         part=use.part,
         reads={k: f"hidden.{index}" if v.startswith("hidden.") else v for k, v in use.reads.items()},
-        writes={k: f"hidden.{index + 1}" for k in use.writes},
-        weights={k: call.module + "." + v.removeprefix(prefix) if v.startswith(prefix) else v for k, v in use.weights.items()},
+        writes=dict.fromkeys(use.writes, f"hidden.{index + 1}"),
+        weights={
+            k: call.module + "." + v.removeprefix(prefix) if v.startswith(prefix) else v for k, v in use.weights.items()
+        },
         module=call.module,
         call=call.count,
     )
@@ -335,16 +376,17 @@ def _graph(piece: _Piece, local: Mapping[ir.Value, str], label: str, source: ir.
             nodes.append(_size_of(node, size, piece.reads, new))
             continue
         mapped: list[ir.Value | None] = []
-        for value in node.inputs:
-            if value is not None and value not in new:
-                constant = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
-                new[value] = constant
-                constants.append(constant)
-            mapped.append(None if value is None else new[value])
+        for read in node.inputs:
+            if read is not None and read not in new:
+                new[read] = ir.Value(name=read.name, shape=read.shape, type=read.type, const_value=read.const_value)
+                constants.append(new[read])
+            mapped.append(None if read is None else new[read])
         if (node.domain, node.op_type) == MARK:
             copy = ir.node("Identity", mapped)
         else:
-            copy = ir.Node(node.domain, node.op_type, mapped, list(node.attributes.values()), num_outputs=len(node.outputs))
+            copy = ir.Node(
+                node.domain, node.op_type, mapped, list(node.attributes.values()), num_outputs=len(node.outputs)
+            )
         copy.name = node.name
         for old, value in zip(node.outputs, copy.outputs, strict=True):
             value.name, value.type, value.shape = old.name, old.type, old.shape
@@ -356,7 +398,9 @@ def _graph(piece: _Piece, local: Mapping[ir.Value, str], label: str, source: ir.
         end.outputs[0].name, end.outputs[0].type, end.outputs[0].shape = f"out{i}", value.type, value.shape
         nodes.append(end)
         outputs.append(end.outputs[0])
-    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=constants, opset_imports=dict(source.graph.opset_imports), name=label)
+    graph = ir.Graph(
+        inputs, outputs, nodes=nodes, initializers=constants, opset_imports=dict(source.graph.opset_imports), name=label
+    )
     graph.opset_imports.pop(MARK[0], None)
     return ir.Model(graph, ir_version=source.ir_version, producer_name="stageline")
 
@@ -374,4 +418,6 @@ def _size_of(node: ir.Node, size: str, reads: list[ir.Value], new: dict[ir.Value
                 copy.outputs[0].name, copy.outputs[0].type = node.outputs[0].name, ir.TensorType(ir.DataType.INT64)
                 new[node.outputs[0]] = copy.outputs[0]
                 return copy
-    raise ExportError(f"the size of dimension {size!r} is needed after a cut but no tensor that crosses it has that dimension")
+    raise ExportError(
+        f"the size of dimension {size!r} is needed after a cut but no tensor that crosses it has that dimension"
+    )

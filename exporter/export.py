@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
-
 from stageline.exporter import gguf, skeleton
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.exporter.cut import Cut, NotProvenError, cut
@@ -65,7 +64,9 @@ def export(
     task = task or skeleton.task_of(config, head)
     head = head if task == "sentence-similarity" else None
     if task == "sentence-similarity" and head is None:
-        raise ExportError(f"{path} says nothing of how to pool a sentence (no modules.json); use --task feature-extraction")
+        raise ExportError(
+            f"{path} says nothing of how to pool a sentence (no modules.json); use --task feature-extraction"
+        )
     chosen: Dtype = dtype or majority_dtype(checkpoint)  # type: ignore[assignment]
     with new_folder(Path(bundle)) as folder:
         progress("tracing")
@@ -85,18 +86,28 @@ def export(
 
 
 def trace_parts(
-    checkpoint: Checkpoint, config: Any, task: str, dtype: str, head: SentencePooling | None, progress: Callable[[str], None]
+    checkpoint: Checkpoint,
+    config: Any,
+    task: str,
+    dtype: str,
+    head: SentencePooling | None,
+    progress: Callable[[str], None],
 ) -> Traced:
     """Trace and cut, with fused attention if the model allows it, stamping blocks if that is proven."""
     try:
         return _trace(checkpoint, config, task, dtype, head, progress, ATTENTION)
     except (NotFusedError, KeyError, skeleton.AttentionError):
-        # softcaps, sinks, or a model that has its own table of attention classes: the primitive operators are always right
+        # softcaps, sinks, or a table of attention classes of its own: the primitive operators are always right
         return _trace(checkpoint, config, task, dtype, head, progress, "eager")
 
 
 def _trace(
-    checkpoint: Checkpoint, config: Any, task: str, dtype: str, head: SentencePooling | None, progress: Callable[[str], None],
+    checkpoint: Checkpoint,
+    config: Any,
+    task: str,
+    dtype: str,
+    head: SentencePooling | None,
+    progress: Callable[[str], None],
     attention: str,
 ) -> Traced:
     torch_dtype = getattr(torch, dtype)
@@ -139,11 +150,18 @@ def _trace(
 
 
 def _cut(
-    wrapped: skeleton.Task, inputs: tuple[skeleton.Input, ...], samples: tuple[torch.Tensor, ...], stack: list[Call],
-    kind: list[int], real: frozenset[int], weights: Weights,
+    wrapped: skeleton.Task,
+    inputs: tuple[skeleton.Input, ...],
+    samples: tuple[torch.Tensor, ...],
+    stack: list[Call],
+    kind: list[int],
+    real: frozenset[int],
+    weights: Weights,
 ) -> Cut:
     traced = trace(wrapped, inputs, samples, stack, kind, real)
-    if wrapped.model.config._attn_implementation == ATTENTION and not any(n.op_type == "Attention" for n in traced.model.graph):
+    if wrapped.model.config._attn_implementation == ATTENTION and not any(
+        n.op_type == "Attention" for n in traced.model.graph
+    ):
         # The model computes attention itself, so it wants the mask that goes with that, a bias and not a truth table.
         raise NotFusedError("attention of its own")
     names = frozenset("model." + name for name in weights.names)
@@ -186,7 +204,13 @@ def _tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
 
 
 def _manifest(
-    checkpoint: Checkpoint, config: Any, task: str, dtype: Dtype, traced: Traced, folder: Path, weight_files: list[FileEntry],
+    checkpoint: Checkpoint,
+    config: Any,
+    task: str,
+    dtype: Dtype,
+    traced: Traced,
+    folder: Path,
+    weight_files: list[FileEntry],
     head: SentencePooling | None,
 ) -> Manifest:
     """The manifest without its stages, which are stitched from it."""
@@ -246,5 +270,8 @@ def _copy_tokenizer(
     ends = () if end is None else tuple(np.atleast_1d(end).tolist())
     pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
     return Text(
-        tokenizer="tokenizer/tokenizer.json", max_length=min(known, default=_NAMES_A_LIMIT), pad_id=max(0, pad), eos_ids=ends
+        tokenizer="tokenizer/tokenizer.json",
+        max_length=min(known, default=_NAMES_A_LIMIT),
+        pad_id=max(0, pad),
+        eos_ids=ends,
     ), files

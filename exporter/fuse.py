@@ -32,9 +32,12 @@ def fuse_rotary(model: ir.Model) -> None:
 def _give_rows(model: ir.Model, node: ir.Node, place: int) -> None:
     """The operator wants a table for each row of the batch; one that all rows share is expanded."""
     table, x = node.inputs[place], node.inputs[0]
-    assert table is not None and x is not None and x.shape is not None
+    assert table is not None
+    assert x is not None
+    assert x.shape is not None
     cosine = table.producer()  # of the angles; the rewriter leaves its type and shape open
-    assert cosine is not None and cosine.inputs[0] is not None
+    assert cosine is not None
+    assert cosine.inputs[0] is not None
     table.shape, table.type = cosine.inputs[0].shape, cosine.inputs[0].type
     if table.shape is None or table.shape[0] != 1:
         return

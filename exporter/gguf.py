@@ -1,4 +1,4 @@
-"""Reading a .gguf checkpoint as transformers does, one tensor at a time: names, layout, dequantised values, tokenizer."""
+"""Reading a .gguf checkpoint as transformers does, tensor by tensor: names, layout, dequantised values, tokenizer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +10,14 @@ from unittest.mock import patch
 import gguf
 import numpy as np
 import transformers
+from stageline.models.checkpoint import Checkpoint
+from stageline.models.errors import CheckpointError, ExportError
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
     load_gguf_checkpoint,
 )
-
-from stageline.models.checkpoint import Checkpoint
-from stageline.models.errors import CheckpointError, ExportError
 
 _reader = lru_cache(maxsize=1)(gguf.GGUFReader)
 _name_map = lru_cache(maxsize=4)(gguf.get_tensor_name_map)

@@ -1,7 +1,7 @@
 """The model without its weights: a torch module built from the config alone, for tracing.
 
-Parameters live on the meta device while the model is built and become fake tensors for the trace, so a model of any size
-costs kilobytes. Buffers stay real, because some (rotary frequencies) are computed when the model is built.
+Parameters live on the meta device while the model is built and become fake tensors for the trace, so a model of any
+size costs kilobytes. Buffers stay real, because some (rotary frequencies) are computed when the model is built.
 """
 
 import inspect
@@ -12,11 +12,10 @@ from typing import Any
 import accelerate
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
 from stageline.models.errors import ExportError
 from stageline.models.sentence import SentencePooling
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # task (Hugging Face's name) -> (how a class of that task ends its name, the factory, the outputs)
 TASKS: dict[str, tuple[str, Any]] = {
@@ -52,7 +51,9 @@ class Input:
 class Task(torch.nn.Module):
     """A transformers model reduced to named tensors in and a tuple of tensors out."""
 
-    def __init__(self, model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...], pooling: SentencePooling | None):
+    def __init__(
+        self, model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...], pooling: SentencePooling | None
+    ):
         super().__init__()
         self.model = model
         self.input_names = tuple(i.name for i in inputs)
@@ -90,8 +91,10 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: SentencePooling) -> 
         count = weights.sum(dim=1).clamp(min=1e-9)
         sentence = (hidden * weights).sum(dim=1) / (count.sqrt() if pooling.mode == "mean_sqrt_len_tokens" else count)
     else:
-        raise ExportError(f"pooling mode {pooling.mode!r} is not known; known: cls, lasttoken, max, mean, "
-                          "mean_sqrt_len_tokens, weightedmean")
+        raise ExportError(
+            f"pooling mode {pooling.mode!r} is not known; known: cls, lasttoken, max, mean, "
+            "mean_sqrt_len_tokens, weightedmean"
+        )
     return torch.nn.functional.normalize(sentence, p=2.0, dim=1) if pooling.normalize else sentence
 
 
@@ -100,13 +103,19 @@ def config_of(config: Mapping[str, Any]) -> Any:
     values = dict(config)
     kind = values.pop("model_type", None)
     if kind is None:
-        raise ExportError("config.json has no model_type, so its architecture is unknown; add the model_type it was trained as")
+        raise ExportError(
+            "config.json has no model_type, so its architecture is unknown; add the model_type it was trained as"
+        )
     if "auto_map" in values and kind not in transformers.CONFIG_MAPPING:
-        raise ExportError(f"model_type {kind!r} brings its own code (auto_map), which is never run; export a model that "
-                          f"transformers {transformers.__version__} has built in")
+        raise ExportError(
+            f"model_type {kind!r} brings its own code (auto_map), which is never run; export a model that "
+            f"transformers {transformers.__version__} has built in"
+        )
     if kind not in transformers.CONFIG_MAPPING:
-        raise ExportError(f"transformers {transformers.__version__} does not know model_type {kind!r}; "
-                          "check the spelling in config.json or install a newer transformers")
+        raise ExportError(
+            f"transformers {transformers.__version__} does not know model_type {kind!r}; "
+            "check the spelling in config.json or install a newer transformers"
+        )
     try:
         return transformers.AutoConfig.for_model(kind, **values)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -142,14 +151,19 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
         first = " ".join(str(error).split())[:200]
         if "attn_implementation" in first or "attention" in first.lower():
             raise AttentionError(first) from error
-        raise ExportError(f"model_type {config.model_type!r} has no model for task {task!r} ({first}); choose another --task") from error
+        raise ExportError(
+            f"model_type {config.model_type!r} has no model for task {task!r} ({first}); choose another --task"
+        ) from error
     model.tie_weights()  # replacing parameters by meta ones undid it
     return model.eval()
 
 
 def outputs_of(task: str) -> tuple[str, ...]:
     """The names of a task's outputs."""
-    named = {"feature-extraction": ("last_hidden_state",), "sentence-similarity": ("sentence_embedding", "last_hidden_state")}
+    named = {
+        "feature-extraction": ("last_hidden_state",),
+        "sentence-similarity": ("sentence_embedding", "last_hidden_state"),
+    }
     return named.get(task, ("logits",))
 
 
@@ -159,9 +173,13 @@ def max_positions(model: Any) -> int | None:
     if stated is None:
         return None
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == stated and module.padding_idx is not None:
-            if stated != getattr(model.config, "vocab_size", None):
-                return int(stated) - module.padding_idx - 1
+        if (
+            isinstance(module, torch.nn.Embedding)
+            and module.num_embeddings == stated
+            and module.padding_idx is not None
+            and stated != getattr(model.config, "vocab_size", None)
+        ):
+            return int(stated) - module.padding_idx - 1
     return int(stated)
 
 
@@ -172,7 +190,7 @@ def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
     config = model.config
     if main == "input_ids":
         names = ["input_ids", "attention_mask"]
-        if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0):
+        if "token_type_ids" in accepted and getattr(config, "type_vocab_size", None):
             names.append("token_type_ids")
         return tuple(Input(n, torch.int64, ("batch", "length")) for n in names if n in accepted)
     if main == "pixel_values":

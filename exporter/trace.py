@@ -14,23 +14,43 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
-from torch.utils import _pytree
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
-
 from stageline.exporter.blocks import Call
 from stageline.exporter.skeleton import Input, Task
 from stageline.models.errors import ExportError
+from torch.utils import _pytree
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 OPSET = 23
 MARK = ("stageline", "Mark")
 ATTENTION = "stageline"
 # Arguments that transformers hands to an attention function and that do not change what it computes here: masks carry
 # positions and windows already.
-_HARMLESS = frozenset({"position_ids", "sliding_window", "cache_position", "use_cache", "output_attentions", "head_mask",
-                       "deterministic", "position_embeddings", "layer_idx", "target_dtype", "cu_seq_lens_q",
-                       "cu_seq_lens_k", "max_length_q", "max_length_k", "softcap", "is_causal", "dropout", "scaling",
-                       "output_hidden_states", "return_dict", "output_router_logits"})
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "sliding_window",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "head_mask",
+        "deterministic",
+        "position_embeddings",
+        "layer_idx",
+        "target_dtype",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "softcap",
+        "is_causal",
+        "dropout",
+        "scaling",
+        "output_hidden_states",
+        "return_dict",
+        "output_router_logits",
+    }
+)
 
 
 def first_line(error: BaseException) -> str:
@@ -148,12 +168,17 @@ def representatives(kinds: list[int]) -> frozenset[int]:
 
 
 def trace(
-    task: Task, inputs: tuple[Input, ...], samples: tuple[torch.Tensor, ...], stack: list[Call], kinds: list[int],
+    task: Task,
+    inputs: tuple[Input, ...],
+    samples: tuple[torch.Tensor, ...],
+    stack: list[Call],
+    kinds: list[int],
     real: frozenset[int],
 ) -> Trace:
     """Trace `task` with blocks marked; those not in `real` are stood in for by their input."""
     free = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in inputs
     )
     with _quiet(), _Marks(stack, kinds, real), torch.no_grad():
         try:

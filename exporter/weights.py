@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
 from stageline.exporter import gguf
 from stageline.exporter.skeleton import TASKS
 from stageline.models.checkpoint import Checkpoint
@@ -20,6 +17,8 @@ from stageline.models.safetensors_file import header_sha256, write_streaming
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle import HASH_LIMIT_BYTES, file_sha256
 from stageline.runtime.manifest import FileEntry
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 FOLDER = "weights"
 _CHUNK_BYTES = 16 * 1024**2
@@ -27,7 +26,7 @@ _CHUNK_BYTES = 16 * 1024**2
 
 @dataclass(frozen=True)
 class Weights:
-    """Where each of the model's tensors comes from. `names` maps a parameter or buffer to a tensor of the checkpoint."""
+    """Where each of the model's tensors comes from. `names` maps a parameter or buffer to a checkpoint's tensor."""
 
     checkpoint: Checkpoint
     names: Mapping[str, str]
@@ -35,10 +34,13 @@ class Weights:
 
 
 def find(checkpoint: Checkpoint, model: Any) -> Weights:
-    """Match the model's tensors with the checkpoint's, as transformers would load them. ExportError where one is missing."""
+    """Match the model's tensors with the checkpoint's, as transformers would load them.
+
+    ExportError where one is missing or of another shape.
+    """
     if checkpoint.kind == "gguf":
-        names = gguf.tensor_names(checkpoint, model)
-        return Weights(checkpoint, _checked(checkpoint, model, names), converted=False)
+        found = gguf.tensor_names(checkpoint, model)
+        return Weights(checkpoint, _checked(checkpoint, model, found), converted=False)
     state = model.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -67,13 +69,13 @@ def _checked(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> di
         source = next((names[alias] for alias in (name, *tied[id(parameter)]) if alias in names), None)
         if source is None:
             raise ExportError(
-                f"{checkpoint.path} has no tensor for {name} of {type(model).__name__} (it holds {len(checkpoint.tensors)} "
-                "tensors); choose the --task it was saved for"
+                f"{checkpoint.path} has no tensor for {name} of {type(model).__name__} (it holds "
+                f"{len(checkpoint.tensors)} tensors); choose the --task it was saved for"
             )
         if checkpoint.tensors[source].shape != tuple(parameter.shape):
             raise ExportError(
-                f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.tensors[source].shape)} but config.json makes "
-                f"it {list(parameter.shape)}; the config and the weights are of different models"
+                f"{checkpoint.path}: tensor {source} has shape {list(checkpoint.tensors[source].shape)} but "
+                f"config.json makes it {list(parameter.shape)}; the config and the weights are of different models"
             )
         found[name] = source
     for name, buffer in model.named_buffers():
@@ -88,7 +90,9 @@ def majority_dtype(checkpoint: Checkpoint) -> str:
     for entry in checkpoint.tensors.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
     floating = {dtype: size for dtype, size in sizes.items() if dtype in ("float32", "float16", "bfloat16")}
-    return max(floating, key=lambda dtype: floating[dtype]) if floating and checkpoint.kind == "safetensors" else "float32"
+    return (
+        max(floating, key=lambda dtype: floating[dtype]) if floating and checkpoint.kind == "safetensors" else "float32"
+    )
 
 
 def place(weights: Weights, model: Any, config: Any, task: str, dtype: str, folder: Path) -> list[FileEntry]:
@@ -108,14 +112,18 @@ def place(weights: Weights, model: Any, config: Any, task: str, dtype: str, fold
         )
         return [_entry(target / "model.safetensors", sha)]
     used = set(weights.names.values())
-    floating = {checkpoint.tensors[n].dtype for n in used if checkpoint.tensors[n].dtype in ("float32", "float16", "bfloat16")}
+    floating = {
+        checkpoint.tensors[n].dtype for n in used if checkpoint.tensors[n].dtype in ("float32", "float16", "bfloat16")
+    }
     if floating <= {dtype} or majority_dtype(checkpoint) == dtype:
         return _link(checkpoint, sorted({checkpoint.tensors[n].file for n in used}), target)
     entries = {name: checkpoint.tensors[name] for name in sorted(used)}
     sha = write_streaming(
         target / "model.safetensors",
         [(e.name, dtype if e.dtype in floating else e.dtype, e.shape) for e in entries.values()],
-        lambda name: _converted_chunks(entries[name], dtype if entries[name].dtype in floating else entries[name].dtype),
+        lambda name: _converted_chunks(
+            entries[name], dtype if entries[name].dtype in floating else entries[name].dtype
+        ),
     )
     return [_entry(target / "model.safetensors", sha)]
 
@@ -139,7 +147,9 @@ def _link(checkpoint: Checkpoint, files: list[Path], target: Path) -> list[FileE
 
 def _entry(file: Path, sha256: str | None) -> FileEntry:
     return FileEntry(
-        path=f"{FOLDER}/{file.name}", size_bytes=file.stat().st_size, sha256=sha256,
+        path=f"{FOLDER}/{file.name}",
+        size_bytes=file.stat().st_size,
+        sha256=sha256,
         header_sha256=None if sha256 else header_sha256(file),
     )
 
@@ -153,7 +163,7 @@ def _numpy(dtype: str) -> Any:
 
 
 def _as(array: Any, dtype: str) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).astype(_numpy(dtype), copy=False).view(np.uint8).reshape(-1))
+    return np.ascontiguousarray(array).astype(_numpy(dtype), copy=False).view(np.uint8).reshape(-1).data
 
 
 def _converted_chunks(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
@@ -172,7 +182,11 @@ def _converted_chunks(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
 def _materialise(checkpoint: Checkpoint, config: Any, task: str, dtype: str, file: Path) -> FileEntry:
     """Let transformers load the model, merging or splitting tensors as it does, and write what it got."""
     model = TASKS[task][1].from_pretrained(
-        checkpoint.path, config=config, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True,
+        checkpoint.path,
+        config=config,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
         trust_remote_code=False,
     )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}

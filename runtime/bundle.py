@@ -10,7 +10,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pydantic
-
 from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import header_sha256, read_header
 from stageline.models.tensors import TensorEntry
@@ -19,8 +18,8 @@ from stageline.runtime.stitch import Plan, balance, part_costs, stitch
 
 MANIFEST = "manifest.json"
 HASH_LIMIT_BYTES = 2 * 1024**3
-"""Linked weight files are hashed at export only up to this many bytes in all: beyond it, reading them would take longer than
-the rest of the export. Their size and header are checked instead."""
+"""Linked weight files are hashed at export only up to this many bytes in all: beyond it, reading them would take longer
+than the rest of the export. Their size and header are checked instead."""
 _MANIFEST_LIMIT_BYTES = 256 * 1024**2
 
 
@@ -43,7 +42,9 @@ class Bundle:
         used += [manifest.text.tokenizer] if manifest.text else []
         for name in used:
             if name not in listed:
-                raise BundleError(f"bundle {folder}: its manifest uses {name} but does not list it; export the bundle again")
+                raise BundleError(
+                    f"bundle {folder}: its manifest uses {name} but does not list it; export the bundle again"
+                )
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(lambda entry: _check_file(folder, entry), manifest.files):
                 pass
@@ -66,7 +67,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.exists():
         raise BundleError(f"no bundle at {folder}; make one with: stageline export CHECKPOINT -o {folder}")
     if not file.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: stageline export CHECKPOINT -o BUNDLE")
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}; make one with: stageline export CHECKPOINT -o BUNDLE"
+        )
     if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
         raise BundleError(f"{file} has {file.stat().st_size} bytes, more than any manifest; export the bundle again")
     data = file.read_bytes()
@@ -78,7 +81,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{file} has format {head.format!r}, not 'stageline-bundle'; export the bundle again")
     if head.version != VERSION:
         advice = "install a newer stageline" if head.version > VERSION else "export it again"
-        raise BundleError(f"bundle {folder} has version {head.version}; this stageline reads version {VERSION}: {advice}")
+        raise BundleError(
+            f"bundle {folder} has version {head.version}; this stageline reads version {VERSION}: {advice}"
+        )
     try:
         return Manifest.model_validate_json(data)
     except pydantic.ValidationError as error:
@@ -103,14 +108,20 @@ def _check_file(folder: Path, entry: FileEntry) -> None:
             raise BundleError(f"bundle {folder}: {entry.path} leads out of the bundle; export the bundle again")
         size = file.stat().st_size
         if size != entry.size_bytes:
-            raise BundleError(f"bundle {folder}: {entry.path} has {size} bytes, the manifest says {entry.size_bytes}; "
-                              "export the bundle again")
+            raise BundleError(
+                f"bundle {folder}: {entry.path} has {size} bytes, the manifest says {entry.size_bytes}; "
+                "export the bundle again"
+            )
         if entry.sha256 is not None and file_sha256(file) != entry.sha256:
-            raise BundleError(f"bundle {folder}: {entry.path} was changed since it was exported (SHA-256 differs); "
-                              "export the bundle again")
+            raise BundleError(
+                f"bundle {folder}: {entry.path} was changed since it was exported (SHA-256 differs); "
+                "export the bundle again"
+            )
         if entry.sha256 is None and (entry.header_sha256 is None or header_sha256(file) != entry.header_sha256):
-            raise BundleError(f"bundle {folder}: the header of {entry.path} was changed since it was exported; "
-                              "export the bundle again")
+            raise BundleError(
+                f"bundle {folder}: the header of {entry.path} was changed since it was exported; "
+                "export the bundle again"
+            )
     except FileNotFoundError as error:
         raise BundleError(f"bundle {folder}: {entry.path} is missing; export the bundle again") from error
     except CheckpointError as error:
@@ -148,8 +159,9 @@ def plan_stages(manifest: Manifest, parts: Sequence[ir.Model], stages: int | Seq
         return balance(part_costs(manifest, parts), stages)
     counts = list(stages)
     if not counts or min(counts) < 1 or sum(counts) != blocks:
-        raise StagelineError(f"layers {','.join(map(str, counts))} do not fit: give each stage at least 1 block, "
-                             f"{blocks} in all")
+        raise StagelineError(
+            f"layers {','.join(map(str, counts))} do not fit: give each stage at least 1 block, {blocks} in all"
+        )
     return counts
 
 
@@ -185,7 +197,9 @@ def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
         manifest = bundle.manifest.model_copy(update={"stages": tuple(new), "files": (*files, *entries)})
         write_manifest(bundle.path, manifest)
     except OSError as error:
-        raise BundleError(f"cannot write stages into {bundle.path}: {error.strerror}; the bundle is as it was") from error
+        raise BundleError(
+            f"cannot write stages into {bundle.path}: {error.strerror}; the bundle is as it was"
+        ) from error
     for name in before - {stage.file for stage in new}:
         (bundle.path / name).unlink(missing_ok=True)
     return Bundle(bundle.path, manifest, bundle.tensors)

@@ -30,7 +30,7 @@ class _Data(BaseModel):
 
 class FileEntry(_Data):
     """One file of the bundle. `sha256` is None for a linked weight file too large to be read at export
-    (stageline.runtime.bundle.HASH_LIMIT_BYTES); then `header_sha256`, over its safetensors header, guards its layout."""
+    (stageline.runtime.bundle.HASH_LIMIT_BYTES); then `header_sha256`, over its safetensors header, guards it."""
 
     path: BundlePath
     size_bytes: int = Field(ge=0)
@@ -39,8 +39,8 @@ class FileEntry(_Data):
 
 
 class TensorSpec(_Data):
-    """A named tensor at a graph's border. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free dimension
-    (`batch`, `length`, ...)."""
+    """A named tensor at a graph's border. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free
+    dimension (`batch`, `length`, ...)."""
 
     name: ValueName
     dtype: str
@@ -50,8 +50,8 @@ class TensorSpec(_Data):
 class Part(_Data):
     """One traced graph: the prologue, one distinct kind of block, or the epilogue.
 
-    The graph's inputs are `inputs` (activations, under local names) followed by `weights` (local names of tensors that a
-    use of this part binds to tensors of the weight files).
+    The graph's inputs are `inputs` (activations, under local names) followed by `weights` (local names of tensors that
+    a use of this part binds to tensors of the weight files).
     """
 
     file: BundlePath
@@ -64,8 +64,8 @@ class Use(_Data):
     """One use of a part in the model's chain: prologue, block 0, block 1, ..., epilogue.
 
     `reads` and `writes` map the part's input and output names to names of values in the whole model; `weights` maps its
-    weight names to tensor names in the weight files. `module` is the path of the torch module it was traced from ("" for
-    prologue and epilogue), `call` counts earlier calls of the same module (ALBERT calls one module many times).
+    weight names to tensor names in the weight files. `module` is the path of the torch module it was traced from (""
+    for prologue and epilogue), `call` counts earlier calls of the same module (ALBERT calls one module many times).
     """
 
     part: int = Field(ge=0)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-
 from stageline.models.errors import BundleError
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.manifest import Manifest, Stage, TensorSpec, Use
@@ -45,8 +44,8 @@ def part_costs(manifest: Manifest, parts: Sequence[ir.Model]) -> list[int]:
 
 
 def balance(costs: Sequence[int], stages: int) -> list[int]:
-    """Blocks for each stage such that the costliest stage is cheapest. `costs` begins with the prologue, which the first
-    stage bears, and ends with the epilogue, which the last bears. Exact, by dynamic programming over the cuts."""
+    """Blocks for each stage such that the costliest stage is cheapest. `costs` begins with the prologue, which the
+    first stage bears, and ends with the epilogue, which the last bears. Exact, by dynamic programming over the cuts."""
     blocks = len(costs) - 2
     total = list(itertools.accumulate(costs[1:-1], initial=0))
 
@@ -165,7 +164,8 @@ class Prologue:
             name = self.names.get(value)
             spec = self.specs.get(name) if name else None
             if value.producer() is None and name is not None:
-                assert value.dtype is not None and value.shape is not None
+                assert value.dtype is not None
+                assert value.shape is not None
                 shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
                 edge((value, "in"), (value, "out"), size_bytes(shape, np.dtype(value.dtype.numpy()).name))
             else:
@@ -218,7 +218,7 @@ def _augmenting(
             if to not in came and capacity[at, to] > 0:
                 came[to] = at
                 if to == "sink":
-                    path = []
+                    path: list[tuple[object, object]] = []
                     while to != "source":
                         path.append((came[to], to))
                         to = came[to]
@@ -258,11 +258,20 @@ def stitch(plan: Plan, number: int, tensors: Mapping[str, TensorEntry], folder: 
     if first > 0:
         builder.recompute(_uses(plan.manifest, first, last))
     for place, use in enumerate(_uses(plan.manifest, first, last)):
-        builder.use(use, f"{first + place - (first == 0)}/" if use.module else f"{'prologue' if use is plan.manifest.uses[0] else 'epilogue'}/")
+        builder.use(
+            use,
+            f"{first + place - (first == 0)}/"
+            if use.module
+            else f"{'prologue' if use is plan.manifest.uses[0] else 'epilogue'}/",
+        )
     outputs = [builder.output(plan.specs[name]) for name in plan.outputs[number]]
     graph = ir.Graph(
-        inputs, outputs, nodes=builder.nodes, initializers=list(builder.initializers.values()),
-        opset_imports=builder.opsets, name=f"stage-{number}",
+        inputs,
+        outputs,
+        nodes=builder.nodes,
+        initializers=list(builder.initializers.values()),
+        opset_imports=builder.opsets,
+        name=f"stage-{number}",
     )
     model = ir.Model(graph, ir_version=plan.parts[0].ir_version, producer_name="stageline")
     used = {name: tensors[name] for name in builder.weights}
@@ -354,7 +363,9 @@ class _Builder:
                 copy = self.size_of(size)
             else:
                 mapped = [None if v is None else self.constant(v, new, prefix) for v in node.inputs]
-                copy = ir.Node(node.domain, node.op_type, mapped, list(node.attributes.values()), num_outputs=len(node.outputs))
+                copy = ir.Node(
+                    node.domain, node.op_type, mapped, list(node.attributes.values()), num_outputs=len(node.outputs)
+                )
             copy.name = prefix + str(node.name)
             for old, value in zip(node.outputs, copy.outputs, strict=True):
                 value.name, value.type, value.shape = prefix + str(old.name), old.type, old.shape
@@ -386,12 +397,19 @@ class _Builder:
             raise BundleError(f"bundle {self.folder}: no weight file holds tensor {name!r}; export the bundle again")
         assert local.shape is not None
         if tuple(entry.shape) != tuple(local.shape):
-            raise BundleError(f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)} where the graph wants "
-                              f"{list(local.shape)}; export the bundle again")
+            raise BundleError(
+                f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)} where the graph wants "
+                f"{list(local.shape)}; export the bundle again"
+            )
         dtype = ir_dtype(entry.dtype)
         data = ir.ExternalTensor(
-            location=entry.file.relative_to(self.folder).as_posix(), offset=entry.offset, length=entry.size_bytes,
-            dtype=dtype, shape=ir.Shape(entry.shape), name=name, base_dir=self.folder,
+            location=entry.file.relative_to(self.folder).as_posix(),
+            offset=entry.offset,
+            length=entry.size_bytes,
+            dtype=dtype,
+            shape=ir.Shape(entry.shape),
+            name=name,
+            base_dir=self.folder,
         )
         value = ir.Value(name=name, shape=ir.Shape(entry.shape), type=ir.TensorType(dtype), const_value=data)
         self.initializers[name] = value

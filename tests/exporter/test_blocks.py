@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.models.errors import ExportError
 

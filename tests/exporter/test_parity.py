@@ -1,6 +1,5 @@
-"""Every architecture, cut at 1 stage, 2 stages and one block a stage, gives what torch gives (eager attention, float32)."""
+"""Every architecture, cut at 1 stage, 2 stages and one block a stage, gives what torch gives (eager, float32)."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
 from stageline.exporter import skeleton
 from stageline.exporter.export import export
 from stageline.models.synthetic import write_random
@@ -21,13 +19,29 @@ _SMALL = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 _GROUPED = {**_SMALL, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_TINY_GPT = {"n_embd": 32, "n_head": 4, "n_layer": 4, "vocab_size": 99, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
-_TINY_FALCON = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+_TINY_GPT = {
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 4,
+    "vocab_size": 99,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_TINY_FALCON = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "vocab_size": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _TINY_VIT = {
-    "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8,
+    "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 4, "image_size": 32,
+    "patch_size": 8,
 }  # fmt: skip
 
-# name -> (model_type, config, class of the checkpoint, kinds of blocks' part graphs expected)
+# name -> (model_type, config, class of the checkpoint)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "bert": ("bert", _SMALL, "BertModel"),
     "bert-classifier": ("bert", _SMALL, "BertForSequenceClassification"),
@@ -41,8 +55,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "electra": ("electra", {**_SMALL, "embedding_size": 16}, "ElectraModel"),
     "modernbert": (
         "modernbert",
-        {**_SMALL, "num_hidden_layers": 7, "pad_token_id": 0, "local_attention": 8, "bos_token_id": 1, "eos_token_id": 2,
-         "cls_token_id": 1, "sep_token_id": 2},
+        {**_SMALL, "num_hidden_layers": 7, "pad_token_id": 0, "local_attention": 8, "bos_token_id": 1,
+         "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
         "ModernBertModel",
     ),
     "mpnet": ("mpnet", _SMALL, "MPNetModel"),
@@ -101,7 +115,9 @@ def random_inputs(bundle: Bundle, seed: int, rows: int = 5, length: int = 19) ->
 
 def reference(folder: Path, saved_as: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """What transformers gives with eager attention in float32."""
-    model = getattr(transformers, saved_as).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    model = (
+        getattr(transformers, saved_as).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    )
     with torch.no_grad():
         result = model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
     return np.asarray(result[0])

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
 from stageline.exporter.export import export
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle import Bundle, recut
@@ -38,7 +37,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2_logits(bundles: Path) -> np.ndarray:
     """torch's logits in float64, the judge: its own float32 logits differ from them by as much as ours do."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        CHECKPOINTS / "smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", attn_implementation="eager", dtype=torch.float32
+        CHECKPOINTS / "smollm2",
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        attn_implementation="eager",
+        dtype=torch.float32,
     )
     with torch.no_grad():
         return np.asarray(model.double().eval()(**tensors(encoded(Bundle.open(bundles / "smollm2")))).logits)
@@ -73,9 +75,7 @@ def test_minilm_gives_the_embeddings_of_torch(bundles: Path, stages: int) -> Non
 
 
 @pytest.mark.parametrize("stages", [1, 2, 30])
-def test_smollm2_gives_the_logits_of_torch_in_float64(
-    bundles: Path, smollm2_logits: np.ndarray, stages: int
-) -> None:
+def test_smollm2_gives_the_logits_of_torch_in_float64(bundles: Path, smollm2_logits: np.ndarray, stages: int) -> None:
     bundle = recut(bundles / "smollm2", stages)
     inputs = encoded(bundle)
     with Pipeline.open(bundle.path) as pipeline:

@@ -6,7 +6,6 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from stageline.runtime.manifest import Manifest, Part, TensorSpec, Use
 from stageline.runtime.stitch import Prologue, balance, size_bytes
 
@@ -67,7 +66,9 @@ def _gives(cut: frozenset[ir.Value], wanted: ir.Value) -> bool:
 
 
 @given(
-    nodes=st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 3)), min_size=1, max_size=6),
+    nodes=st.lists(
+        st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 3)), min_size=1, max_size=6
+    ),
     inputs=st.integers(1, 2),
 )
 def test_what_crosses_a_cut_is_the_smallest_that_gives_the_shared_value(
@@ -90,7 +91,11 @@ def test_what_crosses_a_cut_is_the_smallest_that_gives_the_shared_value(
 def test_sizes_at_hand_need_not_cross() -> None:
     value = _value("in0", ("batch", "length"))
     shape = ir.node("Shape", [value], {"start": 1, "end": 2})
-    shape.outputs[0].name, shape.outputs[0].type, shape.outputs[0].shape = "n", ir.TensorType(ir.DataType.INT64), ir.Shape([1])
+    shape.outputs[0].name, shape.outputs[0].type, shape.outputs[0].shape = (
+        "n",
+        ir.TensorType(ir.DataType.INT64),
+        ir.Shape([1]),
+    )
     graph = ir.Graph([value], [shape.outputs[0]], nodes=[shape], opset_imports={"": 23}, name="prologue")
     spec = (TensorSpec(name="in0", dtype="float32", shape=("batch", "length")),)
     part = Part(file="parts/0.onnx", inputs=spec, outputs=(), weights=())
@@ -101,6 +106,8 @@ def test_sizes_at_hand_need_not_cross() -> None:
     assert prologue.frontier(["shared.0"], set()) == ["shared.0"]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "size"), [((), "float32", 4), (("batch", 3), "int64", 8 * 3 * 8), ((0,), "bool", 0)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "size"), [((), "float32", 4), (("batch", 3), "int64", 8 * 3 * 8), ((0,), "bool", 0)]
+)
 def test_size_at_nominal_dimensions(shape: tuple[int | str, ...], dtype: str, size: int) -> None:
     assert size_bytes(shape, dtype) == size
