@@ -39,7 +39,8 @@ def encoder_of(folder: Path, manifest: Manifest) -> TextEncoder:
     if manifest.text is None:
         reads = ", ".join(spec.name for spec in manifest.inputs)
         raise BundleError(
-            f"bundle {folder} has no tokenizer, so it takes no text; give it {reads} from Python: Pipeline.open(...).run(...)"
+            f"bundle {folder} has no tokenizer, so it takes no text; "
+            f"give it {reads} from Python: Pipeline.open(...).run(...)"
         )
     return TextEncoder.open(folder / manifest.text.tokenizer, manifest.text.max_length, manifest.text.pad_id)
 

@@ -1,4 +1,4 @@
-"""The `stageline` command. What needs torch imports it inside its command, so that the others start fast and without it."""
+"""The `stageline` command. What needs torch imports it inside its command: the others start fast and without it."""
 
 import json
 import math

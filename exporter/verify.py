@@ -1,9 +1,9 @@
 """Verifying a bundle: each stage alone, and all of them together, against torch on fresh random inputs.
 
-The reference is transformers with eager attention, in float32, loaded from the checkpoint. A stage is fed what torch has at
-its borders, so an error shows in the stage that makes it. An error is judged as a fraction of the largest value that torch
-has for the same token (at least of 1), since some tokens carry values a thousand times larger than others. The tolerances:
-float32 leaves room for another order of summation, the halves for weights rounded to 11 and 8 bits.
+The reference is transformers with eager attention, in float32, loaded from the checkpoint. A stage is fed what torch
+has at its borders, so an error shows in the stage that makes it. An error is judged as a fraction of the largest value
+that torch has for the same token (at least of 1), since some tokens carry values a thousand times larger than others.
+The tolerances: float32 leaves room for another order of summation, the halves for weights rounded to 11 and 8 bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """All comparisons of a bundle. `lengths` are the real tokens in each row of the inputs, empty where there are none."""
+    """All comparisons of a bundle. `lengths` are the real tokens in each row of the inputs, if any."""
 
     dtype: str
     tolerance: float
@@ -104,7 +104,7 @@ def verify(
 
 
 def random_inputs(manifest: Manifest, seed: int) -> dict[str, Array]:
-    """Inputs of the model: ragged rows of random tokens padded on the right (one full, one of a single token), or noise."""
+    """Inputs of the model: ragged rows of random tokens padded on the right (one full, one of one token), or noise."""
     rng = np.random.default_rng(seed)
     length = min(_LENGTH, manifest.max_positions or _LENGTH)
     lengths = np.array([length, 1, *rng.integers(1, length + 1, _ROWS - 2)])
