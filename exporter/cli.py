@@ -22,7 +22,7 @@ from stageline.runtime.bundle import Bundle, read_manifest, recut
 from stageline.runtime.manifest import Manifest
 from stageline.runtime.stitch import size_bytes
 
-_PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
+_PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 _EXPORTER = {"torch", "transformers", "accelerate", "gguf", "onnxscript"}
 _NEW_TOKENS = 8
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(args=arguments, prog_name="stageline", standalone_mode=False) or 0)
     except typer.TyperException as error:
-        return _failed(f"{error.format_message()}; see stageline --help", error.exit_code)
+        return _failed(f"{error.format_message().rstrip('.')}; see stageline --help", error.exit_code)
     except StagelineError as error:
         return _failed(str(error), 1)
     except BrokenPipeError:
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @app.callback(invoke_without_command=True)
 def stageline(
+    context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Cut a Transformer checkpoint into pipeline stages and run the stages as one pipeline.
@@ -67,7 +68,8 @@ def stageline(
     """
     if show_version:
         print(f"stageline {version('stageline')}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command("export")
@@ -224,7 +226,8 @@ def fetch_command(
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task(name, total=None)
         folder = fetch(name, into or default_root(), lambda done, of: bar.update(shown, completed=done, total=of))
     print(folder)

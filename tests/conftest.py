@@ -1,7 +1,7 @@
 """A checkpoint and a bundle so small that making them costs a second."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def write_tokenizer(folder: Path, words: tuple[str, ...] = WORDS) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"mask_token": "[MASK]"}))
 
 
-def make_checkpoint(folder: Path, **changes: Any) -> Path:
+def _make_checkpoint(folder: Path, **changes: Any) -> Path:
     """A tiny BERT with random weights and a tokenizer; `changes` are entries of its config."""
     from stageline.exporter.synthesize import synthesize
 
@@ -46,9 +46,15 @@ def make_checkpoint(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Path]:
+    """Makes a tiny BERT in the folder it is given; keywords are changes to its config."""
+    return _make_checkpoint
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT classifier of three blocks; do not change it."""
-    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    return _make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")

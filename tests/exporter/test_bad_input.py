@@ -1,0 +1,271 @@
+"""What is wrong with a checkpoint, a bundle, a request or the disk is said in one line, and nothing is left behind."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stageline.exporter.cli import main
+from stageline.models.errors import RequestError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.pipeline import Pipeline
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command that must fail, and gives the one line it says (steps of progress left out)."""
+
+    def run(*arguments: str | Path, status: int = 1) -> str:
+        capsys.readouterr()
+        assert main([str(a) for a in arguments]) == status
+        lines = capsys.readouterr().err.splitlines()
+        assert sum(line.startswith("stageline: ") for line in lines) == 1, lines
+        assert lines[-1].startswith("stageline: "), lines
+        return lines[-1]
+
+    return run
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "in" / "checkpoint"))
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, to be damaged."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "in" / "bundle"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An empty folder to export into."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+# A checkpoint
+
+
+def test_no_such_checkpoint(told: Run, out: Path) -> None:
+    line = told("export", out / "none", "-o", out / "b")
+    assert f"{out / 'none'} does not exist; give a checkpoint's folder or a .gguf file" in line
+    assert not list(out.iterdir())
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+def lying_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def unknown_model_type(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "bertt"}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "culprit", "way_out"),
+    [
+        (without_config, "neither config.json nor a .gguf file", "give a checkpoint's folder"),
+        (truncated, "model.safetensors", "download it again"),
+        (lying_header, "model.safetensors", "download it again"),
+        (missing_shard, "lacks the shard", "download"),
+        (only_a_pickle, "pytorch_model.bin", "save_pretrained"),
+        (unknown_model_type, "does not know model_type 'bertt'", "check the spelling in config.json"),
+    ],
+)
+def test_a_damaged_checkpoint(
+    damage: Callable[[Path], None], culprit: str, way_out: str, checkpoint: Path, out: Path, told: Run
+) -> None:
+    damage(checkpoint)
+    line = told("export", checkpoint, "-o", out / "b")
+    assert culprit in line
+    assert way_out in line
+    assert not list(out.iterdir())
+
+
+# An export
+
+
+def test_no_stages_are_a_usage_error(checkpoint: Path, out: Path, told: Run) -> None:
+    assert "--stages" in told("export", checkpoint, "-o", out / "b", "--stages", "0", status=2)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("cuts", [("--stages", "4"), ("--layers", "2,2"), ("--layers", "3,0")])
+def test_cuts_that_do_not_fit(cuts: tuple[str, str], checkpoint: Path, bundle: Path, out: Path, told: Run) -> None:
+    assert "3 " in told("export", checkpoint, "-o", out / "b", *cuts)
+    assert not list(out.iterdir())
+    before = sorted((file, file.stat().st_mtime_ns) for file in bundle.rglob("*"))
+    assert "do not fit" in told("recut", bundle, *cuts)
+    assert before == sorted((file, file.stat().st_mtime_ns) for file in bundle.rglob("*"))
+
+
+def test_an_existing_output_is_kept(checkpoint: Path, out: Path, told: Run) -> None:
+    (out / "b").mkdir()
+    (out / "b" / "mine").touch()
+    assert f"{out / 'b'} exists already; delete it, or choose another place" in told(
+        "export", checkpoint, "-o", out / "b"
+    )
+    assert [file.name for file in out.rglob("*")] == ["b", "mine"]
+
+
+@pytest.mark.parametrize("limit_bytes", [6_000, 60_000])
+def test_a_file_that_cannot_grow(limit_bytes: int, checkpoint: Path, out: Path, told: Run) -> None:
+    # What the disk refuses while the graphs, or while the weights, are written.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        line = told("export", checkpoint, "-o", out / "b", "--dtype", "float16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert f"cannot write {out / 'b'}: File too large" in line
+    assert not list(out.iterdir())
+
+
+def test_a_disk_that_fills(checkpoint: Path, out: Path, told: Run) -> None:
+    small = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(out)]
+    if shutil.which("mount") is None or subprocess.run(small, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        line = told("export", checkpoint, "-o", out / "b", "--dtype", "float16")
+        assert f"cannot write {out / 'b'}: No space left on device" in line
+        assert not list(out.iterdir())
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_nothing_that_opens(checkpoint: Path, out: Path, told: Run) -> None:
+    command = [sys.executable, "-c", "from stageline.exporter.cli import main; main()"]
+    command += ["export", str(checkpoint), "-o", str(out / "b"), "--stages", "3"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as export:
+        while not list(out.glob(".b.*")) and export.poll() is None:
+            time.sleep(0.01)
+        export.kill()
+    assert export.returncode == -signal.SIGKILL
+    assert f"no bundle at {out / 'b'}" in told("inspect", out / "b")
+    assert main(command[3:]) == 0
+    assert len(Bundle.open(out / "b").manifest.stages) == 3
+
+
+# A bundle
+
+
+def flip(file: Path) -> None:
+    """Change a byte, and nothing that a link shares with another file."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["stage.000-001.onnx", "weights/model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_changed_byte(name: str, bundle: Path, told: Run) -> None:
+    flip(bundle / name)
+    for command in (["inspect", bundle], ["run", bundle, "--text", "a cat"], ["recut", bundle, "--stages", "1"]):
+        line = told(*command)
+        assert f"{name} was changed since it was exported (SHA-256 differs); export the bundle again" in line
+
+
+@pytest.mark.parametrize("name", ["stage.002-002.onnx", "weights/model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_missing_file(name: str, bundle: Path, told: Run) -> None:
+    (bundle / name).unlink()
+    assert f"{name} is missing; export the bundle again" in told("inspect", bundle)
+
+
+def edit(bundle: Path, old: str, new: str) -> None:
+    file = bundle / "manifest.json"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_a_newer_version(bundle: Path, told: Run) -> None:
+    edit(bundle, '"version": 1,', '"version": 2,')
+    line = told("inspect", bundle)
+    assert "has version 2; this stageline reads version 1: install a newer stageline" in line
+
+
+def test_a_path_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
+    shutil.copy(bundle / "stage.000-001.onnx", bundle.parent / "outside.onnx")
+    edit(bundle, '"stage.000-001.onnx"', '"../outside.onnx"')
+    line = told("inspect", bundle)
+    assert "'../outside.onnx' leaves the bundle" in line
+    assert "export the bundle again" in line
+
+
+def test_a_link_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
+    stage = bundle / "stage.000-001.onnx"
+    stage.rename(bundle.parent / "outside.onnx")
+    stage.symlink_to("../outside.onnx")
+    assert "stage.000-001.onnx leads out of the bundle; export the bundle again" in told("inspect", bundle)
+
+
+def test_a_file_that_is_used_but_not_listed(bundle: Path, told: Run) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "stage.000-001.onnx"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert "uses stage.000-001.onnx but does not list it; export the bundle again" in told("inspect", bundle)
+
+
+@pytest.mark.parametrize(("content", "culprit"), [(None, "it has no manifest.json"), ("{", "is not a manifest")])
+def test_a_folder_that_is_no_bundle(content: str | None, culprit: str, out: Path, told: Run) -> None:
+    if content is not None:
+        (out / "manifest.json").write_text(content)
+    assert culprit in told("inspect", out)
+
+
+# A request
+
+
+@pytest.mark.parametrize("token", [-1, 12])
+def test_token_ids_out_of_range(token: int, tiny_bundle: Path) -> None:
+    with (
+        Pipeline.open(tiny_bundle) as pipeline,
+        pytest.raises(
+            RequestError, match=rf"row 0, position 1 is {token}, outside the vocabulary \(0 to 11\); tokenize"
+        ),
+    ):
+        pipeline.run({"input_ids": np.array([[1, token]])})
+
+
+def test_a_text_longer_than_the_model(tiny_bundle: Path, told: Run) -> None:
+    line = told("run", tiny_bundle, "--text", "a cat " * 10)
+    assert "text 0 has 22 tokens, at most 16 fit; shorten it" in line
+
+
+def test_an_option_of_another_task(tiny_bundle: Path, told: Run) -> None:
+    line = told("run", tiny_bundle, "--text", "a cat", "--max-new-tokens", "3")
+    assert "is for text-generation, this bundle does text-classification; leave it out" in line
