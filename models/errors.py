@@ -6,7 +6,8 @@ StagelineError
 ├── BundleError         the bundle is missing, changed, unsafe or of another version
 ├── EngineError         an engine is not installed, or failed to open or to run a stage
 ├── RequestError        what was submitted to a pipeline cannot be run
-└── QueueFullError      the pipeline's queue is full and the submitter asked not to wait
+├── QueueFullError      the pipeline's queue is full and the submitter asked not to wait
+└── DeadlineError       a request was not finished by its deadline
 
 The command line prints the message and exits with 1 (2 for usage); any other exception is our bug and keeps its
 traceback.
@@ -39,3 +40,7 @@ class RequestError(StagelineError):
 
 class QueueFullError(StagelineError):
     """The pipeline's queue is full and the submitter asked not to wait."""
+
+
+class DeadlineError(StagelineError):
+    """A request was not finished by its deadline."""
