@@ -137,10 +137,7 @@ def _link(checkpoint: Checkpoint, files: list[Path], target: Path) -> list[FileE
         try:
             os.link(file.resolve(), copy)
         except OSError:
-            try:
-                shutil.copyfile(file, copy)
-            except OSError as error:
-                raise CheckpointError(f"cannot copy {file} into the bundle: {error.strerror}") from error
+            shutil.copyfile(file, copy)
         entries.append(_entry(copy, file_sha256(copy) if hashed else None))
     return entries
 

@@ -104,7 +104,8 @@ def write_streaming(
     to its type without holes. The file appears under `path` only when complete.
 
     Raises:
-        CheckpointError: the file cannot be written (a full disk), or the format has no such dtype.
+        CheckpointError: the format has no such dtype.
+        OSError: the file cannot be written (a full disk).
         ValueError: a name is given twice, or the chunks of a tensor do not add up to its size.
     """
     prefix, sizes = _layout(tensors)
@@ -122,8 +123,6 @@ def write_streaming(
                 if written != size_bytes:
                     raise ValueError(f"tensor {name!r} has {size_bytes} bytes, but its chunks held {written}")
         unfinished.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return digest.hexdigest()
@@ -133,15 +132,13 @@ def write_sparse(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]
     """Write a safetensors file with a true header and no data: a hole of the full size, which reads as zeros.
 
     Raises:
-        CheckpointError: the file cannot be written, or the format has no such dtype.
+        CheckpointError: the format has no such dtype.
+        OSError: the file cannot be written.
         ValueError: a name is given twice.
     """
     prefix, sizes = _layout(tensors)
-    try:
-        path.write_bytes(prefix)
-        os.truncate(path, len(prefix) + sum(sizes.values()))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    path.write_bytes(prefix)
+    os.truncate(path, len(prefix) + sum(sizes.values()))
 
 
 def _layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from stageline.exporter.cli import main
 from stageline.models.errors import RequestError
+from stageline.models.safetensors_file import read_header
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.pipeline import Pipeline
 
@@ -79,9 +80,10 @@ def lying_header(folder: Path) -> None:
 
 
 def missing_shard(folder: Path) -> None:
+    names = read_header(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    weight_map = {**dict.fromkeys(names, "model-00001-of-00002.safetensors"), "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def only_a_pickle(folder: Path) -> None:
@@ -98,7 +100,7 @@ def unknown_model_type(folder: Path) -> None:
         (without_config, "neither config.json nor a .gguf file", "give a checkpoint's folder"),
         (truncated, "model.safetensors", "download it again"),
         (lying_header, "model.safetensors", "download it again"),
-        (missing_shard, "lacks the shard", "download"),
+        (missing_shard, "lacks the shard 'model-00002-of-00002.safetensors', which holds 1 of", "download it"),
         (only_a_pickle, "pytorch_model.bin", "save_pretrained"),
         (unknown_model_type, "does not know model_type 'bertt'", "check the spelling in config.json"),
     ],
@@ -139,7 +141,7 @@ def test_an_existing_output_is_kept(checkpoint: Path, out: Path, told: Run) -> N
     assert [file.name for file in out.rglob("*")] == ["b", "mine"]
 
 
-@pytest.mark.parametrize("limit_bytes", [6_000, 60_000])
+@pytest.mark.parametrize("limit_bytes", [1_000, 60_000])
 def test_a_file_that_cannot_grow(limit_bytes: int, checkpoint: Path, out: Path, told: Run) -> None:
     # What the disk refuses while the graphs, or while the weights, are written.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -178,6 +180,7 @@ def test_a_killed_export_leaves_nothing_that_opens(checkpoint: Path, out: Path, 
     assert f"no bundle at {out / 'b'}" in told("inspect", out / "b")
     assert main(command[3:]) == 0
     assert len(Bundle.open(out / "b").manifest.stages) == 3
+    assert list(out.iterdir()) == [out / "b"]
 
 
 # A bundle
