@@ -29,7 +29,7 @@ class Session:
 
     def run(self, encoded: Mapping[str, Array], output: str) -> Array:
         """One output of the model for encoded texts."""
-        names = [spec.name for spec in self.manifest.inputs]
+        names = [spec.name for spec in self.pipeline.signature.inputs]
         given = {name: value for name, value in encoded.items() if name in names}
         return self.pipeline.run(given, [output])[output]
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
-from stageline.exporter import gguf, skeleton
+from stageline.exporter import cached, gguf, skeleton
+from stageline.exporter.apart import check_apart
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.exporter.cut import Cut, NotProvenError, cut
 from stageline.exporter.fuse import fuse_norms
@@ -23,7 +24,8 @@ from stageline.models.safetensors_file import read_header
 from stageline.models.sentence import SentencePooling, pooling
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle import Bundle, file_entry, plan_stages, write_manifest, write_stages
-from stageline.runtime.manifest import FileEntry, Manifest, Part, TensorSpec, Text
+from stageline.runtime.manifest import VERSION, CacheSpec, FileEntry, Manifest, Part, TensorSpec, Text
+from stageline.runtime.stitch import CACHE_ATTENTION, cache_of
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 _NAMES_A_LIMIT = 1_000_000  # tokenizers without a limit state a huge one
@@ -93,12 +95,34 @@ def trace_parts(
     head: SentencePooling | None,
     progress: Callable[[str], None],
 ) -> Traced:
-    """Trace and cut, with fused attention if the model allows it, stamping blocks if that is proven."""
+    """Trace and cut: with a KV cache if it generates text, with fused attention if the model allows it, stamping blocks
+    if that is proven."""
+    why = ""
+    if task == "text-generation":
+        try:
+            return _trace_cached(checkpoint, config, task, dtype, progress)
+        except cached.NotCachedError as error:
+            why = f"; no KV cache, since {error}"
+            progress(f"tracing without a KV cache ({error})")
     try:
-        return _trace(checkpoint, config, task, dtype, head, progress, ATTENTION)
+        traced = _trace(checkpoint, config, task, dtype, head, progress, ATTENTION)
     except (NotFusedError, KeyError, skeleton.AttentionError):
         # softcaps, sinks, or a table of attention classes of its own: the primitive operators are always right
-        return _trace(checkpoint, config, task, dtype, head, progress, "eager")
+        traced = _trace(checkpoint, config, task, dtype, head, progress, "eager")
+    return replace(traced, how=traced.how + why)
+
+
+def _trace_cached(
+    checkpoint: Checkpoint, config: Any, task: str, dtype: str, progress: Callable[[str], None]
+) -> Traced:
+    try:
+        return _trace(checkpoint, config, task, dtype, None, progress, cached.ATTENTION)
+    except (cached.NotCachedError, KeyError, skeleton.AttentionError):
+        with cached.torch_attention():
+            try:
+                return _trace(checkpoint, config, task, dtype, None, progress, "sdpa")
+            except (KeyError, skeleton.AttentionError) as error:
+                raise cached.NotCachedError("it computes attention itself") from error
 
 
 def _trace(
@@ -115,9 +139,14 @@ def _trace(
     weights = find(checkpoint, model)
     mode = skeleton.fake_mode()
     skeleton.fake_parameters(model, mode)
-    inputs = skeleton.inputs_of(model, torch_dtype)
-    outputs = skeleton.outputs_of(task)
-    wrapped = skeleton.Task(model, inputs, outputs, head).eval()
+    wrapped: skeleton.Task | cached.CachedTask
+    if attention in (cached.ATTENTION, "sdpa"):
+        wrapped = cached.CachedTask(model).eval()
+        inputs = wrapped.inputs
+    else:
+        inputs = skeleton.inputs_of(model, torch_dtype)
+        wrapped = skeleton.Task(model, inputs, skeleton.outputs_of(task), head).eval()
+    outputs = wrapped.output_names
 
     def samples() -> tuple[torch.Tensor, ...]:
         with mode:
@@ -126,7 +155,7 @@ def _trace(
     try:
         with mode, torch.no_grad():
             stack = watch(wrapped, samples())
-    except (NotFusedError, ExportError, KeyError):
+    except (NotFusedError, cached.NotCachedError, ExportError, KeyError):
         raise
     except Exception as error:
         raise ExportError(
@@ -150,7 +179,7 @@ def _trace(
 
 
 def _cut(
-    wrapped: skeleton.Task,
+    wrapped: skeleton.Task | cached.CachedTask,
     inputs: tuple[skeleton.Input, ...],
     samples: tuple[torch.Tensor, ...],
     stack: list[Call],
@@ -164,6 +193,8 @@ def _cut(
     ):
         # The model computes attention itself, so it wants the mask that goes with that, a bias and not a truth table.
         raise NotFusedError("attention of its own")
+    if isinstance(wrapped, cached.CachedTask):
+        check_apart(traced.model.graph)
     names = frozenset("model." + name for name in weights.names)
     result = cut(traced, stack, kind, names)
     for part in result.parts:
@@ -192,6 +223,11 @@ def _write_parts(folder: Path, result: Cut) -> None:
         ir.save(part, folder / _part_file(index, part))
 
 
+def _caches(part: ir.Model) -> tuple[CacheSpec, ...]:
+    nodes = [node for node in part.graph if node.op_type == CACHE_ATTENTION]
+    return tuple(cache_of(node, str(number)) for number, node in enumerate(nodes))
+
+
 def _part_file(index: int, part: ir.Model) -> str:
     return f"parts/{index}-{part.graph.name}.onnx"
 
@@ -216,7 +252,13 @@ def _manifest(
     """The manifest without its stages, which are stitched from it."""
     result = traced.cut
     parts = tuple(
-        Part(file=_part_file(i, model), inputs=result.inputs[i], outputs=result.outputs[i], weights=result.weights[i])
+        Part(
+            file=_part_file(i, model),
+            inputs=result.inputs[i],
+            outputs=result.outputs[i],
+            weights=result.weights[i],
+            caches=_caches(model),
+        )
         for i, model in enumerate(result.parts)
     )
     last = result.uses[-1]
@@ -227,7 +269,7 @@ def _manifest(
     classifies = task in ("text-classification", "token-classification", "image-classification")
     return Manifest.model_construct(
         format="stageline-bundle",
-        version=1,
+        version=VERSION,
         task=task,
         architecture=config.model_type,
         dtype=dtype,

@@ -27,7 +27,7 @@ TASKS: dict[str, tuple[str, Any]] = {
     "feature-extraction": ("Model", transformers.AutoModel),
     "sentence-similarity": ("Model", transformers.AutoModel),
 }
-SAMPLE_BATCH, SAMPLE_LENGTH = 3, 7  # unlike any usual width, so that a dimension is never taken for a constant
+SAMPLES = {"batch": 3, "length": 7, "picks": 5}  # unlike any usual width, so that none is taken for a constant
 
 
 class AttentionError(Exception):
@@ -44,8 +44,7 @@ class Input:
 
     def sample_shape(self) -> tuple[int, ...]:
         """The shape used for tracing."""
-        sizes = {"batch": SAMPLE_BATCH, "length": SAMPLE_LENGTH}
-        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+        return tuple(SAMPLES[d] if isinstance(d, str) else d for d in self.shape)
 
 
 class Task(torch.nn.Module):

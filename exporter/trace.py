@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 from stageline.exporter.blocks import Call
+from stageline.exporter.cached import CachedTask, NotCachedError
 from stageline.exporter.skeleton import Input, Task
 from stageline.models.errors import ExportError
 from torch.utils import _pytree
@@ -168,7 +169,7 @@ def representatives(kinds: list[int]) -> frozenset[int]:
 
 
 def trace(
-    task: Task,
+    task: Task | CachedTask,
     inputs: tuple[Input, ...],
     samples: tuple[torch.Tensor, ...],
     stack: list[Call],
@@ -184,7 +185,7 @@ def trace(
         try:
             program = torch.export.export(task, samples, dynamic_shapes=(free,), strict=False)
             exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
-        except NotFusedError:
+        except (NotFusedError, NotCachedError):
             raise
         except Exception as error:
             raise ExportError(f"{type(task.model).__name__} cannot be traced: {first_line(error)}") from error

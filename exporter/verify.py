@@ -23,7 +23,7 @@ from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.manifest import Manifest, TensorSpec
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.signature import BATCH, LENGTH
+from stageline.runtime.signature import BATCH, LENGTH, Signature
 from torch.utils import _pytree
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
@@ -87,7 +87,8 @@ def verify(
         return _compare(stage, spec, got, reference[spec.name], mask, tolerance)
 
     comparisons = []
-    values: dict[str, Array] = dict(inputs)
+    signature = Signature.of(manifest)
+    values: dict[str, Array] = signature.check_inputs(inputs)[0]
     for number, stage in enumerate(manifest.stages):
         progress(f"stage {number + 1} of {len(manifest.stages)}")
         outputs = _run_stage(
@@ -98,7 +99,7 @@ def verify(
     progress("the whole pipeline")
     with Pipeline.open(path) as pipeline:
         outputs = pipeline.run(inputs)
-    comparisons += [compare(None, spec, outputs[spec.name]) for spec in manifest.outputs]
+    comparisons += [compare(None, spec, outputs[spec.name]) for spec in signature.outputs]
     lengths = () if mask is None else tuple(int(n) for n in mask.sum(axis=1))
     return Verification(manifest.dtype, tolerance, seed, lengths, tuple(comparisons))
 
@@ -111,7 +112,7 @@ def random_inputs(manifest: Manifest, seed: int) -> dict[str, Array]:
     real = np.arange(length) < lengths[:, None]
     pad = manifest.text.pad_id if manifest.text else 0
     made: dict[str, Array] = {}
-    for spec in manifest.inputs:
+    for spec in Signature.of(manifest).inputs:
         shape = [{BATCH: _ROWS, LENGTH: length}[d] if isinstance(d, str) else d for d in spec.shape]
         if spec.name == "attention_mask":
             made[spec.name] = real.astype(np.int64)
@@ -192,7 +193,9 @@ def _load(checkpoint: Checkpoint, manifest: Manifest) -> Any:
 
 def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None]) -> dict[str, Array]:
     stage = bundle.manifest.stages[number]
-    engine = engine_factory("onnxruntime")(StageFile(number, bundle.path / stage.file, bundle.path), allowed_cores())
+    engine = engine_factory("onnxruntime")(
+        StageFile(number, bundle.path / stage.file, bundle.path, stage.caches), allowed_cores()
+    )
     try:
         given = {name: value for name, value in inputs.items() if value is not None}
         return engine.run(given, [spec.name for spec in stage.outputs])
@@ -209,7 +212,7 @@ def _compare(
             f"{spec.name} has shape {list(got.shape)} in the bundle and {list(want.shape)} in torch; "
             "give the checkpoint that the bundle was exported from"
         )
-    if mask is not None and spec.shape[:2] == (BATCH, LENGTH):
+    if mask is not None and got.shape[:2] == mask.shape:
         got, want = got[mask == 1], want[mask == 1]
     error = np.abs(got.astype(np.float64) - want)
     relative = error / np.abs(want).max(axis=-1, keepdims=True).clip(min=1)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-VERSION = 1
+VERSION = 2
 
 
 def _inside(path: str) -> str:
@@ -47,6 +47,16 @@ class TensorSpec(_Data):
     shape: tuple[int | str, ...]
 
 
+class CacheSpec(_Data):
+    """The keys and values of earlier tokens that one CacheAttention operator reads and adds to: for each row of the
+    batch `heads` x tokens x `key_size` and `value_size`. `name` is unique among the stages; in a part it is a count."""
+
+    name: ValueName
+    heads: int = Field(gt=0)
+    key_size: int = Field(gt=0)
+    value_size: int = Field(gt=0)
+
+
 class Part(_Data):
     """One traced graph: the prologue, one distinct kind of block, or the epilogue.
 
@@ -58,6 +68,7 @@ class Part(_Data):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: tuple[TensorSpec, ...]
+    caches: tuple[CacheSpec, ...] = ()
 
 
 class Use(_Data):
@@ -90,6 +101,7 @@ class Stage(_Data):
     outputs: tuple[TensorSpec, ...]
     weight_bytes: int = Field(ge=0)
     parameters: int = Field(ge=0)
+    caches: tuple[CacheSpec, ...] = ()
 
 
 class Text(_Data):
@@ -105,7 +117,7 @@ class Manifest(_Data):
     """Everything a runtime needs to know of a bundle."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     task: str  # as Hugging Face names it: feature-extraction, sentence-similarity, text-classification, ...
     architecture: str  # the config's model_type
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -123,6 +135,11 @@ class Manifest(_Data):
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
     made_by: dict[str, str]  # package -> version
+
+    @property
+    def cached(self) -> bool:
+        """Whether the model keeps keys and values of earlier tokens, so that it can generate."""
+        return any(part.caches for part in self.parts)
 
     @property
     def blocks(self) -> int:

@@ -70,7 +70,7 @@ def cut(
 
 def take(signature: Signature, inputs: Mapping[str, Array], piece: Piece) -> dict[str, Array]:
     """The inputs of one micro-batch, contiguous; views where they are contiguous already."""
-    return {spec.name: np.asarray(inputs[spec.name][piece.index(spec)], order="C") for spec in signature.inputs}
+    return {spec.name: np.asarray(inputs[spec.name][piece.index(spec)], order="C") for spec in signature.graph_inputs}
 
 
 def join(

@@ -180,7 +180,7 @@ class Pipeline:
             PipelineStage(
                 tuple(spec.name for spec in stage.inputs),
                 tuple(spec.name for spec in stage.outputs),
-                partial(factory, StageFile(number, opened.path / stage.file, opened.path)),
+                partial(factory, StageFile(number, opened.path / stage.file, opened.path, stage.caches)),
             )
             for number, stage in enumerate(opened.manifest.stages)
         ]
@@ -276,7 +276,7 @@ class Pipeline:
 
     def _route(self, outputs: tuple[str, ...]) -> tuple[Step, ...]:
         if outputs not in self._routes:
-            inputs = [spec.name for spec in self.signature.inputs]
+            inputs = [spec.name for spec in self.signature.graph_inputs]
             self._routes[outputs] = route(self._stage_names, inputs, outputs)
         return self._routes[outputs]
 

@@ -8,7 +8,7 @@ from stageline.models.errors import BundleError, RequestError
 from stageline.runtime.engines.base import Array
 from stageline.runtime.manifest import Manifest, TensorSpec
 
-BATCH, LENGTH = "batch", "length"
+BATCH, LENGTH, PICKS = "batch", "length", "picks"
 _DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}  # what fills an input that the user left out
 _HALVES = ("float16", "bfloat16")
 
@@ -17,13 +17,15 @@ _HALVES = ("float16", "bfloat16")
 class Signature:
     """A model's inputs and outputs. `vocabulary` bounds the values of `input_ids`, `max_positions` the length of a row.
 
-    Half-precision values cross the model's border as float32 (NumPy has no bfloat16).
+    Half-precision values cross the model's border as float32 (NumPy has no bfloat16). `derived` are inputs of the graph
+    that no user gives: `check_inputs` makes them from the others.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     vocabulary: int | None = None
     max_positions: int | None = None
+    derived: tuple[TensorSpec, ...] = ()
 
     def __post_init__(self) -> None:
         for spec in self.outputs:
@@ -35,8 +37,20 @@ class Signature:
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Signature":
-        """The signature of a bundle's model."""
-        return cls(manifest.inputs, manifest.outputs, manifest.vocabulary, manifest.max_positions)
+        """The signature of a bundle's model. One with caches takes whole rows here, and gives logits for all tokens."""
+        inputs, outputs = manifest.inputs, manifest.outputs
+        derived: tuple[TensorSpec, ...] = ()
+        if manifest.cached:
+            ids = next(spec for spec in inputs if spec.name == "input_ids")
+            derived = tuple(_for_all_tokens(spec) for spec in inputs if spec is not ids)
+            inputs = (ids, ids.model_copy(update={"name": "attention_mask"}))
+            outputs = tuple(_for_all_tokens(spec) for spec in outputs)
+        return cls(inputs, outputs, manifest.vocabulary, manifest.max_positions, derived)
+
+    @property
+    def graph_inputs(self) -> tuple[TensorSpec, ...]:
+        """What the stages are given: `inputs`, then `derived`."""
+        return self.inputs + self.derived
 
     def check_outputs(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
         """The wanted outputs in the model's order, all of them for None. RequestError for an unknown name."""
@@ -75,9 +89,29 @@ class Signature:
             )
         if "input_ids" in given and self.vocabulary is not None:
             _check_ids(given["input_ids"], self.vocabulary)
-        return {
-            spec.name: given[spec.name] if spec.name in given else _filled(spec, sizes) for spec in self.inputs
-        }, sizes
+        filled = {spec.name: given[spec.name] if spec.name in given else _filled(spec, sizes) for spec in self.inputs}
+        if self.derived:
+            filled.update(_whole_rows(filled["attention_mask"]))
+        return filled, sizes
+
+
+def _for_all_tokens(spec: TensorSpec) -> TensorSpec:
+    return spec.model_copy(update={"shape": tuple(LENGTH if size == PICKS else size for size in spec.shape)})
+
+
+def _whole_rows(mask: Array) -> dict[str, Array]:
+    """What a model with caches is told of rows it sees whole: nothing is past, and all logits are wanted."""
+    rows, length = mask.shape
+    new: Array = (mask != 0).sum(axis=1)
+    if ((mask != 0) != (np.arange(length) < new[:, None])).any() or not new.all():
+        raise RequestError(
+            "attention_mask leaves out tokens before others, or a whole row; pad rows on the right, and not to nothing"
+        )
+    return {
+        "past_lengths": np.zeros(rows, np.int64),
+        "new_lengths": new.astype(np.int64),
+        "logits_at": np.tile(np.arange(length), (rows, 1)),
+    }
 
 
 def _array(spec: TensorSpec, value: object) -> Array:

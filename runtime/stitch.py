@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 from stageline.models.errors import BundleError
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.manifest import Manifest, Stage, TensorSpec, Use
+from stageline.runtime.manifest import CacheSpec, Manifest, Stage, TensorSpec, Use
 
 NOMINAL = {"batch": 8, "length": 128}  # sizes at which the bytes that cross a cut are compared
 _RECOMPUTE_WEIGHT_BYTES = 64 * 1024  # a shared value that needs a larger weight than this is shipped, not recomputed
 _UNBOUNDED = math.inf
+CACHE_ATTENTION = "CacheAttention"  # of the domain "stageline"; docs/bundle.md says what it computes
 
 
 def size_bytes(shape: Sequence[int | str], dtype: str) -> int:
@@ -30,6 +31,21 @@ def size_bytes(shape: Sequence[int | str], dtype: str) -> int:
 def ir_dtype(name: str) -> ir.DataType:
     """The ONNX data type of a NumPy name."""
     return ir.DataType[{"float32": "FLOAT", "float64": "DOUBLE"}.get(name, name.upper())]
+
+
+def cache_of(node: ir.Node, name: str) -> CacheSpec:
+    """The cache that a CacheAttention node reads and adds to."""
+    _, key, value, *_ = node.inputs
+    return CacheSpec(name=name, heads=static(key, 1), key_size=static(key, 3), value_size=static(value, 3))
+
+
+def static(value: ir.Value | None, axis: int) -> int:
+    """The size of a dimension that the graph fixes."""
+    assert value is not None
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size
 
 
 def part_costs(manifest: Manifest, parts: Sequence[ir.Model]) -> list[int]:
@@ -167,7 +183,8 @@ class Prologue:
                 assert value.dtype is not None
                 assert value.shape is not None
                 shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
-                edge((value, "in"), (value, "out"), size_bytes(shape, np.dtype(value.dtype.numpy()).name))
+                size = size_bytes(shape, np.dtype(value.dtype.numpy()).name)
+                edge((value, "in"), (value, "out"), size - 0.5)  # of equal sizes an input, which is at hand everywhere
             else:
                 edge((value, "in"), (value, "out"), size_bytes(spec.shape, spec.dtype) if spec else _UNBOUNDED)
             for source in self.sources(value, sizes):
@@ -283,6 +300,7 @@ def stitch(plan: Plan, number: int, tensors: Mapping[str, TensorEntry], folder: 
         outputs=tuple(plan.specs[name] for name in plan.outputs[number]),
         weight_bytes=sum(entry.size_bytes for entry in used.values()),
         parameters=sum(math.prod(entry.shape) for entry in used.values()),
+        caches=tuple(builder.caches),
     )
     return model, stage
 
@@ -297,6 +315,7 @@ class _Builder:
         self.initializers: dict[str, ir.Value] = {}
         self.weights: dict[str, ir.Value] = {}
         self.opsets: dict[str, int] = {}
+        self.caches: list[CacheSpec] = []
 
     def input(self, spec: TensorSpec) -> ir.Value:
         value = ir.Value(name=spec.name, shape=ir.Shape(list(spec.shape)), type=ir.TensorType(ir_dtype(spec.dtype)))
@@ -366,6 +385,11 @@ class _Builder:
                 copy = ir.Node(
                     node.domain, node.op_type, mapped, list(node.attributes.values()), num_outputs=len(node.outputs)
                 )
+                if node.op_type == CACHE_ATTENTION:
+                    earlier = sum(c.name.startswith(f"cache.{prefix}") for c in self.caches)
+                    cache = cache_of(node, f"cache.{prefix}{earlier}")
+                    copy.attributes["cache"] = ir.AttrString("cache", cache.name)
+                    self.caches.append(cache)
             copy.name = prefix + str(node.name)
             for old, value in zip(node.outputs, copy.outputs, strict=True):
                 value.name, value.type, value.shape = prefix + str(old.name), old.type, old.shape

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.base import Array, Engine, EngineFactory, StageFile
+from stageline.runtime.engines.base import Array, CacheDtype, CacheSize, Engine, EngineFactory, StageFile
 
-__all__ = ["ENGINES", "Array", "Engine", "EngineFactory", "StageFile", "engine_factory"]
+__all__ = ["ENGINES", "Array", "CacheDtype", "CacheSize", "Engine", "EngineFactory", "StageFile", "engine_factory"]
 
 
 def _onnxruntime() -> EngineFactory:

@@ -1,12 +1,14 @@
 """What runs one stage: the contract that the pipeline knows and every engine keeps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy.typing as npt
+from stageline.runtime.manifest import CacheSpec
 
+CacheDtype = Literal["float32", "float16"]
 Array = npt.NDArray[Any]
 
 
@@ -31,8 +33,21 @@ class Engine(Protocol):
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """The named outputs of the stage for these inputs. Names in `inputs` that the stage does not read are ignored.
 
+        A stage with caches runs as if every row had an empty cache of its own, which is forgotten afterwards.
         Raises EngineError, naming the stage, if the backend fails.
         """
+        ...
+
+    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+        """Like `run`, with the rows of the batch in cache slots `first_slot` and on, which grow by their new tokens.
+
+        The inputs hold `past_lengths` and `new_lengths` [rows]; the past and the padded length of every row together
+        fit the capacity. Only for an engine opened with a `CacheSize`.
+        """
+        ...
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of cache slot `source` into slot `target`."""
         ...
 
     def close(self) -> None:
@@ -47,7 +62,20 @@ class StageFile:
     number: int
     file: Path
     folder: Path
+    caches: tuple[CacheSpec, ...] = ()
 
 
-EngineFactory = Callable[[StageFile, tuple[int, ...]], Engine]
-"""Opens a stage on the given processors (numbers as in os.sched_getaffinity), on the thread that will run it."""
+@dataclass(frozen=True)
+class CacheSize:
+    """How much each cache of a stage holds: `slots` rows of at most `capacity` tokens, in `dtype`."""
+
+    slots: int
+    capacity: int
+    dtype: CacheDtype
+
+
+class EngineFactory(Protocol):
+    """Opens a stage on the given processors (numbers as in os.sched_getaffinity), on the thread that will run it. With
+    a `CacheSize` its caches are allocated once, here; without, it cannot `step`."""
+
+    def __call__(self, stage: StageFile, cores: tuple[int, ...], cache: CacheSize | None = None) -> Engine: ...

@@ -12,6 +12,7 @@ from stageline.exporter.export import export
 from stageline.models.synthetic import write_random
 from stageline.runtime.bundle import Bundle, recut
 from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.signature import Signature
 
 TOLERANCE = 1e-4
 _SMALL = {
@@ -97,7 +98,7 @@ def random_inputs(bundle: Bundle, seed: int, rows: int = 5, length: int = 19) ->
     """Fresh inputs: ragged rows padded on the right, one of them full and one of a single token; or random images."""
     rng = np.random.default_rng(seed)
     made: dict[str, np.ndarray] = {}
-    for spec in bundle.manifest.inputs:
+    for spec in Signature.of(bundle.manifest).inputs:
         shape = [{"batch": rows, "length": length}.get(d, d) if isinstance(d, str) else d for d in spec.shape]
         if spec.name == "attention_mask":
             lengths = np.array([length, 1, *rng.integers(2, length, rows - 2)])

@@ -11,6 +11,7 @@ from stageline.exporter.export import export
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle import Bundle, recut
 from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.signature import Signature
 
 CHECKPOINTS = Path(__file__).parents[2] / "models/checkpoints"
 TEXTS = [
@@ -50,7 +51,7 @@ def encoded(bundle: Bundle) -> dict[str, np.ndarray]:
     text = bundle.manifest.text
     assert text is not None
     inputs = TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id).encode(TEXTS)
-    wanted = {spec.name for spec in bundle.manifest.inputs}
+    wanted = {spec.name for spec in Signature.of(bundle.manifest).inputs}
     return {name: value for name, value in inputs.items() if name in wanted}
 
 

@@ -408,7 +408,7 @@ def test_a_bundle_opens_with_its_own_stages(tmp_path: Path, monkeypatch: pytest.
         for i, (reads, gives) in enumerate(borders)
     ]
     manifest = Manifest.model_construct(
-        inputs=TOKENS.inputs, outputs=TOKENS.outputs, vocabulary=100, max_positions=16, stages=tuple(stages)
+        inputs=TOKENS.inputs, outputs=TOKENS.outputs, vocabulary=100, max_positions=16, parts=(), stages=tuple(stages)
     )
     monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, manifest=manifest))
     with Pipeline.open(str(tmp_path), threads=1, micro_batch=1) as pipeline:
