@@ -1,0 +1,198 @@
+"""Choosing the next token of every row of a batch from the model's logits.
+
+What a row draws depends on its own logits, settings and generator alone, never on the rows beside it. A row that needs
+no feature does not pay for it: a batch that is greedy throughout costs one argmax.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from stageline.models.errors import EngineError
+from stageline.runtime.generation.request import Sampling, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The token a row goes on with; `logprob` where the row's Sampling asks for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class Row:
+    """One choice of a request, as sampling sees it: its settings, its generator and the tokens it has so far."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        vocabulary: int,
+        prompt: Sequence[int] = (),
+        end_ids: Sequence[int] = (),
+        choice: int = 0,
+    ) -> None:
+        """`prompt`: token ids below `vocabulary`, the width of the logits. `end_ids`: tokens that end a text, which are
+        not drawn before `min_tokens`. `choice`: which of the n, counted from 0."""
+        self.sampling = sampling
+        self.drawn = 0
+        """Tokens drawn so far."""
+        seed = sampling.seed
+        self._generator = np.random.default_rng(None if seed is None else seed + choice)
+        barred = {*end_ids, *sampling.stop_token_ids}
+        self._barred = np.array([token for token in barred if token < vocabulary], np.int64)
+        self._penalised = (
+            sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        )
+        self._counts = np.zeros(vocabulary if self._penalised else 0, np.int32)  # how often each token was drawn
+        self._in_prompt = np.zeros(len(self._counts), np.bool_)
+        if self._penalised:
+            self._in_prompt[np.asarray(prompt, np.int64)] = True
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether the next token is the raw logits' argmax."""
+        return self.sampling.temperature == 0 and not self._penalised and not self._bars_ends
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The row's logits [vocabulary] after penalties, with tokens that may not be drawn yet at minus infinity. A new
+        array, or `logits` itself where nothing changes."""
+        if not self._penalised and not self._bars_ends:
+            return logits
+        scores = logits.copy()
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1:
+            seen = np.flatnonzero(self._in_prompt | (self._counts > 0))
+            values = scores[seen]
+            penalty = np.float32(sampling.repetition_penalty)
+            scores[seen] = np.where(values < 0, values * penalty, values / penalty)
+        if self._penalised:
+            drawn = np.flatnonzero(self._counts)
+            scores[drawn] -= sampling.presence_penalty + sampling.frequency_penalty * self._counts[drawn]
+        if self._bars_ends:
+            scores[self._barred] = -np.inf
+        return scores
+
+    def choose(self, logits: NDArray[np.float32]) -> int | None:
+        """The next token from the row's logits [vocabulary], which stay as they are. None where no token is left."""
+        scores = self.scores(logits)
+        best = int(scores.argmax())
+        if not np.isfinite(scores[best]):
+            return None
+        if self.sampling.temperature == 0:
+            return best
+        # One uniform number, looked up in the weights cumulated in the order of the ids. That order does not depend on
+        # the scores, so a rounding difference between two runs moves the borders between tokens by as little.
+        ids, weights = weigh(scores, self.sampling)
+        cumulated = np.cumsum(weights)
+        total = cumulated[-1]
+        place = np.searchsorted(cumulated, self._generator.random() * total, side="right")
+        last = np.searchsorted(cumulated, total)  # the last token that weighs anything, should the product round up
+        return int(ids[min(place, last)])
+
+    def record(self, token: int) -> None:
+        """Take the token for drawn."""
+        self.drawn += 1
+        if self._penalised:
+            self._counts[token] += 1
+
+    @property
+    def _bars_ends(self) -> bool:
+        return self.drawn < self.sampling.min_tokens
+
+
+def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | EngineError]:
+    """The next token of each row, recorded in it.
+
+    Args:
+        logits: float32 [rows, vocabulary]; they are read only.
+        rows: what each row of the logits belongs to; no Row twice.
+
+    Returns:
+        One result a row. For a row whose logits hold NaN or +infinity, or leave no token, it is an EngineError, which
+        is returned and not raised: that row stays as it was, and the others have their tokens.
+    """
+    likeliest = logits.argmax(axis=1)
+    # argmax takes a NaN for the largest: so one look at the largest finds NaN, +infinity and rows of -infinity.
+    largest = np.take_along_axis(logits, likeliest[:, None], axis=1)[:, 0]
+    results: list[Drawn | EngineError] = []
+    for number, (row, token, peak) in enumerate(zip(rows, likeliest.tolist(), largest.tolist(), strict=True)):
+        if not np.isfinite(peak):
+            results.append(
+                EngineError(
+                    f"the largest logit of token {row.drawn} is {peak}: numbers overflowed or weights are damaged; "
+                    "export with --dtype float32, and compare with: stageline verify"
+                )
+            )
+            continue
+        chosen = token if row.takes_the_likeliest else row.choose(logits[number])
+        if chosen is None:
+            results.append(
+                EngineError(
+                    f"no token is left for token {row.drawn}: all that the model allows end the text, and min_tokens "
+                    f"is {row.sampling.min_tokens}; lower it"
+                )
+            )
+            continue
+        wanted = row.sampling.logprobs
+        results.append(Drawn(chosen, None if wanted is None else _logprob(logits[number], chosen, wanted)))
+        row.record(chosen)
+    return results
+
+
+def weigh(scores: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The tokens that temperature (above 0), top_k, top_p and min_p leave of one row's scores [vocabulary].
+
+    Returns their ids in rising order and, of the same length, weights in proportion to their probabilities (the
+    likeliest weighs 1; some may weigh 0). Ties with the k-th token stay, as in transformers' TopKLogitsWarper.
+    """
+    best = scores.max()
+    if 0 < sampling.top_k < len(scores):
+        ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
+        scores = scores[ids]
+    else:
+        ids = np.arange(len(scores))
+    with np.errstate(over="ignore"):  # to minus infinity, at a temperature near 0
+        weights = np.exp(np.subtract(scores, best, dtype=np.float64) / sampling.temperature)
+    if sampling.top_p < 1:
+        kept = _nucleus(weights, sampling.top_p)
+        ids, weights = ids[kept], weights[kept]
+    if sampling.min_p > 0:
+        weights[weights < sampling.min_p] = 0
+    return ids, weights
+
+
+def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Where the fewest likeliest tokens lie whose weights make up `top_p` of the sum; at least one, in rising order.
+
+    Of equally likely tokens at the edge, the lowest ids stay (transformers' TopPLogitsWarper leaves that open).
+    """
+    total = weights.sum()
+    # Tokens that each weigh less than this weigh less than 1 - top_p together: the nucleus is among the others.
+    candidates = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
+    likely = weights[candidates]
+    falling = np.sort(likely)[::-1]
+    count = min(int(np.searchsorted(np.cumsum(falling), top_p * total)) + 1, len(falling))
+    kept: NDArray[np.int64] = candidates[_largest(likely, falling[count - 1], count)]
+    return kept
+
+
+def _largest(values: NDArray[np.floating], edge: np.floating, count: int) -> NDArray[np.bool_]:
+    """Which are the `count` largest, the smallest of which is `edge`; the first of those equal to it."""
+    kept = values > edge
+    kept[np.flatnonzero(values == edge)[: count - int(kept.sum())]] = True
+    return kept
+
+
+def _logprob(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+    """The log probability of `token` and the `count` likeliest, of equally likely ones the lowest ids first."""
+    values = logits.astype(np.float64)
+    peak = values.max()
+    total = peak + np.log(np.exp(values - peak).sum())
+    count = min(count, len(logits))
+    top: list[int] = []
+    if count:
+        edge = np.partition(logits, -count)[-count]
+        ids = np.flatnonzero(_largest(logits, edge, count))
+        top = ids[np.argsort(-logits[ids], kind="stable")].tolist()
+    return TokenLogprob(token, float(values[token] - total), tuple((i, float(values[i] - total)) for i in top))
