@@ -1,0 +1,196 @@
+"""What a planner is asked: costs of the model's uses on each device, links, memory, pins; and a plan as its answer."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stageline.models.errors import StagelineError
+
+Objective = Literal["throughput", "latency", "cost", "energy"]
+OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "cost", "energy")
+
+
+@dataclass(frozen=True)
+class DeviceCost:
+    """What one kind of device makes of the model: seconds for each use (prologue, blocks, epilogue) of a micro-batch.
+
+    `stage_s` comes once for each stage, `later_stage_s` once more for each stage but the first (shared values that it
+    computes anew). `memory_bytes` is what the device has, `workspace_bytes` what a stage needs besides its uses.
+    """
+
+    name: str
+    use_s: tuple[float, ...]
+    memory_bytes: float
+    stage_s: float = 0.0
+    later_stage_s: float = 0.0
+    workspace_bytes: float = 0.0
+    price_per_h: float = 0.0
+    busy_w: float = 0.0
+    idle_w: float = 0.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """What carries a micro-batch from one device to another."""
+
+    bandwidth_bytes_per_s: float = math.inf
+    latency_s: float = 0.0
+
+    def copy_s(self, count_bytes: float) -> float:
+        """Seconds that `count_bytes` take."""
+        return self.latency_s + count_bytes / self.bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model of `len(use_bytes) - 2` blocks and the devices to cut it for.
+
+    `devices` in order: a stage's device comes after the one before it in the list, and any may be left out. With
+    `counts` there is no order: there are `counts[k]` devices of the kind `devices[k]`. `links[a][b]` leads from device
+    (or kind) a to b; None where data cannot go. `use_bytes` are the bytes that each use keeps on its device,
+    `tied_bytes` what prologue and epilogue share when they lie in one stage; `cut_bytes[i]` cross a cut before block i.
+
+    With `overlap` a device copies its next input while it computes: a stage then takes the longer of the two, else
+    their sum. `layers` pins the number of blocks of each stage, `stages` their number. `replicas` is the most devices
+    of one kind that may share a stage, each taking every r-th micro-batch; without order only.
+    """
+
+    devices: tuple[DeviceCost, ...]
+    links: tuple[tuple[Link | None, ...], ...]
+    use_bytes: tuple[float, ...]
+    cut_bytes: tuple[float, ...]
+    counts: tuple[int, ...] | None = None
+    tied_bytes: float = 0.0
+    overlap: bool = True
+    layers: tuple[int, ...] | None = None
+    stages: int | None = None
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (sum(self.layers) != self.blocks or min(self.layers, default=0) < 1):
+            raise StagelineError(
+                f"layers {','.join(map(str, self.layers))} do not fit: give each stage at least 1 block, "
+                f"{self.blocks} in all"
+            )
+        if self.stages is not None and not 1 <= self.stages <= self.blocks:
+            raise StagelineError(
+                f"{self.stages} stages do not fit: the model has {self.blocks} blocks, so choose 1 to {self.blocks}"
+            )
+        if self.replicas > 1 and (self.counts is None or self.stages is not None):
+            raise StagelineError(
+                f"{self.replicas} replicas of a stage need devices without an order and no number of stages"
+            )
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the model has."""
+        return len(self.use_bytes) - 2
+
+    def stage_bytes(self, device: int, first: int, end: int) -> float:
+        """Memory that a stage of blocks `first` to `end` - 1 takes on `device`."""
+        begin, stop = _uses(self.blocks, first, end)
+        tied = self.tied_bytes if (first, end) == (0, self.blocks) else 0.0
+        return sum(self.use_bytes[begin:stop]) + self.devices[device].workspace_bytes - tied
+
+    def compute_s(self, device: int, first: int, end: int) -> float:
+        """Seconds of work on a micro-batch of a stage of blocks `first` to `end` - 1 on `device`."""
+        begin, stop = _uses(self.blocks, first, end)
+        cost = self.devices[device]
+        return sum(cost.use_s[begin:stop]) + cost.stage_s + (cost.later_stage_s if first else 0.0)
+
+    def allowed(self, first: int, end: int) -> bool:
+        """True if the pinned layers allow a stage of blocks `first` to `end` - 1."""
+        if self.layers is None:
+            return True
+        ends = list(itertools.accumulate(self.layers))
+        return (first, end) in zip((0, *ends), ends, strict=False)
+
+
+def _uses(blocks: int, first: int, end: int) -> tuple[int, int]:
+    """The places among the uses of a stage's first and last: prologue with the first block, epilogue with the last."""
+    return (0 if first == 0 else first + 1), (blocks + 2 if end == blocks else end + 1)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a plan: blocks `first` to `end` - 1 on `replicas` devices of `device`, its place in the problem."""
+
+    device: int
+    first: int
+    end: int
+    replicas: int = 1
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What a stage costs for each micro-batch. `occupied_s` is the time from one micro-batch to the next that the stage
+    alone would allow; `bubble` is the share of the bottleneck's time in which it waits, 0 to 1."""
+
+    compute_s: float
+    copy_s: float
+    occupied_s: float
+    memory_bytes: float
+    bubble: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An answer: the stages in order and what they cost together for each micro-batch.
+
+    `bottleneck_s` is the time between micro-batches when the pipeline is full, `latency_s` that of one alone,
+    `price_per_h` of all devices used, `energy_j` in the steady state, idle power included.
+    """
+
+    stages: tuple[PlannedStage, ...]
+    figures: tuple[StageFigures, ...]
+    bottleneck_s: float
+    latency_s: float
+    price_per_h: float
+    energy_j: float
+
+    @classmethod
+    def of(cls, problem: Problem, stages: Sequence[PlannedStage]) -> "Plan":
+        """The figures of these stages, whether they fit or not."""
+        times = []
+        for number, stage in enumerate(stages):
+            copy_s = 0.0
+            if number:
+                link = problem.links[stages[number - 1].device][stage.device]
+                copy_s = math.inf if link is None else link.copy_s(problem.cut_bytes[stage.first])
+            compute_s = problem.compute_s(stage.device, stage.first, stage.end)
+            occupied_s = max(compute_s, copy_s) if problem.overlap else compute_s + copy_s
+            times.append((compute_s, copy_s, occupied_s / stage.replicas))
+        bottleneck_s = max(occupied for _, _, occupied in times)
+        devices = [problem.devices[stage.device] for stage in stages]
+        return cls(
+            tuple(stages),
+            tuple(
+                StageFigures(
+                    compute_s,
+                    copy_s,
+                    occupied_s,
+                    problem.stage_bytes(stage.device, stage.first, stage.end),
+                    1 - occupied_s / bottleneck_s if bottleneck_s else 0.0,
+                )
+                for stage, (compute_s, copy_s, occupied_s) in zip(stages, times, strict=True)
+            ),
+            bottleneck_s,
+            sum(compute_s + copy_s for compute_s, copy_s, _ in times),
+            sum(device.price_per_h * stage.replicas for device, stage in zip(devices, stages, strict=True)),
+            sum(
+                (device.busy_w - device.idle_w) * compute_s + device.idle_w * stage.replicas * bottleneck_s
+                for device, stage, (compute_s, _, _) in zip(devices, stages, times, strict=True)
+            ),
+        )
+
+    def value(self, objective: Objective) -> float:
+        """What the objective makes smallest: seconds a micro-batch (throughput, latency), price for a micro-batch in
+        the catalogue's currency (cost), joules for a micro-batch (energy)."""
+        return {
+            "throughput": self.bottleneck_s,
+            "latency": self.latency_s,
+            "cost": self.price_per_h / 3600 * self.bottleneck_s,
+            "energy": self.energy_j,
+        }[objective]
