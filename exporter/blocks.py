@@ -9,9 +9,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from stageline.models.errors import ExportError
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 
 CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
@@ -31,7 +33,11 @@ class Call:
 
 
 def watch(task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call]:
-    """The calls of the model's blocks in order. ExportError when no stack of blocks is found."""
+    """The calls of the model's blocks in order. ExportError when no stack of blocks is found.
+
+    The model is told that it is being exported, so that it takes the same way as in the trace, and keeps no tensor of
+    this call in its caches.
+    """
     owner = {
         f"{path}.{name}" if path else name: path
         for path, container in task.named_modules()
@@ -39,38 +45,41 @@ def watch(task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call
         for name, _ in container.named_children()
     }
     calls: list[tuple[str, int, Call]] = []  # container, depth, call
-    open_calls: list[tuple[str, Call]] = []
-    counts: dict[str, int] = {}
-    handles = []
+    depth = 0
 
-    def enter(path: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            call = Call(path, module, counts.get(path, 0), _pytree.tree_leaves((args, kwargs)))
-            counts[path] = call.count + 1
-            calls.append((owner[path], len(open_calls), call))
-            open_calls.append((path, call))
+    def watched(path: str, module: torch.nn.Module) -> Any:
+        original, count = module.forward, itertools.count()
 
-        return hook
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            call = Call(path, module, next(count), _pytree.tree_leaves((args, kwargs)))
+            calls.append((owner[path], depth, call))
+            depth += 1
+            output = original(*args, **kwargs)
+            depth -= 1
+            call.outputs = _pytree.tree_leaves(output)
+            return output
 
-    def leave(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        open_calls.pop()[1].outputs = _pytree.tree_leaves(output)
+        return forward
 
-    for path, module in task.named_modules():
-        if path in owner:
-            handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    children = {path: module for path, module in task.named_modules() if path in owner}
     try:
-        task(*samples)
+        for path, module in children.items():
+            module.forward = watched(path, module)
+        with mock.patch.multiple(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=True):
+            task(*samples)
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in children.values():
+            vars(module).pop("forward", None)
     stacks: dict[tuple[str, int], list[Call]] = {}
-    for container, depth, call in calls:
-        stacks.setdefault((container, depth), []).append(call)
+    for container, level, call in calls:
+        stacks.setdefault((container, level), []).append(call)
+    stacks = {key: stack for key, stack in stacks.items() if any(map(_is_hidden, stack[-1].inputs))}
     if not stacks:
         raise ExportError(
             f"{type(getattr(task, 'model', task)).__name__} cannot be cut: looked for calls to the children of a "
-            "ModuleList, Sequential or ModuleDict, and its forward makes none"
+            "ModuleList, Sequential or ModuleDict with a hidden state, and its forward makes none"
         )
     weight = {key: sum(p.numel() for c in stack for p in c.block.parameters()) for key, stack in stacks.items()}
     best = max(stacks, key=lambda key: (weight[key], -key[1]))
@@ -82,6 +91,11 @@ def watch(task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call
     if len(stack) > 1:
         stack[0].chain = stack[1].chain
     return stack
+
+
+def _is_hidden(leaf: Any) -> bool:
+    """Whether it may be a hidden state; tables that are looked up by token ids are no blocks."""
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def kinds(stack: list[Call]) -> list[int]:
@@ -163,13 +177,19 @@ def _same_one(a: torch.nn.Module, b: torch.nn.Module, index_a: int, index_b: int
                 return False
     for name, buffer in a._buffers.items():
         twin = b._buffers[name]
-        if buffer is not None and twin is not None and not torch.equal(buffer, twin):
+        if buffer is not None and twin is not None and not _same_values(buffer, twin):
             return False
     ours = {
         k: v for k, v in vars(a).items() if k not in _TORCH_INTERNALS and not k.startswith(("_forward", "_backward"))
     }
     theirs = {k: v for k, v in vars(b).items() if k in ours}
     return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k], index_a, index_b) for k in ours)
+
+
+def _same_values(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors are equal. Of those without data, that a model makes from its weights, nothing is known."""
+    without_data = any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (x, y))
+    return not without_data and x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
 
 
 def _same(x: Any, y: Any, index_x: int, index_y: int) -> bool:
@@ -182,7 +202,7 @@ def _same(x: Any, y: Any, index_x: int, index_y: int) -> bool:
     if isinstance(x, torch.nn.Module):
         return True  # a submodule, or one named twice: compared where it stands in the tree
     if isinstance(x, torch.Tensor):
-        return x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
+        return _same_values(x, y)
     if isinstance(x, (list, tuple)):
         return len(x) == len(y) and all(_same(p, q, index_x, index_y) for p, q in zip(x, y, strict=True))
     if isinstance(x, dict):

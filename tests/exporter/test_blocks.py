@@ -6,6 +6,8 @@ import pytest
 import torch
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.models.errors import ExportError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import compile_compatible_method_lru_cache
 
 
 class Block(torch.nn.Module):
@@ -72,6 +74,53 @@ def test_the_stack_with_most_parameters_wins_over_a_small_head() -> None:
             return self.head(super().forward(x))
 
     assert [call.module for call in calls(Headed())] == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_tables_that_are_looked_up_are_no_blocks() -> None:
+    class Tables(Model):
+        def __init__(self) -> None:
+            super().__init__([Block(i) for i in range(2)])
+            self.tables = torch.nn.ModuleList(torch.nn.Embedding(1000, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + sum(table(torch.zeros(1, dtype=torch.long)) for table in self.tables)
+
+    assert [call.module for call in calls(Tables())] == ["layers.0", "layers.1"]
+
+
+def test_blocks_whose_forward_is_called_by_name_are_found() -> None:
+    class ByName(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer.forward(x, torch.zeros(1))
+            return x
+
+    model = ByName([Block(i) for i in range(3)])
+    assert stampable(calls(model)) is None
+    assert "forward" not in vars(model.layers[0]), "the model is as it was"
+
+
+def test_watching_leaves_no_tensor_in_the_caches_of_the_model() -> None:
+    @compile_compatible_method_lru_cache(maxsize=1)
+    def table(module: torch.nn.Module) -> torch.Tensor:
+        return torch.ones(1)
+
+    class Cached(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + table(self)
+
+    model = Cached([Block(i) for i in range(2)])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        calls(model)
+    assert type(table(model)) is torch.Tensor
+
+
+def test_buffers_without_data_are_not_taken_to_be_alike() -> None:
+    blocks = [Block(i) for i in range(2)]
+    with FakeTensorMode():
+        for block in blocks:
+            block.register_buffer("made", torch.ones(1))
+    assert kinds(calls(Model(blocks))) == [0, 1]
 
 
 def test_work_between_blocks_forbids_stamping() -> None:
