@@ -74,6 +74,15 @@ class TextEncoder:
             arrays["token_type_ids"][row, :length] = encoding.type_ids
         return arrays
 
+    def ids(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of one text, of any number; `special`: with those that the tokenizer adds to every text.
+
+        Raises:
+            RequestError: it is no text.
+        """
+        (checked,) = _inputs([text], None)
+        return list(self._tokenizer.encode(checked, add_special_tokens=special).ids)
+
     def count(self, text: str) -> int:
         """How many tokens the text has, special ones included.
 
@@ -93,6 +102,15 @@ class TextEncoder:
             return str(self._tokenizer.decode([int(i) for i in ids]))
         except OverflowError as error:
             raise RequestError("a token id is negative or too large; ids come from encode or a model") from error
+
+    def leaves_out(self, token: int) -> bool:
+        """Whether decode gives this token no text: it is a special one, or none of the tokenizer's."""
+        return token in self._special_ids or self._tokenizer.id_to_token(token) is None
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     @cached_property
     def _truncating(self) -> Any:

@@ -1,0 +1,230 @@
+"""Batches through the pipeline: each cut into micro-batches that follow each other through the stages.
+
+The life of a request. `submit` and `arun` move it to waiting and queued; the worker of its first stage moves it to
+running; its future is the record of how it ended, and whoever settles it first decides.
+
+    checked ──> waiting for a slot ──> queued ──> running ──> done          all its micro-batches left the last stage
+       │                │                 │          ├──────> failed        an engine raised in one of them
+       │                │                 ├──────────┴──────> cancelled     its future was cancelled
+       └─ RequestError  └─ QueueFullError └─────────────────> closed        the pipeline was closed (RequestError)
+
+`_settle` is the one way out of the pipeline: it takes the request from the unsettled ones, so that nobody settles it
+twice, and gives its slot back. A micro-batch of a settled request is dropped before the next stage starts on it.
+
+Each stage has an inbox. A worker takes a micro-batch from its inbox, runs its engine on it and puts it into the inbox
+of the next stage: it alone owns the micro-batch in between. At most WINDOW micro-batches for each stage are under way
+between the first stage and the last, so that a slow stage does not gather the activations of the whole queue.
+"""
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from time import perf_counter
+
+from stageline.models.errors import EngineError, RequestError, StagelineError
+from stageline.runtime.engines import Array, Engine
+from stageline.runtime.lanes import Lane, Lanes, PipelineStage
+from stageline.runtime.manifest import TensorSpec
+from stageline.runtime.microbatch import Piece, cut, join, take
+from stageline.runtime.route import Step, route
+from stageline.runtime.signature import Signature
+from stageline.runtime.slots import Slots
+
+WINDOW = 2  # micro-batches a stage: one that runs and one that is next
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """What became of the requests. `in_flight` counts unfinished ones, those `queued` (no stage has started on them)
+    included."""
+
+    done: int
+    failed: int  # engine errors, and requests that `close` cut off
+    cancelled: int
+    in_flight: int
+    queued: int
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """`parts` holds the outputs of each micro-batch; the worker of the last step alone writes it and counts `left`."""
+
+    sizes: dict[str, int]
+    outputs: tuple[TensorSpec, ...]
+    steps: tuple[Step, ...]
+    pieces: list[Piece]
+    parts: list[dict[str, Array]]
+    left: int
+    future: "Future[dict[str, Array]]" = field(default_factory=Future)
+    started: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _MicroBatch:
+    request: _Request
+    number: int
+    values: dict[str, Array]
+    step: int = 0
+    in_window: bool = False
+
+
+class Batches:
+    """Requests of whole batches on open lanes, which it borrows. `queue` bounds the requests that are not finished,
+    `micro_batch` the rows of a micro-batch (None: chosen from the batch and the number of stages)."""
+
+    def __init__(
+        self,
+        signature: Signature,
+        stages: Sequence[PipelineStage],
+        lanes: Lanes,
+        queue: int,
+        micro_batch: int | None,
+    ) -> None:
+        self.signature = signature
+        self._lanes = lanes
+        self._micro_batch = micro_batch
+        self._stage_names = [(stage.inputs, stage.outputs) for stage in stages]
+        self._routes: dict[tuple[str, ...], tuple[Step, ...]] = {}
+        self._slots = Slots(queue)
+        self._lock = threading.Lock()  # guards the next three lines
+        self._unsettled: dict[Future[dict[str, Array]], _Request] = {}
+        self._done = self._failed = self._cancelled = 0
+        self._closed = False
+        self._window: SimpleQueue[None] = SimpleQueue()
+        for _ in range(WINDOW * len(stages)):
+            self._window.put(None)
+
+    def submit(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, wait: bool, timeout: float | None
+    ) -> "Future[dict[str, Array]]":
+        """See `Pipeline.submit`."""
+        request, batches = self._check(inputs, outputs)
+        self._slots.take(wait, timeout)
+        return self._enqueue(request, batches)
+
+    async def arun(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> dict[str, Array]:
+        """See `Pipeline.arun`."""
+        request, batches = self._check(inputs, outputs)
+        await self._slots.take_async()
+        return await asyncio.wrap_future(self._enqueue(request, batches))
+
+    def stats(self) -> BatchStats:
+        """A snapshot of the counters."""
+        with self._lock:
+            queued = sum(not request.started for request in self._unsettled.values())
+            return BatchStats(self._done, self._failed, self._cancelled, len(self._unsettled), queued)
+
+    def close(self) -> None:
+        """Fail what is unfinished with RequestError. The lanes are closed afterwards. May be called again."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+            unsettled = list(self._unsettled)
+        if first:
+            self._slots.close("the pipeline is closed")
+            for future in unsettled:
+                self._settle(future, RequestError("the pipeline was closed before this request was finished"))
+            self._window.put(None)  # for a first stage that waits while the others have ended already
+
+    # Into the queue, on the submitter's thread.
+
+    def _check(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> tuple[_Request, list[_MicroBatch]]:
+        """A request that fits the signature, and its micro-batches."""
+        names = self.signature.check_outputs(outputs)
+        given, sizes = self.signature.check_inputs(inputs)
+        pieces = cut(self.signature, given, sizes, len(self._lanes), self._micro_batch)
+        specs = tuple(spec for spec in self.signature.outputs if spec.name in names)
+        request = _Request(sizes, specs, self._route(names), pieces, [{} for _ in pieces], len(pieces))
+        return request, [_MicroBatch(request, i, take(self.signature, given, piece)) for i, piece in enumerate(pieces)]
+
+    def _route(self, outputs: tuple[str, ...]) -> tuple[Step, ...]:
+        if outputs not in self._routes:
+            inputs = [spec.name for spec in self.signature.graph_inputs]
+            self._routes[outputs] = route(self._stage_names, inputs, outputs)
+        return self._routes[outputs]
+
+    def _enqueue(self, request: _Request, batches: list[_MicroBatch]) -> "Future[dict[str, Array]]":
+        request.future.add_done_callback(self._drop_if_cancelled)
+        with self._lock:
+            if self._closed:
+                raise RequestError("the pipeline is closed")
+            self._unsettled[request.future] = request
+            for batch in batches:
+                self._put(request.steps[0].stage, batch)
+        return request.future
+
+    # Through the stages, on their workers' threads.
+
+    def _put(self, stage: int, batch: _MicroBatch) -> None:
+        self._lanes.put(stage, partial(self._advance, batch))
+
+    def _advance(self, batch: _MicroBatch, lane: Lane, engine: Engine) -> None:
+        """Run a micro-batch through this stage, then hand it on or retire it."""
+        if lane.number == 0:
+            self._window.get()
+            batch.in_window = True
+        request = batch.request
+        handed_on = False
+        if not request.future.done():
+            request.started = True
+            try:
+                handed_on = self._step(lane, engine, batch)
+            except BaseException as error:  # whatever an engine raises, the worker lives on
+                self._settle(request.future, _failure(lane, batch, error))
+        if batch.in_window and not handed_on:
+            self._window.put(None)
+
+    def _step(self, lane: Lane, engine: Engine, batch: _MicroBatch) -> bool:
+        """Run the engine. True if the micro-batch went on to another stage; it is no longer ours then."""
+        request = batch.request
+        step = request.steps[batch.step]
+        begin = perf_counter()
+        outputs = engine.run(batch.values, step.fetch)
+        lane.busy_s += perf_counter() - begin
+        lane.runs += 1
+        batch.values.update(outputs)
+        batch.step += 1
+        if batch.step < len(request.steps):
+            batch.values = {name: value for name, value in batch.values.items() if name in step.keep}
+            self._put(request.steps[batch.step].stage, batch)
+            return True
+        request.parts[batch.number] = {spec.name: batch.values[spec.name] for spec in request.outputs}
+        request.left -= 1
+        if request.left == 0:
+            self._settle(request.future, join(request.outputs, request.sizes, request.pieces, request.parts))
+        return False
+
+    # Out of the pipeline, on any thread.
+
+    def _settle(self, future: "Future[dict[str, Array]]", end: dict[str, Array] | StagelineError) -> None:
+        """End a request with its outputs or its error, unless it has ended already; a cancelled one stays cancelled."""
+        with self._lock:
+            if self._unsettled.pop(future, None) is None:
+                return
+            alive = future.set_running_or_notify_cancel()
+            self._cancelled += not alive
+            self._failed += alive and isinstance(end, StagelineError)
+            self._done += alive and not isinstance(end, StagelineError)
+        self._slots.give_back()
+        if not alive:
+            return
+        if isinstance(end, StagelineError):
+            future.set_exception(end)
+        else:
+            future.set_result(end)
+
+    def _drop_if_cancelled(self, future: "Future[dict[str, Array]]") -> None:
+        if future.cancelled():
+            self._settle(future, {})
+
+
+def _failure(lane: Lane, batch: _MicroBatch, error: BaseException) -> EngineError:
+    """What the submitter is told: which stage, which micro-batch, and the first line of what it raised."""
+    line = str(error).strip().split("\n", 1)[0] or type(error).__name__
+    told = line if isinstance(error, EngineError) else f"stage {lane.number} failed: {type(error).__name__}: {line}"
+    failure = EngineError(f"micro-batch {batch.number + 1} of {len(batch.request.pieces)}: {told}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,383 @@
+"""The driver of generation: one thread that schedules steps, sends them through the stages, and draws the tokens.
+
+Everything that changes a request or the scheduler runs on that thread, one event after the other, so nothing here needs
+a lock: other threads only put events into its inbox. A stage's worker runs a step's part and puts it into the next
+stage's inbox; the last stage's worker puts the logits into the driver's.
+
+    submit ──> arrived ──> [scheduler] ──step──> stage 0 ──> ... ──> stage N-1 ──> drawn ──> pieces to the reader
+                               ^                                                     │
+                               └─────────────────────────────────────────────────────┘
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from time import perf_counter
+
+import numpy as np
+from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
+from stageline.models.tokenizer import TextEncoder
+from stageline.runtime.engines import Array, Engine
+from stageline.runtime.generation.detokenize import TextStream
+from stageline.runtime.generation.measure import GenerationStats, Meter
+from stageline.runtime.generation.request import (
+    Choice,
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    TokenLogprob,
+)
+from stageline.runtime.generation.sampling import Drawn, Row, sample
+from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
+from stageline.runtime.generation.stream import Generation
+from stageline.runtime.lanes import Lane, Lanes
+from stageline.runtime.route import Step as Hop
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What generation needs to know of a model."""
+
+    vocabulary: int
+    end_ids: tuple[int, ...]
+    encoder: TextEncoder | None
+    """None: prompts are token ids, and the text of what comes is empty."""
+
+
+@dataclass(eq=False, slots=True)
+class _Choice:
+    """One continuation of a job, with what is drawn from it and written of it."""
+
+    job: "_Job"
+    number: int
+    continuation: Continuation
+    row: Row
+    text: TextStream | None
+    most: int  # tokens
+    written: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def drawn(self) -> list[int]:
+        return self.continuation.tokens[self.continuation.prompt_length :]
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    request: GenerationRequest
+    prompt: list[int]
+    generation: Generation
+    release: Callable[[], None]
+    submitted_at: float
+    choices: list[_Choice] = field(default_factory=list)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    token_times: list[float] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """A step on its way through the stages; the worker of the stage that it is at owns it."""
+
+    step: Step
+    values: dict[str, Array]
+    hop: int = 0
+    error: EngineError | None = None
+
+
+class Generator:
+    """Generates on open lanes, which it borrows. Thread-safe; owns its driver thread until `close()`."""
+
+    def __init__(self, lanes: Lanes, hops: Sequence[Hop], decoder: Decoder, slots: int, capacity: int, chunk: int):
+        """`hops`: the way of a step through all the stages, to `logits`. The stages' engines have caches of `slots` x
+        `capacity`; a prompt goes through in chunks of `chunk` tokens."""
+        self.capacity = capacity
+        self._lanes, self._hops, self._decoder = lanes, tuple(hops), decoder
+        groups = min(len(lanes), slots)
+        self._scheduler = Scheduler(slots, capacity, groups, min(chunk, capacity), prefills=len(lanes))
+        self._choices: dict[Continuation, _Choice] = {}
+        self._jobs: dict[Generation, _Job] = {}
+        self._meter = Meter(slots)
+        self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._in_flight = 0
+        self._closing = False
+        self._closed = False
+        self._lock = threading.Lock()  # between `submit` and `close`: no request comes after the last event
+        self._thread = threading.Thread(target=self._drive, name="generator", daemon=True)
+        self._thread.start()
+
+    def prompt_ids(self, prompt: str | Sequence[int], special: bool = True) -> list[int]:
+        """A prompt as token ids; `special`: with the tokens that the tokenizer adds to a text. RequestError where it is
+        empty, too long, or of tokens that the model does not have."""
+        if isinstance(prompt, str):
+            if self._decoder.encoder is None:
+                raise RequestError("this bundle has no tokenizer; give the prompt as token ids")
+            ids = self._decoder.encoder.ids(prompt, special)
+        else:
+            ids = list(prompt)
+            for place, token in enumerate(ids):
+                if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+                    raise RequestError(f"token {place} of the prompt is {token!r}; give whole numbers")
+                if not 0 <= token < self._decoder.vocabulary:
+                    raise RequestError(
+                        f"token {place} of the prompt is {token}, outside the vocabulary "
+                        f"(0 to {self._decoder.vocabulary - 1}); tokenize with the tokenizer of this bundle"
+                    )
+            ids = [int(token) for token in ids]
+        if not ids:
+            raise RequestError("the prompt has no tokens; give a text with some")
+        if len(ids) > self.capacity:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, a cache slot holds {self.capacity}; "
+                "shorten it, or open with a larger capacity"
+            )
+        return ids
+
+    def submit(self, request: GenerationRequest, prompt: list[int], release: Callable[[], None]) -> Generation:
+        """Start on a request whose prompt is `prompt`; `release` is called once when it has ended."""
+        generation = Generation()
+        job = _Job(request, prompt, generation, release, perf_counter())
+        with self._lock:
+            if self._closed:
+                release()
+                raise RequestError("the pipeline is closed")
+            self._events.put(partial(self._arrived, job))
+        return generation
+
+    def stats(self) -> GenerationStats:
+        """A snapshot of the counters since the pipeline opened."""
+        return self._meter.stats(self._lanes.stats())
+
+    def close(self) -> None:
+        """Fail what is unfinished with RequestError and end the driver. The lanes are closed afterwards."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._events.put(self._close)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # The driver's thread.
+
+    def _drive(self) -> None:
+        while not (self._closing and self._in_flight == 0):
+            try:
+                event = self._events.get(timeout=self._until_deadline())
+            except Empty:
+                self._check_deadlines()
+                continue
+            began = perf_counter()
+            while True:
+                event()
+                try:
+                    event = self._events.get_nowait()
+                except Empty:
+                    break
+            self._check_deadlines()
+            if not self._closing:
+                while (step := self._scheduler.next()) is not None:
+                    self._send(step)
+            self._meter.waiting, self._meter.running = len(self._scheduler.waiting), self._scheduler.running
+            self._meter.host_s += perf_counter() - began
+
+    def _arrived(self, job: _Job) -> None:
+        self._jobs[job.generation] = job
+        sampling, decoder = job.request.sampling, self._decoder
+        room = self.capacity - len(job.prompt) + 1  # the last token drawn is not put into the cache
+        leader = None
+        for number in range(sampling.n):
+            continuation = Continuation(list(job.prompt), len(job.prompt), leader)
+            leader = leader or continuation
+            choice = _Choice(
+                job,
+                number,
+                continuation,
+                Row(sampling, decoder.vocabulary, job.prompt, decoder.end_ids, number),
+                None if decoder.encoder is None else TextStream(decoder.encoder, sampling.stop, sampling.min_tokens),
+                room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            )
+            job.choices.append(choice)
+            self._choices[continuation] = choice
+            self._scheduler.add(continuation)
+        # Last, since it may be called at once.
+        job.generation.future.add_done_callback(lambda future: self._events.put(partial(self._dropped, job)))
+
+    def _dropped(self, job: _Job) -> None:
+        """The request's future is done: if that was not our doing, it was cancelled."""
+        if job.generation in self._jobs:
+            self._meter.cancelled += 1
+            self._forget(job)
+
+    def _until_deadline(self) -> float | None:
+        ends = [job.submitted_at + d for job in self._jobs.values() if (d := job.request.deadline_s) is not None]
+        return max(0.0, min(ends) - perf_counter()) if ends else None
+
+    def _check_deadlines(self) -> None:
+        now = perf_counter()
+        for job in list(self._jobs.values()):
+            deadline_s = job.request.deadline_s
+            if deadline_s is not None and now >= job.submitted_at + deadline_s:
+                drawn = sum(len(choice.drawn) for choice in job.choices)
+                self._end(job, DeadlineError(f"not finished within {deadline_s} s ({drawn} tokens were drawn)"))
+
+    def _send(self, step: Step) -> None:
+        now = perf_counter()
+        ids = np.zeros((step.slots, step.length), np.int64)
+        past, new = np.zeros(step.slots, np.int64), np.zeros(step.slots, np.int64)
+        picks = np.zeros((step.slots, int(any(row.last for row in step.rows))), np.int64)
+        for row in step.rows:
+            place = row.slot - step.first_slot
+            ids[place, : row.count] = row.continuation.tokens[row.start : row.start + row.count]
+            past[place], new[place] = row.start, row.count
+            if row.last:
+                picks[place] = row.count - 1
+            job = self._choices[row.continuation].job
+            if job.started_at is None:
+                job.started_at = now
+                self._meter.queue_s.append(now - job.submitted_at)
+        values = {"input_ids": ids, "past_lengths": past, "new_lengths": new, "logits_at": picks}
+        self._in_flight += 1
+        self._meter.sent(now)
+        self._lanes.put(0, partial(self._through, _Flight(step, values)))
+
+    def _drawn(self, flight: _Flight) -> None:
+        """A step has left the last stage."""
+        self._in_flight -= 1
+        step, now = flight.step, perf_counter()
+        self._meter.done(step, self._in_flight, now)
+        if flight.error is not None:
+            for continuation in self._scheduler.failed(step):
+                self._fail(continuation, flight.error)
+            return
+        self._scheduler.done(step)
+        wanted = [(place, row.continuation) for place, row in chosen_rows(step) if not row.continuation.ended]
+        if not wanted:
+            return
+        logits = flight.values["logits"][:, 0]
+        if len(wanted) < len(logits):
+            logits = logits[[place for place, _ in wanted]]
+        choices = [self._choices[continuation] for _, continuation in wanted]
+        pieces: dict[Generation, list[Piece]] = {}
+        for choice, result in zip(choices, sample(logits, [choice.row for choice in choices]), strict=True):
+            if choice.continuation.ended:
+                continue  # a choice beside it has failed
+            if isinstance(result, EngineError):
+                self._fail(choice.continuation, result)
+            else:
+                pieces.setdefault(choice.job.generation, []).append(self._add(choice, result, now))
+        for generation, new in pieces.items():
+            generation.push(new)
+        for job in {choice.job for choice in choices}:
+            if job.generation in self._jobs and all(choice.finish_reason for choice in job.choices):
+                self._end(job, _completion(job, now))
+
+    def _add(self, choice: _Choice, drawn: Drawn, now: float) -> Piece:
+        """Write the token down, and end the choice if it is its last."""
+        job, token = choice.job, drawn.token_id
+        sampling = job.request.sampling
+        choice.continuation.tokens.append(token)
+        count = len(choice.continuation.tokens) - choice.continuation.prompt_length
+        if choice.number == 0:
+            self._meter.token(job.token_times[-1] if job.token_times else None, now, job.submitted_at)
+            job.token_times.append(now)
+        job.first_token_at = job.first_token_at or now
+        self._meter.generated_tokens += 1
+        text = ""
+        if token in self._decoder.end_ids or token in sampling.stop_token_ids:
+            choice.finish_reason = "stop"
+        elif choice.text is not None:
+            text = choice.text.push([token])
+            if choice.text.stopped:
+                choice.finish_reason = "stop"
+        if choice.finish_reason is None and count >= choice.most:
+            choice.finish_reason = "length"
+        if choice.finish_reason is not None:
+            if choice.text is not None and not choice.text.stopped:
+                text += choice.text.finish()
+            self._scheduler.end(choice.continuation)
+            del self._choices[choice.continuation]
+        choice.written.append(text)
+        logprobs = () if drawn.logprob is None else (drawn.logprob,)
+        choice.logprobs.extend(logprobs)
+        return Piece(choice.number, text, (token,), logprobs, choice.finish_reason)
+
+    def _fail(self, continuation: Continuation, error: StagelineError) -> None:
+        choice = self._choices.get(continuation)
+        if choice is not None:
+            self._scheduler.end(continuation, keep=0)
+            self._end(choice.job, error)
+
+    def _end(self, job: _Job, end: Completion | StagelineError) -> None:
+        """Settle the request, and let go of it."""
+        self._forget(job)
+        future = job.generation.future
+        if not future.set_running_or_notify_cancel():
+            self._meter.cancelled += 1
+        elif isinstance(end, StagelineError):
+            self._meter.failed += 1
+            future.set_exception(end)
+        else:
+            self._meter.completed(end)
+            future.set_result(end)
+
+    def _forget(self, job: _Job) -> None:
+        for choice in job.choices:
+            if self._choices.pop(choice.continuation, None) is not None:
+                self._scheduler.end(choice.continuation)
+        self._jobs.pop(job.generation, None)
+        job.release()
+
+    def _close(self) -> None:
+        self._closing = True
+        for job in list(self._jobs.values()):
+            self._end(job, RequestError("the pipeline was closed before this request was finished"))
+
+    # The stages' threads.
+
+    def _through(self, flight: _Flight, lane: Lane, engine: Engine) -> None:
+        """A step's part in one stage. After a failure only its copies of cache rows are made, for others need them."""
+        hop = self._hops[flight.hop]
+        try:
+            for copy in flight.step.copies:
+                engine.copy_slot(copy.source, copy.target, copy.tokens)
+            if flight.error is None:
+                began = perf_counter()
+                outputs = engine.step(flight.values, hop.fetch, flight.step.first_slot)
+                lane.busy_s += perf_counter() - began
+                lane.runs += 1
+                flight.values = {n: v for n, v in {**flight.values, **outputs}.items() if n in hop.keep}
+        except BaseException as error:  # whatever an engine raises, the worker lives on
+            line = str(error).strip().split("\n", 1)[0] or type(error).__name__
+            flight.error = (
+                error
+                if isinstance(error, EngineError)
+                else EngineError(
+                    f"stage {lane.number} failed in step {flight.step.number}: {type(error).__name__}: {line}"
+                )
+            )
+        flight.hop += 1
+        if flight.hop < len(self._hops):
+            self._lanes.put(self._hops[flight.hop].stage, partial(self._through, flight))
+        else:
+            self._events.put(partial(self._drawn, flight))
+
+
+def _completion(job: _Job, now: float) -> Completion:
+    began = job.submitted_at
+    assert job.first_token_at is not None
+    return Completion(
+        tuple(
+            Choice("".join(c.written), tuple(c.drawn), c.finish_reason or "length", tuple(c.logprobs))
+            for c in job.choices
+        ),
+        len(job.prompt),
+        job.choices[0].continuation.shared,
+        (job.started_at or now) - began,
+        job.first_token_at - began,
+        now - began,
+        tuple(at - began for at in job.token_times),
+    )

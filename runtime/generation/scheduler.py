@@ -1,0 +1,335 @@
+"""Which tokens of which continuations the stages compute next: continuous batching over cache slots, as plain data.
+
+A continuation and its slot:
+
+    waiting ──admit──> prefill ──the prompt is issued──> decode ──> ended
+       └──────────────────┴───────────cancelled or failed──────────┘
+
+The slots of a group are a contiguous range, so that a step's rows are a range of the cache and nothing is copied. Each
+group has at most one decode step under way, which holds all its decoding rows; with a group for each stage, every stage
+has a group to work on while another's tokens are chosen. Prefill goes in chunks, as many under way as there are stages,
+so that a long prompt stalls the others for a chunk at most. Steps are done in the order they were issued, at every
+stage: what a slot holds "once the issued steps are done" is therefore known here, at once.
+
+    slot.tokens[:slot.count]  what the slot's cache holds then; kept after its continuation ends, for prompts that begin
+                              alike
+    continuation.computed     == slot.count while it lives: the tokens issued; the next step begins there
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_SHARED = 16  # tokens: a shorter common beginning is not worth a copy
+
+
+@dataclass(eq=False, slots=True)
+class Continuation:
+    """One choice of a request on its way: its `tokens` so far, `prompt_length` of which were given.
+
+    `leader` is the choice of the same request whose cache it copies the prompt from; it is admitted after that one.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    leader: "Continuation | None" = None
+    slot: "Slot | None" = None
+    computed: int = 0
+    shared: int = 0
+    """Tokens of the prompt that were found in a cache."""
+    donor: int = -1
+    """The slot that they were found in."""
+    placed_at: int = 0
+    """The step before which it was given its slot."""
+    ended: bool = False
+
+    @property
+    def prompt_issued(self) -> bool:
+        """Whether every token of the prompt is in a step."""
+        return self.computed >= self.prompt_length
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A row of the caches, and what they hold there once the issued steps are done."""
+
+    number: int
+    group: int
+    tokens: NDArray[np.int64]
+    count: int = 0
+    continuation: Continuation | None = None
+    used_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `tokens` tokens of slot `source` go into slot `target`, before the step."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One row of a step: tokens `start` to `start + count` of a continuation. `last`: its logits are wanted."""
+
+    continuation: Continuation
+    slot: int
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the stages do in one go: rows `first_slot` to `first_slot + slots` of the caches, `length` tokens wide.
+
+    Rows of slots that are not in `rows` have nothing new.
+    """
+
+    number: int
+    kind: Literal["prefill", "decode"]
+    group: int
+    first_slot: int
+    slots: int
+    length: int
+    rows: tuple[StepRow, ...]
+    copies: tuple[Copy, ...]
+
+    def __str__(self) -> str:
+        rows = " ".join(f"{row.slot}:{row.start}+{row.count}" for row in self.rows)
+        copies = "".join(f" ({copy.source}>{copy.target}:{copy.tokens})" for copy in self.copies)
+        return f"{self.number} {self.kind} {rows}{copies}"
+
+
+@dataclass(eq=False)
+class Scheduler:
+    """`slots` cache rows of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
+    `prefills` of them under way."""
+
+    slots: int
+    capacity: int
+    groups: int
+    chunk: int
+    prefills: int
+    waiting: deque[Continuation] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.rows = [
+            Slot(number, number * self.groups // self.slots, np.zeros(self.capacity, np.int64))
+            for number in range(self.slots)
+        ]
+        self._decoding = [False] * self.groups  # a decode step of the group is under way
+        self._prefilling = 0
+        self._clock = 0
+        self._steps = 0
+        self._copies: list[Copy] = []
+        self._prefill_turn = False
+        self._turn = 0  # the group whose decode step is looked at first
+
+    def add(self, continuation: Continuation) -> None:
+        """Queue a continuation; its tokens fit the capacity."""
+        self.waiting.append(continuation)
+
+    def end(self, continuation: Continuation, keep: int | None = None) -> None:
+        """Let go of a continuation wherever it is. What its slot holds stays for others to begin with, or only the
+        first `keep` tokens of it, where what follows cannot be trusted."""
+        continuation.ended = True
+        slot = continuation.slot
+        if slot is None:
+            if continuation in self.waiting:
+                self.waiting.remove(continuation)
+            return
+        continuation.slot = None
+        slot.continuation = None
+        slot.used_at = self._tick()
+        if keep is not None:
+            slot.count = min(slot.count, keep)
+
+    def next(self) -> Step | None:
+        """The next step to issue, or None until one is done or a continuation comes."""
+        self._admit()
+        step = self._decode() or self._prefill()
+        self._turn = (self._turn + 1) % self.groups
+        return step
+
+    def done(self, step: Step) -> None:
+        """The step has left the last stage, or failed."""
+        if step.kind == "decode":
+            self._decoding[step.group] = False
+        else:
+            self._prefilling -= 1
+
+    def failed(self, step: Step) -> list[Continuation]:
+        """The step has failed in a stage. Forget what it would have left in the caches, and return the continuations
+        that it takes along: its own, and those that were promised its tokens."""
+        self.done(step)
+        spoilt = {row.slot: row.start for row in step.rows}
+        lost = [row.continuation for row in step.rows if not row.continuation.ended]
+        found = True
+        while found:
+            found = False
+            for slot in self.rows:
+                later = slot.continuation
+                if later is None or later in lost or later.placed_at <= step.number:
+                    continue
+                if later.shared > spoilt.get(later.donor, later.shared):
+                    lost.append(later)
+                    spoilt[slot.number] = 0
+                    found = True
+        for number, start in spoilt.items():
+            slot = self.rows[number]
+            if slot.continuation is None or slot.continuation in lost:
+                slot.count = min(slot.count, start)
+        return lost
+
+    @property
+    def running(self) -> int:
+        """Slots in use."""
+        return sum(slot.continuation is not None for slot in self.rows)
+
+    # Admission.
+
+    def _admit(self) -> None:
+        while self.waiting:
+            continuation = self.waiting[0]
+            leader = continuation.leader
+            if leader is not None and not leader.ended and not leader.prompt_issued:
+                return  # first come, first served: those behind wait as well, for a moment
+            free = [slot for slot in self.rows if slot.continuation is None]
+            if not free:
+                return
+            self.waiting.popleft()
+            self._place(continuation, free)
+
+    def _place(self, continuation: Continuation, free: Sequence[Slot]) -> None:
+        prompt = np.array(continuation.tokens, np.int64)
+        donor, shared = self._donor(prompt)
+        slot = donor if donor is not None and donor.continuation is None else min(free, key=self._placing_cost)
+        if donor is not None and slot is not donor:
+            self._copies.append(Copy(donor.number, slot.number, shared))
+        slot.tokens[:shared] = prompt[:shared]
+        slot.count = shared
+        slot.continuation, continuation.slot = continuation, slot
+        continuation.computed = continuation.shared = shared
+        continuation.donor = -1 if donor is None else donor.number
+        continuation.placed_at = self._steps + 1
+        slot.used_at = self._tick()
+
+    def _donor(self, prompt: NDArray[np.int64]) -> tuple[Slot | None, int]:
+        """The slot that holds most of the prompt's beginning, and how much; the last token is always computed."""
+        best: tuple[Slot | None, int] = (None, 0)
+        for slot in self.rows:
+            most = min(slot.count, len(prompt) - 1)
+            unlike = np.flatnonzero(slot.tokens[:most] != prompt[:most])
+            shared = int(unlike[0]) if len(unlike) else most
+            if shared >= MIN_SHARED and (shared, slot.continuation is None) > (best[1], False):
+                best = slot, shared
+        return best
+
+    def _placing_cost(self, slot: Slot) -> tuple[int, int, int]:
+        """Groups evenly full; no idle rows between the busy ones of a group; then the slot unused for longest."""
+        busy = [other.number for other in self.rows if other.group == slot.group and other.continuation is not None]
+        span = max([*busy, slot.number]) - min([*busy, slot.number]) + 1
+        return len(busy), span - len(busy), slot.used_at
+
+    # Steps.
+
+    def _decode(self) -> Step | None:
+        for group in (*range(self._turn, self.groups), *range(self._turn)):
+            if self._decoding[group]:
+                continue
+            rows = [
+                self._issue(slot, 1, last=True)
+                for slot in self.rows
+                if slot.group == group
+                and slot.continuation is not None
+                and slot.continuation.prompt_issued
+                and slot.continuation.computed < len(slot.continuation.tokens)
+            ]
+            if rows:
+                self._decoding[group] = True
+                return self._step("decode", group, rows, 1)
+        return None
+
+    def _prefill(self) -> Step | None:
+        if self._prefilling >= self.prefills:
+            return None
+        chosen = self._prefill_slots()
+        if not chosen:
+            return None
+        counts = {slot.number: self._chunk_of(slot) for slot in chosen}
+        rows = []
+        for slot in chosen:
+            assert slot.continuation is not None
+            count = counts[slot.number]
+            rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prompt_length))
+        self._prefilling += 1
+        return self._step("prefill", chosen[0].group, rows, max(counts.values()))
+
+    def _prefill_slots(self) -> list[Slot]:
+        """In turn the one admitted first and the one with least left to do, so that neither long prompts nor short ones
+        wait for all of the others; and neighbours that fill up its chunk without much padding."""
+        ready = {s.number: s for s in self.rows if s.continuation is not None and not s.continuation.prompt_issued}
+        if not ready:
+            return []
+        self._prefill_turn = not self._prefill_turn
+        chosen = [min(ready.values(), key=self._age if self._prefill_turn else self._left)]
+        for side in (1, -1):
+            while (neighbour := ready.get(chosen[-1 if side > 0 else 0].number + side)) is not None:
+                grown = [*chosen, neighbour] if side > 0 else [neighbour, *chosen]
+                if not self._fits(grown):
+                    break
+                chosen = grown
+        return chosen
+
+    def _age(self, slot: Slot) -> tuple[int, int]:
+        assert slot.continuation is not None
+        return slot.continuation.placed_at, slot.number
+
+    def _left(self, slot: Slot) -> tuple[int, int]:
+        assert slot.continuation is not None
+        return slot.continuation.prompt_length - slot.count, slot.continuation.placed_at
+
+    def _fits(self, slots: Sequence[Slot]) -> bool:
+        counts = [self._chunk_of(slot) for slot in slots]
+        padded = max(counts) * len(slots)
+        return (
+            padded <= self.chunk
+            and 3 * padded <= 4 * sum(counts)  # at most a quarter is padding
+            and all(slot.count + max(counts) <= self.capacity for slot in slots)
+        )
+
+    def _chunk_of(self, slot: Slot) -> int:
+        assert slot.continuation is not None
+        return min(self.chunk, slot.continuation.prompt_length - slot.count)
+
+    def _issue(self, slot: Slot, count: int, last: bool) -> StepRow:
+        """Take the next `count` tokens of the slot's continuation for computed."""
+        continuation = slot.continuation
+        assert continuation is not None
+        start = slot.count
+        slot.tokens[start : start + count] = continuation.tokens[start : start + count]
+        slot.count = continuation.computed = start + count
+        slot.used_at = self._tick()
+        return StepRow(continuation, slot.number, start, count, last)
+
+    def _step(self, kind: Literal["prefill", "decode"], group: int, rows: Sequence[StepRow], length: int) -> Step:
+        self._steps += 1
+        first = rows[0].slot
+        copies, self._copies = tuple(self._copies), []
+        return Step(self._steps, kind, group, first, rows[-1].slot - first + 1, length, tuple(rows), copies)
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+
+def chosen_rows(step: Step) -> Iterator[tuple[int, StepRow]]:
+    """The rows whose logits are wanted, each with its place in the batch."""
+    return ((row.slot - step.first_slot, row) for row in step.rows if row.last)

@@ -1,0 +1,100 @@
+"""What a submitter holds of a request that generates: its pieces as they come, to threads and to coroutines."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from stageline.runtime.generation.request import Completion, Piece
+
+
+class Generation:
+    """A request under way. Iterate over it, with `for` or `async for`, for its pieces; it has one reader.
+
+    Leaving the loop early cancels the request. `result()` or `await` gives the whole when it is done. Errors
+    (EngineError, DeadlineError, RequestError when the pipeline is closed) are raised where the reader is.
+    """
+
+    def __init__(self) -> None:
+        self.future: Future[Completion] = Future()
+        """Done with the request. Cancelling it cancels the request and frees its slots at the next step."""
+        self._pieces: deque[Piece] = deque()
+        self._news = threading.Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self.future.add_done_callback(lambda future: self.push(()))
+
+    def __iter__(self) -> Iterator[Piece]:
+        try:
+            while True:
+                with self._news:
+                    self._news.wait_for(lambda: self._pieces or self.future.done())
+                yield from self._taken()
+                if self.future.done() and not self._pieces:
+                    break
+        finally:
+            self.cancel()
+        if not self.future.cancelled():
+            self.future.result()
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        try:
+            while True:
+                await self._wait()
+                for piece in self._taken():
+                    yield piece
+                if self.future.done() and not self._pieces:
+                    break
+        finally:
+            self.cancel()
+        if not self.future.cancelled():
+            self.future.result()
+
+    def __await__(self) -> Generator[Any, None, Completion]:
+        return self.aresult().__await__()
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the whole, at most `timeout` seconds (TimeoutError)."""
+        return self.future.result(timeout)
+
+    async def aresult(self) -> Completion:
+        """The whole, for coroutines. Cancelling the task cancels the request."""
+        return await asyncio.wrap_future(self.future)
+
+    def cancel(self) -> bool:
+        """Stop generating; True unless it was done. Its slots are free at the next step."""
+        return self.future.cancel()
+
+    def push(self, pieces: Sequence[Piece]) -> None:
+        """Hand pieces to the reader, or wake it at the end."""
+        with self._news:
+            self._pieces.extend(pieces)
+            waiter, self._waiter = self._waiter, None
+            self._news.notify_all()
+        if waiter is not None:
+            loop, woken = waiter
+            try:
+                loop.call_soon_threadsafe(_wake, woken)
+            except RuntimeError:  # the loop was closed: nobody reads any more
+                self.cancel()
+
+    def _taken(self) -> list[Piece]:
+        with self._news:
+            taken = list(self._pieces)
+            self._pieces.clear()
+        return taken
+
+    async def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        with self._news:
+            if self._pieces or self.future.done():
+                return
+            woken = loop.create_future()
+            self._waiter = loop, woken
+        await woken
+
+
+def _wake(woken: "asyncio.Future[None]") -> None:
+    if not woken.done():
+        woken.set_result(None)
