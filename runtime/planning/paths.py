@@ -15,6 +15,7 @@ from stageline.runtime.planning.problem import PlannedStage, Problem
 
 Floats = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
+Place = tuple[int | slice, ...]
 _TABLE_LIMIT = 60_000_000  # entries of a table: 480 MB
 
 
@@ -201,7 +202,7 @@ class Pool:
                         continue
                     cost = tables.cost(question, link, np.array(i), ends, np.array(kind), replicas)
                     joined = value[i, lasts].min(axis=0)[self._used(kind, slice(None, -replicas))]
-                    reached = value[(slice(i + 1, stop), kind + 1, *self._used(kind, slice(replicas, None)))]
+                    reached = value[i + 1 : stop, kind + 1][self._used(kind, slice(replicas, None), slice(None))]
                     np.minimum(reached, joined + cost.reshape(-1, *[1] * joined.ndim), out=reached)
         return self._trace(question, value)
 
@@ -211,8 +212,9 @@ class Pool:
             for replicas in range(1, min(self.tables.problem.replicas, size - 1) + 1):
                 yield kind, replicas
 
-    def _used(self, kind: int, part: slice) -> tuple[slice, ...]:
-        return tuple(part if axis == kind else slice(None) for axis in range(len(self.counts)))
+    def _used(self, kind: int, part: slice, *ahead: slice) -> Place:
+        """A part of the axis of `kind`, and all of the others, with other axes `ahead` of them."""
+        return *ahead, *(part if axis == kind else slice(None) for axis in range(len(self.counts)))
 
     def _trace(self, question: Question, value: Floats) -> list[PlannedStage] | None:
         end, final = self.blocks, value[-1]
@@ -227,12 +229,10 @@ class Pool:
             found = []
             for replicas in [shared for of, shared in self._moves() if of == kind and shared <= used[kind]]:
                 before = tuple(count - replicas * (axis == kind) for axis, count in enumerate(used))
+                at: Place = (slice(0, end), slice(None), *before)
                 for link in range(len(self.tables.copy_s)):
                     cost = self.tables.cost(question, link, firsts, np.array(end), np.array(kind), replicas)
-                    total = (
-                        np.where(self.joins[link, :, kind], value[(slice(0, end), slice(None), *before)], np.inf)
-                        + cost[:, None]
-                    )
+                    total = np.where(self.joins[link, :, kind], value[at], np.inf) + cost[:, None]
                     found.append((*_least(total), before, replicas))
             _, first, last, before, replicas = min(found)
             stages.append(PlannedStage(kind, first, end, replicas))

@@ -1,0 +1,94 @@
+"""The cost model against closed formulas and torch's own count."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stageline.exporter.export import export
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.planning.cost import Shape, UseCost, cut_bytes, use_costs
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "vocab_size": 12,
+    "bos_token_id": 2,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("llama")
+    return export(make_checkpoint(folder / "c", **LLAMA), folder / "b")
+
+
+def costs(bundle: Bundle, shape: Shape, cache_itemsize: int = 4) -> list[UseCost]:
+    return use_costs(bundle.manifest, bundle.tensors, bundle.parts(), shape, cache_itemsize)
+
+
+def test_bert_block_costs_what_the_formula_says(tiny_bundle: Path) -> None:
+    batch, length, width, inner, heads = 3, 7, 32, 64, 4
+    for block in costs(Bundle.open(tiny_bundle), Shape(batch, length))[1:-1]:
+        products = 4 * width**2 + 2 * width * inner
+        attention = batch * heads * length**2 * 2 * (width // heads)
+        assert block.flops == 2 * products * batch * length + 2 * attention
+        assert block.parameters == products + 4 * width + inner + width + 4 * width
+        assert block.parameter_bytes == block.weight_read_bytes == 4 * block.parameters
+        assert block.cache_token_bytes == 0
+
+
+@pytest.mark.parametrize(("length", "past"), [(5, 0), (1, 9), (4, 6)])
+def test_llama_block_costs_what_the_formula_says(llama: Bundle, length: int, past: int) -> None:
+    batch, width, inner, heads, shared, size = 2, 64, 96, 8, 2, 8
+    found = costs(llama, Shape(batch, length, past), cache_itemsize=2)
+    products = width * (heads + 2 * shared) * size + heads * size * width + 3 * width * inner
+    seen = sum(past + place for place in range(1, length + 1))
+    for block in found[1:-1]:
+        assert block.flops == 2 * products * batch * length + 2 * batch * heads * seen * 2 * size
+        assert block.parameters == products + 2 * width
+        assert block.cache_token_bytes == 2 * shared * size * 2
+        assert block.cache_read_bytes == block.cache_token_bytes * batch * (past + length)
+
+
+def test_head_costs_by_the_places_whose_logits_are_wanted(llama: Bundle) -> None:
+    whole, last = costs(llama, Shape(2, 5))[-1], costs(llama, Shape(2, 5, picks=1))[-1]
+    assert whole.flops == 2 * 2 * 5 * 64 * 12
+    assert last.flops == whole.flops // 5
+
+
+def test_embeddings_are_read_by_the_row(llama: Bundle) -> None:
+    prologue = costs(llama, Shape(2, 5))[0]
+    assert prologue.parameter_bytes == 12 * 64 * 4
+    assert prologue.weight_read_bytes == 2 * 5 * 64 * 4
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 4), (3, 16)])
+def test_agrees_with_torch_on_a_whole_bert(tiny_bundle: Path, tiny_checkpoint: Path, batch: int, length: int) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones((batch, length), dtype=torch.int64))
+    counted = sum(cost.flops for cost in costs(Bundle.open(tiny_bundle), Shape(batch, length)))
+    assert counted == counter.get_total_flops()
+
+
+def test_parameters_are_those_of_the_checkpoint(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    total = sum(cost.parameters for cost in costs(bundle, Shape(1, 4)))
+    assert total == sum(math.prod(entry.shape) for entry in bundle.tensors.values())
+
+
+def test_a_cut_is_crossed_by_the_hidden_state_and_the_mask(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    hidden, mask = 2 * 5 * 32 * 4, 2 * 5  # the mask as truth values
+    assert cut_bytes(bundle.manifest, bundle.parts(), Shape(2, 5)) == [0, hidden + mask, hidden + mask]
