@@ -120,3 +120,9 @@ def test_minilm_gives_the_known_tokens() -> None:
     encoder = TextEncoder.open(MINILM, max_length=256, pad_id=0)
     assert encoder.encode(["Hello world"])["input_ids"].tolist() == [[101, 7592, 2088, 102]]
     assert encoder.decode([101, 7592, 2088, 102]) == "hello world"
+
+
+def test_tokens_that_decode_leaves_out_are_told(encoder: TextEncoder) -> None:
+    left_out = [token for token in (PAD, UNK, CLS, SEP, A, B, C, 1000) if encoder.leaves_out(token)]
+    assert left_out == [PAD, UNK, CLS, SEP, 1000]
+    assert encoder.decode([A, 1000, B]) == "a b"
