@@ -84,9 +84,8 @@ class Lanes:
         """Seconds since all stages are open."""
         return perf_counter() - self._opened_at
 
-    def stats(self) -> tuple[StageStats, ...]:
-        """A snapshot of each stage's counters."""
-        open_s = self.open_s
+    def stats(self, open_s: float) -> tuple[StageStats, ...]:
+        """A snapshot of each stage's counters, over a wall time of `open_s`."""
         return tuple(StageStats(lane.cores, lane.runs, lane.busy_s, lane.busy_s / open_s) for lane in self._lanes)
 
     def close(self) -> None:

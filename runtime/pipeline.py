@@ -252,16 +252,17 @@ class Pipeline:
 
     def stats(self) -> PipelineStats:
         """A snapshot of the counters since the pipeline opened."""
-        batches = self._batches.stats()
+        batches, open_s = self._batches.stats(), self._lanes.open_s
+        stages = self._lanes.stats(open_s)
         return PipelineStats(
-            self._lanes.open_s,
-            self._lanes.stats(),
+            open_s,
+            stages,
             batches.done,
             batches.failed,
             batches.cancelled,
             batches.in_flight,
             batches.queued,
-            self._generator.stats() if self._generator else None,
+            self._generator.stats(stages) if self._generator else None,
         )
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ from stageline.runtime.generation.request import (
 from stageline.runtime.generation.sampling import Drawn, Row, sample
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.generation.stream import Generation
-from stageline.runtime.lanes import Lane, Lanes
+from stageline.runtime.lanes import Lane, Lanes, StageStats
 from stageline.runtime.route import Step as Hop
 
 
@@ -148,9 +148,9 @@ class Generator:
             self._events.put(partial(self._arrived, job))
         return generation
 
-    def stats(self) -> GenerationStats:
-        """A snapshot of the counters since the pipeline opened."""
-        return self._meter.stats(self._lanes.stats())
+    def stats(self, stages: Sequence[StageStats]) -> GenerationStats:
+        """A snapshot of the counters since the pipeline opened; `stages` are those of its stages."""
+        return self._meter.stats(stages)
 
     def close(self) -> None:
         """Fail what is unfinished with RequestError and end the driver. The lanes are closed afterwards."""
