@@ -128,7 +128,7 @@ def random_inputs(manifest: Manifest, seed: int) -> dict[str, Array]:
 
 def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """What torch has for these inputs at every cut (`hidden.K`) and for every output, by the manifest's names."""
-    model = _load(checkpoint, manifest)
+    model = load_reference(checkpoint, manifest)
     head = pooling(checkpoint) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
     task = skeleton.Task(model, skeleton.inputs_of(model, torch.float32), names, head).eval()
@@ -162,7 +162,7 @@ def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str
     return {**values, **{name: output.numpy() for name, output in zip(names, outputs, strict=True)}}
 
 
-def _load(checkpoint: Checkpoint, manifest: Manifest) -> Any:
+def load_reference(checkpoint: Checkpoint, manifest: Manifest) -> Any:
     """The reference model in float32, with the weights that transformers loads."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
