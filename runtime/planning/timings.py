@@ -1,0 +1,168 @@
+"""From measured stages to the time of each use, for any micro-batch.
+
+A stage's time is taken for the sum of what its uses take, and of a constant: one in the first stage (it counts with the
+prologue), another in later ones. For each measured shape these unknowns are fitted to the measured ranges by least
+squares of the relative errors, none negative. Between measured shapes they are interpolated: linearly in each of batch,
+length and past, which is exact for costs by the row, the token, and the pair of them. Outside the measured shapes, and
+for a past with several new tokens, they are scaled by a roofline that is fitted to all measurements.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from stageline.models.errors import StagelineError
+from stageline.runtime.manifest import Manifest
+from stageline.runtime.planning.catalogue import Rates
+from stageline.runtime.planning.cost import Shape, UseCost
+from stageline.runtime.planning.profile import Point, Profile
+
+Floats = npt.NDArray[np.float64]
+Costs = Callable[[Shape], Sequence[UseCost]]
+"""The cost of each use for a micro-batch."""
+
+
+@dataclass(frozen=True)
+class UseTimes:
+    """Seconds of each use (prologue, blocks, epilogue), and what every stage but the first takes besides."""
+
+    use_s: tuple[float, ...]
+    later_stage_s: float
+
+    def stage_s(self, first: int, end: int) -> float:
+        """Seconds of a stage of blocks `first` to `end` - 1."""
+        blocks = len(self.use_s) - 2
+        total = sum(self.use_s[first + 1 : end + 1]) + (self.later_stage_s if first else self.use_s[0])
+        return total + (self.use_s[-1] if end == blocks else 0.0)
+
+
+class Timings:
+    """The time of each use on the profile's machine with so many threads."""
+
+    def __init__(self, profile: Profile, manifest: Manifest, threads: int, costs: Costs):
+        points = [point for point in profile.points if point.threads == threads]
+        if not points:
+            known = ", ".join(map(str, sorted({point.threads for point in profile.points})))
+            raise StagelineError(f"the profile has no times with {threads} threads, only with {known}; profile again")
+        self.costs, self.blocks = costs, manifest.blocks
+        self.kinds = [use.part for use in manifest.uses[1:-1]]
+        self.fits: dict[tuple[int, int, int], UseTimes] = {}
+        by_shape: dict[tuple[int, int, int], list[Point]] = {}
+        for point in points:
+            by_shape.setdefault((point.batch, point.length, point.past), []).append(point)
+        for shape, group in by_shape.items():
+            self.fits[shape] = self._fitted(group)
+        self.rates = fitted_rates(points, costs)
+
+    def of(self, shape: Shape) -> UseTimes:
+        """The times for a micro-batch."""
+        near = self._nearest(shape)
+        inside = self._inside(near)
+        if inside is None:
+            raise StagelineError(f"the profile has no complete grid of shapes around {near}; profile again")
+        if (near.batch, near.length, near.past) == (shape.batch, shape.length, shape.past):
+            return inside
+        wanted, known = self.costs(shape), self.costs(near)
+        scale = [
+            self.rates.use_s(a) / self.rates.use_s(b) if self.rates.use_s(b) > 0 else 1.0
+            for a, b in zip(wanted, known, strict=True)
+        ]
+        return replace(inside, use_s=tuple(s * time for s, time in zip(scale, inside.use_s, strict=True)))
+
+    def _fitted(self, points: Sequence[Point]) -> UseTimes:
+        """The unknowns of one shape: prologue, later stages' constant, epilogue, each kind of block."""
+        kinds = list(dict.fromkeys(self.kinds))
+        rows = np.zeros((len(points), 3 + len(kinds)))
+        for row, point in zip(rows, points, strict=True):
+            row[0 if point.first == 0 else 1] = 1
+            row[2] = point.end == self.blocks
+            for block in range(point.first, point.end):
+                row[3 + kinds.index(self.kinds[block])] += 1
+        seconds = np.array([point.seconds for point in points])
+        found = non_negative(rows / seconds[:, None], np.ones(len(points)))
+        blocks = [float(found[3 + kinds.index(kind)]) for kind in self.kinds]
+        return UseTimes((float(found[0]), *blocks, float(found[2])), float(found[1]))
+
+    def _nearest(self, shape: Shape) -> Shape:
+        """The shape moved into what was measured."""
+        steps = [key for key in self.fits if key[1] == 1 and key[2] > 0]
+        whole = [key for key in self.fits if key[2] == 0]
+        grid = steps if steps and shape.length == 1 and shape.past > 0 else whole or steps
+        low, high = np.min(grid, axis=0), np.max(grid, axis=0)
+        batch, length, past = np.clip((shape.batch, shape.length, shape.past), low, high)
+        return Shape(int(batch), int(length), int(past), shape.picks)
+
+    def _inside(self, shape: Shape) -> UseTimes | None:
+        """Multilinear between the measured shapes around this one."""
+        at = (shape.batch, shape.length, shape.past)
+        grid = [key for key in self.fits if (key[2] > 0) == (shape.past > 0)]
+        axes = []
+        for axis, value in enumerate(at):
+            values = sorted({key[axis] for key in grid})
+            low = max((v for v in values if v <= value), default=values[0])
+            high = min((v for v in values if v >= value), default=values[-1])
+            share = (value - low) / (high - low) if high > low else 0.0
+            axes.append(((low, 1 - share), (high, share)) if high > low else ((low, 1.0),))
+        total, later_s = np.zeros(self.blocks + 2), 0.0
+        for corner in itertools.product(*axes):
+            batch, length, past = (value for value, _ in corner)
+            fit = self.fits.get((batch, length, past))
+            if fit is None:
+                return None
+            weight = math.prod(share for _, share in corner)
+            total += weight * np.array(fit.use_s)
+            later_s += weight * fit.later_stage_s
+        return UseTimes(tuple(map(float, total)), later_s)
+
+
+def fitted_rates(points: Sequence[Point], costs: Costs) -> Rates:
+    """The roofline nearest to the measurements: operations a second, bytes a second, and seconds a stage.
+
+    It makes the squares of the errors' logarithms least, by trying rates ever nearer to the best so far. A rate that no
+    measurement depends on stays where it begins.
+    """
+    work = []
+    for point in points:
+        uses = costs(Shape(point.batch, point.length, point.past))
+        begin = 0 if point.first == 0 else point.first + 1
+        chosen = uses[begin : len(uses) if point.end == len(uses) - 2 else point.end + 1]
+        work.append([[use.flops, use.weight_read_bytes + use.cache_read_bytes] for use in chosen])
+    seconds = np.array([point.seconds for point in points])
+    longest = max(map(len, work))
+    table = np.array(
+        [[*uses, *[[0, 0]] * (longest - len(uses))] for uses in work], float
+    )  # [point, use, flops or bytes]
+
+    def error(flops_per_s: float, bytes_per_s: float, overhead_s: float) -> float:
+        told = overhead_s + np.maximum(table[:, :, 0] / flops_per_s, table[:, :, 1] / bytes_per_s).sum(axis=1)
+        strayed = np.log(np.array([flops_per_s, bytes_per_s]) / begun[:2])
+        return float((np.log(told / seconds) ** 2).sum() + 1e-6 * (strayed**2).sum())
+
+    begun = best = (1e11, 1e10, float(seconds.min()) / 2)
+    span = 1e3
+    while span > 1.001:
+        steps = [span**power for power in (-1, -0.5, 0, 0.5, 1)]
+        a, b, c = best
+        best = min(((a * i, b * j, c * k) for i, j, k in itertools.product(steps, repeat=3)), key=lambda r: error(*r))
+        span = max(1.0, span**0.7)
+    return Rates(*best)
+
+
+def non_negative(rows: Floats, wanted: Floats) -> Floats:
+    """The x of no negative entries for which `rows` @ x is nearest to `wanted`, by coordinate descent."""
+    square = rows.T @ rows + 1e-12 * np.eye(rows.shape[1]) * (rows**2).sum(axis=0).max()
+    target = rows.T @ wanted
+    scale = 1 / np.sqrt(np.diag(square).clip(1e-300))
+    square, target = square * scale[:, None] * scale, target * scale
+    x: Floats = np.zeros(len(target))
+    for _ in range(5000):
+        before = x.copy()
+        for i in range(len(x)):
+            if square[i, i] > 0:
+                x[i] = max(0.0, x[i] + (target[i] - square[i] @ x) / square[i, i])
+        if np.abs(x - before).max() <= 1e-12 * np.abs(x).max():
+            break
+    return np.asarray(x * scale)

@@ -1,0 +1,123 @@
+"""Measured stages, and the times of uses told from them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stageline.models.errors import BundleError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.planning.cost import Shape, UseCost, use_costs
+from stageline.runtime.planning.profile import Grid, Machine, Point, Profile, load, measure, ranges, save
+from stageline.runtime.planning.timings import Timings, fitted_rates, non_negative
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def linear_profile(bundle: Bundle, grid: Grid) -> Profile:
+    """A machine on which everything takes a time that is bilinear in rows and tokens."""
+    points = []
+    for shape in grid.shapes():
+        rows, tokens = shape.batch, shape.batch * shape.length
+        for first, end in ranges(bundle):
+            blocks, last = end - first, end == bundle.manifest.blocks
+            seconds = 1e-6 * (
+                blocks * (5 + 2 * rows + tokens) + (first == 0) * 7 * rows + (first > 0) * 3 + last * tokens
+            )
+            points.append(
+                Point(threads=1, batch=rows, length=shape.length, past=0, first=first, end=end, seconds=seconds, runs=5)
+            )
+    return Profile(machine=Machine.here(), handover_s=1e-5, points=tuple(points))
+
+
+def timings(bundle: Bundle, profile: Profile) -> Timings:
+    parts = bundle.parts()
+    return Timings(profile, bundle.manifest, 1, lambda s: use_costs(bundle.manifest, bundle.tensors, parts, s))
+
+
+def test_times_of_uses_are_told_from_stages_and_between_shapes(bundle: Bundle) -> None:
+    times = timings(bundle, linear_profile(bundle, Grid((1, 4, 8), (2, 16)))).of(Shape(6, 9))
+    assert times.use_s[1:-1] == pytest.approx([1e-6 * (5 + 12 + 54)] * 3, rel=1e-6)
+    assert times.use_s[0] == pytest.approx(42e-6, rel=1e-6)
+    assert times.use_s[-1] == pytest.approx(54e-6, rel=1e-6)
+    assert times.later_stage_s == pytest.approx(3e-6, rel=1e-6)
+    assert times.stage_s(1, 3) == pytest.approx(sum(times.use_s[2:]) + 3e-6)
+
+
+def test_outside_the_measured_shapes_times_grow_as_the_work_does(bundle: Bundle) -> None:
+    measured = timings(bundle, linear_profile(bundle, Grid((1, 8), (4, 16))))
+    edge, beyond = measured.of(Shape(8, 16)), measured.of(Shape(32, 16))
+    assert beyond.use_s[1] == pytest.approx(4 * edge.use_s[1], rel=0.05)
+
+
+def test_what_is_measured_is_stored_and_read_back(bundle: Bundle) -> None:
+    profile = measure(bundle, [1], [Grid((1, 2), (4,))])
+    assert {(p.first, p.end) for p in profile.points} == {(0, 1), (1, 2), (2, 3), (0, 2), (0, 3), (1, 3)}
+    assert {(p.batch, p.length, p.threads) for p in profile.points} == {(1, 4, 1), (2, 4, 1)}
+    assert 0 < profile.handover_s < 0.01
+    save(bundle, profile)
+    assert load(bundle.path, Machine.here()) == (profile, None)
+    assert Bundle.open(bundle.path).manifest == bundle.manifest
+
+
+def test_profile_of_another_machine_warns_and_names_both(bundle: Bundle) -> None:
+    profile = linear_profile(bundle, Grid((1,), (4,)))
+    other = profile.machine.model_copy(update={"cpu": "Another CPU", "processors": 96})
+    save(bundle, profile.model_copy(update={"machine": other}))
+    found, warning = load(bundle.path, Machine.here())
+    assert found.machine == other
+    assert warning is not None
+    assert str(other) in warning
+    assert str(Machine.here()) in warning
+
+
+def test_a_missing_or_broken_profile_is_told_in_one_line(bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="has no profile of any machine; make one with: stageline profile"):
+        load(bundle.path, Machine.here())
+    file = save(bundle, linear_profile(bundle, Grid((1,), (4,))))
+    data = json.loads(file.read_text())
+    data["points"][0]["seconds"] = -1
+    file.write_text(json.dumps(data))
+    with pytest.raises(
+        BundleError, match=r"no valid profile \(points.0.seconds: .*greater than 0\); run stageline profile"
+    ):
+        load(bundle.path, Machine.here())
+
+
+def test_roofline_is_fitted_to_what_was_measured() -> None:
+    def costs(shape: Shape) -> list[UseCost]:
+        return [UseCost(0, 0, 0, 0, 0, 0, 0, 0), UseCost(10**9 * shape.batch, 0, 10**8, 0, 0, 0, 0, 0)] * 2
+
+    points = [
+        Point(
+            threads=1,
+            batch=b,
+            length=1,
+            past=0,
+            first=0,
+            end=2,
+            runs=5,
+            seconds=1e-4 + 2 * max(b * 1e9 / 3e11, 1e8 / 2e10),
+        )
+        for b in (1, 2, 4, 8, 16)
+    ]
+    rates = fitted_rates(points, costs)
+    assert rates.flops_per_s == pytest.approx(3e11, rel=0.02)
+    assert rates.bytes_per_s == pytest.approx(2e10, rel=0.02)
+
+
+@given(st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_no_other_non_negative_point_is_nearer(unknowns: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    rows, wanted = random.uniform(-1, 1, (unknowns + 3, unknowns)), random.uniform(-1, 1, unknowns + 3)
+    found = non_negative(rows, wanted)
+    assert (found >= 0).all()
+    slope = rows.T @ (rows @ found - wanted)  # at the least, nothing falls where it may still move
+    assert (slope > -1e-6).all()
+    assert abs(slope @ found) < 1e-6
