@@ -41,8 +41,6 @@ class Continuation:
     computed: int = 0
     shared: int = 0
     """Tokens of the prompt that were found in a cache."""
-    donor: int = -1
-    """The slot that they were found in."""
     placed_at: int = 0
     """The step before which it was given its slot."""
     ended: bool = False
@@ -60,6 +58,8 @@ class Slot:
     number: int
     group: int
     tokens: NDArray[np.int64]
+    made_by: NDArray[np.int64]
+    """The step that computes each of `tokens`, in whichever slot they were computed first."""
     count: int = 0
     continuation: Continuation | None = None
     used_at: int = 0
@@ -121,7 +121,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.rows = [
-            Slot(number, number * self.groups // self.slots, np.zeros(self.capacity, np.int64))
+            Slot(number, number * self.groups // self.slots, *np.zeros((2, self.capacity), np.int64))
             for number in range(self.slots)
         ]
         self._decoding = [False] * self.groups  # a decode step of the group is under way
@@ -166,26 +166,16 @@ class Scheduler:
             self._prefilling -= 1
 
     def failed(self, step: Step) -> list[Continuation]:
-        """The step has failed in a stage. Forget what it would have left in the caches, and return the continuations
-        that it takes along: its own, and those that were promised its tokens."""
+        """The step has failed in a stage. Forget what it would have left in the caches, copies of it too, and return the
+        continuations that it takes along: its own, and those that go on from its tokens."""
         self.done(step)
-        spoilt = {row.slot: row.start for row in step.rows}
-        lost = [row.continuation for row in step.rows if not row.continuation.ended]
-        found = True
-        while found:
-            found = False
-            for slot in self.rows:
-                later = slot.continuation
-                if later is None or later in lost or later.placed_at <= step.number:
-                    continue
-                if later.shared > spoilt.get(later.donor, later.shared):
-                    lost.append(later)
-                    spoilt[slot.number] = 0
-                    found = True
-        for number, start in spoilt.items():
-            slot = self.rows[number]
-            if slot.continuation is None or slot.continuation in lost:
-                slot.count = min(slot.count, start)
+        lost = []
+        for slot in self.rows:
+            spoilt = np.flatnonzero(slot.made_by[: slot.count] == step.number)
+            if len(spoilt):  # what follows was computed from it
+                slot.count = int(spoilt[0])
+                if slot.continuation is not None:
+                    lost.append(slot.continuation)
         return lost
 
     @property
@@ -213,11 +203,11 @@ class Scheduler:
         slot = donor if donor is not None and donor.continuation is None else min(free, key=self._placing_cost)
         if donor is not None and slot is not donor:
             self._copies.append(Copy(donor.number, slot.number, shared))
+            slot.made_by[:shared] = donor.made_by[:shared]
         slot.tokens[:shared] = prompt[:shared]
         slot.count = shared
         slot.continuation, continuation.slot = continuation, slot
         continuation.computed = continuation.shared = shared
-        continuation.donor = -1 if donor is None else donor.number
         continuation.placed_at = self._steps + 1
         slot.used_at = self._tick()
 
@@ -315,6 +305,7 @@ class Scheduler:
         assert continuation is not None
         start = slot.count
         slot.tokens[start : start + count] = continuation.tokens[start : start + count]
+        slot.made_by[start : start + count] = self._steps + 1
         slot.count = continuation.computed = start + count
         slot.used_at = self._tick()
         return StepRow(continuation, slot.number, start, count, last)

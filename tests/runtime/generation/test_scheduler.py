@@ -1,0 +1,427 @@
+"""The scheduler against a cache of plain numbers: whatever joins, leaves or fails, every row reads its own tokens."""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stageline.runtime.generation.scheduler import MIN_SHARED, Continuation, Scheduler, Step, chosen_rows
+
+GARBAGE = -1  # what a failed step leaves, padding, and anything computed on top of them
+
+
+class Machine:
+    """Stages as the scheduler imagines them: a cache, and the steps issued and not done.
+
+    A cell of the cache holds the token that its keys and values were computed from, if all cells before it were right.
+    Every choice that has a token drawn goes on with a random one until it has `length` tokens.
+    """
+
+    def __init__(self, scheduler: Scheduler, seed: int = 0) -> None:
+        self.scheduler = scheduler
+        self.cache = np.full((scheduler.slots, scheduler.capacity), GARBAGE)
+        self.flying: deque[Step] = deque()
+        self.lengths: dict[Continuation, int] = {}
+        self.issued: dict[Continuation, int] = {}  # tokens issued, from the first step on
+        self.finished: list[Continuation] = []
+        self.random = random.Random(seed)
+        self.steps: list[Step] = []
+
+    def add(self, prompt: Sequence[int], length: int, leader: Continuation | None = None) -> Continuation:
+        continuation = Continuation(list(prompt), len(prompt), leader)
+        self.lengths[continuation] = length
+        self.scheduler.add(continuation)
+        return continuation
+
+    def issue(self) -> Step | None:
+        step = self.scheduler.next()
+        if step is not None:
+            self.check(step)
+            self.flying.append(step)
+            self.steps.append(step)
+        return step
+
+    def check(self, step: Step) -> None:
+        scheduler = self.scheduler
+        slots = [row.slot for row in step.rows]
+        assert slots == sorted(set(slots))
+        assert (slots[0], slots[-1]) == (step.first_slot, step.first_slot + step.slots - 1)
+        assert step.length == max(row.count for row in step.rows)
+        for row in step.rows:
+            continuation = row.continuation
+            assert not continuation.ended
+            assert continuation.slot is scheduler.rows[row.slot]
+            assert row.start == self.issued.get(continuation, continuation.shared)
+            assert row.start + step.length <= scheduler.capacity
+            self.issued[continuation] = row.start + row.count
+            assert row.last == (row.start + row.count == len(continuation.tokens))
+        under_way = [*self.flying, step]
+        if step.kind == "decode":
+            assert {row.count for row in step.rows} == {1}
+            assert {scheduler.rows[slot].group for slot in range(slots[0], slots[-1] + 1)} == {step.group}
+            assert sum(s.kind == "decode" and s.group == step.group for s in under_way) == 1
+        else:
+            assert slots == list(range(slots[0], slots[-1] + 1))
+            assert step.length * step.slots <= scheduler.chunk
+            assert sum(s.kind == "prefill" for s in under_way) <= scheduler.prefills
+
+    def complete(self, failing: bool = False) -> Step:
+        """The oldest step leaves the last stage."""
+        step = self.flying.popleft()
+        for copy in step.copies:
+            self.cache[copy.target, : copy.tokens] = self.cache[copy.source, : copy.tokens]
+        for row in step.rows:
+            given_tokens = np.array(row.continuation.tokens[: row.start + row.count])
+            right = bool((self.cache[row.slot, : row.start] == given_tokens[: row.start]).all())
+            assert right or row.continuation.ended, f"{step}: slot {row.slot} does not hold what it continues"
+            self.cache[row.slot, row.start : row.start + step.length] = GARBAGE
+            if right and not failing:
+                self.cache[row.slot, row.start : row.start + row.count] = given_tokens[row.start :]
+        if failing:
+            own = {row.continuation for row in step.rows if not row.continuation.ended}
+            lost = self.scheduler.failed(step)
+            assert own <= set(lost)
+            for continuation in lost:
+                self.scheduler.end(continuation)
+                del self.lengths[continuation]
+        else:
+            self.scheduler.done(step)
+            for _, row in chosen_rows(step):
+                if not row.continuation.ended:
+                    self.draw(row.continuation)
+        return step
+
+    def draw(self, continuation: Continuation) -> None:
+        continuation.tokens.append(self.random.randrange(3))
+        if len(continuation.tokens) == self.lengths[continuation]:
+            assert self.issued[continuation] == len(continuation.tokens) - 1
+            self.scheduler.end(continuation)
+            self.finished.append(continuation)
+            del self.lengths[continuation]
+
+    def cancel(self, continuation: Continuation, keep: int | None = None) -> None:
+        self.scheduler.end(continuation, keep)
+        del self.lengths[continuation]
+
+    def settle(self) -> int:
+        """Run until nothing is left to do; how many steps that took."""
+        count = 0
+        while True:
+            while self.issue() is not None:
+                pass
+            if not self.flying:
+                break
+            self.complete()
+            count += 1
+            assert count < 100_000
+        assert not self.lengths, "a continuation was forgotten"
+        self.check_slots()
+        return count
+
+    def check_slots(self) -> None:
+        """With no step under way, a slot holds what the scheduler takes it to hold."""
+        for slot in self.scheduler.rows:
+            np.testing.assert_array_equal(self.cache[slot.number, : slot.count], slot.tokens[: slot.count])
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Requests join, steps are issued and done or fail, requests are cancelled, in whatever order."""
+
+    machine: Machine
+
+    @initialize(
+        slots=st.integers(1, 6), groups=st.integers(1, 3), chunk=st.sampled_from([1, 5, 16, 64]),
+        prefills=st.integers(1, 3), capacity=st.integers(24, 72), seed=st.integers(0, 99),
+    )  # fmt: skip
+    def begin(self, slots: int, groups: int, chunk: int, prefills: int, capacity: int, seed: int) -> None:
+        self.machine = Machine(Scheduler(slots, capacity, min(groups, slots), min(chunk, capacity), prefills), seed)
+
+    @rule(
+        common=st.integers(0, 60), kind=st.integers(0, 1), own=st.integers(0, 20), more=st.integers(1, 12),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+    )  # fmt: skip
+    def add(self, common: int, kind: int, own: int, more: int, n: int) -> None:
+        machine = self.machine
+        tail = [machine.random.randrange(3) for _ in range(own)]
+        prompt = ([kind] * common + tail or [0])[: machine.scheduler.capacity]
+        length = min(len(prompt) + more, machine.scheduler.capacity + 1)
+        leader = machine.add(prompt, length)
+        for _ in range(n - 1):
+            machine.add(prompt, length, leader)
+
+    @rule()
+    def issue(self) -> None:
+        self.machine.issue()
+
+    @precondition(lambda self: self.machine.flying)
+    @rule()
+    def complete(self) -> None:
+        self.machine.complete()
+
+    @precondition(lambda self: self.machine.flying)
+    @rule()
+    def fail(self) -> None:
+        self.machine.complete(failing=True)
+
+    @precondition(lambda self: self.machine.lengths)
+    @rule(which=st.integers(0, 99), keep=st.sampled_from([None, None, 0, 20]))
+    def cancel(self, which: int, keep: int | None) -> None:
+        alive = list(self.machine.lengths)
+        self.machine.cancel(alive[which % len(alive)], keep)
+
+    @invariant()
+    def a_slot_serves_one(self) -> None:
+        for slot in self.machine.scheduler.rows:
+            if slot.continuation is not None:
+                assert not slot.continuation.ended
+                assert slot.continuation.slot is slot
+        assert self.machine.scheduler.running == sum(c.slot is not None for c in self.machine.lengths)
+
+    def teardown(self) -> None:
+        if hasattr(self, "machine"):
+            self.machine.settle()
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9))
+def test_under_load_every_row_reads_its_own_tokens(seed: int) -> None:
+    """Longer runs than `AnyOrder` makes: hundreds of requests with few different beginnings."""
+    rng = random.Random(seed)
+    slots, capacity = rng.randint(1, 8), rng.choice([40, 100])
+    scheduler = Scheduler(slots, capacity, rng.randint(1, slots), rng.choice([3, 16, 40]), rng.randint(1, 3))
+    machine = Machine(scheduler, seed)
+    beginnings = [[rng.randrange(3) for _ in range(rng.randint(0, 35))] for _ in range(3)]
+    for _ in range(600):
+        choice = rng.random()
+        if choice < 0.15:
+            prompt = rng.choice(beginnings) + [rng.randrange(3) for _ in range(rng.randint(1, 5))]
+            leader = machine.add(prompt, len(prompt) + rng.randint(1, 20 if capacity == 100 else 1))
+            for _ in range(rng.choice([0, 0, 2])):
+                machine.add(prompt, machine.lengths[leader], leader)
+        elif choice < 0.6:
+            machine.issue()
+        elif choice < 0.95 and machine.flying:
+            machine.complete(failing=rng.random() < 0.05)
+        elif machine.lengths:
+            machine.cancel(rng.choice(list(machine.lengths)))
+    machine.settle()
+
+
+def alone(slots: int = 4, groups: int = 1, chunk: int = 16, prefills: int = 1, capacity: int = 2000) -> Machine:
+    return Machine(Scheduler(slots, capacity, groups, chunk, prefills))
+
+
+def settle_but(machine: Machine, steps: int) -> None:
+    """So many steps done, one under way at a time."""
+    for _ in range(steps):
+        assert machine.issue()
+        machine.complete()
+
+
+def test_a_prompt_goes_in_chunks_and_then_token_by_token() -> None:
+    machine = alone()
+    machine.add(range(40), 43)
+    machine.settle()
+    assert [str(step) for step in machine.steps] == [
+        "1 prefill 0:0+16",
+        "2 prefill 0:16+16",
+        "3 prefill 0:32+8",
+        "4 decode 0:40+1",
+        "5 decode 0:41+1",
+    ]
+    assert [row.last for step in machine.steps for row in step.rows] == [False, False, True, True, True]
+
+
+def test_short_prompts_share_a_step() -> None:
+    machine = alone()
+    for length in (3, 4, 4, 4):
+        machine.add(range(length), length + 2)
+    machine.settle()
+    assert [str(step) for step in machine.steps] == [
+        "1 prefill 0:0+3 1:0+4 2:0+4 3:0+4",
+        "2 decode 0:3+1 1:4+1 2:4+1 3:4+1",
+    ]
+
+
+def test_each_group_has_a_decode_step_under_way() -> None:
+    machine = alone(slots=4, groups=2, prefills=2)
+    for _ in range(4):
+        machine.add(range(3), 100)
+    while not all(continuation.prompt_issued for continuation in machine.lengths) or machine.flying:
+        while machine.issue():
+            pass
+        if all(len(c.tokens) > c.prompt_length for c in machine.lengths):
+            break
+        machine.complete()
+    while any(step.kind == "prefill" for step in machine.flying):
+        machine.complete()
+    while machine.issue():
+        pass
+    assert sorted((step.group, step.slots) for step in machine.flying) == [(0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("prefills", [1, 2])
+def test_a_long_prompt_does_not_starve_short_ones_nor_they_it(prefills: int) -> None:
+    machine = alone(slots=3, chunk=16, prefills=prefills)
+    long = machine.add(range(1600), 1602)
+    short: list[tuple[Continuation, int]] = []
+    while not long.prompt_issued:
+        if sum(not continuation.ended for continuation, _ in short) < 2:
+            short.append((machine.add([7] * 5, 7), len(machine.steps)))
+        while machine.issue():
+            pass
+        machine.complete()
+    of_long = [step.number for step in machine.steps if any(row.continuation is long for row in step.rows)]
+    assert len(of_long) == 100
+    assert sum(step.kind == "prefill" for step in machine.steps) <= 2 * len(of_long) + 2
+    assert len(short) > 50
+    firsts = {row.continuation: s.number for s in reversed(machine.steps) for row in s.rows if row.last}
+    waits = [firsts[continuation] - begun for continuation, begun in short if continuation in firsts]
+    assert max(waits) <= 4 + prefills
+
+
+def test_decoding_goes_on_beside_a_long_prompt() -> None:
+    machine = alone()
+    talker = machine.add([1, 2], 500)
+    settle_but(machine, 3)
+    machine.add(range(800), 802)
+    for _ in range(60):
+        while machine.issue():
+            pass
+        machine.complete()
+    kinds = [step.kind for step in machine.steps[3:]]
+    assert abs(kinds.count("decode") - kinds.count("prefill")) <= 2
+    assert len(talker.tokens) >= 30
+
+
+def test_first_come_first_served() -> None:
+    machine = alone(slots=1)
+    order = [machine.add([n] * 3, 5) for n in range(5)]
+    machine.settle()
+    assert machine.finished == order
+
+
+def test_choices_copy_the_prompt_of_the_first() -> None:
+    machine = alone(slots=3)
+    leader = machine.add(range(40), 42)
+    others = [machine.add(range(40), 42, leader) for _ in range(4)]
+    machine.settle()
+    assert [continuation.shared for continuation in (leader, *others)] == [0, 39, 39, 39, 39]
+    assert sum(row.count for step in machine.steps for row in step.rows if step.kind == "prefill") == 40 + 4
+
+
+def test_choices_of_a_leader_that_is_gone_do_not_wait_for_it() -> None:
+    machine = alone(slots=3)
+    leader = machine.add(range(100), 102)
+    follower = machine.add(range(100), 102, leader)
+    settle_but(machine, 1)
+    assert follower.slot is None
+    machine.cancel(leader)
+    machine.settle()
+    assert machine.finished == [follower]
+    assert follower.shared == 16  # what was there of the leader's
+
+
+def test_a_common_beginning_is_copied_from_one_that_runs_and_taken_over_from_one_that_ended() -> None:
+    machine = alone(slots=2)
+    system = list(range(50))
+    running = machine.add([*system, 90], 500)
+    settle_but(machine, 4)
+    beside = machine.add([*system, 91, 92], 54)
+    copies = machine.issue()
+    assert copies is not None
+    assert [(c.source, c.target, c.tokens) for c in copies.copies] == [(0, 1, 50)]
+    assert beside.shared == 50
+    while not beside.ended:
+        while machine.issue():
+            pass
+        machine.complete()
+    after = machine.add([*beside.tokens[:53], 3, 4, 5], 57)
+    while not after.ended:
+        while machine.issue():
+            pass
+        machine.complete()
+    assert after.shared == 53
+    assert not any(step.copies for step in machine.steps[copies.number :])
+    assert not running.ended
+
+
+@pytest.mark.parametrize("common", [MIN_SHARED - 1, MIN_SHARED])
+def test_a_short_common_beginning_is_computed_again(common: int) -> None:
+    machine = alone()
+    machine.add([1] * common + [2], common + 3)
+    machine.settle()
+    second = machine.add([1] * common + [0], common + 3)
+    machine.settle()
+    assert second.shared == (common if common == MIN_SHARED else 0)
+
+
+def test_the_slot_unused_for_longest_is_given_away_first() -> None:
+    machine = alone(slots=3)
+    prompts = [[n] * 30 for n in range(4)]
+    for prompt in prompts[:3]:
+        machine.add(prompt, 31)
+        machine.settle()
+    again = machine.add(prompts[0], 31)  # now the second is the oldest
+    machine.settle()
+    machine.add(prompts[3], 31)
+    machine.settle()
+    kept = [machine.add(prompts[n], 31) for n in (0, 2)]
+    machine.settle()
+    assert [continuation.shared for continuation in (again, *kept)] == [29, 29, 29]
+
+
+def test_nothing_computed_on_a_failed_step_survives() -> None:
+    """A prefix passes from hand to hand before the step that made it turns out to have failed."""
+    machine = alone(slots=3, prefills=3, chunk=64)
+    prefix = [1] * 20
+    first = machine.add([*prefix, 2], 25)
+    machine.issue()
+    second = machine.add([*prefix, 3], 25)
+    copied = machine.issue()
+    assert copied is not None
+    assert copied.copies
+    machine.cancel(second)
+    third = machine.add([*prefix, 3, 4], 25)
+    unlike = machine.add([5] * 20, 25)
+    machine.issue()
+    assert (second.shared, third.shared, unlike.shared) == (20, 21, 0)
+    machine.complete(failing=True)
+    assert first.ended
+    assert third.ended
+    assert not unlike.ended
+    fourth = machine.add([*prefix, 3, 4], 25)
+    machine.settle()
+    assert fourth.shared == 0
+    assert set(machine.finished) == {unlike, fourth}
+
+
+def test_what_was_there_before_a_failed_step_is_kept() -> None:
+    machine = alone(slots=2)
+    machine.add([1] * 30, 32)
+    machine.settle()
+    failing = machine.add([*[1] * 30, 2], 40)
+    machine.issue()
+    machine.complete(failing=True)
+    assert failing.ended
+    again = machine.add([*[1] * 30, 2], 40)
+    machine.settle()
+    assert again.shared == 30
+
+
+def test_a_waiting_continuation_can_be_cancelled() -> None:
+    machine = alone(slots=1)
+    first, second = machine.add([1], 5), machine.add([2], 5)
+    settle_but(machine, 2)
+    machine.cancel(second)
+    machine.settle()
+    assert machine.finished == [first]
+    assert not machine.scheduler.waiting
