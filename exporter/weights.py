@@ -70,7 +70,7 @@ def _checked(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> di
         if source is None:
             raise ExportError(
                 f"{checkpoint.path} has no tensor for {name} of {type(model).__name__} (it holds "
-                f"{len(checkpoint.tensors)} tensors); choose the --task it was saved for"
+                f"{len(checkpoint.tensors)} tensors); choose the --task, or bring the config.json, it was saved for"
             )
         if checkpoint.tensors[source].shape != tuple(parameter.shape):
             raise ExportError(
