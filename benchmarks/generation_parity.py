@@ -32,7 +32,7 @@ TIE = 1e-4
 TEXTS = (
     "The capital of France is",
     "Der schnelle braune Fuchs springt über den faulen Hund, während die Sonne langsam hinter den Bergen versinkt.",
-    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n\n\nclass Node:\n",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n\n\n",
     "El perro corre por el parque y los niños juegan con una pelota roja mientras cae la tarde.",
     "今日はとても良い天気なので、公園を散歩しながら友達と話しました。",
     "В начале было слово, и люди долго спорили о том, что оно означало.",
@@ -154,7 +154,8 @@ def main() -> None:
     print(f"\n{'':58} {'requests':>8} {'cancelled':>9} {'tokens':>6} {'equal':>6} {'ties':>5} {'wrong':>5} {'s':>5}")
     for r in results:
         print(
-            f"{r.name:58} {r.requests:8} {r.cancelled:9} {r.tokens:6} {r.equal:6} {r.ties:5} {r.wrong:5} {r.seconds:5.0f}"
+            f"{r.name:58} {r.requests:8} {r.cancelled:9} {r.tokens:6} {r.equal:6} {r.ties:5} {r.wrong:5} "
+            f"{r.seconds:5.0f}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")

@@ -1,6 +1,7 @@
 """What a pipeline says to texts, as plain data: one function a task."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.engines.base import Array
+from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.manifest import Manifest
 from stageline.runtime.pipeline import Pipeline
 
@@ -108,6 +110,8 @@ def fill_mask(session: Session, texts: Sequence[str]) -> Answer:
 
 def text_generation(session: Session, texts: Sequence[str], new_tokens: int) -> Answer:
     """The likeliest next tokens of each text, and its greedy continuation by at most `new_tokens`."""
+    if session.manifest.cached:
+        return _generated(session, texts, new_tokens)
     encoded = session.encoder.encode(texts)
     lengths = encoded["attention_mask"].sum(axis=1)
     prompts = [ids[:length].tolist() for ids, length in zip(encoded["input_ids"], lengths, strict=True)]
@@ -129,8 +133,25 @@ ANSWERS: dict[str, Callable[[Session, Sequence[str]], Answer]] = {
 """Task -> what answers it; text-generation, which takes a number of tokens too, stands apart."""
 
 
+def _generated(session: Session, texts: Sequence[str], new_tokens: int) -> Answer:
+    """`text_generation` of a bundle with caches, all texts at once."""
+    sampling = Sampling(max_tokens=max(1, new_tokens), logprobs=TOP)
+    futures = [session.pipeline.submit(GenerationRequest(text, sampling)) for text in texts]
+    choices = [future.result().choices[0] for future in futures]
+    return {
+        "next": [
+            [
+                {"token": session.encoder.decode([token]), "id": token, "probability": math.exp(logprob)}
+                for token, logprob in choice.logprobs[0].top
+            ]
+            for choice in choices
+        ],
+        "continuations": [choice.text if new_tokens else "" for choice in choices],
+    }
+
+
 def _continue(session: Session, prompt: list[int], new_tokens: int) -> list[int]:
-    """The likeliest token, again and again, the whole text anew each time: bundles keep no KV cache yet."""
+    """The likeliest token, again and again, the whole text anew each time: this model keeps no KV cache."""
     assert session.manifest.text is not None
     ids = list(prompt)
     while len(ids) < min(len(prompt) + new_tokens, session.encoder.max_length):

@@ -169,8 +169,7 @@ def run_command(
         typer.Option(
             min=0,
             metavar="N",
-            help=f"text-generation: how many tokens to continue by ({_NEW_TOKENS} unless given). "
-            "There is no KV cache yet: each token runs the whole text anew.",
+            help=f"text-generation: how many tokens to continue by ({_NEW_TOKENS} unless given).",
         ),
     ] = None,
     as_json: JsonOption = False,
