@@ -166,8 +166,8 @@ class Scheduler:
             self._prefilling -= 1
 
     def failed(self, step: Step) -> list[Continuation]:
-        """The step has failed in a stage. Forget what it would have left in the caches, copies of it too, and return the
-        continuations that it takes along: its own, and those that go on from its tokens."""
+        """The step has failed in a stage. Forget what it would have left in the caches, with all copies of it, and
+        return the continuations that it takes along: its own, and those that go on from its tokens."""
         self.done(step)
         lost = []
         for slot in self.rows:
