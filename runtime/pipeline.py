@@ -86,6 +86,8 @@ class Pipeline:
         self._generator: Generator | None = None
         self._generator_slots = Slots(queue)
         self._bundle: Bundle | None = None
+        self.closed = False
+        """Whether `close` was called."""
 
     @classmethod
     def open(
@@ -219,7 +221,11 @@ class Pipeline:
         BundleError where the bundle has no chat template.
         """
         generator = self._generating()
-        return tuple(generator.prompt_ids(self._template.render(messages, **variables), special=False))
+        return tuple(generator.prompt_ids(self.chat_text(messages, **variables), special=False))
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The prompt of `chat_prompt` as a text, its special tokens included."""
+        return self._template.render(messages, **variables)
 
     def request(
         self, prompt: str | Sequence[int], *, deadline_s: float | None = None, **sampling: Any
@@ -271,6 +277,7 @@ class Pipeline:
         May be called again, and from any thread; returns when the workers have ended (a worker, calling it from a
         future's callback, does not wait for itself).
         """
+        self.closed = True
         self._generator_slots.close("the pipeline is closed")
         self._batches.close()
         if self._generator is not None:
