@@ -20,7 +20,7 @@ from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.batches import Batches
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.engines import Array, CacheDtype, CacheSize, StageFile, engine_factory
+from stageline.runtime.engines import Array, CacheDtype, CacheSize, StageFile, WeightDtype, engine_factory
 from stageline.runtime.generation.generator import Decoder, Generator
 from stageline.runtime.generation.measure import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
@@ -98,12 +98,15 @@ class Pipeline:
         threads: int | None = None,
         queue: int = 64,
         micro_batch: int | None = None,
+        weights: WeightDtype | None = None,
         slots: int = 8,
         capacity: int | None = None,
         cache_dtype: CacheDtype = "float32",
         prefill_chunk: int = 128,
     ) -> Self:
         """Open a bundle. BundleError if it is missing or broken, EngineError if the engine is not there or refuses.
+
+        `weights` quantises matrix products on opening ("int8", "int4"): faster and smaller, and less exact.
 
         The last four are for models that generate: `slots` continuations run at a time, each of at most `capacity`
         tokens, prompt included (None: what the model can place, at most 2048); prompts are read in chunks of
@@ -126,7 +129,12 @@ class Pipeline:
             PipelineStage(
                 tuple(spec.name for spec in stage.inputs),
                 tuple(spec.name for spec in stage.outputs),
-                partial(factory, StageFile(number, opened.path / stage.file, opened.path, stage.caches), cache=cache),
+                partial(
+                    factory,
+                    StageFile(number, opened.path / stage.file, opened.path, stage.caches),
+                    cache=cache,
+                    weights=weights,
+                ),
             )
             for number, stage in enumerate(manifest.stages)
         ]

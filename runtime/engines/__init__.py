@@ -3,9 +3,19 @@
 from collections.abc import Callable
 
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.base import Array, CacheDtype, CacheSize, Engine, EngineFactory, StageFile
+from stageline.runtime.engines.base import Array, CacheDtype, CacheSize, Engine, EngineFactory, StageFile, WeightDtype
 
-__all__ = ["ENGINES", "Array", "CacheDtype", "CacheSize", "Engine", "EngineFactory", "StageFile", "engine_factory"]
+__all__ = [
+    "ENGINES",
+    "Array",
+    "CacheDtype",
+    "CacheSize",
+    "Engine",
+    "EngineFactory",
+    "StageFile",
+    "WeightDtype",
+    "engine_factory",
+]
 
 
 def _onnxruntime() -> EngineFactory:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from stageline.runtime.manifest import CacheSpec
 
 CacheDtype = Literal["float32", "float16"]
+WeightDtype = Literal["int4", "int8"]
 Array = npt.NDArray[Any]
 
 
@@ -76,6 +77,13 @@ class CacheSize:
 
 class EngineFactory(Protocol):
     """Opens a stage on the given processors (numbers as in os.sched_getaffinity), on the thread that will run it. With
-    a `CacheSize` its caches are allocated once, here; without, it cannot `step`."""
+    a `CacheSize` its caches are allocated once, here; without, it cannot `step`. `weights`: what the weights of matrix
+    products are quantised to, None for as they are."""
 
-    def __call__(self, stage: StageFile, cores: tuple[int, ...], cache: CacheSize | None = None) -> Engine: ...
+    def __call__(
+        self,
+        stage: StageFile,
+        cores: tuple[int, ...],
+        cache: CacheSize | None = None,
+        weights: WeightDtype | None = None,
+    ) -> Engine: ...

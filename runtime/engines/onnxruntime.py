@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.base import Array, CacheSize, StageFile
+from stageline.runtime.engines.base import Array, CacheSize, StageFile, WeightDtype
 from stageline.runtime.engines.float32 import has_halves, to_float32
 from stageline.runtime.engines.group_query import has_caches, padded, past_names, present_names, to_group_query
+from stageline.runtime.engines.nbits import to_nbits
 from stageline.runtime.manifest import CacheSpec
 
 _BINDINGS = 64  # row ranges whose caches stay bound
@@ -27,14 +28,22 @@ class OnnxRuntimeEngine:
     The thread that runs the session is one of the session's threads; the others are bound to a processor each.
     """
 
-    def __init__(self, stage: StageFile, cores: tuple[int, ...], cache: CacheSize | None = None) -> None:
+    def __init__(
+        self,
+        stage: StageFile,
+        cores: tuple[int, ...],
+        cache: CacheSize | None = None,
+        weights: WeightDtype | None = None,
+    ) -> None:
         """Open the stage. EngineError if ONNX Runtime refuses it, or there is no memory for its caches."""
         self._number = stage.number
         dtype = np.dtype(cache.dtype if cache else "float32")
         try:
             self._session = ort.InferenceSession(
-                _graph(stage, dtype), _options(stage, cores), providers=["CPUExecutionProvider"]
+                _graph(stage, dtype, weights), _options(stage, cores), providers=["CPUExecutionProvider"]
             )
+        except EngineError:
+            raise
         except Exception as error:  # the backend's exceptions have no common base
             raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {_line(error)}") from error
         hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
@@ -172,16 +181,18 @@ def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
     return options
 
 
-def _graph(stage: StageFile, cache_dtype: np.dtype[Any]) -> bytes:
-    """The stage's graph as ONNX bytes, in float32, its weights still outside, its caches lowered."""
+def _graph(stage: StageFile, cache_dtype: np.dtype[Any], weights: WeightDtype | None) -> bytes:
+    """The stage's graph as ONNX bytes, in float32, its caches lowered, its weights still outside unless quantised."""
     model = ir.load(stage.file)
     halves, caches = has_halves(model), has_caches(model)
-    if not halves and not caches:
+    if not halves and not caches and weights is None:
         return stage.file.read_bytes()
     if halves:
         model = to_float32(model)
     if caches:
         model = to_group_query(model, ir.DataType.from_numpy(cache_dtype))
+    if weights is not None:
+        model = to_nbits(model, weights)
     lowered: bytes = ir.to_proto(model).SerializeToString()
     return lowered
 
