@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import BundleError, RequestError, StagelineError
@@ -158,6 +158,7 @@ def chatml() -> Iterator[ChatTemplate]:
         yield template
 
 
+@settings(deadline=None)
 @given(content=st.text(), role=st.text(min_size=1))
 def test_any_text_comes_through_as_it_is(chatml: ChatTemplate, content: str, role: str) -> None:
     assert chatml.render([{"role": role, "content": content}]) == f"[{role}]{content}"

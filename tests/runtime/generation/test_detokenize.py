@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.tokenizer import TextEncoder
@@ -95,6 +95,7 @@ def test_texts_of_many_languages_come_whole_from_smollm2(smollm2: Tokenizer, tex
 
 @pytest.mark.checkpoints
 def test_any_text_comes_whole_from_smollm2(smollm2: Tokenizer) -> None:
+    @settings(deadline=None)
     @given(st.text(min_size=1))
     def check(text: str) -> None:
         assert_streams_as_it_decodes(smollm2, smollm2.encode(text).ids)
@@ -107,6 +108,7 @@ def test_any_tokens_of_smollm2_stream_as_they_decode(smollm2: Tokenizer) -> None
     any_token = st.integers(0, smollm2.get_vocab_size() - 1)
     mostly_bytes = st.integers(0, 300)  # special tokens, bytes and the first merges
 
+    @settings(deadline=None)
     @given(st.lists(any_token | mostly_bytes, max_size=60))
     def check(tokens: list[int]) -> None:
         assert_streams_as_it_decodes(smollm2, tokens)
@@ -121,6 +123,7 @@ def test_wordpieces_stream_as_they_decode() -> None:
     for text in TEXTS:
         assert_streams_as_it_decodes(tokenizer, tokenizer.encode(text).ids)
 
+    @settings(deadline=None)
     @given(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1) | st.sampled_from([102, 1005, 1012, 1056])))
     def check(tokens: list[int]) -> None:
         assert_streams_as_it_decodes(tokenizer, tokens)
@@ -128,11 +131,13 @@ def test_wordpieces_stream_as_they_decode() -> None:
     check()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 264), max_size=80))
 def test_any_bytes_stream_as_they_decode(tokens: list[int]) -> None:
     assert_streams_as_it_decodes(byte_level(), tokens)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([0xF0, 0x9F, 0x98, 0x80, 0xE2, 0x82, 0xAC, 0x41, *range(BYTES, BYTES + 9)]), max_size=80)
 )
@@ -147,6 +152,7 @@ broken = st.tuples(st.sampled_from([[0x80] * 9, [0xF0, 0x9F], [0xFF], [0xE2, 0x8
 )
 
 
+@settings(deadline=None)
 @given(st.lists(whole_characters | words | broken))
 def test_sentencepiece_tokens_stream_as_they_decode(units: list[list[int]]) -> None:
     assert_streams_as_it_decodes(metaspace(), [token for unit in units for token in unit])
@@ -158,6 +164,7 @@ def test_a_character_in_bytes_that_an_unfinished_one_follows_is_kept() -> None:
     assert pieces_of(encoder_of(metaspace()), [*"é😀".encode(), 0xE2]) == ["", "é", "", "", "", "😀", "", "\ufffd"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, BYTES + 10), max_size=80))
 def test_no_tokens_of_sentencepiece_fail_or_lose_a_word(tokens: list[int]) -> None:
     tokenizer = metaspace()
@@ -213,6 +220,7 @@ def ends_before_stop(text: str, stops: Sequence[str]) -> str | None:
     return None
 
 
+@settings(deadline=None)
 @given(
     st.text("ab€", max_size=30),
     st.lists(st.text("ab€", min_size=1, max_size=5), max_size=3),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
@@ -66,6 +66,7 @@ def transformers_probabilities(scores: NDArray[np.float32], sampling: Sampling) 
     return probabilities
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.floats(0.1, 5),
@@ -102,10 +103,10 @@ def test_of_equally_likely_tokens_at_the_edge_of_top_p_the_lowest_ids_stay() -> 
     assert weights.tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 5e-324}])
-def test_the_tightest_settings_leave_the_likeliest(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("feature", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 5e-324}])
+def test_the_tightest_settings_leave_the_likeliest(feature: dict[str, Any]) -> None:
     logits = random_logits(3)
-    row = Row(Sampling(**{"temperature": 1.0, **settings}), VOCABULARY)
+    row = Row(Sampling(**{"temperature": 1.0, **feature}), VOCABULARY)
     assert draws(logits, row, 20) == [int(logits.argmax())] * 20
 
 
@@ -123,6 +124,7 @@ def test_tokens_come_as_often_as_they_are_probable() -> None:
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # its mean and standard deviations
 
 
+@settings(deadline=None)
 @given(st.lists(samplings, min_size=2, max_size=6), st.randoms(use_true_random=False), st.integers(0, 10**6))
 def test_a_row_draws_the_same_whatever_is_beside_it(asked: list[Sampling], order: Any, seed: int) -> None:
     def rows() -> list[Row]:
@@ -182,11 +184,11 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 1}, {"repetition_penalty": 2.0, "logprobs": 2}])
-def test_a_row_with_broken_logits_gets_an_error_and_the_others_go_on(bad: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("feature", [{}, {"temperature": 1.0, "seed": 1}, {"repetition_penalty": 2.0, "logprobs": 2}])
+def test_a_row_with_broken_logits_gets_an_error_and_the_others_go_on(bad: float, feature: dict[str, Any]) -> None:
     logits = random_logits(2, 3)
     logits[1, 77] = bad
-    sampling = Sampling(**settings)
+    sampling = Sampling(**feature)
     rows = [Row(sampling, VOCABULARY) for _ in range(3)]
     results = sample(logits, rows)
     assert isinstance(results[1], EngineError)
