@@ -6,6 +6,7 @@ have nothing new.
 """
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.runtime.stitch import CACHE_ATTENTION, cache_of, static
 
 _DOMAIN = "com.microsoft"
@@ -40,6 +41,7 @@ def to_group_query(model: ir.Model, cache_dtype: ir.DataType) -> ir.Model:
         lowering.lower(node)
     graph.opset_imports.pop("stageline", None)
     graph.opset_imports[_DOMAIN] = 1
+    RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -98,11 +100,16 @@ class _Lowering:
             value.name, value.shape, value.type = name, buffers[0].shape, ir.TensorType(self.dtype)
             self.graph.outputs.append(value)
         result = self.cast(result, ir.DataType.FLOAT)
-        result = self.add("Reshape", [result, self.ints([0, 0, heads, size])])
-        if size != cache.value_size:
-            ends = [self.ints([0]), self.ints([cache.value_size]), self.ints([3])]
-            result = self.add("Slice", [result, *ends])
-        ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
+        joined = _joined(node.outputs[0])
+        if joined is not None and size == cache.value_size:
+            ir.convenience.replace_all_uses_with(joined, result, replace_graph_outputs=True)
+            self.graph.remove(joined.producer(), safe=True)  # type: ignore[arg-type]
+        else:
+            result = self.add("Reshape", [result, self.ints([0, 0, heads, size])])
+            if size != cache.value_size:
+                ends = [self.ints([0]), self.ints([cache.value_size]), self.ints([3])]
+                result = self.add("Slice", [result, *ends])
+            ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
 
     def row_lengths(self, past: ir.Value, new: ir.Value, query: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -121,6 +128,15 @@ class _Lowering:
     def flat(self, value: ir.Value | None, heads: int, size: int, wanted: int) -> ir.Value:
         """[batch, heads, length, size] -> [batch, length, heads * wanted], padded with zeros."""
         assert value is not None
+        if size == wanted and (before := _before_split(value, heads * size)) is not None:
+            return self.cast(before, self.dtype)
+        rotary = value.producer()
+        if size == wanted and rotary is not None and rotary.op_type == "RotaryEmbedding":
+            before = _before_split(rotary.inputs[0], heads * size)
+            if before is not None:
+                turned = ir.node("RotaryEmbedding", [before, *rotary.inputs[1:]], dict(rotary.attributes))
+                turned.attributes["num_heads"] = ir.AttrInt64("num_heads", heads)
+                return self.cast(self.insert(turned), self.dtype)
         result = self.add("Transpose", [value], perm=[0, 2, 1, 3])
         if size != wanted:
             result = self.add("Pad", [result, self.ints([0, 0, 0, 0, 0, 0, 0, wanted - size])])
@@ -132,3 +148,33 @@ class _Lowering:
     def buffer(self, name: str, heads: int, size: int) -> ir.Value:
         shape = ir.Shape(["batch", heads, "capacity", size])
         return ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype))
+
+
+def _before_split(value: ir.Value | None, width: int) -> ir.Value | None:
+    """The [batch, length, width] that was split into heads and transposed to give `value`, if that is all it is."""
+    transpose = value.producer() if value is not None else None
+    if transpose is None or transpose.op_type != "Transpose" or list(_ints(transpose, "perm")) != [0, 2, 1, 3]:
+        return None
+    split = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+    if split is None or split.op_type != "Reshape":
+        return None
+    before = split.inputs[0]
+    if before is None or before.shape is None or len(before.shape) != 3 or before.shape[2] != width:
+        return None
+    return before
+
+
+def _joined(value: ir.Value) -> ir.Value | None:
+    """The one Reshape of [batch, length, heads, size] that joins the heads again, if that is the one use of `value`."""
+    uses = list(value.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Reshape" or value.shape is None:
+        return None
+    joined = uses[0].node.outputs[0]
+    if joined.shape is None or len(joined.shape) != 3:
+        return None
+    width = joined.shape[2]
+    return joined if isinstance(width, int) and width == static(value, 2) * static(value, 3) else None
+
+
+def _ints(node: ir.Node, name: str) -> tuple[int, ...]:
+    return tuple(node.attributes[name].as_ints()) if name in node.attributes else ()
