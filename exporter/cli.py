@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from stageline.exporter import show
+from stageline.exporter import serve_command, show
 from stageline.models.catalogue import CATALOGUE, default_root, fetch
 from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import RequestError, StagelineError
@@ -248,6 +248,9 @@ def synthesize_command(
         from stageline.exporter.synthesize import synthesize
     synthesize(read_json_object(config), output, seed=None if sparse else seed, dtype=dtype)
     print(output)
+
+
+serve_command.register(app)
 
 
 def _failed(message: str, status: int) -> int:

@@ -1,0 +1,1 @@
+"""Pipelines over HTTP, as OpenAI's clients speak it."""

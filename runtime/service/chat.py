@@ -1,0 +1,74 @@
+"""/v1/chat/completions: messages to a prompt, and what comes of it to a message or to chunks of one."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from stageline.runtime.generation.request import Choice
+from stageline.runtime.service.errors import as_json
+from stageline.runtime.service.events import EventStream
+from stageline.runtime.service.generations import Generations, usage
+from stageline.runtime.service.logprobs import of_chat
+from stageline.runtime.service.model import Model
+from stageline.runtime.service.schema import ChatRequest
+from starlette.responses import Response
+
+
+async def chat(model: Model, body: ChatRequest) -> Response:
+    """Answer with a whole message, or begin to stream it."""
+    prompt = await asyncio.to_thread(_prompt, model, body)
+    generations = await Generations.start(model, [prompt], body.sampling, body.deadline_s)
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+    if body.stream:
+        return await EventStream.begin(_chunks(model, body, generations, head), model.pipeline)
+    (completion,) = await generations.completions()
+    answer = {
+        **head,
+        "object": "chat.completion",
+        "choices": [_choice(model, body, number, choice) for number, choice in enumerate(completion.choices)],
+        "usage": usage([completion]),
+    }
+    return Response(as_json(answer), media_type="application/json")
+
+
+def _prompt(model: Model, body: ChatRequest) -> list[int]:
+    text = model.pipeline.chat_text([message.for_template for message in body.messages])
+    return model.fitting(model.encoder.ids(text, special=False))
+
+
+def _choice(model: Model, body: ChatRequest, number: int, choice: Choice) -> dict[str, Any]:
+    return {
+        "index": number,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": of_chat(model, choice.logprobs) if body.logprobs else None,
+        "finish_reason": choice.finish_reason,
+    }
+
+
+async def _chunks(
+    model: Model, body: ChatRequest, generations: Generations, head: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """For each choice its role, its text bit by bit, and why it ended; at the end the usage, if asked for."""
+    head = {**head, "object": "chat.completion.chunk"}
+    if body.stream_options.include_usage:
+        head["usage"] = None
+
+    def chunk(number: int, delta: dict[str, Any], told: Any = None, finish: str | None = None) -> dict[str, Any]:
+        return {**head, "choices": [{"index": number, "delta": delta, "logprobs": told, "finish_reason": finish}]}
+
+    begun: set[int] = set()
+    async with aclosing(generations.pieces()) as pieces:
+        async for _, piece in pieces:
+            if piece.choice not in begun:
+                begun.add(piece.choice)
+                yield chunk(piece.choice, {"role": "assistant", "content": "", "refusal": None})
+            told = of_chat(model, piece.logprobs) if body.logprobs else None
+            if piece.text or told:
+                yield chunk(piece.choice, {"content": piece.text}, told)
+            if piece.finish_reason is not None:
+                yield chunk(piece.choice, {}, finish=piece.finish_reason)
+    if body.stream_options.include_usage:
+        yield {**head, "choices": [], "usage": usage(generations.finished())}

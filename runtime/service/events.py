@@ -1,0 +1,47 @@
+"""Server-sent events: a response that comes piece by piece."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Self
+
+from stageline.models.errors import StagelineError
+from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.service.errors import as_json, from_stageline
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+
+class EventStream(Response):
+    """Sends each chunk as `data: JSON`, then `data: [DONE]`; or, where the chunks fail, an error in place of the rest.
+
+    It owns the chunks: they are closed when the response ends, however it does. The next chunk is taken when the
+    client has room for it.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], first: dict[str, Any], pipeline: Pipeline) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._chunks, self._first, self._pipeline = chunks, first, pipeline
+
+    @classmethod
+    async def begin(cls, chunks: AsyncGenerator[dict[str, Any], None], pipeline: Pipeline) -> Self:
+        """Wait for the first chunk: what fails before it is still an error with a status of its own."""
+        return cls(chunks, await anext(chunks), pipeline)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all."""
+        async with aclosing(self._chunks):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(_event(as_json(self._first)))
+            try:
+                async for chunk in self._chunks:
+                    await send(_event(as_json(chunk)))
+            except StagelineError as error:
+                await send(_event(as_json(from_stageline(error, self._pipeline.closed).body)))
+            else:
+                await send(_event(b"[DONE]"))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(data: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}

@@ -1,0 +1,82 @@
+"""The requests to the runtime that one HTTP request makes: started, awaited, streamed and cancelled together."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Self
+
+from stageline.runtime.generation.request import MAX_CHOICES, Completion, Piece
+from stageline.runtime.generation.stream import Generation
+from stageline.runtime.service.errors import ApiError
+from stageline.runtime.service.model import Model
+
+
+class Generations:
+    """One for each prompt, in the order of the prompts. Whoever holds it cancels it."""
+
+    def __init__(self) -> None:
+        self._all: list[Generation] = []
+
+    @classmethod
+    async def start(
+        cls, model: Model, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], deadline_s: float | None
+    ) -> Self:
+        """QueueFullError where there is no place for the first; the others wait for theirs. RequestError for sampling
+        parameters out of their range."""
+        requests = [model.pipeline.request(prompt, deadline_s=deadline_s, **sampling) for prompt in prompts]
+        if len(prompts) * requests[0].sampling.n > MAX_CHOICES:
+            raise ApiError(400, f"{len(prompts)} prompts with n choices each are more than {MAX_CHOICES}; send fewer")
+        started = cls()
+        try:
+            started._all.append(model.pipeline.start(requests[0], wait=False))
+            for request in requests[1:]:
+                started._all.append(await model.pipeline.astart(request))
+        except BaseException:
+            started.cancel()
+            raise
+        return started
+
+    async def completions(self) -> list[Completion]:
+        """Wait for all of them; where one fails, or the waiting task is cancelled, all are cancelled."""
+        try:
+            return await asyncio.gather(*(generation.aresult() for generation in self._all))
+        finally:
+            self.cancel()
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The pieces of all of them as they come, each with the number of its prompt. Closing it cancels them."""
+        sources = [aiter(generation) for generation in self._all]
+        coming = {asyncio.ensure_future(anext(source, None)): number for number, source in enumerate(sources)}
+        try:
+            while coming:
+                ready, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+                for task in ready:
+                    number = coming.pop(task)
+                    piece = task.result()
+                    if piece is None:
+                        continue
+                    coming[asyncio.ensure_future(anext(sources[number], None))] = number
+                    yield number, piece
+        finally:
+            for task in coming:
+                task.cancel()
+            self.cancel()
+
+    def finished(self) -> list[Completion]:
+        """What they came to, once `pieces` has ended."""
+        return [generation.result() for generation in self._all]
+
+    def cancel(self) -> None:
+        """Stop those that are not done; their slots are free at the next step."""
+        for generation in self._all:
+            generation.cancel()
+
+
+def usage(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Counts of tokens, as OpenAI names them; a prompt counts once however many choices it has."""
+    prompt, new = (sum(getattr(c, name) for c in completions) for name in ("prompt_tokens", "completion_tokens"))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in completions)},
+    }

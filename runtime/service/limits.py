@@ -1,0 +1,137 @@
+"""What is let in: who has the key, so many requests at a time, bodies of such a size. ASGI middleware."""
+
+import asyncio
+import hmac
+from contextlib import suppress
+
+from stageline.runtime.service.errors import ApiError, busy
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN_TO_ALL = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
+STALL_S = 300.0  # a client that neither sends nor takes anything for so long is cut off
+_DISCARD_S = 10.0
+
+
+class Door:
+    """Lets `concurrency` requests in at a time, those with the API key if there is one. Health and metrics are open."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, concurrency: int) -> None:
+        self._app, self._concurrency = app, concurrency
+        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._inside = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401 or 429, or let it in."""
+        if scope["type"] != "http" or route_of(scope) in OPEN_TO_ALL:
+            return await self._app(scope, receive, send)
+        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+        if self._key is not None and not hmac.compare_digest(given, self._key):
+            told = "send the service's API key, as Authorization: Bearer KEY"
+            return await refuse(ApiError(401, told, code="invalid_api_key"), scope, receive, send)
+        if self._inside >= self._concurrency:
+            return await refuse(
+                busy(f"{self._inside} requests are being answered; try again in a moment"), scope, receive, send
+            )
+        self._inside += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._inside -= 1
+
+
+class Exchange:
+    """One request and its response: reads the body, of at most `max_body_bytes`, and ends the work on it, by
+    cancelling its task, when the client has gone."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 413 or 408, or pass the request on."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        try:
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            return await refuse(error, scope, receive, send)
+        if body is not None:
+            await self._answer(scope, body, receive, send)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """None if the client went away before its end."""
+        too_large = ApiError(
+            413,
+            f"the body has more than {self._max_body_bytes} bytes; send less at a time",
+            headers={"Connection": "close"},
+        )
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self._max_body_bytes:
+            raise too_large
+        body, more = bytearray(), True
+        while more:
+            try:
+                async with asyncio.timeout(STALL_S):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408, f"nothing more of the body came for {STALL_S:.0f} s", headers={"Connection": "close"}
+                ) from None
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._max_body_bytes:
+                raise too_large
+        return bytes(body)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(_disconnected(receive))
+        unread, answered = [body], False
+
+        async def replay() -> Message:
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            await asyncio.wait([gone])
+            return {"type": "http.disconnect"}
+
+        async def watched(message: Message) -> None:
+            nonlocal answered
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
+            async with asyncio.timeout(STALL_S):
+                await send(message)
+
+        answer = asyncio.ensure_future(self._app(scope, replay, watched))
+        try:
+            await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+            if answered:  # then `gone` is no news
+                await asyncio.wait([answer])
+        finally:
+            gone.cancel()
+            answer.cancel()
+            await asyncio.wait([answer, gone])
+        if not answer.cancelled():
+            with suppress(TimeoutError):  # a stalled client: the connection is closed, since the response is not whole
+                answer.result()
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer without the body. It is read and dropped first, for some seconds, unless the client waits to be asked for
+    it: many clients only read an answer when they have sent all."""
+    if Headers(scope=scope).get("expect", "").lower() != "100-continue":
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_S):
+                while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                    pass
+    await error.response(scope, receive, send)
+
+
+def route_of(scope: Scope) -> str:
+    """The path below where the app is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

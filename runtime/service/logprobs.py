@@ -1,0 +1,34 @@
+"""Log probabilities as chats and as completions tell them. The end token is told with the others."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stageline.runtime.generation.request import TokenLogprob
+from stageline.runtime.service.model import Model
+
+_LEAST = -9999.0  # what OpenAI gives for a token that cannot come: JSON has no infinity
+_HALF = "\ufffd"  # in the text of a token that is only a part of a character
+
+
+def of_chat(model: Model, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Each token with its bytes (null where it is a part of a character) and the likeliest beside it."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        text = model.token_text(token)
+        return {"token": text, "logprob": max(logprob, _LEAST), "bytes": None if _HALF in text else list(text.encode())}
+
+    return {
+        "content": [{**one(t.token_id, t.logprob), "top_logprobs": [one(*other) for other in t.top]} for t in tokens],
+        "refusal": None,
+    }
+
+
+def of_completion(model: Model, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    """`offset`: characters of the choice before these tokens."""
+    texts = [model.token_text(token.token_id) for token in tokens]
+    return {
+        "tokens": texts,
+        "token_logprobs": [max(token.logprob, _LEAST) for token in tokens],
+        "top_logprobs": [{model.token_text(i): max(logprob, _LEAST) for i, logprob in token.top} for token in tokens],
+        "text_offset": [offset + sum(map(len, texts[:place])) for place in range(len(texts))],
+    }
