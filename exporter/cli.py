@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from stageline.exporter import serve_command, show
+from stageline.exporter import plan_commands, serve_command, show
 from stageline.models.catalogue import CATALOGUE, default_root, fetch
 from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import RequestError, StagelineError
@@ -250,6 +250,7 @@ def synthesize_command(
     print(output)
 
 
+plan_commands.register(app)
 serve_command.register(app)
 
 

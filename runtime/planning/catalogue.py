@@ -51,7 +51,7 @@ class Device(pydantic.BaseModel):
         return Rates(
             self.tflops[dtype] * 1e12 * self.compute_efficiency,
             self.memory_gb_s * 1e9 * self.memory_efficiency,
-            self.launch_us * 1e-6,
+            self.launch_us / 1e6,
         )
 
 

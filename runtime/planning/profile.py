@@ -1,9 +1,9 @@
 """Measuring a bundle's parts on this machine: small stages in the engine, stored as profiles/<machine>.json.
 
-Ranges of blocks are stitched as stages (each kind of block alone, first and last, halves, the whole) and timed, pinned
-to as many processors as threads, for micro-batches of several shapes: the median of the runs, and the lower median of
-two passes, since what disturbs a run only adds to it. A range that begins later is fed with what the blocks before it
-give. The file is not listed in the manifest: a bundle may hold such files, and only the planner reads it.
+Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed, pinned to as
+many processors as threads, for micro-batches of several shapes: the median of the runs, and the lower median of two
+passes, since what disturbs a run only adds to it. A range that begins later is fed with what the blocks before it give.
+The file is not listed in the manifest: a bundle may hold such files, and only the planner reads it.
 """
 
 import itertools
@@ -35,7 +35,8 @@ from stageline.runtime.stitch import Plan, stitch
 
 FOLDER = "profiles"
 _PASSES, _WARM_UP_RUNS, _FEWEST_RUNS, _MOST_RUNS, _POINT_S = 2, 2, 5, 40, 0.2
-_WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than two blocks is opened
+_WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
+_FEW_BLOCKS = 12
 _HANDOVERS = 400
 
 
@@ -145,14 +146,21 @@ def measure(
 
 
 def ranges(bundle: Bundle) -> list[tuple[int, int]]:
-    """The ranges of blocks to measure: the ends, each kind of block alone, longer ones to see what a block adds."""
+    """The ranges of blocks to measure: parts of the model from both ends and its middle, and each kind of block alone
+    where there are several, or few blocks.
+
+    A block alone stays in the processor's caches from run to run, in a long stage it does not: a long model is measured
+    in long ranges, since its stages are long.
+    """
     n, uses = bundle.manifest.blocks, bundle.manifest.uses
+    quarter, half = max(1, n // 4), max(1, n // 2)
     middle = range(1, n - 1) if n > 2 else range(n)
     kinds = {uses[block + 1].part: (block, block + 1) for block in reversed(middle)}
-    found = [(0, 1), *kinds.values(), (n - 1, n), (0, min(2, n))]
+    found = list(kinds.values()) if len(kinds) > 1 or n < _FEW_BLOCKS else []
+    found += [(0, quarter), (n - quarter, n)]
     if sum(entry.size_bytes for entry in bundle.tensors.values()) <= _WHOLE_LIMIT_BYTES:
-        found += [(0, n), (0, (n + 1) // 2), (n // 2, n), (n // 4, max(n // 4 + 1, 3 * n // 4))]
-    return list(dict.fromkeys(found))
+        found += [(0, n), (0, half), (n - half, n), (quarter, max(quarter + 1, n - quarter))]
+    return [(first, end) for first, end in dict.fromkeys(found) if end <= n]
 
 
 def save(bundle: Bundle, profile: Profile) -> Path:

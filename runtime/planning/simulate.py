@@ -86,8 +86,8 @@ class Spread:
 class Report:
     """What a run gave, from its first arrival to its last result.
 
-    `ttft` is the time to the first token, `tpot` the time for each one after it (both of generation only), `wait` what a
-    micro-batch queued before the first stage. `bubble` is the share of the stages' time in which they did nothing.
+    `ttft` is the time to the first token, `tpot` the time for each one after it (both of generation only), `wait` what
+    a micro-batch queued before the first stage. `bubble` is the share of the stages' time in which they did nothing.
     """
 
     requests: int
@@ -302,8 +302,8 @@ def replicas_needed(
     simulated: Callable[[float], Report], rate_per_s: float, ttft_p99_s: float, most: int = 100_000
 ) -> tuple[int, Report] | None:
     """The fewest equal pipelines that share `rate_per_s` with the 99th percentile of the time to the first token (or of
-    the latency, where there are no tokens) within `ttft_p99_s`, and the report of one of them; None where `most` are not
-    enough.
+    the latency, where there are no tokens) within `ttft_p99_s`, and the report of one of them; None where `most` are
+    not enough.
 
     Arrivals are dealt out at random, so each pipeline sees a Poisson process of its share: one stands for all.
     """

@@ -1,10 +1,11 @@
 """From measured stages to the time of each use, for any micro-batch.
 
 A stage's time is taken for the sum of what its uses take, and of a constant: one in the first stage (it counts with the
-prologue), another in later ones. For each measured shape these unknowns are fitted to the measured ranges by least
-squares of the relative errors, none negative. Between measured shapes they are interpolated: linearly in each of batch,
-length and past, which is exact for costs by the row, the token, and the pair of them. Outside the measured shapes, and
-for a past with several new tokens, they are scaled by a roofline that is fitted to all measurements.
+prologue), another in later ones. For each measured shape these unknowns are fitted to the measured ranges, none
+negative: small relative errors count by their squares, large ones as they are, so that a disturbed range hardly counts.
+Between measured shapes the unknowns are interpolated: linearly in each of batch, length and past, which is exact for
+costs by the row, the token, and the pair of them. Outside the measured shapes, and for a past with several new tokens,
+they are scaled by a roofline that is fitted to all measurements.
 """
 
 import itertools
@@ -21,6 +22,7 @@ from stageline.runtime.planning.cost import Shape, UseCost
 from stageline.runtime.planning.profile import Point, Profile
 
 Floats = npt.NDArray[np.float64]
+_ROUNDS, _SMALL_ERROR = 12, 0.03  # of reweighting; relative
 Costs = Callable[[Shape], Sequence[UseCost]]
 """The cost of each use for a micro-batch."""
 
@@ -63,7 +65,7 @@ class Timings:
         inside = self._inside(near)
         if inside is None:
             raise StagelineError(f"the profile has no complete grid of shapes around {near}; profile again")
-        if (near.batch, near.length, near.past) == (shape.batch, shape.length, shape.past):
+        if (near.sizes(), near.past) == (shape.sizes(), shape.past):
             return inside
         wanted, known = self.costs(shape), self.costs(near)
         scale = [
@@ -82,7 +84,10 @@ class Timings:
             for block in range(point.first, point.end):
                 row[3 + kinds.index(self.kinds[block])] += 1
         seconds = np.array([point.seconds for point in points])
-        found = non_negative(rows / seconds[:, None], np.ones(len(points)))
+        weights = np.ones(len(points))
+        for _ in range(_ROUNDS):
+            found = non_negative(weights[:, None] * rows / seconds[:, None], weights)
+            weights = 1 / np.sqrt(np.maximum(np.abs(rows @ found / seconds - 1), _SMALL_ERROR))
         blocks = [float(found[3 + kinds.index(kind)]) for kind in self.kinds]
         return UseTimes((float(found[0]), *blocks, float(found[2])), float(found[1]))
 
@@ -93,7 +98,7 @@ class Timings:
         grid = steps if steps and shape.length == 1 and shape.past > 0 else whole or steps
         low, high = np.min(grid, axis=0), np.max(grid, axis=0)
         batch, length, past = np.clip((shape.batch, shape.length, shape.past), low, high)
-        return Shape(int(batch), int(length), int(past), shape.picks)
+        return Shape(int(batch), int(length), int(past))
 
     def _inside(self, shape: Shape) -> UseTimes | None:
         """Multilinear between the measured shapes around this one."""

@@ -47,7 +47,7 @@ def test_mean_wait_of_one_stage_is_that_of_m_d_1(load: float) -> None:
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_littles_law(stages: int) -> None:
-    """The mean number of requests inside is their rate times their mean time inside; the first is an integral over time."""
+    """The mean number of requests inside, an integral over time, is their rate times their mean time inside."""
     arrivals = [BatchRequest(t, 1 + n % 5, 8) for n, t in enumerate(poisson(25, 3000, seed=1))]
     report = simulate_batches(equal_stages(stages, jitter=0.5), arrivals, 1)
     assert report.in_system == pytest.approx(report.requests_per_s * report.latency.mean, rel=1e-9)

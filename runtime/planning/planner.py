@@ -1,0 +1,307 @@
+"""Plans for a bundle: costs and devices made into a problem, solved, and told with its reasons."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+
+from stageline.models.errors import StagelineError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.planning.cluster import Cluster, Kind
+from stageline.runtime.planning.cost import Shape, UseCost, cut_bytes, use_costs
+from stageline.runtime.planning.partition import best_plan, runner_up
+from stageline.runtime.planning.problem import DeviceCost, Objective, Plan, Problem
+from stageline.runtime.planning.profile import Profile
+from stageline.runtime.planning.shortage import smallest_shortage
+from stageline.runtime.planning.simulate import Setting, SimulatedStage
+from stageline.runtime.planning.timings import Timings
+
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_MOST_STAGES = 16  # that are tried one by one for a model with caches
+_PAST_STEP = 32  # tokens: times of a simulated step are told for pasts rounded to this
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the pipeline is to run. With caches: `slots` rows of `context` tokens, decoded in as many groups as there
+    are stages, half of the context past on average. Without: micro-batches of `batch` rows of `length` tokens."""
+
+    batch: int = 8
+    length: int = 128
+    slots: int = 8
+    context: int = 2048
+
+    def shape(self, cached: bool, stages: int | None) -> Shape:
+        """The micro-batch that decides."""
+        if not cached:
+            return Shape(self.batch, self.length)
+        return Shape(-(-self.slots // (stages or 1)), 1, max(1, self.context // 2), 1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A plan with what it gives. `cycle_s` is the time between a micro-batch and its next turn; with caches that is the
+    time for a token. Cost is for a million tokens, energy for one."""
+
+    problem: Problem
+    plan: Plan
+    shape: Shape
+    tokens_per_cycle: int
+    cycle_s: float
+    price_per_million: float
+    energy_j_per_token: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """In the steady state."""
+        return self.tokens_per_cycle / self.cycle_s
+
+    def value(self, objective: Objective) -> float:
+        """What the objective makes smallest, for a token: to compare plans of different numbers of stages."""
+        return {
+            "throughput": self.cycle_s / self.tokens_per_cycle,
+            "latency": self.cycle_s if self.shape.past else self.plan.latency_s,
+            "cost": self.price_per_million,
+            "energy": self.energy_j_per_token,
+        }[objective]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans for `bundle` on `cluster` in `dtype`; `profile` tells the times on this machine's processors."""
+
+    bundle: Bundle
+    cluster: Cluster
+    load: Load
+    dtype: str = "float32"
+    overlap: bool = True
+    profile: Profile | None = None
+    layers: tuple[int, ...] | None = None
+    replicas: int = 1
+
+    @cached_property
+    def costs(self) -> Callable[[Shape], tuple[UseCost, ...]]:
+        """The cost of each use for a micro-batch, remembered; weights are counted in the planner's dtype."""
+        manifest, parts = self.bundle.manifest, self.bundle.parts()
+
+        @cache
+        def of(shape: Shape) -> tuple[UseCost, ...]:
+            return tuple(
+                replace(
+                    cost,
+                    weight_read_bytes=round(cost.weight_read_bytes * self._scale(cost)),
+                    parameter_bytes=round(cost.parameter_bytes * self._scale(cost)),
+                )
+                for cost in use_costs(manifest, self.bundle.tensors, parts, shape, min(4, _ITEMSIZE[self.dtype] * 2))
+            )
+
+        return of
+
+    def _scale(self, cost: UseCost) -> float:
+        return _ITEMSIZE[self.dtype] * cost.parameters / cost.parameter_bytes if cost.parameter_bytes else 1.0
+
+    @cached_property
+    def _timings(self) -> Callable[[int], Timings]:
+        if self.profile is None:
+            raise StagelineError(
+                f"times on this machine's processors are not known; run: stageline profile {self.bundle.path}"
+            )
+        profile = self.profile
+        return cache(lambda threads: Timings(profile, self.bundle.manifest, threads, self.costs))
+
+    def problem(self, shape: Shape, stages: int | None = None) -> Problem:
+        """The problem for a micro-batch and, where it is given, a number of stages."""
+        manifest, costs = self.bundle.manifest, self.costs(shape)
+        cached_tokens = self.load.slots * self.load.context if manifest.cached else 0
+        first, last = manifest.uses[0], manifest.uses[-1]
+        tied = set(first.weights.values()) & set(last.weights.values())
+        return Problem(
+            devices=tuple(self._device(kind, shape, costs) for kind in self.cluster.kinds),
+            links=self.cluster.links,
+            use_bytes=tuple(float(c.parameter_bytes + c.cache_token_bytes * cached_tokens) for c in costs),
+            cut_bytes=self._cut_bytes(shape),
+            counts=None if self.cluster.ordered else tuple(kind.count for kind in self.cluster.kinds),
+            tied_bytes=sum(self.bundle.tensors[name].size_bytes for name in tied) * self._scale(costs[0]),
+            overlap=self.overlap,
+            layers=self.layers,
+            stages=stages,
+            replicas=self.replicas if stages is None else 1,
+        )
+
+    @cached_property
+    def _cut_bytes(self) -> Callable[[Shape], tuple[float, ...]]:
+        manifest, parts = self.bundle.manifest, self.bundle.parts()
+        return cache(lambda shape: tuple(map(float, cut_bytes(manifest, parts, shape))))
+
+    def _device(self, kind: Kind, shape: Shape, costs: Sequence[UseCost]) -> DeviceCost:
+        workspace = float(max(cost.activation_bytes for cost in costs))
+        if kind.device is None:
+            local = sum(other.count for other in self.cluster.kinds if other.device is None)
+            times = self._timings(kind.threads).of(shape)
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+            return DeviceCost(
+                kind.name, times.use_s, memory, later_stage_s=times.later_stage_s, workspace_bytes=workspace
+            )
+        device, rates = kind.device, kind.device.rates(self.dtype)
+        return DeviceCost(
+            kind.name,
+            tuple(map(rates.use_s, costs)),
+            device.memory_gb * 1e9,
+            stage_s=rates.overhead_s,
+            workspace_bytes=workspace,
+            price_per_h=device.price_per_h,
+            busy_w=device.busy_w,
+            idle_w=device.idle_w,
+        )
+
+    def best(self, objective: Objective) -> Answer:
+        """The best plan. StagelineError where none fits: what is short, by how much, and what would fit."""
+        self._check(objective)
+        found = [answer for answer in self._answers(objective) if answer is not None]
+        if not found:
+            raise StagelineError(self._why_nothing_fits())
+        return min(found, key=lambda answer: answer.value(objective))
+
+    def second(self, objective: Objective, best: Answer) -> Answer | None:
+        """The best plan with another cut or another device."""
+        other = runner_up(best.problem, objective, best.plan)
+        found = [self._answer(best.problem, other, best.shape)] if other is not None else []
+        found += [
+            answer
+            for answer in self._answers(objective)
+            if answer is not None and answer.plan.stages != best.plan.stages
+        ]
+        return min(found, key=lambda answer: answer.value(objective), default=None)
+
+    def _answers(self, objective: Objective) -> Iterator[Answer | None]:
+        """The best plan for each number of stages, where that decides the micro-batch; else the best plan."""
+        if not self.bundle.manifest.cached:
+            shape = self.load.shape(False, None)
+            problem = self.problem(shape)
+            plan = best_plan(problem, objective)
+            yield None if plan is None else self._answer(problem, plan, shape)
+            return
+        devices = sum(kind.count for kind in self.cluster.kinds)
+        most = min(devices, self.bundle.manifest.blocks, self.load.slots, _MOST_STAGES)
+        for stages in range(1, most + 1) if self.layers is None else [len(self.layers)]:
+            shape = self.load.shape(True, stages)
+            problem = self.problem(shape, stages)
+            plan = best_plan(problem, objective)
+            yield None if plan is None else self._answer(problem, plan, shape)
+
+    def _answer(self, problem: Problem, plan: Plan, shape: Shape) -> Answer:
+        if shape.past:  # as many groups are under way as there are stages
+            groups = len(plan.stages)
+            cycle_s = max(plan.latency_s, groups * plan.bottleneck_s)
+            tokens = self.load.slots
+        else:
+            groups, cycle_s, tokens = 1, plan.bottleneck_s, shape.batch * shape.length
+        return Answer(
+            problem,
+            plan,
+            shape,
+            tokens,
+            cycle_s,
+            plan.price_per_h / 3600 * cycle_s / tokens * 1e6,
+            plan.energy_j * groups / tokens,
+        )
+
+    def _check(self, objective: Objective) -> None:
+        if objective in ("cost", "energy") and self.cluster.local:
+            raise StagelineError(
+                f"the objective {objective} needs prices and power, which are not known of this machine's processors; "
+                "describe them in a cluster file"
+            )
+
+    def setting(self, answer: Answer, host_s: float = 0.0) -> Setting:
+        """The plan as a pipeline to simulate, for micro-batches of any shape."""
+        stages = []
+        for number, stage in enumerate(answer.plan.stages):
+            cost = answer.problem.devices[stage.device]
+            link = answer.problem.links[answer.plan.stages[number - 1].device][stage.device] if number else None
+            stages.append(
+                SimulatedStage(
+                    self._stage_time(stage.device, stage.first, stage.end),
+                    number,
+                    None if link is None else lambda s, link=link, f=stage.first: link.copy_s(self._cut_bytes(s)[f]),  # type: ignore[misc]
+                    f"into stage {number}",
+                    busy_w=cost.busy_w,
+                    idle_w=cost.idle_w,
+                    price_per_h=cost.price_per_h,
+                )
+            )
+        return Setting(tuple(stages), self.overlap, host_s)
+
+    def _stage_time(self, device: int, first: int, end: int) -> Callable[[Shape], float]:
+        kind = self.cluster.kinds[device]
+
+        @cache
+        def of(shape: Shape) -> float:
+            problem = replace(
+                self._bare, devices=(self._device(kind, shape, self.costs(shape)),), links=((None,),), counts=None
+            )
+            return problem.compute_s(0, first, end)
+
+        return lambda shape: of(replace(shape, past=-(-shape.past // _PAST_STEP) * _PAST_STEP))
+
+    @cached_property
+    def _bare(self) -> Problem:
+        return replace(self.problem(self.load.shape(self.bundle.manifest.cached, 1)), layers=None, replicas=1)
+
+    def _fits(self) -> bool:
+        return any(answer is not None for answer in self._answers("latency"))
+
+    def _why_nothing_fits(self) -> str:
+        stages = len(self.layers) if self.layers is not None else None
+        problem = self.problem(self.load.shape(self.bundle.manifest.cached, stages))
+        short = smallest_shortage(problem)
+        if short is None:
+            return "no plan exists: no chain of links joins enough devices for the wanted stages"
+        stage = short.stage
+        device = problem.devices[stage.device]
+        needed = problem.stage_bytes(stage.device, stage.first, stage.end)
+        told = (
+            f"no plan fits: at the best cut blocks {stage.first} to {stage.end - 1} need {needed / 1e9:.3g} GB on "
+            f"{device.name}, which has {device.memory_bytes / 1e9:.3g} GB: short by {short.short_bytes / 1e9:.3g} GB"
+        )
+        ways = list(self._ways_out())
+        return f"{told}; what fits: {', or '.join(ways)}" if ways else told
+
+    def _ways_out(self) -> Iterator[str]:
+        """The smallest change of each kind with which a plan fits."""
+        load = self.load
+        if self.bundle.manifest.cached:
+            slots = _largest(lambda k: self._with(replace(load, slots=k))._fits(), load.slots - 1)
+            context = 64 * _largest(
+                lambda k: self._with(replace(load, context=64 * k))._fits(), (load.context - 1) // 64
+            )
+            yield from [f"--slots {slots} instead of {load.slots}"] if slots else []
+            yield from [f"--context {context} instead of {load.context}"] if context else []
+        for place, kind in enumerate(self.cluster.kinds):
+            if kind.device is None or self.cluster.ordered:
+                continue
+            for more in (1, 2, 4, 8):
+                kinds = list(self.cluster.kinds)
+                kinds[place] = replace(kind, names=(*kind.names, *(f"{kind.name}:+{n}" for n in range(more))))
+                if replace(self, cluster=replace(self.cluster, kinds=tuple(kinds)))._fits():
+                    yield f"{kind.count + more} x {kind.name} instead of {kind.count}"
+                    break
+
+    def _with(self, load: Load) -> "Planner":
+        return replace(self, load=load)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, 0 where none does; what fits, fits for every smaller one."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def device_names(cluster: Cluster, plan: Plan) -> list[list[str]]:
+    """The devices of each stage by name, each used once."""
+    free = {number: itertools.chain(kind.names) for number, kind in enumerate(cluster.kinds)}
+    return [[next(free[stage.device]) for _ in range(stage.replicas)] for stage in plan.stages]

@@ -1,0 +1,117 @@
+"""Plans for a bundle: what is chosen, what it gives, and why nothing fits."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stageline.exporter.export import export
+from stageline.models.errors import StagelineError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.planning.cluster import Cluster, Kind, parse_devices
+from stageline.runtime.planning.cost import Shape
+from stageline.runtime.planning.planner import Load, Planner, device_names
+from stageline.runtime.planning.simulate import BatchRequest, simulate_batches
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 512,
+    "bos_token_id": 2,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("llama")
+    return export(make_checkpoint(folder / "c", **LLAMA), folder / "b")
+
+
+def small(memory_mb: float, count: int) -> Cluster:
+    """Devices of so much memory, slow enough that work counts more than launching it."""
+    base = parse_devices("T4").kinds[0].device
+    assert base is not None
+    device = base.model_copy(update={"memory_gb": memory_mb / 1e3, "tflops": {"float32": 1e-3}, "launch_us": 0.0})
+    kind = Kind("small", device, tuple(f"small:{n}" for n in range(count)))
+    return Cluster((kind,), ((parse_devices("2xT4").links[0][0],),))
+
+
+def test_even_blocks_on_like_devices_are_cut_evenly(tiny_bundle: Path) -> None:
+    planner = Planner(Bundle.open(tiny_bundle), small(100, 3), Load(batch=4, length=16))
+    best = planner.best("throughput")
+    assert [stage.end - stage.first for stage in best.plan.stages] == [1, 1, 1]
+    assert device_names(planner.cluster, best.plan) == [["small:0"], ["small:1"], ["small:2"]]
+    assert best.tokens_per_s == pytest.approx(4 * 16 / best.plan.bottleneck_s)
+
+
+def test_the_plan_gives_what_its_simulation_gives(tiny_bundle: Path) -> None:
+    planner = Planner(Bundle.open(tiny_bundle), small(100, 2), Load(batch=4, length=16))
+    best = planner.best("throughput")
+    report = simulate_batches(planner.setting(best), [BatchRequest(0.0, 4, 16)] * 500, 4)
+    assert report.tokens_per_s == pytest.approx(best.tokens_per_s, rel=0.01)
+
+
+def test_groups_of_decoding_rows_are_as_many_as_stages(llama: Bundle) -> None:
+    planner = Planner(llama, small(100, 3), Load(slots=6, context=128))
+    best = planner.best("throughput")
+    assert best.shape == Shape(6 // len(best.plan.stages), 1, 64, 1)
+    assert best.cycle_s >= best.plan.latency_s * (1 - 1e-9)
+    assert best.tokens_per_s == pytest.approx(6 / best.cycle_s)
+
+
+def test_a_cache_counts_for_memory(llama: Bundle) -> None:
+    few, many = (Planner(llama, small(1000, 1), Load(slots=s, context=256)).best("latency").plan for s in (1, 9))
+    # 6 layers, 4 heads of 8 for keys and as many for values, 4 bytes each
+    assert many.figures[0].memory_bytes - few.figures[0].memory_bytes > 8 * 256 * 6 * 2 * 32 * 4 * 0.99
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_what_cannot_fit_says_what_is_short_and_what_would_fit(llama: Bundle, objective: str) -> None:
+    roomy = Planner(llama, small(1000, 1), Load(slots=8, context=512)).best("latency").plan.figures[0].memory_bytes
+    limit_mb = roomy * 0.6 / 1e6
+    planner = Planner(llama, small(limit_mb, 1), Load(slots=8, context=512))
+    with pytest.raises(StagelineError) as error:
+        planner.best(objective)  # type: ignore[arg-type]
+    told = str(error.value)
+    assert "\n" not in told
+    assert f"blocks 0 to 5 need {roomy / 1e9:.3g} GB on small, which has {limit_mb / 1e3:.3g} GB: " in told
+    assert f"short by {roomy * 0.4 / 1e9:.3g} GB" in told
+    slots = int(re.search(r"--slots (\d+) instead of 8", told)[1])  # type: ignore[index]
+    context = int(re.search(r"--context (\d+) instead of 512", told)[1])  # type: ignore[index]
+    devices = int(re.search(r"(\d+) x small instead of 1", told)[1])  # type: ignore[index]
+    for changed, fits in (
+        (Planner(llama, small(limit_mb, 1), Load(slots=slots, context=512)), True),
+        (Planner(llama, small(limit_mb, 1), Load(slots=slots + 1, context=512)), False),
+        (Planner(llama, small(limit_mb, 1), Load(slots=8, context=context)), True),
+        (Planner(llama, small(limit_mb, 1), Load(slots=8, context=context + 64)), False),
+        (Planner(llama, small(limit_mb, devices), Load(slots=8, context=512)), True),
+    ):
+        if fits:
+            changed.best("latency")
+        else:
+            with pytest.raises(StagelineError, match="no plan fits"):
+                changed.best("latency")
+
+
+def test_processors_without_a_profile_are_told(tiny_bundle: Path) -> None:
+    planner = Planner(Bundle.open(tiny_bundle), parse_devices("cpu:0"), Load())
+    with pytest.raises(StagelineError, match="are not known; run: stageline profile"):
+        planner.best("throughput")
+    with pytest.raises(StagelineError, match="the objective cost needs prices and power"):
+        planner.best("cost")
+
+
+def test_pinned_layers_are_kept(llama: Bundle) -> None:
+    planner = Planner(llama, small(100, 3), Load(), layers=(1, 4, 1))
+    assert [stage.end - stage.first for stage in planner.best("latency").plan.stages] == [1, 4, 1]
+
+
+def test_the_second_best_is_another_plan_and_no_better(llama: Bundle) -> None:
+    planner = Planner(llama, small(100, 3), Load())
+    best = planner.best("throughput")
+    second = planner.second("throughput", best)
+    assert second is not None
+    assert second.plan.stages != best.plan.stages
+    assert second.value("throughput") >= best.value("throughput")
