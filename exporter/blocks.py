@@ -187,9 +187,11 @@ def _same_one(a: torch.nn.Module, b: torch.nn.Module, index_a: int, index_b: int
 
 
 def _same_values(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors are equal. Of those without data, that a model makes from its weights, nothing is known."""
-    without_data = any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (x, y))
-    return not without_data and x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
+    """Whether two tensors are equal. Two without data (weights) are taken to be: the trace shows what they are."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    without_data = [tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (x, y)]
+    return all(without_data) or (not any(without_data) and torch.equal(x, y))
 
 
 def _same(x: Any, y: Any, index_x: int, index_y: int) -> bool:

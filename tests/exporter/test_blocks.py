@@ -115,12 +115,14 @@ def test_watching_leaves_no_tensor_in_the_caches_of_the_model() -> None:
     assert type(table(model)) is torch.Tensor
 
 
-def test_buffers_without_data_are_not_taken_to_be_alike() -> None:
-    blocks = [Block(i) for i in range(2)]
+def test_buffers_without_data_are_alike_but_not_like_those_with_data() -> None:
+    blocks = [Block(i) for i in range(4)]
     with FakeTensorMode():
-        for block in blocks:
-            block.register_buffer("made", torch.ones(1))
-    assert kinds(calls(Model(blocks))) == [0, 1]
+        for block in blocks[:2]:
+            block.register_buffer("stored", torch.ones(1))
+    for block in blocks[2:]:
+        block.register_buffer("stored", torch.ones(1))
+    assert kinds(calls(Model(blocks))) == [0, 0, 2, 2]
 
 
 def test_work_between_blocks_forbids_stamping() -> None:
