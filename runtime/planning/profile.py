@@ -116,11 +116,11 @@ class Grid:
 def default_grids(manifest: Manifest) -> list[Grid]:
     """Whole rows; and, for a model with caches, steps of one token."""
     longest = manifest.max_positions or 512
-    lengths = tuple(sorted({min(length, longest) for length in (16, 64, 128)}))
+    lengths = tuple(sorted({min(length, longest) for length in (16, 32, 64, 128)}))
     if not manifest.cached:
         return [Grid((1, 4, 16), lengths)]
     pasts = tuple(sorted({min(past, longest - 1) for past in (32, 256)}))
-    return [Grid((1, 4), lengths[:2]), Grid((1, 4, 16), (1,), pasts)]
+    return [Grid((1, 4), lengths[:3]), Grid((1, 4, 16), (1,), pasts)]
 
 
 def measure(

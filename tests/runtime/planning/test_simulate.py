@@ -63,7 +63,7 @@ def generation(rate: float, stages: int = 2, count: int = 300) -> Report:
 def test_a_lone_request_takes_its_chunks_and_steps() -> None:
     stages = (SimulatedStage(lambda s: 0.004, 0), SimulatedStage(lambda s: 0.006, 1))
     report = simulate_generation(Setting(stages, host_s=0.001), [TextRequest(1.0, 70, 5)], 4, 128, 32)
-    # Chunks of 32, 32 and 6 tokens follow each other; the first stage's next one waits for a place among the two under way.
+    # Chunks of 32, 32 and 6 tokens follow each other, two of them under way at a time.
     step_s = 0.011
     assert report.tpot.mean == pytest.approx(step_s)
     assert report.ttft.mean == pytest.approx(0.004 + 2 * 0.006 + 0.001 + 0.011, abs=0.006)
