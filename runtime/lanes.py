@@ -88,6 +88,10 @@ class Lanes:
         """A snapshot of each stage's counters, over a wall time of `open_s`."""
         return tuple(StageStats(lane.cores, lane.runs, lane.busy_s, lane.busy_s / open_s) for lane in self._lanes)
 
+    def is_worker(self) -> bool:
+        """Whether the caller is one of the workers, as a future's callback may be."""
+        return threading.current_thread() in self._workers
+
     def close(self) -> None:
         """Let each worker do what is queued already, then free engines and threads. May be called again.
 
@@ -95,7 +99,7 @@ class Lanes:
         """
         for lane in self._lanes:
             lane.inbox.put(None)
-        if threading.current_thread() not in self._workers:
+        if not self.is_worker():
             for worker in self._workers:
                 worker.join()
 

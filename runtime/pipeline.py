@@ -144,7 +144,11 @@ class Pipeline:
             hops = route([(stage.inputs, stage.outputs) for stage in stages], GRAPH_INPUTS, ["logits"])
             ends = manifest.text.eos_ids if manifest.text else ()
             logits = next(spec for spec in manifest.outputs if spec.name == "logits")
-            decoder = Decoder(int(logits.shape[-1]), ends, pipeline.encoder)
+            try:
+                decoder = Decoder(int(logits.shape[-1]), ends, pipeline.encoder)
+            except BaseException:  # a broken tokenizer
+                pipeline.close()
+                raise
             pipeline._generator = Generator(pipeline._lanes, hops, decoder, slots, cache.capacity, prefill_chunk)
         return pipeline
 
@@ -282,15 +286,16 @@ class Pipeline:
     def close(self) -> None:
         """Fail what is unfinished with RequestError, let each stage finish what it runs, and free engines and threads.
 
-        May be called again, and from any thread; returns when the workers have ended (a worker, calling it from a
-        future's callback, does not wait for itself).
+        May be called again, and from any thread; returns when the workers have ended (where a future's callback calls
+        it on one of them, without waiting for them).
         """
         self.closed = True
         self._generator_slots.close("the pipeline is closed")
         self._batches.close()
         if self._generator is not None:
             self._generator.close()
-        self._lanes.close()
+        else:
+            self._lanes.close()
 
     def __enter__(self) -> Self:
         return self

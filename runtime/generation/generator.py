@@ -9,6 +9,7 @@ stage's inbox; the last stage's worker puts the logits into the driver's.
                                └─────────────────────────────────────────────────────┘
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,8 @@ class _Flight:
 
 
 class Generator:
-    """Generates on open lanes, which it borrows. Thread-safe; owns its driver thread until `close()`."""
+    """Generates on open lanes. Thread-safe; owns its driver thread until `close()`, which closes the lanes as well: the
+    driver alone knows when no step is on its way through them."""
 
     def __init__(self, lanes: Lanes, hops: Sequence[Hop], decoder: Decoder, slots: int, capacity: int, chunk: int):
         """`hops`: the way of a step through all the stages, to `logits`. The stages' engines have caches of `slots` x
@@ -122,12 +124,13 @@ class Generator:
             for place, token in enumerate(ids):
                 if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
                     raise RequestError(f"token {place} of the prompt is {token!r}; give whole numbers")
-                if not 0 <= token < self._decoder.vocabulary:
-                    raise RequestError(
-                        f"token {place} of the prompt is {token}, outside the vocabulary "
-                        f"(0 to {self._decoder.vocabulary - 1}); tokenize with the tokenizer of this bundle"
-                    )
             ids = [int(token) for token in ids]
+        for place, token in enumerate(ids):  # of a text as well: a tokenizer may have tokens that the model has not
+            if not 0 <= token < self._decoder.vocabulary:
+                raise RequestError(
+                    f"token {place} of the prompt is {token}, outside the vocabulary "
+                    f"(0 to {self._decoder.vocabulary - 1}); tokenize with the tokenizer of this bundle"
+                )
         if not ids:
             raise RequestError("the prompt has no tokens; give a text with some")
         if len(ids) > self.capacity:
@@ -153,17 +156,27 @@ class Generator:
         return self._meter.stats(stages)
 
     def close(self) -> None:
-        """Fail what is unfinished with RequestError and end the driver. The lanes are closed afterwards."""
+        """Fail what is unfinished with RequestError, and close the lanes when the steps under way are done.
+
+        May be called again. Returns when all threads have ended, but to a callback on one of them at once.
+        """
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._events.put(self._close)
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self._lanes.is_worker():
             self._thread.join()
 
     # The driver's thread.
 
     def _drive(self) -> None:
+        try:
+            self._take_events()
+        except BaseException as error:  # a bug, of ours or of an engine: nobody shall wait for ever
+            self._give_up(_engine_error("the generator failed", error))
+        self._lanes.close()
+
+    def _take_events(self) -> None:
         while not (self._closing and self._in_flight == 0):
             try:
                 event = self._events.get(timeout=self._until_deadline())
@@ -331,6 +344,16 @@ class Generator:
         self._jobs.pop(job.generation, None)
         job.release()
 
+    def _give_up(self, error: EngineError) -> None:
+        """Fail what is unfinished and what comes, until closed."""
+        while True:
+            for job in list(self._jobs.values()):
+                self._end(job, error)
+            if self._closing and self._in_flight == 0:
+                break
+            with contextlib.suppress(Exception):
+                self._events.get()()
+
     def _close(self) -> None:
         self._closing = True
         for job in list(self._jobs.values()):
@@ -351,19 +374,24 @@ class Generator:
                 lane.runs += 1
                 flight.values = {n: v for n, v in {**flight.values, **outputs}.items() if n in hop.keep}
         except BaseException as error:  # whatever an engine raises, the worker lives on
-            line = str(error).strip().split("\n", 1)[0] or type(error).__name__
             flight.error = (
                 error
                 if isinstance(error, EngineError)
-                else EngineError(
-                    f"stage {lane.number} failed in step {flight.step.number}: {type(error).__name__}: {line}"
-                )
+                else _engine_error(f"stage {lane.number} failed in step {flight.step.number}", error)
             )
         flight.hop += 1
         if flight.hop < len(self._hops):
             self._lanes.put(self._hops[flight.hop].stage, partial(self._through, flight))
         else:
             self._events.put(partial(self._drawn, flight))
+
+
+def _engine_error(what: str, error: BaseException) -> EngineError:
+    """What the submitters are told of something unforeseen: its first line, and the thing itself as the cause."""
+    line = str(error).strip().split("\n", 1)[0]
+    told = EngineError(f"{what}: {type(error).__name__}: {line}")
+    told.__cause__ = error
+    return told
 
 
 def _completion(job: _Job, now: float) -> Completion:

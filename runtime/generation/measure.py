@@ -80,9 +80,9 @@ class Meter:
     def done(self, step: Step, in_flight: int, now: float) -> None:
         """A step came back; `in_flight` others have not."""
         self.steps[step.kind] += 1
-        if in_flight == 0 and self._active_since is not None:
+        if self._active_since is not None:
             self.active_s += now - self._active_since
-            self._active_since = None
+        self._active_since = now if in_flight else None
 
     def token(self, before: float | None, now: float, submitted_at: float) -> None:
         """A token of a request's first choice came; `before` is when the one before it did."""
