@@ -109,7 +109,8 @@ class _Lowering:
             if size != cache.value_size:
                 ends = [self.ints([0]), self.ints([cache.value_size]), self.ints([3])]
                 result = self.add("Slice", [result, *ends])
-            ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
+            result.name = node.outputs[0].name  # the graph may give it as it is
+        ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
 
     def row_lengths(self, past: ir.Value, new: ir.Value, query: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
