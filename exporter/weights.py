@@ -78,8 +78,9 @@ def _checked(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> di
                 f"config.json makes it {list(parameter.shape)}; the config and the weights are of different models"
             )
         found[name] = source
+    kept = model.state_dict().keys()  # transformers ignores a stored tensor for a buffer that is not
     for name, buffer in model.named_buffers():
-        if name in names and checkpoint.tensors[names[name]].shape == tuple(buffer.shape):
+        if name in kept and name in names and checkpoint.tensors[names[name]].shape == tuple(buffer.shape):
             found[name] = names[name]
     return found
 
@@ -103,7 +104,8 @@ def place(weights: Weights, model: Any, config: Any, task: str, dtype: str, fold
     if weights.converted:
         return [_materialise(checkpoint, config, task, dtype, target / "model.safetensors")]
     if checkpoint.kind == "gguf":
-        shapes = {weights.names[n]: tuple(p.shape) for n, p in model.named_parameters() if n in weights.names}
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        shapes = {weights.names[n]: tuple(tensor.shape) for n, tensor in tensors.items() if n in weights.names}
         read = gguf.reader(checkpoint, model)
         sha = write_streaming(
             target / "model.safetensors",
