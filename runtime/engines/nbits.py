@@ -30,8 +30,7 @@ def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
             continue
         weight, transposed = found
         if weight not in made:
-            assert weight.const_value is not None
-            array = np.asarray(weight.const_value.numpy()).astype(np.float32)
+            array = _values(weight)
             tensors = quantise(array if transposed else array.T, bits)
             total += sum(tensor.nbytes for tensor in tensors)
             if total > _MOST_BYTES:
@@ -86,6 +85,17 @@ def _weight(node: ir.Node) -> tuple[ir.Value, bool] | None:
     if not value.is_initializer() or value.const_value is None or len(value.const_value.shape) != 2:
         return None
     return (value, transposed) if value.const_value.size >= _FEWEST else None
+
+
+def _values(weight: ir.Value) -> NDArray[np.float32]:
+    """The weight in float32. onnx_ir itself does not read files that are hard-linked, as a bundle's weights are."""
+    tensor = weight.const_value
+    assert tensor is not None
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.asarray(tensor.numpy()).astype(np.float32)
+    kind = tensor.dtype.numpy()
+    data = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.size * kind.itemsize,))
+    return data.view(kind).reshape(tensor.shape.numpy()).astype(np.float32)
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: NDArray[Any]) -> ir.Value:
