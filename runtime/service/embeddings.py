@@ -35,7 +35,7 @@ def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
         raise ApiError(400, f"input holds {len(given)} texts; send 1 to {MAX_INPUTS}", param="input")
     if isinstance(given[0], str):
         return dict(model.encoder.encode(given, truncate=body.truncate))
-    rows = [list(row[: model.length] if body.truncate else row) for row in given]
+    rows = [row[: model.length] if body.truncate else model.fitting(row) for row in given]
     shape = (len(rows), max(map(len, rows)))
     ids, mask = np.full(shape, model.encoder.pad_id, np.int64), np.zeros(shape, np.int64)
     for place, row in enumerate(rows):

@@ -70,12 +70,15 @@ def from_validation(error: RequestValidationError, known: Sequence[str]) -> ApiE
     path = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}, at byte {first['loc'][1]}")
-    if not path:
+    told = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    if first["type"] in ("dict_type", "model_attributes_type", "missing") and not path:
         return ApiError(400, "the body is no JSON object; send one, with content-type application/json")
+    if not path:
+        return ApiError(400, told)
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
         place = f"; known: {', '.join(known)}" if len(path) == 1 else ""
         return ApiError(400, f"unknown or unsupported parameter {name!r}{place}", param=path[0])
     if first["type"] == "missing":
         return ApiError(400, f"{name} is missing", param=path[0])
-    return ApiError(400, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=path[0])
+    return ApiError(400, f"{name}: {told}", param=path[0])

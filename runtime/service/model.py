@@ -60,13 +60,9 @@ class Model:
     def fitting(self, tokens: list[int]) -> list[int]:
         """These tokens, if they fit. ApiError with the code that OpenAI's clients look for otherwise."""
         if len(tokens) > self.length:
-            raise ApiError(
-                400,
-                f"the prompt has {len(tokens)} tokens, {self.name} takes at most {self.length}, "
-                "prompt and continuation together; shorten it",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+            told = f"{len(tokens)} tokens were given, {self.name} takes at most {self.length}"
+            with_what = ", the continuation included" if self.generates else ""
+            raise ApiError(400, f"{told}{with_what}; shorten the text", code="context_length_exceeded")
         return tokens
 
     def token_text(self, token: int) -> str:

@@ -131,10 +131,11 @@ def _told_in_one_line(value: Any, handler: ModelWrapValidatorHandler[Any]) -> An
         ) from None
 
 
-TextsOrTokens = Annotated[str | list[str] | list[int] | list[list[int]], WrapValidator(_told_in_one_line)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+TextsOrTokens = Annotated[str | list[str] | list[Token] | list[list[Token]], WrapValidator(_told_in_one_line)]
 
 
-def each(given: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
+def each(given: str | list[str] | list[Token] | list[list[Token]]) -> list[str] | list[list[Token]]:
     """A list of texts or a list of lists of token ids, whichever of the four forms was given."""
     if isinstance(given, str):
         return [given]

@@ -1,0 +1,139 @@
+"""A service in a thread, of two tiny models: `llama` generates, `bert` embeds. Its llama can be told to misbehave."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from stageline.exporter.export import export
+from stageline.runtime.engines import ENGINES, Array, CacheSize, Engine, StageFile, engine_factory
+from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.service.app import create_app
+from stageline.runtime.service.server import DrainingServer, bound_socket
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 3,
+}
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.content == 'loop' %}{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    "{% elif m.content == 'escape' %}{{ ''.__class__.__mro__ }}"
+    "{% elif m.content == 'refuse' %}{{ raise_exception('no such chats') }}{% endif %}"
+    "{{ m.role }} {{ m.content }} {% endfor %}a"
+)
+Step = Callable[[int, Mapping[str, Array], dict[str, Array]], None]
+
+
+@pytest.fixture(scope="session")
+def bundles(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`llama`, of two stages, and `bert`. Do not change them."""
+    folder = tmp_path_factory.mktemp("service")
+    llama = make_checkpoint(folder / "llama", **LLAMA)
+    (llama / "chat_template.jinja").write_text(TEMPLATE)
+    bert = make_checkpoint(folder / "bert", architectures=["BertModel"])
+    modules = [
+        {"type": "sentence_transformers.models.Transformer", "path": ""},
+        {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+    ]
+    (bert / "modules.json").write_text(json.dumps(modules))
+    (bert / "1_Pooling").mkdir()
+    (bert / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    return {name: export(folder / name, folder / "bundles" / name, stages=2).path for name in ("llama", "bert")}
+
+
+class Hooked:
+    """An engine that calls `Faults.step` after each step, with what it read and what it computed."""
+
+    def __init__(self, engine: Engine, number: int, faults: "Faults") -> None:
+        self.engine, self.number, self.faults = engine, number, faults
+        self.input_names, self.output_names = engine.input_names, engine.output_names
+        self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
+
+    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+        values = self.engine.step(inputs, outputs, first_slot)
+        self.faults.step(self.number, inputs, values)
+        return values
+
+
+@dataclass
+class Faults:
+    """What happens at each step beside it: (stage, inputs, outputs)."""
+
+    step: Step = lambda stage, inputs, outputs: None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that runs, its address and its pipelines."""
+
+    url: str
+    client: httpx.Client
+    pipelines: Mapping[str, Pipeline]
+    faults: Faults
+    server: DrainingServer
+
+    def post(self, route: str, **body: Any) -> httpx.Response:
+        return self.client.post(f"/v1/{route}", json=body)
+
+    def stream(self, route: str, **body: Any) -> AbstractContextManager[httpx.Response]:
+        return self.client.stream("POST", f"/v1/{route}", json={**body, "stream": True})
+
+    def metric(self, line: str) -> float:
+        """The value on the line that begins so."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return next(float(found.split()[-1]) for found in lines if found.startswith(line))
+
+
+Serve = Callable[..., AbstractContextManager[Running]]
+
+
+@pytest.fixture(scope="module")
+def serve(bundles: dict[str, Path]) -> Serve:
+    """Serves both models; keywords are for `create_app`, `queue` and `slots` for the pipelines."""
+
+    @contextmanager
+    def serving(queue: int = 64, slots: int = 4, drain_s: float = 5, **limits: Any) -> Iterator[Running]:
+        faults = Faults()
+
+        def hooked(stage: StageFile, cores: tuple[int, ...], cache: CacheSize | None = None, **more: Any) -> Hooked:
+            engine = engine_factory("onnxruntime")(stage, cores, cache, **more)
+            return Hooked(engine, stage.number, faults)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(ENGINES, "hooked", lambda: hooked)
+            llama = Pipeline.open(bundles["llama"], engine="hooked", queue=queue, slots=slots)
+        pipelines = {"llama": llama, "bert": Pipeline.open(bundles["bert"], queue=queue)}
+        listening, ready = bound_socket("127.0.0.1", 0), threading.Event()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        app = create_app(pipelines, **limits)
+        server = DrainingServer(app, list(pipelines.values()), drain_s, ready.set)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            assert ready.wait(20)
+            with httpx.Client(base_url=url, timeout=60) as client:
+                yield Running(url, client, pipelines, faults, server)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            for pipeline in pipelines.values():
+                pipeline.close()
+        assert not thread.is_alive()
+
+    return serving
+
+
+@pytest.fixture(scope="module")
+def service(serve: Serve) -> Iterator[Running]:
+    """One service for all tests of a module."""
+    with serve() as running:
+        yield running
