@@ -25,7 +25,7 @@ from stageline.runtime.planning.simulate import (
     simulate_generation,
 )
 
-_CHUNK, _SIMULATED, _SEED = 128, 1000, 0
+_CHUNK, _SIMULATED, _SEED = 128, 500, 0
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ObjectiveName = Literal["throughput", "latency", "cost", "energy"]

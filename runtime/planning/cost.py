@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.manifest import Manifest
+from stageline.runtime.manifest import Manifest, TensorSpec
 from stageline.runtime.stitch import Plan, ir_dtype
 
 _FREE_SIZE = 64  # of a dimension that is neither batch, length nor picks, as in stitch.size_bytes
@@ -225,18 +225,20 @@ _PRODUCTS: Mapping[str, Callable[[_Graph, ir.Node], int]] = {
 }
 
 
-def cut_bytes(manifest: Manifest, parts: Sequence[ir.Model], shape: Shape) -> list[int]:
-    """Bytes that a stage beginning with each block is sent: hidden state, shared values, inputs of the model."""
-    sizes = shape.sizes()
-    found = [0]
+def cut_values(manifest: Manifest, parts: Sequence[ir.Model]) -> list[tuple[TensorSpec, ...]]:
+    """What a stage beginning with each block is sent: hidden state, shared values, inputs of the model."""
+    found: list[tuple[TensorSpec, ...]] = [()]
     for first in range(1, manifest.blocks):
         plan = Plan.of(manifest, parts, [first, manifest.blocks - first])
-        specs = [plan.specs[name] for name in plan.inputs[1]]
-        found.append(
-            sum(
-                math.prod(d if isinstance(d, int) else sizes.get(d, _FREE_SIZE) for d in spec.shape)
-                * int(ir_dtype(spec.dtype).itemsize)
-                for spec in specs
-            )
-        )
+        found.append(tuple(plan.specs[name] for name in plan.inputs[1]))
     return found
+
+
+def values_bytes(values: Sequence[TensorSpec], shape: Shape) -> int:
+    """Bytes of these values for a micro-batch."""
+    sizes = shape.sizes()
+    return sum(
+        math.prod(d if isinstance(d, int) else sizes.get(d, _FREE_SIZE) for d in spec.shape)
+        * int(ir_dtype(spec.dtype).itemsize)
+        for spec in values
+    )

@@ -8,10 +8,11 @@ from functools import cache, cached_property
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.planning.cluster import Cluster, Kind
-from stageline.runtime.planning.cost import Shape, UseCost, cut_bytes, use_costs
+from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
 from stageline.runtime.planning.partition import best_plan, runner_up
-from stageline.runtime.planning.problem import DeviceCost, Objective, Plan, Problem
+from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, Problem
 from stageline.runtime.planning.profile import Profile
 from stageline.runtime.planning.shortage import smallest_shortage
 from stageline.runtime.planning.simulate import Setting, SimulatedStage
@@ -19,7 +20,7 @@ from stageline.runtime.planning.timings import Timings
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _MOST_STAGES = 16  # that are tried one by one for a model with caches
-_PAST_STEP = 32  # tokens: times of a simulated step are told for pasts rounded to this
+_LENGTH_STEP, _PAST_STEP = 8, 64  # tokens: times of simulated steps are told for multiples of these
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Planner:
             devices=tuple(self._device(kind, shape, costs) for kind in self.cluster.kinds),
             links=self.cluster.links,
             use_bytes=tuple(float(c.parameter_bytes + c.cache_token_bytes * cached_tokens) for c in costs),
-            cut_bytes=self._cut_bytes(shape),
+            cut_bytes=tuple(float(values_bytes(values, shape)) for values in self._cut_values),
             counts=None if self.cluster.ordered else tuple(kind.count for kind in self.cluster.kinds),
             tied_bytes=sum(self.bundle.tensors[name].size_bytes for name in tied) * self._scale(costs[0]),
             overlap=self.overlap,
@@ -130,9 +131,8 @@ class Planner:
         )
 
     @cached_property
-    def _cut_bytes(self) -> Callable[[Shape], tuple[float, ...]]:
-        manifest, parts = self.bundle.manifest, self.bundle.parts()
-        return cache(lambda shape: tuple(map(float, cut_bytes(manifest, parts, shape))))
+    def _cut_values(self) -> list[tuple[TensorSpec, ...]]:
+        return cut_values(self.bundle.manifest, self.bundle.parts())
 
     def _device(self, kind: Kind, shape: Shape, costs: Sequence[UseCost]) -> DeviceCost:
         workspace = float(max(cost.activation_bytes for cost in costs))
@@ -224,7 +224,7 @@ class Planner:
                 SimulatedStage(
                     self._stage_time(stage.device, stage.first, stage.end),
                     number,
-                    None if link is None else lambda s, link=link, f=stage.first: link.copy_s(self._cut_bytes(s)[f]),  # type: ignore[misc]
+                    None if link is None else self._copy_time(link, stage.first),
                     f"into stage {number}",
                     busy_w=cost.busy_w,
                     idle_w=cost.idle_w,
@@ -233,17 +233,19 @@ class Planner:
             )
         return Setting(tuple(stages), self.overlap, host_s)
 
+    def _copy_time(self, link: Link, first: int) -> Callable[[Shape], float]:
+        values = self._cut_values[first]
+        return cache(lambda shape: link.copy_s(values_bytes(values, shape)))
+
     def _stage_time(self, device: int, first: int, end: int) -> Callable[[Shape], float]:
         kind = self.cluster.kinds[device]
 
         @cache
         def of(shape: Shape) -> float:
-            problem = replace(
-                self._bare, devices=(self._device(kind, shape, self.costs(shape)),), links=((None,),), counts=None
-            )
-            return problem.compute_s(0, first, end)
+            cost = self._device(kind, shape, self.costs(shape))
+            return replace(self._bare, devices=(cost,), links=((None,),), counts=None).compute_s(0, first, end)
 
-        return lambda shape: of(replace(shape, past=-(-shape.past // _PAST_STEP) * _PAST_STEP))
+        return lambda shape: of(_rounded(shape))
 
     @cached_property
     def _bare(self) -> Problem:
@@ -290,6 +292,12 @@ class Planner:
 
     def _with(self, load: Load) -> "Planner":
         return replace(self, load=load)
+
+
+def _rounded(shape: Shape) -> Shape:
+    """The shape with past, and the length of a chunk, rounded up: few shapes are told apart."""
+    length = shape.length if shape.length == 1 else -(-shape.length // _LENGTH_STEP) * _LENGTH_STEP
+    return replace(shape, length=length, past=-(-shape.past // _PAST_STEP) * _PAST_STEP)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -7,6 +7,7 @@ the steps that it issues. The same seed gives the same run.
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from stageline.models.errors import StagelineError
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.planning.cost import Shape
 
+_MOST_LOAD = 0.95  # of what a pipeline does when all requests come at once
 Seconds = Callable[[Shape], float]
 """What a micro-batch takes."""
 
@@ -305,7 +307,9 @@ def replicas_needed(
     the latency, where there are no tokens) within `ttft_p99_s`, and the report of one of them; None where `most` are
     not enough.
 
-    Arrivals are dealt out at random, so each pipeline sees a Poisson process of its share: one stands for all.
+    Arrivals are dealt out at random, so each pipeline sees a Poisson process of its share: one stands for all. A share
+    above 95 % of what a pipeline does when all requests come at once counts as too much, whatever the percentile: it
+    would not be kept for longer than the simulated time.
     """
 
     def held(replicas: int) -> Report | None:
@@ -313,7 +317,10 @@ def replicas_needed(
         p99_s = report.ttft.p99 or report.latency.p99
         return report if p99_s <= ttft_p99_s else None
 
-    low, high = 0, 1
+    fewest = math.ceil(rate_per_s / (_MOST_LOAD * simulated(math.inf).requests_per_s))
+    if fewest > most:
+        return None
+    low, high = fewest - 1, fewest
     best = held(high)
     while best is None:
         if high >= most:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from stageline.exporter.export import export
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.planning.cost import Shape, UseCost, cut_bytes, use_costs
+from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
 
 LLAMA = {
     "model_type": "llama",
@@ -91,4 +91,5 @@ def test_parameters_are_those_of_the_checkpoint(tiny_bundle: Path) -> None:
 def test_a_cut_is_crossed_by_the_hidden_state_and_the_mask(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     hidden, mask = 2 * 5 * 32 * 4, 2 * 5  # the mask as truth values
-    assert cut_bytes(bundle.manifest, bundle.parts(), Shape(2, 5)) == [0, hidden + mask, hidden + mask]
+    values = cut_values(bundle.manifest, bundle.parts())
+    assert [values_bytes(crossing, Shape(2, 5)) for crossing in values] == [0, hidden + mask, hidden + mask]
