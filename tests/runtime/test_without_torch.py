@@ -45,7 +45,8 @@ import stageline.models
 
 for package in (stageline.runtime, stageline.models):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+        if not module.name.startswith("stageline.runtime.service."):  # that has an extra of its own
+            importlib.import_module(module.name)
 print([n for n in ("torch", "transformers", "onnxscript", "streamlit") if importlib.util.find_spec(n)])
 """
 
@@ -95,3 +96,9 @@ def test_a_bundle_runs_and_is_recut_without_torch(bare: Path, bundle: Path, tmp_
     run(bare / "stageline", "recut", bundle, "--stages", "2")
     assert run(bare / "python", "-c", RUN, bundle, after).strip() == "2 (2, 6, 32)"
     np.testing.assert_allclose(np.load(after), np.load(before), atol=1e-5)
+
+
+def test_serve_says_which_extra_it_needs(bare: Path, bundle: Path) -> None:
+    done = subprocess.run([bare / "stageline", "serve", bundle], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 1
+    assert done.stderr == 'stageline: this command needs the service: pip install "stageline[serve]"\n'

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
+from stageline.runtime.service.app import create_app
 
 LONG = {"model": "llama", "prompt": "a cat", "min_tokens": 200, "max_tokens": 200}
 RUNNING = 'stageline_slots_running{model="llama"}'
@@ -173,6 +175,25 @@ def test_shutdown_tells_those_it_cuts_off(serve: Any) -> None:
         error = json.loads(streamed(service)[-1].removeprefix("data: "))["error"]
         assert error["code"] == "shutting_down"
         assert service.pipelines["llama"].closed
+
+
+def test_the_app_can_be_mounted_in_another(serve: Any) -> None:
+    with serve() as service:
+        outer = FastAPI()
+        outer.mount("/llm", create_app(service.pipelines, api_key="sesame"))
+
+        async def ask() -> list[int]:
+            transport = httpx.ASGITransport(outer)
+            async with httpx.AsyncClient(transport=transport, base_url="http://outer") as client:
+                body, headers = {"model": "llama", "prompt": "a"}, {"authorization": "Bearer sesame"}
+                return [
+                    (await client.get("/llm/health")).status_code,
+                    (await client.post("/llm/v1/completions", json=body)).status_code,
+                    (await client.post("/llm/v1/completions", json=body, headers=headers)).status_code,
+                    (await client.get("/health")).status_code,
+                ]
+
+        assert asyncio.run(ask()) == [200, 401, 200, 404]
 
 
 def test_a_closed_pipeline_is_not_ready(serve: Any) -> None:
