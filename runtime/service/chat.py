@@ -21,13 +21,17 @@ async def chat(model: Model, body: ChatRequest) -> Response:
     """Answer with a whole message, or begin to stream it."""
     prompt = await asyncio.to_thread(_prompt, model, body)
     generations = await Generations.start(model, [prompt], body.sampling, body.deadline_s)
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk" if body.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": model.name,
+    }
     if body.stream:
         return await EventStream.begin(_chunks(model, body, generations, head), model.pipeline)
     (completion,) = await generations.completions()
     answer = {
         **head,
-        "object": "chat.completion",
         "choices": [_choice(model, body, number, choice) for number, choice in enumerate(completion.choices)],
         "usage": usage([completion]),
     }
@@ -52,9 +56,8 @@ async def _chunks(
     model: Model, body: ChatRequest, generations: Generations, head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
     """For each choice its role, its text bit by bit, and why it ended; at the end the usage, if asked for."""
-    head = {**head, "object": "chat.completion.chunk"}
     if body.stream_options.include_usage:
-        head["usage"] = None
+        head = {**head, "usage": None}
 
     def chunk(number: int, delta: dict[str, Any], told: Any = None, finish: str | None = None) -> dict[str, Any]:
         return {**head, "choices": [{"index": number, "delta": delta, "logprobs": told, "finish_reason": finish}]}

@@ -13,6 +13,10 @@ STALL_S = 300.0  # a client that neither sends nor takes anything for so long is
 _DISCARD_S = 10.0
 
 
+class _StalledError(Exception):
+    """The client takes nothing."""
+
+
 class Door:
     """Lets `concurrency` requests in at a time, those with the API key if there is one. Health and metrics are open."""
 
@@ -98,8 +102,11 @@ class Exchange:
         async def watched(message: Message) -> None:
             nonlocal answered
             answered = message["type"] == "http.response.body" and not message.get("more_body", False)
-            async with asyncio.timeout(STALL_S):
-                await send(message)
+            try:
+                async with asyncio.timeout(STALL_S):
+                    await send(message)
+            except TimeoutError:
+                raise _StalledError from None
 
         answer = asyncio.ensure_future(self._app(scope, replay, watched))
         try:
@@ -111,7 +118,7 @@ class Exchange:
             answer.cancel()
             await asyncio.wait([answer, gone])
         if not answer.cancelled():
-            with suppress(TimeoutError):  # a stalled client: the connection is closed, since the response is not whole
+            with suppress(_StalledError):  # the server closes the connection, since the response is not whole
                 answer.result()
 
 
