@@ -179,7 +179,7 @@ class Rows:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, engine_of: Opened) -> None:  # type: ignore[no-untyped-def]
+def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, engine_of: Opened) -> None:
     rows = Rows(KINDS[name], engine_of(KINDS[name]), np.random.default_rng(1))
     rows.step(0, [7, 1, 4, 6])
     rows.step(0, [1, 1, 1, 1])
@@ -195,7 +195,7 @@ def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, engine_
 @given(data=st.data(), name=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 999))
 def test_any_ranges_lengths_and_copies_give_the_definition(
     data: st.DataObject, name: str, seed: int, engine_of: Opened
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     rows = Rows(KINDS[name], engine_of(KINDS[name]), np.random.default_rng(seed))
     for _ in range(data.draw(st.integers(1, 8))):
         if data.draw(st.integers(0, 4)) == 0:
@@ -211,7 +211,7 @@ def test_any_ranges_lengths_and_copies_give_the_definition(
             rows.step(first, counts, padding=length - max(counts))
 
 
-def test_a_row_with_nothing_new_keeps_what_it_holds(engine_of: Opened) -> None:  # type: ignore[no-untyped-def]
+def test_a_row_with_nothing_new_keeps_what_it_holds(engine_of: Opened) -> None:
     rows = Rows(KINDS["grouped"], engine_of(KINDS["grouped"]), np.random.default_rng(2))
     rows.step(0, [6, 6, 6])
     rows.step(0, [9, 0, 4])
@@ -220,7 +220,7 @@ def test_a_row_with_nothing_new_keeps_what_it_holds(engine_of: Opened) -> None: 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, engine_of: Opened) -> None:  # type: ignore[no-untyped-def]
+def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, engine_of: Opened) -> None:
     kind = KINDS[name]
     rows = Rows(kind, engine_of(kind, None), np.random.default_rng(3))
     counts = [5, 11, 1]
@@ -237,7 +237,7 @@ def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, engine_o
 
 
 @pytest.mark.parametrize("name", ["grouped", "narrow values", "all of them"])
-def test_a_half_precision_cache_is_close(name: str, engine_of: Opened) -> None:  # type: ignore[no-untyped-def]
+def test_a_half_precision_cache_is_close(name: str, engine_of: Opened) -> None:
     rows = Rows(KINDS[name], engine_of(KINDS[name], "float16"), np.random.default_rng(4), tolerance=1e-2)
     rows.step(0, [7, 1, 4, 6])
     rows.copy(0, 3, 5)

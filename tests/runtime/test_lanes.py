@@ -1,0 +1,81 @@
+"""Lanes: each stage's work in its order, on the one thread that owns the engine."""
+
+import threading
+import time
+
+import pytest
+from stageline.models.errors import EngineError
+from stageline.runtime.engines import Engine
+from stageline.runtime.lanes import Lane, Lanes, PipelineStage
+
+SECONDS = 5  # for what must happen; nothing takes that long
+
+
+class Recorder:
+    """An engine that notes which threads used it."""
+
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.opened_on = threading.current_thread()
+        self.closed_on: list[threading.Thread] = []
+
+    def close(self) -> None:
+        self.closed_on.append(threading.current_thread())
+
+
+def test_work_is_done_in_order_by_the_thread_that_opened_the_engine() -> None:
+    engines: list[Recorder] = []
+
+    def opened(cores: tuple[int, ...]) -> Recorder:
+        engines.append(Recorder())
+        return engines[-1]
+
+    done: list[tuple[int, int, threading.Thread]] = []
+    lanes = Lanes([PipelineStage((), (), opened)] * 2, threads=2)
+
+    def work(number: int, lane: Lane, engine: Engine) -> None:
+        assert isinstance(engine, Recorder)
+        assert engine.opened_on is threading.current_thread()
+        assert lanes.is_worker()
+        done.append((lane.number, number, threading.current_thread()))
+
+    for number in range(100):
+        lanes.put(number % 2, lambda lane, engine, number=number: work(number, lane, engine))
+    assert not lanes.is_worker()
+    lanes.close()  # after what was queued
+    lanes.close()
+    for stage in (0, 1):
+        assert [number for lane, number, _ in done if lane == stage] == list(range(stage, 100, 2))
+    assert [engine.closed_on for engine in engines] == [[engine.opened_on] for engine in engines]
+    assert not any(engine.opened_on.is_alive() for engine in engines)
+
+
+def test_a_worker_that_closes_does_not_wait_for_itself() -> None:
+    before = set(threading.enumerate())
+    lanes = Lanes([PipelineStage((), (), lambda cores: Recorder())] * 2, threads=1)
+    closed = threading.Event()
+
+    def close(lane: Lane, engine: Engine) -> None:
+        lanes.close()
+        closed.set()
+
+    lanes.put(1, close)
+    assert closed.wait(SECONDS)
+    lanes.close()
+    deadline = time.monotonic() + SECONDS
+    while not set(threading.enumerate()) <= before:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_an_engine_that_does_not_open_closes_the_others() -> None:
+    opened = Recorder()
+
+    def refuse(cores: tuple[int, ...]) -> Recorder:
+        raise EngineError("no")
+
+    with pytest.raises(EngineError, match="no"):
+        Lanes([PipelineStage((), (), lambda cores: opened), PipelineStage((), (), refuse)], threads=1)
+    assert len(opened.closed_on) == 1
