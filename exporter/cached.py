@@ -57,6 +57,9 @@ class _Seen:
     new_lengths: torch.Tensor
     mask_windows: set[int | None] = field(default_factory=set)
     call_windows: set[int | None] = field(default_factory=set)
+    shows_masks: bool = False
+    masks: list[tuple[torch.Tensor, int | None]] = field(default_factory=list)
+    """The masks that were given out, where it shows some, with their windows."""
 
 
 _seen: _Seen | None = None  # of the forward pass that is under way: transformers gives attention functions no context
@@ -81,6 +84,7 @@ class CachedTask(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.shows_masks = False
         accepted = inspect.signature(model.forward).parameters
         if "position_ids" not in accepted:
             raise NotCachedError("it does not take the positions of its tokens")
@@ -99,7 +103,7 @@ class CachedTask(torch.nn.Module):
             index = logits_at[:, :, None].expand(-1, -1, args[0].shape[-1])
             return (args[0].gather(1, index),)
 
-        _seen = _Seen(past, new)
+        _seen = _Seen(past, new, shows_masks=self.shows_masks)
         handle = self.model.get_output_embeddings().register_forward_pre_hook(pick)
         try:
             result = self.model(
@@ -118,12 +122,33 @@ class CachedTask(torch.nn.Module):
         return (result.logits,)
 
 
+def check_masks(task: CachedTask, samples: tuple[torch.Tensor, ...]) -> None:
+    """NotCachedError where a mask does not reach attention as it was made, with the window that attention names.
+
+    Without masks, as the operator wants it, a model forgets what it would add to them (Falcon a bias for distance).
+    """
+    task.shows_masks = True
+    try:
+        task(*samples)
+    finally:
+        task.shows_masks = False
+
+
 def _check(seen: _Seen) -> None:
     if not seen.call_windows:
         raise NotCachedError("it computes attention itself")
     if not seen.mask_windows <= seen.call_windows:
         missing = sorted(map(str, seen.mask_windows - seen.call_windows))
         raise NotCachedError(f"its masks have a window of {', '.join(missing)} tokens that its attention does not name")
+
+
+def _check_mask(mask: torch.Tensor, window: int | None) -> None:
+    for made, made_window in _seen.masks if _seen is not None else ():
+        if mask.untyped_storage()._cdata == made.untyped_storage()._cdata:  # itself, or a part of it
+            if made_window != window:
+                raise NotCachedError(f"its masks have a window of {made_window} tokens, its attention names {window}")
+            return
+    raise NotCachedError("it adds a bias of its own to attention")
 
 
 def _emit(
@@ -171,7 +196,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     scale, window, softcap, sinks = (options.pop(n, None) for n in ("scaling", "sliding_window", "softcap", "s_aux"))
     if attention_mask is not None:
-        raise NotCachedError("it adds a bias of its own to attention")
+        _check_mask(attention_mask, window)
     unknown = sorted(k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False)
     if unknown:
         raise NotCachedError(f"its attention takes {', '.join(unknown)}")
@@ -193,16 +218,23 @@ def _torch_attention(
 ) -> torch.Tensor:
     """In place of torch's scaled_dot_product_attention, for models that call it themselves."""
     if attn_mask is not None:
-        raise NotCachedError("it adds a bias of its own to attention")
-    if not is_causal:
+        _check_mask(attn_mask, None)
+    elif not is_causal:
         raise NotCachedError("its attention is not causal")
     return _emit(query, key, value, scale, None, None, None).transpose(1, 2)
 
 
-def _mask(*args: Any, mask_function: Callable[..., Any], **options: Any) -> None:
-    """In place of a mask: nothing, after a look at which tokens it would show."""
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, *args: Any, mask_function: Callable[..., Any], **options: Any
+) -> torch.Tensor | None:
+    """In place of a mask: nothing, after a look at which tokens it would show; or a stand-in, to see where it goes."""
     assert _seen is not None
-    _seen.mask_windows.add(_window_of(mask_function))
+    window = _window_of(mask_function)
+    _seen.mask_windows.add(window)
+    if not _seen.shows_masks:
+        return None
+    _seen.masks.append((torch.ones((batch_size, 1, q_length, kv_length), dtype=torch.bool), window))
+    return _seen.masks[-1][0]
 
 
 def _window_of(mask_function: Callable[..., Any]) -> int | None:

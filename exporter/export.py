@@ -101,7 +101,7 @@ def trace_parts(
     if task == "text-generation":
         try:
             return _trace_cached(checkpoint, config, task, dtype, progress)
-        except cached.NotCachedError as error:
+        except (cached.NotCachedError, ExportError) as error:  # what is wrong without a cache as well is told below
             why = f"; no KV cache, since {error}"
             progress(f"tracing without a KV cache ({error})")
     try:
@@ -154,6 +154,8 @@ def _trace(
 
     try:
         with mode, torch.no_grad():
+            if isinstance(wrapped, cached.CachedTask):
+                cached.check_masks(wrapped, samples())
             stack = watch(wrapped, samples())
     except (NotFusedError, cached.NotCachedError, ExportError, KeyError):
         raise

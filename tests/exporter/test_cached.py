@@ -1,0 +1,221 @@
+"""Decoders that keep a KV cache generate what transformers does; the others say why not, and are right without."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from stageline.exporter.cached import NotCachedError, _window_of
+from stageline.exporter.export import export
+from stageline.models.errors import RequestError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.pipeline import Pipeline
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+)
+from transformers.models.llama import modeling_llama
+
+_SIZES = {
+    "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 99,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_HEADS = {**_GROUPED, "head_dim": 8, "sliding_window": 6}
+
+CACHED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "a window everywhere": ("mistral", "MistralForCausalLM", {**_GROUPED, "sliding_window": 6}),
+    "a window in some layers": (
+        "qwen2", "Qwen2ForCausalLM",
+        {**_GROUPED, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "windows and soft caps": ("gemma2", "Gemma2ForCausalLM", _HEADS),
+    "windows with positions of their own": ("gemma3_text", "Gemma3ForCausalLM", {**_HEADS, "num_hidden_layers": 7}),
+    "windows, and no positions elsewhere": ("cohere2", "Cohere2ForCausalLM", {**_GROUPED, "sliding_window": 6}),
+    "sinks": ("gpt_oss", "GptOssForCausalLM", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "attention of its own through torch": ("falcon", "FalconForCausalLM", _SIZES),
+    "values narrower than keys": (
+        "deepseek_v3", "DeepseekV3ForCausalLM",
+        {**_SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+         "qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+         "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    ),
+}  # fmt: skip
+UNCACHED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "a bias for distance": (
+        "bloom", "BloomForCausalLM",
+        {"hidden_size": 32, "n_head": 4, "n_layer": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": None,
+         "pad_token_id": 0},
+        "it computes attention itself",
+    ),
+    "a bias for distance added to the mask": (
+        "falcon", "FalconForCausalLM", {**_SIZES, "alibi": True}, "it adds a bias of its own to attention",
+    ),
+    "convolutions": (
+        "lfm2", "Lfm2ForCausalLM",
+        {**_GROUPED, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+        "its tokens meet outside attention (Conv over tokens)",
+    ),
+}  # fmt: skip
+
+
+def synthesize(folder: Path, model_type: str, name: str, values: dict[str, Any]) -> Path:
+    """A checkpoint with weights so large that what a token attends to decides the next."""
+    config = transformers.AutoConfig.for_model(model_type, **values)
+    config.architectures = [name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    model.save_pretrained(folder)
+    return folder
+
+
+def reference(checkpoint: Path, name: str) -> Any:
+    return getattr(transformers, name).from_pretrained(checkpoint, attn_implementation="eager").eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CACHED)
+def test_a_model_with_a_cache_generates_what_transformers_generates(name: str, tmp_path: Path) -> None:
+    model_type, class_name, values = CACHED[name]
+    checkpoint = synthesize(tmp_path / "checkpoint", model_type, class_name, values)
+    bundle = export(checkpoint, tmp_path / "bundle", stages=2)
+    assert bundle.manifest.cached, bundle.manifest.trace
+    assert "no KV cache" not in bundle.manifest.trace
+    model = reference(checkpoint, class_name)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 99, length).tolist() for length in (1, 5, 13, 30)]
+    with Pipeline.open(bundle.path, slots=3, prefill_chunk=5) as pipeline:
+        generations = [pipeline.generate(prompt, max_tokens=12, logprobs=0) for prompt in prompts]
+        for prompt, generation in zip(prompts, generations, strict=True):
+            choice = generation.result(60).choices[0]
+            given = torch.tensor([prompt])
+            with torch.no_grad():
+                want = model.generate(given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=12)
+                scores = model(torch.cat([given, torch.tensor([choice.token_ids])], 1)).logits.double().log_softmax(-1)
+            assert list(choice.token_ids) == want[0, len(prompt) :].tolist()
+            expected = scores[0, len(prompt) - 1 : -1][torch.arange(12), list(choice.token_ids)]
+            np.testing.assert_allclose([entry.logprob for entry in choice.logprobs], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNCACHED)
+def test_a_model_that_cannot_keep_a_cache_says_why_and_gives_what_torch_gives(name: str, tmp_path: Path) -> None:
+    model_type, class_name, values, why = UNCACHED[name]
+    checkpoint = synthesize(tmp_path / "checkpoint", model_type, class_name, values)
+    told: list[str] = []
+    bundle = export(checkpoint, tmp_path / "bundle", stages=2, progress=told.append)
+    assert not bundle.manifest.cached
+    assert bundle.manifest.trace.endswith(f"no KV cache, since {why}")
+    assert f"tracing without a KV cache ({why})" in told
+    check_runs(bundle, checkpoint, class_name)
+    with Pipeline.open(bundle.path) as pipeline, pytest.raises(RequestError) as refused:
+        pipeline.generate([5])
+    assert str(refused.value) == f"this bundle does not generate: {why}; run batches with Pipeline.run"
+
+
+def check_runs(bundle: Bundle, checkpoint: Path, class_name: str) -> None:
+    ids = np.random.default_rng(1).integers(3, 99, (3, 17))
+    with Pipeline.open(bundle.path) as pipeline, torch.no_grad():
+        want = reference(checkpoint, class_name)(torch.tensor(ids)).logits.numpy()
+        np.testing.assert_allclose(pipeline.run({"input_ids": ids})["logits"], want, atol=1e-4)
+
+
+def llama(folder: Path) -> Path:
+    return synthesize(folder, "llama", "LlamaForCausalLM", {**_GROUPED, "num_hidden_layers": 2})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda x: torch.nn.functional.pad(x, (0, 0, 1, -1)), "Pad along the tokens"),
+        pytest.param(lambda x: x + x.cumsum(1), "CumSum over tokens", marks=pytest.mark.slow),
+        pytest.param(lambda x: x - x.mean(1, keepdim=True), "ReduceMean along the tokens", marks=pytest.mark.slow),
+        pytest.param(
+            lambda x: torch.cat([x[:, :1] * 0, x[:, :-1]], 1), "Slice takes some tokens", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_layers_in_which_tokens_meet_keep_no_cache(
+    change: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layers of a Llama whose MLPs get something else than what goes into them [batch, length, width]."""
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda module, x: forward(module, change(x)))
+    checkpoint = llama(tmp_path / "checkpoint")
+    bundle = export(checkpoint, tmp_path / "bundle")
+    assert not bundle.manifest.cached
+    assert f"its tokens meet outside attention ({told}" in bundle.manifest.trace
+    check_runs(bundle, checkpoint, "LlamaForCausalLM")
+
+
+def chunks_of_four(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return key // 4 == query // 4
+
+
+def prefix_of_three(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return key < 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"or_mask_function": prefix_of_three}, "its attention is not causal"),
+        pytest.param(
+            {"or_mask_function": bidirectional_mask_function}, "its attention is not causal", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"and_mask_function": chunks_of_four},
+            "its masks are neither causal nor of a sliding window",
+            marks=pytest.mark.slow,
+        ),
+        (
+            {"and_mask_function": sliding_window_causal_mask_function(4)},
+            "its masks have a window of 4 tokens, its attention names None",
+        ),
+    ],
+)
+def test_masks_that_the_operator_cannot_say_keep_no_cache(
+    change: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = modeling_llama.create_causal_mask
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **given: make(**given, **change))
+    bundle = export(llama(tmp_path / "checkpoint"), tmp_path / "bundle")
+    assert not bundle.manifest.cached
+    assert bundle.manifest.trace.endswith(f"no KV cache, since {told}")
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 100, 101, 4096, 1 << 19])
+def test_a_window_is_read_from_the_mask(window: int) -> None:
+    assert _window_of(sliding_window_causal_mask_function(window)) == window
+
+
+def test_a_causal_mask_has_no_window() -> None:
+    assert _window_of(causal_mask_function) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (bidirectional_mask_function, "not causal"),
+        (or_masks(causal_mask_function, prefix_of_three), "not causal"),
+        (and_masks(causal_mask_function, lambda b, h, q, k: k % 2 == 0), "neither causal nor of a sliding window"),
+        (
+            and_masks(causal_mask_function, lambda b, h, q, k: k // 8 == q // 8),
+            "neither causal nor of a sliding window",
+        ),
+        (lambda b, h, q, k: k < q, "neither causal nor of a sliding window"),
+        (lambda b, h, q, k: {}[0], r"cannot be read \(KeyError\)"),
+    ],
+)
+def test_other_masks_are_refused(mask: Any, told: str) -> None:
+    with pytest.raises(NotCachedError, match=told):
+        _window_of(mask)
