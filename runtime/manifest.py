@@ -34,7 +34,7 @@ class FileEntry(_Data):
 
     path: BundlePath
     size_bytes: int = Field(ge=0)
-    sha256: Sha256 | None
+    sha256: Sha256 | None = None
     header_sha256: Sha256 | None = None
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stageline.exporter import skeleton
 from stageline.exporter.export import export
-from stageline.models.errors import ExportError
+from stageline.models.errors import BundleError, ExportError
 from stageline.models.synthetic import write_random, write_sparse
 from stageline.runtime.bundle import Bundle, recut
 from stageline.runtime.pipeline import Pipeline
@@ -110,3 +110,18 @@ def test_a_task_the_checkpoint_was_not_saved_for_names_the_missing_tensor(tmp_pa
     with pytest.raises(ExportError, match=r"no tensor for cls\.predictions"):
         export(source, tmp_path / "b", task="fill-mask")
     assert not (tmp_path / "b").exists()
+
+
+def test_weights_too_large_to_hash_are_guarded_by_their_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stageline.exporter.weights.HASH_LIMIT_BYTES", 0)
+    source = checkpoint(tmp_path / "c", "llama", "LlamaForCausalLM", num_key_value_heads=2)
+    export(source, tmp_path / "b")
+    (entry,) = (e for e in Bundle.open(tmp_path / "b").manifest.files if e.path.startswith("weights/"))
+    assert entry.sha256 is None
+    file = tmp_path / "b" / entry.path
+    data = bytearray(file.read_bytes())
+    data[20] ^= 1  # in the header
+    file.unlink()
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match="header"):
+        Bundle.open(tmp_path / "b")
