@@ -18,7 +18,8 @@ import numpy as np
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.engines import Array
-from stageline.runtime.generation.generator import Decoder, Generator
+from stageline.runtime.generation.decoder import Decoder
+from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.lanes import Lanes, PipelineStage
 from stageline.runtime.pipeline import GRAPH_INPUTS

@@ -21,7 +21,8 @@ from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.batches import Batches
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.engines import Array, CacheDtype, CacheSize, StageFile, WeightDtype, engine_factory
-from stageline.runtime.generation.generator import Decoder, Generator
+from stageline.runtime.generation.decoder import Decoder
+from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.measure import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
@@ -233,7 +234,8 @@ class Pipeline:
         BundleError where the bundle has no chat template.
         """
         generator = self._generating()
-        return tuple(generator.prompt_ids(self.chat_text(messages, **variables), special=False))
+        text = self.chat_text(messages, **variables)
+        return tuple(generator.decoder.prompt_ids(text, generator.capacity, special=False))
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt of `chat_prompt` as a text, its special tokens included."""
@@ -320,4 +322,4 @@ class Pipeline:
 
     def _checked(self, request: GenerationRequest) -> tuple[Generator, list[int]]:
         generator = self._generating()
-        return generator, generator.prompt_ids(request.prompt)
+        return generator, generator.decoder.prompt_ids(request.prompt, generator.capacity)

@@ -19,8 +19,8 @@ from time import perf_counter
 
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
-from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.engines import Array, Engine
+from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.measure import GenerationStats, Meter
 from stageline.runtime.generation.request import (
@@ -36,16 +36,6 @@ from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.lanes import Lane, Lanes, StageStats
 from stageline.runtime.route import Step as Hop
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """What generation needs to know of a model."""
-
-    vocabulary: int
-    end_ids: tuple[int, ...]
-    encoder: TextEncoder | None
-    """None: prompts are token ids, and the text of what comes is empty."""
 
 
 @dataclass(eq=False, slots=True)
@@ -97,8 +87,8 @@ class Generator:
     def __init__(self, lanes: Lanes, hops: Sequence[Hop], decoder: Decoder, slots: int, capacity: int, chunk: int):
         """`hops`: the way of a step through all the stages, to `logits`. The stages' engines have caches of `slots` x
         `capacity`; a prompt goes through in chunks of `chunk` tokens."""
-        self.capacity = capacity
-        self._lanes, self._hops, self._decoder = lanes, tuple(hops), decoder
+        self.decoder, self.capacity = decoder, capacity
+        self._lanes, self._hops = lanes, tuple(hops)
         groups = min(len(lanes), slots)
         self._scheduler = Scheduler(slots, capacity, groups, min(chunk, capacity), prefills=len(lanes))
         self._choices: dict[Continuation, _Choice] = {}
@@ -111,34 +101,6 @@ class Generator:
         self._lock = threading.Lock()  # between `submit` and `close`: no request comes after the last event
         self._thread = threading.Thread(target=self._drive, name="generator", daemon=True)
         self._thread.start()
-
-    def prompt_ids(self, prompt: str | Sequence[int], special: bool = True) -> list[int]:
-        """A prompt as token ids; `special`: with the tokens that the tokenizer adds to a text. RequestError where it is
-        empty, too long, or of tokens that the model does not have."""
-        if isinstance(prompt, str):
-            if self._decoder.encoder is None:
-                raise RequestError("this bundle has no tokenizer; give the prompt as token ids")
-            ids = self._decoder.encoder.ids(prompt, special)
-        else:
-            ids = list(prompt)
-            for place, token in enumerate(ids):
-                if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-                    raise RequestError(f"token {place} of the prompt is {token!r}; give whole numbers")
-            ids = [int(token) for token in ids]
-        for place, token in enumerate(ids):  # of a text as well: a tokenizer may have tokens that the model has not
-            if not 0 <= token < self._decoder.vocabulary:
-                raise RequestError(
-                    f"token {place} of the prompt is {token}, outside the vocabulary "
-                    f"(0 to {self._decoder.vocabulary - 1}); tokenize with the tokenizer of this bundle"
-                )
-        if not ids:
-            raise RequestError("the prompt has no tokens; give a text with some")
-        if len(ids) > self.capacity:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, a cache slot holds {self.capacity}; "
-                "shorten it, or open with a larger capacity"
-            )
-        return ids
 
     def submit(self, request: GenerationRequest, prompt: list[int], release: Callable[[], None]) -> Generation:
         """Start on a request whose prompt is `prompt`; `release` is called once when it has ended."""
@@ -199,7 +161,7 @@ class Generator:
 
     def _arrived(self, job: _Job) -> None:
         self._jobs[job.generation] = job
-        sampling, decoder = job.request.sampling, self._decoder
+        sampling, decoder = job.request.sampling, self.decoder
         room = self.capacity - len(job.prompt) + 1  # the last token drawn is not put into the cache
         leader = None
         for number in range(sampling.n):
@@ -300,7 +262,7 @@ class Generator:
         job.first_token_at = job.first_token_at or now
         self._meter.generated_tokens += 1
         text = ""
-        if token in self._decoder.end_ids or token in sampling.stop_token_ids:
+        if token in self.decoder.end_ids or token in sampling.stop_token_ids:
             choice.finish_reason = "stop"
         elif choice.text is not None:
             text = choice.text.push([token])

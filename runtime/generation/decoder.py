@@ -1,0 +1,46 @@
+"""What generation needs to know of a model, and prompts as its tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from stageline.models.errors import RequestError
+from stageline.models.tokenizer import TextEncoder
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model that generates: its tokens are below `vocabulary`, those of `end_ids` end a text."""
+
+    vocabulary: int
+    end_ids: tuple[int, ...]
+    encoder: TextEncoder | None
+    """None: prompts are token ids, and the text of what comes is empty."""
+
+    def prompt_ids(self, prompt: str | Sequence[int], capacity: int, special: bool = True) -> list[int]:
+        """A prompt as token ids; `special`: with the tokens that the tokenizer adds to a text. RequestError where it is
+        empty, of more than `capacity` tokens, or of tokens that the model does not have."""
+        if isinstance(prompt, str):
+            if self.encoder is None:
+                raise RequestError("this bundle has no tokenizer; give the prompt as token ids")
+            ids = self.encoder.ids(prompt, special)
+        else:
+            ids = list(prompt)
+            for place, token in enumerate(ids):
+                if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+                    raise RequestError(f"token {place} of the prompt is {token!r}; give whole numbers")
+            ids = [int(token) for token in ids]
+        for place, token in enumerate(ids):  # of a text as well: a tokenizer may have tokens that the model has not
+            if not 0 <= token < self.vocabulary:
+                raise RequestError(
+                    f"token {place} of the prompt is {token}, outside the vocabulary "
+                    f"(0 to {self.vocabulary - 1}); tokenize with the tokenizer of this bundle"
+                )
+        if not ids:
+            raise RequestError("the prompt has no tokens; give a text with some")
+        if len(ids) > capacity:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, a cache slot holds {capacity}; "
+                "shorten it, or open with a larger capacity"
+            )
+        return ids
