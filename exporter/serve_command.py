@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from stageline.models.errors import StagelineError
-from stageline.runtime.engines import CacheDtype
+from stageline.runtime.engines import CacheDtype, WeightDtype
 from stageline.runtime.pipeline import Pipeline
 
 _EXTRA = {"fastapi", "prometheus_client", "uvicorn"}
@@ -37,6 +37,9 @@ def serve_command(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processors for each bundle; all unless given.")] = None,
     cache_dtype: Annotated[CacheDtype, typer.Option(help="Of the KV cache.")] = "float32",
+    weights: Annotated[
+        WeightDtype | None, typer.Option(help="Quantise matrix products: faster, less exact. As they are unless given.")
+    ] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="The largest body of a request.")] = 4,
     queue: Annotated[
         int, typer.Option(min=1, help="Requests of a bundle that run or wait at a time; more are answered with 429.")
@@ -62,7 +65,13 @@ def serve_command(
         pipelines: dict[str, Pipeline] = {}
         for called, bundle in zip(names, bundles, strict=True):
             opened = Pipeline.open(
-                bundle, threads=threads, queue=queue, slots=slots, capacity=capacity, cache_dtype=cache_dtype
+                bundle,
+                threads=threads,
+                queue=queue,
+                weights=weights,
+                slots=slots,
+                capacity=capacity,
+                cache_dtype=cache_dtype,
             )
             pipelines[called] = stack.enter_context(opened)
         app = create_app(

@@ -292,6 +292,8 @@ class Pipeline:
         it on one of them, without waiting for them).
         """
         self.closed = True
+        if "_template" in vars(self):
+            self._template.close()
         self._generator_slots.close("the pipeline is closed")
         self._batches.close()
         if self._generator is not None:

@@ -301,7 +301,9 @@ def test_close_fails_what_is_unfinished_and_leaves_nobody_waiting(gate: Gate) ->
     with pytest.raises(RequestError, match="the pipeline is closed"):
         pipeline.submit(rows(1))
     assert not [
-        thread for thread in threading.enumerate() if thread.name.startswith("stage-") and thread in pipeline._lanes._workers
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("stage-") and thread in pipeline._lanes._workers
     ]
 
 
