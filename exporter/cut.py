@@ -91,7 +91,7 @@ def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozens
     hidden = marks[f"in.0.{stack[0].chain or 0}"].inputs[0]
     assert hidden is not None
     free = {d.value for d in hidden.shape or () if isinstance(d, ir.SymbolicDim)}
-    level = _levels(graph, free)
+    level = _levels(graph, free, _own_weights(stack, weight_names))
     cutter = _Cutter(level, ends, weight_names, free)
     blocks = {index: cutter.piece(results[index]) for index in real}
     epilogue = cutter.piece(list(graph.outputs), through=False)
@@ -120,11 +120,18 @@ def _share(model: ir.Model, stack: list[Call]) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _levels(graph: ir.Graph, free: set[str | None]) -> dict[ir.Value, int]:
+def _own_weights(stack: list[Call], weight_names: frozenset[str]) -> frozenset[str]:
+    """The weights of blocks. What is computed with them belongs to a block even where no hidden state is in it
+    (DeBERTa projects its table of relative positions in each block): never hoisted."""
+    prefixes = tuple({call.module + "." for call in stack})
+    return frozenset(name for name in weight_names if name.startswith(prefixes))
+
+
+def _levels(graph: ir.Graph, free: set[str | None], own_weights: frozenset[str]) -> dict[ir.Value, int]:
     """What each value depends on; see the module's first lines."""
     level: dict[ir.Value, int] = dict.fromkeys(graph.inputs, SHARED)
-    for value in graph.initializers.values():
-        level[value] = CONSTANT
+    for name, value in graph.initializers.items():
+        level[value] = CHAIN if name in own_weights else CONSTANT
     for node in graph:
         if any(
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -133,6 +140,11 @@ def _levels(graph: ir.Graph, free: set[str | None]) -> dict[ir.Value, int]:
             raise ExportError(
                 f"operator {node.name} ({node.op_type}) holds a graph of its own; blocks with control flow "
                 "cannot be cut"
+            )
+        if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
+            raise ExportError(
+                f"operator {node.name} ({node.op_type}) draws random numbers, so no two runs of the model agree; "
+                "export one that does not"
             )
         if (node.domain, node.op_type) == MARK:
             mine = CHAIN
@@ -237,7 +249,10 @@ def _canonical(piece: _Piece, local: Mapping[ir.Value, str]) -> str:
             return numbers[value]
         if value in local:
             return "weight " + local[value] + str(value.dtype) + str(value.shape)
-        assert value.const_value is not None
+        if value.const_value is None:
+            raise ExportError(
+                f"{value.name} is a tensor that the model keeps from an earlier call; a model with memory cannot be cut"
+            )
         return "constant " + _constant(value.const_value)
 
     for count, node in enumerate(piece.nodes):

@@ -75,7 +75,7 @@ def export(
         traced = trace_parts(checkpoint, config, task, chosen, head, progress)
         _write_parts(folder, traced.cut)
         progress("placing weights")
-        files = place(traced.weights, traced.model, config, task, chosen, folder)
+        files = place(traced.weights, traced.model, config, chosen, folder)
         progress("stitching stages")
         manifest = _manifest(checkpoint, config, task, chosen, traced, folder, files, head)
         tensors = _tensors(folder, manifest)
@@ -138,7 +138,7 @@ def _trace(
     model = skeleton.build(config, task, torch_dtype, attention)
     weights = find(checkpoint, model)
     mode = skeleton.fake_mode()
-    skeleton.fake_parameters(model, mode)
+    skeleton.fake_weights(model, mode, weights.names)
     wrapped: skeleton.Task | cached.CachedTask
     if attention in (cached.ATTENTION, "sdpa"):
         wrapped = cached.CachedTask(model).eval()

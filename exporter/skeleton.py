@@ -5,7 +5,7 @@ size costs kilobytes. Buffers stay real, because some (rotary frequencies) are c
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: SentencePooling) -> 
 
 def config_of(config: Mapping[str, Any]) -> Any:
     """The transformers config object of a config.json. ExportError where transformers does not know the model_type."""
-    values = dict(config)
+    values = _floats(dict(config))
     kind = values.pop("model_type", None)
     if kind is None:
         raise ExportError(
@@ -125,6 +125,13 @@ def config_of(config: Mapping[str, Any]) -> Any:
         raise ExportError(f"config.json of model_type {kind!r} is not valid: {' '.join(str(error).split())}") from error
 
 
+def _floats(value: Any) -> Any:
+    """What JSON has no number for and transformers writes as {"__float__": "Infinity"}, as numbers."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _floats(v) for k, v in value.items()}
+    return [_floats(v) for v in value] if isinstance(value, list) else value
+
+
 def task_of(config: Any, pooling: SentencePooling | None) -> str:
     """The task that the checkpoint was saved for, from sentence-transformers' files and config.architectures."""
     if pooling is not None:
@@ -136,6 +143,17 @@ def task_of(config: Any, pooling: SentencePooling | None) -> str:
     return "feature-extraction"
 
 
+def _class_of(config: Any, task: str) -> Any:
+    """What makes the model of a task: the class that the checkpoint was saved from where it is of that task (it may be
+    half of what the config describes: T5EncoderModel), else transformers' choice."""
+    ending, factory = TASKS[task]
+    for name in getattr(config, "architectures", None) or ():
+        found: Any = getattr(transformers, name, None)
+        if name.endswith(ending) and getattr(found, "config_class", None) is type(config):
+            return found._from_config
+    return factory.from_config
+
+
 def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     """The transformers model for a task, parameters on meta, in evaluation mode."""
     if task not in TASKS:
@@ -144,11 +162,11 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     config._attn_implementation_internal = None  # a config built with before still holds its choice
     try:
         with accelerate.init_empty_weights(include_buffers=False):
-            model = TASKS[task][1].from_config(config, dtype=dtype, attn_implementation=attention)
+            model = _class_of(config, task)(config, dtype=dtype, attn_implementation=attention)
             model.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on the router's choice
     except ValueError as error:
         first = " ".join(str(error).split())[:200]
-        if "attn_implementation" in first or "attention" in first.lower():
+        if attention != "eager" and "attention" in first.lower():
             raise AttentionError(first) from error
         raise ExportError(
             f"model_type {config.model_type!r} has no model for task {task!r} ({first}); choose another --task"
@@ -193,7 +211,9 @@ def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
             names.append("token_type_ids")
         return tuple(Input(n, torch.int64, ("batch", "length")) for n in names if n in accepted)
     if main == "pixel_values":
-        size = config.image_size
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise ExportError("config.json states no image_size; add the size of the images that will be run")
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return (Input("pixel_values", dtype, ("batch", config.num_channels, height, width)),)
     raise ExportError(f"the model reads {main!r}; stages can be cut for models that read input_ids or pixel_values")
@@ -204,8 +224,9 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-def fake_parameters(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every meta parameter by a fake CPU one; a parameter shared by two modules stays shared."""
+def fake_weights(model: torch.nn.Module, mode: FakeTensorMode, stored: Container[str]) -> None:
+    """Replace every meta parameter, and every buffer whose name is `stored` in the checkpoint, by a fake CPU tensor;
+    one that two modules share stays shared. The trace must not see the values that those buffers have now."""
     made: dict[int, torch.nn.Parameter] = {}
     kept = []  # the ids above stay valid while their parameters live
     with mode:
@@ -219,6 +240,10 @@ def fake_parameters(model: torch.nn.Module, mode: FakeTensorMode) -> None:
                         torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=False
                     )
                 module._parameters[name] = made[id(parameter)]
+        for path, module in model.named_modules():
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None and (f"{path}.{name}" if path else name) in stored:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:

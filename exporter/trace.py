@@ -83,6 +83,8 @@ def attention(
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[-2]:
         attention_mask = attention_mask[..., : key.shape[-2]]
+    if attention_mask is not None:  # ONNX Runtime broadcasts batch and heads, not the queries
+        attention_mask = attention_mask.expand(*attention_mask.shape[:-2], query.shape[-2], -1)
     result = torch.onnx.ops.attention(
         query,
         key,

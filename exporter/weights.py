@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from stageline.exporter import gguf
-from stageline.exporter.skeleton import TASKS
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError, ExportError
 from stageline.models.safetensors_file import header_sha256, write_streaming
@@ -96,13 +95,13 @@ def majority_dtype(checkpoint: Checkpoint) -> str:
     )
 
 
-def place(weights: Weights, model: Any, config: Any, task: str, dtype: str, folder: Path) -> list[FileEntry]:
+def place(weights: Weights, model: Any, config: Any, dtype: str, folder: Path) -> list[FileEntry]:
     """Put the weights into `folder`/weights with `dtype` for every floating tensor, and return the files' entries."""
     target = folder / FOLDER
     target.mkdir()
     checkpoint = weights.checkpoint
     if weights.converted:
-        return [_materialise(checkpoint, config, task, dtype, target / "model.safetensors")]
+        return [_materialise(checkpoint, type(model), config, dtype, target / "model.safetensors")]
     if checkpoint.kind == "gguf":
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         shapes = {weights.names[n]: tuple(tensor.shape) for n, tensor in tensors.items() if n in weights.names}
@@ -178,9 +177,9 @@ def _converted_chunks(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
             yield _as(np.frombuffer(data, _numpy(entry.dtype)), dtype)
 
 
-def _materialise(checkpoint: Checkpoint, config: Any, task: str, dtype: str, file: Path) -> FileEntry:
+def _materialise(checkpoint: Checkpoint, model_class: Any, config: Any, dtype: str, file: Path) -> FileEntry:
     """Let transformers load the model, merging or splitting tensors as it does, and write what it got."""
-    model = TASKS[task][1].from_pretrained(
+    model = model_class.from_pretrained(
         checkpoint.path,
         config=config,
         dtype=getattr(torch, dtype),

@@ -216,9 +216,9 @@ def edit(bundle: Path, old: str, new: str) -> None:
 
 
 def test_a_newer_version(bundle: Path, told: Run) -> None:
-    edit(bundle, '"version": 1,', '"version": 2,')
+    edit(bundle, '"version": 2,', '"version": 3,')
     line = told("inspect", bundle)
-    assert "has version 2; this stageline reads version 1: install a newer stageline" in line
+    assert "has version 3; this stageline reads version 2: install a newer stageline" in line
 
 
 def test_a_path_that_leaves_the_bundle(bundle: Path, told: Run) -> None:

@@ -94,6 +94,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptj": ("gptj", {**_TINY_GPT, "rotary_dim": 4}, "GPTJForCausalLM"),
     # experts, whose tensors are merged from many
     "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, "MixtralForCausalLM"),
+    # a table of relative positions that each block projects with weights of its own
+    "deberta-v2": (
+        "deberta-v2",
+        {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+         "norm_rel_ebd": "layer_norm"},
+        "DebertaV2ForSequenceClassification",
+    ),
+    # half of what its config describes
+    "t5-encoder": (
+        "umt5", {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4},
+        "UMT5EncoderModel",
+    ),
     # attention sinks and two kinds of block
     "gpt_oss": (
         "gpt_oss",
@@ -141,6 +153,24 @@ def reference(folder: Path, saved_as: str, inputs: dict[str, np.ndarray]) -> np.
     with torch.no_grad():
         result = model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
     return np.asarray(result[0])
+
+
+@pytest.mark.slow
+def test_buffers_that_the_checkpoint_holds_are_taken_from_it(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", image_size=32
+    )
+    model = transformers.ResNetForImageClassification(config).eval()
+    for name, buffer in model.named_buffers():  # the running mean and variance of batch norms
+        if buffer.is_floating_point():
+            buffer.copy_(1 + torch.rand(buffer.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.save_pretrained(tmp_path / "checkpoint")
+    bundle = export(tmp_path / "checkpoint", tmp_path / "bundle", stages=2)
+    inputs = random_inputs(bundle, seed=1)
+    with Pipeline.open(tmp_path / "bundle") as pipeline:
+        got = pipeline.run(inputs)["logits"]
+    want = reference(tmp_path / "checkpoint", "ResNetForImageClassification", inputs)
+    assert np.abs(got - want).max() <= TOLERANCE
 
 
 @pytest.mark.slow
