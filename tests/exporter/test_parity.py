@@ -11,6 +11,7 @@ from stageline.exporter import skeleton
 from stageline.exporter.export import export
 from stageline.models.synthetic import write_random
 from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.signature import Signature
 
@@ -190,3 +191,23 @@ def test_stages_give_what_torch_gives(name: str, tmp_path: Path) -> None:
         real = inputs["attention_mask"] == 1 if "attention_mask" in inputs and got.ndim == 3 else ...
         assert got.shape == want.shape
         assert np.abs(got[real] - want[real]).max() <= TOLERANCE, f"{stages} stages"
+    if bundle.manifest.cached:
+        generates_what_torch_likes_best(tmp_path / "bundle", checkpoint, saved_as)
+
+
+def generates_what_torch_likes_best(bundle: Path, checkpoint: Path, saved_as: str) -> None:
+    """Greedy tokens of ragged prompts that run together, in chunks: torch, given them, must find none likelier."""
+    rng = np.random.default_rng(5)
+    prompts = [tuple(rng.integers(3, 99, length).tolist()) for length in (1, 2, 5, 9, 14)]
+    sampling = Sampling(max_tokens=12, min_tokens=12)
+    with Pipeline.open(bundle, slots=3, prefill_chunk=4) as pipeline:
+        futures = [pipeline.submit(GenerationRequest(prompt, sampling)) for prompt in prompts]
+        texts = [prompt + future.result().choices[0].token_ids for prompt, future in zip(prompts, futures, strict=True)]
+    ends = Bundle.open(bundle).manifest.text
+    assert ends is None  # so no token is barred before min_tokens
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = np.array([text])
+        logits = reference(checkpoint, saved_as, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+        at = np.arange(len(prompt) - 1, len(text) - 1)
+        chosen = logits[at, ids[0, at + 1]]
+        assert (logits[at].max(axis=1) - chosen).max() <= TOLERANCE
