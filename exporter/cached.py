@@ -22,7 +22,7 @@ ATTENTION = "stageline_cache"
 OPERATOR = "stageline::CacheAttention"
 _FAR = 1 << 20  # a query so late that any window has closed behind it
 # What transformers hands to an attention function and what changes nothing here: positions are in the queries already.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "position_ids",
         "cache_position",
@@ -197,7 +197,7 @@ def _attention(
     scale, window, softcap, sinks = (options.pop(n, None) for n in ("scaling", "sliding_window", "softcap", "s_aux"))
     if attention_mask is not None:
         _check_mask(attention_mask, window)
-    unknown = sorted(k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False)
+    unknown = sorted(k for k, v in options.items() if k not in HARMLESS and v is not None and v is not False)
     if unknown:
         raise NotCachedError(f"its attention takes {', '.join(unknown)}")
     causal = options.get("is_causal")

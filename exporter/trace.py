@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 from stageline.exporter.blocks import Call
-from stageline.exporter.cached import CachedTask, NotCachedError
+from stageline.exporter.cached import HARMLESS, CachedTask, NotCachedError
 from stageline.exporter.skeleton import Input, Task
 from stageline.models.errors import ExportError
 from torch.utils import _pytree
@@ -25,33 +25,8 @@ from transformers.masking_utils import sdpa_mask
 OPSET = 23
 MARK = ("stageline", "Mark")
 ATTENTION = "stageline"
-# Arguments that transformers hands to an attention function and that do not change what it computes here: masks carry
-# positions and windows already.
-_HARMLESS = frozenset(
-    {
-        "position_ids",
-        "sliding_window",
-        "cache_position",
-        "use_cache",
-        "output_attentions",
-        "head_mask",
-        "deterministic",
-        "position_embeddings",
-        "layer_idx",
-        "target_dtype",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "softcap",
-        "is_causal",
-        "dropout",
-        "scaling",
-        "output_hidden_states",
-        "return_dict",
-        "output_router_logits",
-    }
-)
+# Masks carry windows already, and what else is among these is read by `attention` itself.
+_HARMLESS = HARMLESS | {"sliding_window", "head_mask", "softcap", "scaling"}
 
 
 def first_line(error: BaseException) -> str:
