@@ -1,0 +1,252 @@
+"""What this machine has for Stageline, and the command that installs what it lacks: `diagnose` never fails.
+
+Versions are read from the packages' metadata and GPUs through NVML, so that nothing heavy is imported and no CUDA
+context is made.
+"""
+
+import importlib
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stageline.models.catalogue import CATALOGUE, default_root
+from stageline.runtime.devices.cpu import allowed_cores
+
+RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "portable")
+"""What TensorRT for RTX builds engines for, on any machine."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The processors this process may use, and the machine's memory (None where the system does not say)."""
+
+    model: str
+    cores: tuple[int, ...]
+    memory_bytes: int | None
+    available_bytes: int | None
+
+
+@dataclass(frozen=True)
+class MigDevice:
+    """A part of a GPU that was divided by MIG; `name` as NVML has it."""
+
+    name: str
+    uuid: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU. `mig`: its parts; empty unless MIG is on."""
+
+    index: int
+    name: str
+    uuid: str
+    compute_capability: str
+    memory_bytes: int
+    free_bytes: int
+    mig: tuple[MigDevice, ...]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The NVIDIA driver and the newest CUDA it runs; None and why in `problem` where there is none to be seen."""
+
+    version: str | None
+    cuda: str | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """An engine that stages can run on. `version` is None where it is not installed; `install` is the way there.
+    `targets`: what it builds for on this machine; empty where nothing is built ahead."""
+
+    name: str
+    package: str
+    version: str | None
+    runs_on: str
+    targets: tuple[str, ...]
+    install: str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional part of Stageline: its packages with their versions, None for those that are absent."""
+
+    name: str
+    packages: Mapping[str, str | None]
+    install: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether all packages are there."""
+        return None not in self.packages.values()
+
+
+@dataclass(frozen=True)
+class CheckpointStatus:
+    """A reference checkpoint; `folder` is None until it is fetched."""
+
+    name: str
+    folder: str | None
+    fetch: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All of it. `problems` are lines about what is there and will not work."""
+
+    stageline: str
+    python: str
+    system: str
+    processor: Processor
+    driver: Driver
+    gpus: tuple[Gpu, ...]
+    engines: tuple[EngineStatus, ...]
+    extras: tuple[Extra, ...]
+    checkpoints: tuple[CheckpointStatus, ...]
+    problems: tuple[str, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine and this environment."""
+    driver, gpus, problems = _nvidia()
+    capabilities = tuple(sorted({f"sm{gpu.compute_capability.replace('.', '')}" for gpu in gpus}))
+    return Diagnosis(
+        _version("stageline") or "not installed",
+        platform.python_version(),
+        f"{platform.system()} {platform.release()} {platform.machine()}",
+        _processor(),
+        driver,
+        gpus,
+        _engines(capabilities),
+        tuple(_extras()),
+        tuple(_checkpoints()),
+        (*problems, *_clashes(driver)),
+    )
+
+
+def _version(*packages: str) -> str | None:
+    """The version of the first of these packages that is installed."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _engines(capabilities: tuple[str, ...]) -> tuple[EngineStatus, ...]:
+    processors, gpus, rtx_gpus = "processors", "NVIDIA GPUs", "NVIDIA RTX GPUs"
+    cpu, gpu, rtx = (f'pip install "stageline[{extra}]"' for extra in ("cpu", "gpu", "rtx"))
+    tensorrt = _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+    tensorrt_rtx = _version("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
+    return (
+        # The GPU's package runs on processors as well.
+        EngineStatus("onnxruntime", "onnxruntime", _version("onnxruntime", "onnxruntime-gpu"), processors, (), cpu),
+        EngineStatus("onnxruntime-cuda", "onnxruntime-gpu", _version("onnxruntime-gpu"), gpus, (), gpu),
+        EngineStatus("tensorrt", "tensorrt", tensorrt, gpus, capabilities if tensorrt else (), gpu),
+        EngineStatus("tensorrt-rtx", "tensorrt-rtx", tensorrt_rtx, rtx_gpus, RTX_TARGETS if tensorrt_rtx else (), rtx),
+    )
+
+
+def _clashes(driver: Driver) -> Iterator[str]:
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        yield (
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, then "
+            "install onnxruntime-gpu alone: it runs on processors as well"
+        )
+    if driver.version and _version("onnxruntime-gpu", "tensorrt", "tensorrt-rtx") and not _version("cuda-core"):
+        yield 'there are a driver and an engine for GPUs, but not CUDA for Python: pip install "stageline[gpu]"'
+
+
+def _extras() -> Iterator[Extra]:
+    """The extras of pyproject.toml, as the metadata of the installed package has them."""
+    packages: dict[str, dict[str, str | None]] = {}
+    for requirement in (metadata.requires("stageline") if _version("stageline") else None) or []:
+        found = re.match(r"([\w.-]+).*\bextra\s*==\s*[\"']([\w-]+)[\"']", requirement)
+        if found and found[2] != "dev":
+            packages.setdefault(found[2], {})[found[1]] = _version(found[1])
+    for name, versions in packages.items():
+        yield Extra(name, versions, f'pip install "stageline[{name}]"')
+
+
+def _checkpoints() -> Iterator[CheckpointStatus]:
+    for name in CATALOGUE:
+        folder = default_root() / name
+        yield CheckpointStatus(name, str(folder) if folder.is_dir() else None, f"stageline models fetch {name}")
+
+
+def _processor() -> Processor:
+    info, memory = _text("/proc/cpuinfo"), _text("/proc/meminfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    sizes = [re.search(rf"^{name}:\s*(\d+) kB$", memory, re.MULTILINE) for name in ("MemTotal", "MemAvailable")]
+    total, available = (int(size[1]) * 1024 if size else None for size in sizes)
+    return Processor(model[1] if model else platform.machine(), allowed_cores(), total, available)
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text()
+    except OSError:
+        return ""
+
+
+def _nvidia() -> tuple[Driver, tuple[Gpu, ...], tuple[str, ...]]:
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        there = Path("/proc/driver/nvidia/version").exists()
+        told = "there is a driver, but it cannot be asked" if there else "not looked for"
+        return Driver(None, None, f"{told}: pip install nvidia-ml-py"), (), ()
+    return read_nvml(nvml)
+
+
+def read_nvml(nvml: Any) -> tuple[Driver, tuple[Gpu, ...], tuple[str, ...]]:
+    """The driver, the GPUs, and a line for each GPU that does not answer, by a module with the functions of pynvml."""
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        return Driver(None, None, f"no NVIDIA driver ({error})"), (), ()
+    try:
+        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()  # 13020 is 13.2
+        driver = Driver(nvml.nvmlSystemGetDriverVersion(), f"{cuda // 1000}.{cuda % 1000 // 10}", None)
+        gpus, problems = [], []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            try:
+                gpus.append(_gpu(nvml, index))
+            except nvml.NVMLError as error:
+                problems.append(f"GPU {index} does not answer: {error}")
+        return driver, tuple(gpus), tuple(problems)
+    except nvml.NVMLError as error:
+        return Driver(None, None, f"the NVIDIA driver does not answer ({error})"), (), ()
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, index: int) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
+    return Gpu(index, name, uuid, f"{major}.{minor}", memory.total, memory.free, tuple(_mig(nvml, handle)))
+
+
+def _mig(nvml: Any, handle: Any) -> Iterator[MigDevice]:
+    try:
+        mode, _pending = nvml.nvmlDeviceGetMigMode(handle)
+        count = nvml.nvmlDeviceGetMaxMigDeviceCount(handle) if mode else 0
+    except nvml.NVMLError:  # a GPU that cannot be divided
+        return
+    for place in range(count):
+        try:
+            part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
+            memory_bytes = nvml.nvmlDeviceGetMemoryInfo(part).total
+            yield MigDevice(nvml.nvmlDeviceGetName(part), nvml.nvmlDeviceGetUUID(part), memory_bytes)
+        except nvml.NVMLError:  # a place that no part is at
+            continue
