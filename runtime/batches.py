@@ -17,6 +17,7 @@ between the first stage and the last, so that a slow stage does not gather the a
 """
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -31,8 +32,9 @@ from stageline.runtime.lanes import Lane, Lanes, PipelineStage
 from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.microbatch import Piece, cut, join, take
 from stageline.runtime.route import Step, route
-from stageline.runtime.signature import Signature
+from stageline.runtime.signature import LENGTH, Signature
 from stageline.runtime.slots import Slots
+from stageline.runtime.trace import Kind
 
 WINDOW = 2  # micro-batches a stage: one that runs and one that is next
 
@@ -61,15 +63,25 @@ class _Request:
     left: int
     future: "Future[dict[str, Array]]" = field(default_factory=Future)
     started: bool = False
+    number: int = 0
+    submitted_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
 class _MicroBatch:
+    """`piece` says which of the request's; `number` counts all micro-batches of the pipeline."""
+
     request: _Request
-    number: int
+    piece: int
     values: dict[str, Array]
+    number: int = 0
     step: int = 0
     in_window: bool = False
+
+    def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
+        piece = self.request.pieces[self.piece]
+        rows = piece.rows.stop - piece.rows.start if isinstance(piece.rows, slice) else len(piece.rows)
+        return "batch", rows, piece.length or self.request.sizes.get(LENGTH, 1), (self.request.number,)
 
 
 class Batches:
@@ -94,6 +106,7 @@ class Batches:
         self._unsettled: dict[Future[dict[str, Array]], _Request] = {}
         self._done = self._failed = self._cancelled = 0
         self._closed = False
+        self._request_numbers, self._batch_numbers = itertools.count(), itertools.count()
         self._window: SimpleQueue[None] = SimpleQueue()
         for _ in range(WINDOW * len(stages)):
             self._window.put(None)
@@ -148,11 +161,14 @@ class Batches:
 
     def _enqueue(self, request: _Request, batches: list[_MicroBatch]) -> "Future[dict[str, Array]]":
         request.future.add_done_callback(self._drop_if_cancelled)
+        request.submitted_s = perf_counter()
         with self._lock:
             if self._closed:
                 raise RequestError("the pipeline is closed")
             self._unsettled[request.future] = request
+            request.number = next(self._request_numbers)
             for batch in batches:
+                batch.number = next(self._batch_numbers)
                 self._put(request.steps[0].stage, batch)
         return request.future
 
@@ -181,17 +197,16 @@ class Batches:
         """Run the engine. True if the micro-batch went on to another stage; it is no longer ours then."""
         request = batch.request
         step = request.steps[batch.step]
-        begin = perf_counter()
+        began = perf_counter()
         outputs = engine.run(batch.values, step.fetch)
-        lane.busy_s += perf_counter() - begin
-        lane.runs += 1
+        lane.ran(began, batch)
         batch.values.update(outputs)
         batch.step += 1
         if batch.step < len(request.steps):
             batch.values = {name: value for name, value in batch.values.items() if name in step.keep}
             self._put(request.steps[batch.step].stage, batch)
             return True
-        request.parts[batch.number] = {spec.name: batch.values[spec.name] for spec in request.outputs}
+        request.parts[batch.piece] = {spec.name: batch.values[spec.name] for spec in request.outputs}
         request.left -= 1
         if request.left == 0:
             self._settle(request.future, join(request.outputs, request.sizes, request.pieces, request.parts))
@@ -202,13 +217,16 @@ class Batches:
     def _settle(self, future: "Future[dict[str, Array]]", end: dict[str, Array] | StagelineError) -> None:
         """End a request with its outputs or its error, unless it has ended already; a cancelled one stays cancelled."""
         with self._lock:
-            if self._unsettled.pop(future, None) is None:
+            request = self._unsettled.pop(future, None)
+            if request is None:
                 return
             alive = future.set_running_or_notify_cancel()
             self._cancelled += not alive
             self._failed += alive and isinstance(end, StagelineError)
             self._done += alive and not isinstance(end, StagelineError)
         self._slots.give_back()
+        if self._lanes.recorder is not None:
+            self._lanes.recorder.ended(request.number, request.submitted_s, perf_counter())
         if not alive:
             return
         if isinstance(end, StagelineError):
@@ -225,6 +243,6 @@ def _failure(lane: Lane, batch: _MicroBatch, error: BaseException) -> EngineErro
     """What the submitter is told: which stage, which micro-batch, and the first line of what it raised."""
     line = str(error).strip().split("\n", 1)[0] or type(error).__name__
     told = line if isinstance(error, EngineError) else f"stage {lane.number} failed: {type(error).__name__}: {line}"
-    failure = EngineError(f"micro-batch {batch.number + 1} of {len(batch.request.pieces)}: {told}")
+    failure = EngineError(f"micro-batch {batch.piece + 1} of {len(batch.request.pieces)}: {told}")
     failure.__cause__ = error
     return failure

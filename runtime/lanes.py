@@ -14,6 +14,7 @@ from time import perf_counter
 
 from stageline.runtime.devices.cpu import allowed_cores, share_cores, start_worker
 from stageline.runtime.engines import Engine
+from stageline.runtime.trace import Recorder, Traced
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,19 @@ class PipelineStage:
 
 @dataclass(frozen=True)
 class StageStats:
-    """What one stage did since the pipeline opened. `utilisation` is busy time over wall time, 0 to 1."""
+    """What one stage did since the pipeline opened. `utilisation` is busy time over wall time, 0 to 1; `copy_s`, of
+    copies between engines and cache rows, is no part of it."""
 
     cores: tuple[int, ...]
     runs: int
     busy_s: float
+    copy_s: float
     utilisation: float
 
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A stage while open. Only its worker writes `runs` and `busy_s`; None in the inbox ends the worker."""
+    """A stage while open. Only its worker counts, by `ran` and `copied`; None in the inbox ends the worker."""
 
     number: int
     stage: PipelineStage
@@ -46,6 +49,23 @@ class Lane:
     opened: "Future[None]" = field(default_factory=Future)
     runs: int = 0
     busy_s: float = 0.0
+    copy_s: float = 0.0
+    recorder: Recorder | None = None
+
+    def ran(self, began_s: float, work: Traced) -> None:
+        """The engine ran, from `began_s` (of `perf_counter`) until now."""
+        ended_s = perf_counter()
+        self.busy_s += ended_s - began_s
+        self.runs += 1
+        if self.recorder is not None:
+            self.recorder.ran(self.number, began_s, ended_s, work)
+
+    def copied(self, began_s: float, work: Traced) -> None:
+        """Something was copied for `work`, from `began_s` until now."""
+        ended_s = perf_counter()
+        self.copy_s += ended_s - began_s
+        if self.recorder is not None:
+            self.recorder.ran(self.number, began_s, ended_s, work, copying=True)
 
 
 Work = Callable[[Lane, Engine], None]
@@ -64,6 +84,7 @@ class Lanes:
         self._lanes = [Lane(i, stage, cores) for i, (stage, cores) in enumerate(zip(stages, shares, strict=True))]
         self._workers = [start_worker(f"stage-{lane.number}", lane.cores, partial(_work, lane)) for lane in self._lanes]
         self._opened_at = perf_counter()
+        self.recorder: Recorder | None = None
         try:
             for lane in self._lanes:
                 lane.opened.result()
@@ -86,7 +107,15 @@ class Lanes:
 
     def stats(self, open_s: float) -> tuple[StageStats, ...]:
         """A snapshot of each stage's counters, over a wall time of `open_s`."""
-        return tuple(StageStats(lane.cores, lane.runs, lane.busy_s, lane.busy_s / open_s) for lane in self._lanes)
+        return tuple(
+            StageStats(lane.cores, lane.runs, lane.busy_s, lane.copy_s, lane.busy_s / open_s) for lane in self._lanes
+        )
+
+    def record(self, recorder: Recorder | None) -> None:
+        """From now on tell `recorder`, which is borrowed, what each stage does (None: nobody)."""
+        self.recorder = recorder
+        for lane in self._lanes:
+            lane.recorder = recorder
 
     def is_worker(self) -> bool:
         """Whether the caller is one of the workers, as a future's callback may be."""

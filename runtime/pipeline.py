@@ -30,6 +30,7 @@ from stageline.runtime.lanes import Lanes, PipelineStage, StageStats
 from stageline.runtime.route import route
 from stageline.runtime.signature import Signature
 from stageline.runtime.slots import Slots
+from stageline.runtime.trace import Recorder
 
 if TYPE_CHECKING:
     from stageline.runtime.generation.chat import ChatTemplate
@@ -284,6 +285,10 @@ class Pipeline:
             batches.queued,
             self._generator.stats(stages) if self._generator else None,
         )
+
+    def record(self, recorder: Recorder | None) -> None:
+        """From now on tell `recorder`, which is borrowed, what stages and requests do (None: nobody)."""
+        self._lanes.record(recorder)
 
     def close(self) -> None:
         """Fail what is unfinished with RequestError, let each stage finish what it runs, and free engines and threads.

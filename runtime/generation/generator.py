@@ -36,6 +36,7 @@ from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.lanes import Lane, Lanes, StageStats
 from stageline.runtime.route import Step as Hop
+from stageline.runtime.trace import Kind
 
 
 @dataclass(eq=False, slots=True)
@@ -64,6 +65,7 @@ class _Job:
     generation: Generation
     release: Callable[[], None]
     submitted_at: float
+    number: int = 0
     choices: list[_Choice] = field(default_factory=list)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -76,8 +78,17 @@ class _Flight:
 
     step: Step
     values: dict[str, Array]
+    requests: tuple[int, ...]
+    """The number of each row's."""
     hop: int = 0
     error: EngineError | None = None
+
+    @property
+    def number(self) -> int:
+        return self.step.number
+
+    def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
+        return self.step.kind, len(self.step.rows), self.step.length, tuple(dict.fromkeys(self.requests))
 
 
 class Generator:
@@ -95,7 +106,7 @@ class Generator:
         self._jobs: dict[Generation, _Job] = {}
         self._meter = Meter(slots)
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._in_flight = 0
+        self._in_flight = self._arrivals = 0
         self._closing = False
         self._closed = False
         self._lock = threading.Lock()  # between `submit` and `close`: no request comes after the last event
@@ -161,6 +172,7 @@ class Generator:
 
     def _arrived(self, job: _Job) -> None:
         self._jobs[job.generation] = job
+        job.number, self._arrivals = self._arrivals, self._arrivals + 1
         sampling, decoder = job.request.sampling, self.decoder
         room = self.capacity - len(job.prompt) + 1  # the last token drawn is not put into the cache
         leader = None
@@ -204,6 +216,7 @@ class Generator:
         ids = np.zeros((step.slots, step.length), np.int64)
         past, new = np.zeros(step.slots, np.int64), np.zeros(step.slots, np.int64)
         picks = np.zeros((step.slots, int(any(row.last for row in step.rows))), np.int64)
+        requests = []
         for row in step.rows:
             place = row.slot - step.first_slot
             ids[place, : row.count] = row.continuation.tokens[row.start : row.start + row.count]
@@ -211,13 +224,14 @@ class Generator:
             if row.last:
                 picks[place] = row.count - 1
             job = self._choices[row.continuation].job
+            requests.append(job.number)
             if job.started_at is None:
                 job.started_at = now
                 self._meter.queue_s.append(now - job.submitted_at)
         values = {"input_ids": ids, "past_lengths": past, "new_lengths": new, "logits_at": picks}
         self._in_flight += 1
         self._meter.sent(now)
-        self._lanes.put(0, partial(self._through, _Flight(step, values)))
+        self._lanes.put(0, partial(self._through, _Flight(step, values, tuple(requests))))
 
     def _drawn(self, flight: _Flight) -> None:
         """A step has left the last stage."""
@@ -303,7 +317,8 @@ class Generator:
         for choice in job.choices:
             if self._choices.pop(choice.continuation, None) is not None:
                 self._scheduler.end(choice.continuation)
-        self._jobs.pop(job.generation, None)
+        if self._jobs.pop(job.generation, None) is not None and self._lanes.recorder is not None:
+            self._lanes.recorder.ended(job.number, job.submitted_at, perf_counter())
         job.release()
 
     def _give_up(self, error: EngineError) -> None:
@@ -327,13 +342,15 @@ class Generator:
         """A step's part in one stage. After a failure only its copies of cache rows are made, for others need them."""
         hop = self._hops[flight.hop]
         try:
-            for copy in flight.step.copies:
-                engine.copy_slot(copy.source, copy.target, copy.tokens)
+            if flight.step.copies:
+                began = perf_counter()
+                for copy in flight.step.copies:
+                    engine.copy_slot(copy.source, copy.target, copy.tokens)
+                lane.copied(began, flight)
             if flight.error is None:
                 began = perf_counter()
                 outputs = engine.step(flight.values, hop.fetch, flight.step.first_slot)
-                lane.busy_s += perf_counter() - began
-                lane.runs += 1
+                lane.ran(began, flight)
                 flight.values = {n: v for n, v in {**flight.values, **outputs}.items() if n in hop.keep}
         except BaseException as error:  # whatever an engine raises, the worker lives on
             flight.error = (
