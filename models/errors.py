@@ -7,7 +7,8 @@ StagelineError
 ├── EngineError         an engine is not installed, or failed to open or to run a stage
 ├── RequestError        what was submitted to a pipeline cannot be run
 ├── QueueFullError      the pipeline's queue is full and the submitter asked not to wait
-└── DeadlineError       a request was not finished by its deadline
+├── DeadlineError       a request was not finished by its deadline
+└── StoreError          the store of benchmark runs cannot be read or written
 
 The command line prints the message and exits with 1 (2 for usage); any other exception is our bug and keeps its
 traceback.
@@ -44,3 +45,7 @@ class QueueFullError(StagelineError):
 
 class DeadlineError(StagelineError):
     """A request was not finished by its deadline."""
+
+
+class StoreError(StagelineError):
+    """The store of benchmark runs is damaged, locked, full, read-only or of a newer version, or has no such run."""

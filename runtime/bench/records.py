@@ -1,0 +1,281 @@
+"""What a benchmark is and what it gave, as plain data: a run, its measurements, their requests and their timeline.
+
+A **run** is one `stageline bench`. Each of its **measurements** is one contender (the pipeline, or a baseline) under
+one load, repeated; each of its **figures** has a value a repeat. Requests and timelines are large and are read apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from stageline.runtime.bench.confidence import interval
+from stageline.runtime.trace import RequestSpan, Span
+
+Scenario = Literal["SingleStream", "Offline", "Server", "Concurrency", "Rate", "Recorded"]
+"""MLPerf's three: one request after the other; all at once; Poisson arrivals at a rate. A closed loop of so many at a
+time. A sweep's Poisson arrivals. Arrivals as a file has them."""
+Status = Literal["running", "done", "failed", "cancelled"]
+OURS = "stageline"
+"""The contender that is the bundle's own pipeline."""
+
+LADDER = (*range(100), *(99 + tenth / 10 for tenth in range(10)), 99.95, 99.99, 100)
+"""The percentiles of a ladder: every one, and more of them towards the slowest."""
+
+ANSWERED, FAILED, CANCELLED = 0, 1, 2
+"""How a request ended, in `Requests.status`."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a contender: `concurrency` at a time (a closed loop), or `rate_per_s` (an open loop)."""
+
+    scenario: Scenario
+    concurrency: int | None = None
+    rate_per_s: float | None = None
+
+    def __str__(self) -> str:
+        if self.scenario == "Concurrency":
+            return f"{self.concurrency} at a time"
+        return self.scenario if self.rate_per_s is None else f"{self.scenario} {self.rate_per_s:g}/s"
+
+
+@dataclass(frozen=True)
+class Slo:
+    """What a request must keep to count for goodput; None: anything will do."""
+
+    latency_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run measures. `inputs` says in words what the requests ask; `rows` are the texts a request holds,
+    `output_tokens` how many it draws (None for a model that does not generate)."""
+
+    loads: tuple[Load, ...]
+    repeats: int
+    seconds: float
+    warm_up_s: float
+    seed: int
+    inputs: str
+    rows: int
+    output_tokens: int | None
+    slo: Slo
+    baselines: tuple[str, ...]
+    engine: str
+    threads: int | None
+    weights: str | None
+    slots: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the bundle is cut: blocks of each stage, and the processors or device it runs on."""
+
+    blocks: tuple[int, ...]
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a run was made. `commit` is the git commit of the source, if it is a checkout; `+` where it was changed."""
+
+    machine: str
+    processors: int
+    memory_bytes: int
+    gpu: str | None
+    system: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a measurement: a value a repeat, their mean, and its 95 % confidence interval (Student's t over
+    the repeats; none for a single repeat). `better`: which way is, if either."""
+
+    unit: str
+    better: Literal["higher", "lower"] | None
+    values: tuple[float, ...]
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, unit: str, better: Literal["higher", "lower"] | None, values: Sequence[float]) -> Self:
+        """From the values of the repeats, at least one."""
+        bounds = interval(values)
+        return cls(unit, better, tuple(values), float(np.mean(values)), *(bounds or (None, None)))
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """A stage during a measurement, all repeats together: times in seconds, busy + copy + idle = measured time."""
+
+    stage: int
+    blocks: int
+    device: str
+    runs: int
+    busy_s: float
+    copy_s: float
+    idle_s: float
+
+    @property
+    def utilisation(self) -> float:
+        """Busy time over all of it, 0 to 1."""
+        return self.busy_s / ((self.busy_s + self.copy_s + self.idle_s) or 1.0)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Samples over time: for each name a value for each of `at_s`, seconds since the measurement began."""
+
+    at_s: tuple[float, ...] = ()
+    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender under one load. `ladders` has the value at each percentile of LADDER (all repeats together) of
+    "latency_s", and of "ttft_s" and "tpot_s" where it generates. `notes` say what is absent, and why."""
+
+    contender: str
+    load: Load
+    seconds: float
+    requests: int
+    figures: dict[str, Figure]
+    ladders: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    stages: tuple[StageFigures, ...] = ()
+    series: Series = Series()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: 0 to 1, what it does now, and the first figures of that."""
+
+    share: float = 0.0
+    step: str = "starting"
+    live: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a list shows of a measurement."""
+
+    contender: str
+    load: str
+    requests_per_s: float | None
+    tokens_per_s: float | None
+    latency_p50_s: float | None
+    latency_p99_s: float | None
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> Self:
+        """Of this measurement."""
+        names = ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s")
+        found = [measurement.figures.get(name) for name in names]
+        values = [None if figure is None else figure.mean for figure in found]
+        return cls(measurement.contender, str(measurement.load), *values)
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """A run as lists show it: cheap to read, however much it measured. Times are Unix seconds."""
+
+    id: str
+    name: str
+    created: float
+    finished: float | None
+    bundle: str
+    bundle_digest: str
+    status: Status
+    error: str | None
+    progress: Progress
+    headlines: tuple[Headline, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with all its measurements. `bundle_digest`: the SHA-256 of the manifest, which pins every file."""
+
+    id: str
+    name: str
+    created: float
+    bundle: str
+    bundle_digest: str
+    model: str
+    task: str
+    dtype: str
+    settings: Settings
+    plan: Plan
+    environment: Environment
+    status: Status = "running"
+    error: str | None = None
+    finished: float | None = None
+    progress: Progress = Progress()
+    measurements: tuple[Measurement, ...] = ()
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of a measurement, a column each, all of one length, in the order of their intended arrivals.
+
+    `intended_s`: when it should have been sent, seconds since its repeat began. The other times are seconds since then:
+    of sending, of the first token (NaN where there is none), of the end. So latency counts what waited to be sent.
+    """
+
+    repeat: npt.NDArray[np.uint16]
+    intended_s: npt.NDArray[np.float64]
+    sent_s: npt.NDArray[np.float32]
+    first_token_s: npt.NDArray[np.float32]
+    latency_s: npt.NDArray[np.float32]
+    tokens_in: npt.NDArray[np.uint32]
+    tokens_out: npt.NDArray[np.uint32]
+    status: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.intended_s)
+
+    @classmethod
+    def join(cls, parts: Sequence["Requests"]) -> Self:
+        """One after the other."""
+        return cls(
+            *(np.concatenate([np.empty(0, dtype), *(getattr(p, name) for p in parts)]) for name, dtype in COLUMNS)
+        )
+
+    @property
+    def tpot_s(self) -> npt.NDArray[np.float32]:
+        """Time for each token after the first; NaN where there are not two."""
+        after = np.where(self.tokens_out > 1, self.tokens_out - np.float32(1), np.float32(np.nan))
+        return ((self.latency_s - self.first_token_s) / after).astype(np.float32)
+
+
+COLUMNS: tuple[tuple[str, npt.DTypeLike], ...] = (
+    ("repeat", np.uint16),
+    ("intended_s", np.float64),
+    ("sent_s", np.float32),
+    ("first_token_s", np.float32),
+    ("latency_s", np.float32),
+    ("tokens_in", np.uint32),
+    ("tokens_out", np.uint32),
+    ("status", np.uint8),
+)
+assert [name for name, _ in COLUMNS] == [f.name for f in fields(Requests)]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What the stages did during a measurement, sampled in windows; times in seconds since it began."""
+
+    spans: tuple[Span, ...] = ()
+    requests: tuple[RequestSpan, ...] = ()
+
+
+def ladder(values: npt.NDArray[np.floating]) -> tuple[float, ...]:
+    """The value at each percentile of LADDER, NaN left out; empty where there is none."""
+    known = values[~np.isnan(values)]
+    return tuple(np.percentile(known, LADDER).tolist()) if len(known) else ()
