@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.engines import Array
+from stageline.runtime.engines import Array, Device, Value
 from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.request import GenerationRequest, Sampling
@@ -35,14 +35,14 @@ class Instant:
         self.input_names, self.output_names = (reads,), (gives,)
         self._logits = logits
 
-    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
         """Its output for as many rows."""
-        return {outputs[0]: self._logits[: len(inputs["past_lengths"])]}
+        return {outputs[0]: self._logits[: inputs["past_lengths"].shape[0]]}
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """There is no cache."""
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:
         """Not used here."""
         raise NotImplementedError
 
@@ -75,7 +75,7 @@ def measure(encoder: TextEncoder, vocabulary: int, streams: int, stages: int, sa
     return 1e6 * seconds / steps
 
 
-def _open(reads: str, gives: str, logits: Array, cores: tuple[int, ...]) -> Instant:
+def _open(reads: str, gives: str, logits: Array, device: Device) -> Instant:
     return Instant(reads, gives, logits)
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,8 +20,8 @@ from time import perf_counter
 
 import numpy as np
 import onnx.parser
-from stageline.runtime.devices.cpu import allowed_cores, start_worker
-from stageline.runtime.engines import Array, StageFile, engine_factory
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, start_worker
+from stageline.runtime.engines import Array, StageFile, Value, engine_factory
 from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.pipeline import Pipeline, PipelineStage
 from stageline.runtime.signature import Signature
@@ -86,10 +86,10 @@ def measure(count: int) -> dict[str, float]:
     value: Array = np.zeros((1, WIDTH), np.float32)
     with tempfile.TemporaryDirectory() as folder:
         signature, stages = identity_stages(Path(folder), count)
-        engines = [stage.open(allowed_cores()[:1]) for stage in stages]
+        engines = [stage.open(CpuDevice(allowed_cores()[:1])) for stage in stages]
 
         def direct() -> None:
-            values = {"v0": value}
+            values: Mapping[str, Value] = {"v0": value}
             for engine in engines:
                 values = engine.run(values, engine.output_names)
 

@@ -19,7 +19,8 @@ from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.models.sentence import pooling
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
 from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.manifest import Manifest, TensorSpec
 from stageline.runtime.pipeline import Pipeline
@@ -194,11 +195,12 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest) -> Any:
 def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None]) -> dict[str, Array]:
     stage = bundle.manifest.stages[number]
     engine = engine_factory("onnxruntime")(
-        StageFile(number, bundle.path / stage.file, bundle.path, stage.caches), allowed_cores()
+        StageFile(number, bundle.path / stage.file, bundle.path, stage.caches), CpuDevice(allowed_cores())
     )
     try:
         given = {name: value for name, value in inputs.items() if value is not None}
-        return engine.run(given, [spec.name for spec in stage.outputs])
+        names = [spec.name for spec in stage.outputs]
+        return on_host(engine.run(given, names), names)
     finally:
         engine.close()
 

@@ -27,7 +27,7 @@ from queue import SimpleQueue
 from time import perf_counter
 
 from stageline.models.errors import EngineError, RequestError, StagelineError
-from stageline.runtime.engines import Array, Engine
+from stageline.runtime.engines import Array, Engine, Value
 from stageline.runtime.lanes import Lane, Lanes, PipelineStage
 from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.microbatch import Piece, cut, join, take
@@ -53,7 +53,7 @@ class BatchStats:
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """`parts` holds the outputs of each micro-batch; the worker of the last step alone writes it and counts `left`."""
+    """`parts` holds the outputs of each micro-batch; the thread they land on alone writes it and counts `left`."""
 
     sizes: dict[str, int]
     outputs: tuple[TensorSpec, ...]
@@ -73,7 +73,7 @@ class _MicroBatch:
 
     request: _Request
     piece: int
-    values: dict[str, Array]
+    values: Mapping[str, Value]
     number: int = 0
     step: int = 0
     in_window: bool = False
@@ -194,25 +194,37 @@ class Batches:
             self._window.put(None)
 
     def _step(self, lane: Lane, engine: Engine, batch: _MicroBatch) -> bool:
-        """Run the engine. True if the micro-batch went on to another stage; it is no longer ours then."""
+        """Run the engine. True if the micro-batch went on, to another stage or to land; it is no longer ours then."""
         request = batch.request
         step = request.steps[batch.step]
         began = perf_counter()
         outputs = engine.run(batch.values, step.fetch)
         lane.ran(began, batch)
-        batch.values.update(outputs)
+        batch.values = {**batch.values, **outputs}
         batch.step += 1
         if batch.step < len(request.steps):
             batch.values = {name: value for name, value in batch.values.items() if name in step.keep}
             self._put(request.steps[batch.step].stage, batch)
             return True
-        request.parts[batch.piece] = {spec.name: batch.values[spec.name] for spec in request.outputs}
-        request.left -= 1
-        if request.left == 0:
-            self._settle(request.future, join(request.outputs, request.sizes, request.pieces, request.parts))
-        return False
+        lane.land({spec.name: batch.values[spec.name] for spec in request.outputs}, partial(self._landed, lane, batch))
+        return True
 
     # Out of the pipeline, on any thread.
+
+    def _landed(self, lane: Lane, batch: _MicroBatch, outputs: dict[str, Array] | BaseException) -> None:
+        """The outputs of a micro-batch are in host memory, or never will be."""
+        request = batch.request
+        try:
+            if isinstance(outputs, BaseException):
+                raise outputs
+            request.parts[batch.piece] = outputs
+            request.left -= 1
+            if request.left == 0:
+                self._settle(request.future, join(request.outputs, request.sizes, request.pieces, request.parts))
+        except BaseException as error:
+            self._settle(request.future, _failure(lane, batch, error))
+        if batch.in_window:
+            self._window.put(None)
 
     def _settle(self, future: "Future[dict[str, Array]]", end: dict[str, Array] | StagelineError) -> None:
         """End a request with its outputs or its error, unless it has ended already; a cancelled one stays cancelled."""

@@ -1,36 +1,43 @@
-"""The stages of a pipeline while open: for each a worker thread on its own processors, its engine, an inbox of work.
+"""The stages of a pipeline while open: for each a device, a worker thread, its engine, an inbox of work.
 
 What is put into one inbox is done in the order it was put there, by the one thread that owns the engine. The work
 itself hands on to the next stage: the lanes know nothing of batches, requests or tokens.
+
+On a GPU an engine's results are values that are not computed yet, and the worker goes on at once. What leaves the
+pipeline is waited for by another thread of the lane, the one that lands it.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
 
-from stageline.runtime.devices.cpu import allowed_cores, share_cores, start_worker
+import numpy as np
+from stageline.runtime.devices.base import Array, Device, HostCopy, Value
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, share_cores
 from stageline.runtime.engines import Engine
 from stageline.runtime.trace import Recorder, Traced
 
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """A stage to be opened: the names it reads and gives, and what opens its engine on the given processors."""
+    """A stage to be opened: the names it reads and gives, and what opens its engine on its device."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    open: Callable[[tuple[int, ...]], Engine]
+    open: Callable[[Device], Engine]
 
 
 @dataclass(frozen=True)
 class StageStats:
     """What one stage did since the pipeline opened. `utilisation` is busy time over wall time, 0 to 1; `copy_s`, of
-    copies between engines and cache rows, is no part of it."""
+    copies between engines and cache rows, is no part of it. On a GPU `busy_s` is the device's own time, `cores` are
+    those that feed it."""
 
+    device: str
     cores: tuple[int, ...]
     runs: int
     busy_s: float
@@ -44,13 +51,17 @@ class Lane:
 
     number: int
     stage: PipelineStage
-    cores: tuple[int, ...]
+    device: Device
     inbox: "SimpleQueue[Work | None]" = field(default_factory=SimpleQueue)
     opened: "Future[None]" = field(default_factory=Future)
     runs: int = 0
     busy_s: float = 0.0
     copy_s: float = 0.0
     recorder: Recorder | None = None
+    landing: "SimpleQueue[tuple[dict[str, HostCopy], dict[str, Array], Landed] | None]" = field(
+        default_factory=SimpleQueue
+    )
+    lander: threading.Thread | None = None
 
     def ran(self, began_s: float, work: Traced) -> None:
         """The engine ran, from `began_s` (of `perf_counter`) until now."""
@@ -67,22 +78,50 @@ class Lane:
         if self.recorder is not None:
             self.recorder.ran(self.number, began_s, ended_s, work, copying=True)
 
+    def land(self, values: Mapping[str, Value], landed: "Landed") -> None:
+        """Give `landed` the values as arrays in host memory, or the error that made them come to nothing: at once if
+        they lie there, else when their copies are done, on the lane's landing thread. Only its worker calls this."""
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        if len(arrays) == len(values):
+            landed(arrays)
+            return
+        copies = {name: value.read() for name, value in values.items() if not isinstance(value, np.ndarray)}
+        if self.lander is None:
+            self.lander = self.device.start_worker(f"landing-{self.number}", self._land)
+        self.landing.put((copies, arrays, landed))
+
+    def _land(self) -> None:
+        for copies, arrays, landed in iter(self.landing.get, None):
+            try:
+                arrays |= {name: copy.wait() for name, copy in copies.items()}
+            except BaseException as error:  # whoever waits is told, and the thread lives on
+                landed(error)
+            else:
+                landed(arrays)
+            del copies, arrays, landed  # or what they hold would live until the next ones come
+
 
 Work = Callable[[Lane, Engine], None]
 """What a worker does with its engine. It does not raise: it tells whoever waits for it."""
+
+Landed = Callable[[dict[str, Array] | BaseException], None]
+"""What is done with values that left the pipeline. It does not raise either."""
 
 
 class Lanes:
     """All stages of a pipeline, open until `close()`."""
 
-    def __init__(self, stages: Sequence[PipelineStage], threads: int | None) -> None:
-        """Open all stages, each on its own thread, on `threads` processors in all (None: all this process may use).
+    def __init__(
+        self, stages: Sequence[PipelineStage], threads: int | None, devices: Sequence[Device] | None = None
+    ) -> None:
+        """Open all stages, each on its own thread and on its own one of `devices`, which are closed with the lanes.
 
-        EngineError if an engine does not open.
+        None: on `threads` processors in all (None: all this process may use). EngineError if an engine does not open.
         """
-        shares = share_cores(len(stages), allowed_cores()[:threads])
-        self._lanes = [Lane(i, stage, cores) for i, (stage, cores) in enumerate(zip(stages, shares, strict=True))]
-        self._workers = [start_worker(f"stage-{lane.number}", lane.cores, partial(_work, lane)) for lane in self._lanes]
+        if devices is None:
+            devices = [CpuDevice(cores) for cores in share_cores(len(stages), allowed_cores()[:threads])]
+        self._lanes = [Lane(i, stage, device) for i, (stage, device) in enumerate(zip(stages, devices, strict=True))]
+        self._workers = [lane.device.start_worker(f"stage-{lane.number}", partial(_work, lane)) for lane in self._lanes]
         self._opened_at = perf_counter()
         self.recorder: Recorder | None = None
         try:
@@ -107,9 +146,7 @@ class Lanes:
 
     def stats(self, open_s: float) -> tuple[StageStats, ...]:
         """A snapshot of each stage's counters, over a wall time of `open_s`."""
-        return tuple(
-            StageStats(lane.cores, lane.runs, lane.busy_s, lane.copy_s, lane.busy_s / open_s) for lane in self._lanes
-        )
+        return tuple(_stats(lane, open_s) for lane in self._lanes)
 
     def record(self, recorder: Recorder | None) -> None:
         """From now on tell `recorder`, which is borrowed, what each stage does (None: nobody)."""
@@ -119,7 +156,8 @@ class Lanes:
 
     def is_worker(self) -> bool:
         """Whether the caller is one of the workers, as a future's callback may be."""
-        return threading.current_thread() in self._workers
+        current = threading.current_thread()
+        return current in self._workers or any(current is lane.lander for lane in self._lanes)
 
     def close(self) -> None:
         """Let each worker do what is queued already, then free engines and threads. May be called again.
@@ -133,14 +171,25 @@ class Lanes:
                 worker.join()
 
 
+def _stats(lane: Lane, open_s: float) -> StageStats:
+    own_s = lane.device.busy_s()
+    busy_s = lane.busy_s if own_s is None else own_s
+    return StageStats(lane.device.name, lane.device.cores, lane.runs, busy_s, lane.copy_s, busy_s / open_s)
+
+
 def _work(lane: Lane) -> None:
     try:
-        engine = lane.stage.open(lane.cores)
+        engine = lane.stage.open(lane.device)
     except BaseException as error:
+        lane.device.close()
         lane.opened.set_exception(error)
         return
     lane.opened.set_result(None)
     for work in iter(lane.inbox.get, None):
         work(lane, engine)
         del work  # or what it holds would live until the next one comes
+    if lane.lander is not None:
+        lane.landing.put(None)
+        lane.lander.join()
     engine.close()
+    lane.device.close()

@@ -4,6 +4,25 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CpuDevice:
+    """Some processors, numbered as in os.sched_getaffinity. Keeps the promises of `Device`."""
+
+    cores: tuple[int, ...]
+    name: str = "cpu"
+
+    def start_worker(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        """See `Device.start_worker`."""
+        return start_worker(name, self.cores, work)
+
+    def busy_s(self) -> None:
+        """See `Device.busy_s`: the worker's time is the device's."""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
 
 def allowed_cores() -> tuple[int, ...]:

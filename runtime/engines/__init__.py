@@ -3,16 +3,28 @@
 from collections.abc import Callable
 
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.base import Array, CacheDtype, CacheSize, Engine, EngineFactory, StageFile, WeightDtype
+from stageline.runtime.engines.base import (
+    Array,
+    CacheDtype,
+    CacheSize,
+    Device,
+    Engine,
+    EngineFactory,
+    StageFile,
+    Value,
+    WeightDtype,
+)
 
 __all__ = [
     "ENGINES",
     "Array",
     "CacheDtype",
     "CacheSize",
+    "Device",
     "Engine",
     "EngineFactory",
     "StageFile",
+    "Value",
     "WeightDtype",
     "engine_factory",
 ]

@@ -3,22 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import numpy.typing as npt
+from stageline.runtime.devices.base import Array, Device, Value
 from stageline.runtime.manifest import CacheSpec
 
 CacheDtype = Literal["float32", "float16"]
 WeightDtype = Literal["int4", "int8"]
-Array = npt.NDArray[Any]
+__all__ = ["Array", "CacheDtype", "CacheSize", "Device", "Engine", "EngineFactory", "StageFile", "Value", "WeightDtype"]
 
 
 class Engine(Protocol):
     """One stage, compiled and open. It belongs to the thread that opened it: that thread runs it and closes it.
 
     Promises: an input is read, never written, and not kept after `run` returns; an output is a new array that the
-    caller owns. A half-precision value (float16, bfloat16) crosses the border as float32. Engines check nothing: the
-    pipeline has checked names, dtypes and shapes before.
+    caller owns. On processors arrays go in and come out; an engine on a GPU takes arrays, and values of any device, and
+    gives values on its own, before they are computed. A half-precision value (float16, bfloat16) is float32 in host
+    memory. Engines check nothing: the pipeline has checked names, dtypes and shapes before.
     """
 
     @property
@@ -31,7 +32,7 @@ class Engine(Protocol):
         """The names that `run` can compute."""
         ...
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> Mapping[str, Value]:
         """The named outputs of the stage for these inputs. Names in `inputs` that the stage does not read are ignored.
 
         A stage with caches runs as if every row had an empty cache of its own, which is forgotten afterwards.
@@ -39,7 +40,7 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
         """Like `run`, with the rows of the batch in cache slots `first_slot` and on, which grow by their new tokens.
 
         The inputs hold `past_lengths` and `new_lengths` [rows]; the past and the padded length of every row together
@@ -76,14 +77,14 @@ class CacheSize:
 
 
 class EngineFactory(Protocol):
-    """Opens a stage on the given processors (numbers as in os.sched_getaffinity), on the thread that will run it. With
-    a `CacheSize` its caches are allocated once, here; without, it cannot `step`. `weights`: what the weights of matrix
-    products are quantised to, None for as they are."""
+    """Opens a stage on the given device, on the thread that will run it. With a `CacheSize` its caches are allocated
+    once, here; without, it cannot `step`. `weights`: what the weights of matrix products are quantised to, None for as
+    they are."""
 
     def __call__(
         self,
         stage: StageFile,
-        cores: tuple[int, ...],
+        device: Device,
         cache: CacheSize | None = None,
         weights: WeightDtype | None = None,
     ) -> Engine: ...

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.base import Array, CacheSize, StageFile, WeightDtype
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
 from stageline.runtime.engines.float32 import has_halves, to_float32
 from stageline.runtime.engines.group_query import has_caches, padded, past_names, present_names, to_group_query
 from stageline.runtime.engines.nbits import to_nbits
@@ -31,7 +32,7 @@ class OnnxRuntimeEngine:
     def __init__(
         self,
         stage: StageFile,
-        cores: tuple[int, ...],
+        device: Device,
         cache: CacheSize | None = None,
         weights: WeightDtype | None = None,
     ) -> None:
@@ -40,7 +41,7 @@ class OnnxRuntimeEngine:
         dtype = np.dtype(cache.dtype if cache else "float32")
         try:
             self._session = ort.InferenceSession(
-                _graph(stage, dtype, weights), _options(stage, cores), providers=["CPUExecutionProvider"]
+                _graph(stage, dtype, weights), _options(stage, device.cores), providers=["CPUExecutionProvider"]
             )
         except EngineError:
             raise
@@ -56,22 +57,24 @@ class OnnxRuntimeEngine:
         self._slots = self._caches.allocate(cache.slots, cache.capacity, stage.number) if cache else {}
         self._bindings: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:
         """See `Engine.run`."""
+        arrays = on_host(inputs, self.input_names)
         if self._caches.specs:
-            rows, length = self._rows_and_length(inputs)
+            rows, length = self._rows_and_length(arrays)
             # One buffer serves all layers: each reads it right after it has written it.
             scratch = self._caches.scratch(rows, length)
-            return self._bound(self._binding(scratch), inputs, outputs)
+            return self._bound(self._binding(scratch), arrays, outputs)
         try:
-            values = self._session.run(outputs, {name: inputs[name] for name in self.input_names})
+            values = self._session.run(outputs, arrays)
         except Exception as error:
             raise self._failed(error) from error
         return dict(zip(outputs, values, strict=True))
 
-    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
         """See `Engine.step`."""
-        rows = len(inputs["past_lengths"])
+        arrays = on_host(inputs, self.input_names)
+        rows = len(arrays["past_lengths"])
         key = (first_slot, rows, tuple(outputs))
         binding = self._bindings.pop(key, None)
         if binding is None:
@@ -79,7 +82,7 @@ class OnnxRuntimeEngine:
         self._bindings[key] = binding
         if len(self._bindings) > _BINDINGS:
             self._bindings.popitem(last=False)
-        return self._bound(binding, inputs, outputs)
+        return self._bound(binding, arrays, outputs)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`."""

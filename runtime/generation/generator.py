@@ -19,7 +19,7 @@ from time import perf_counter
 
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
-from stageline.runtime.engines import Array, Engine
+from stageline.runtime.engines import Array, Engine, Value
 from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.measure import GenerationStats, Meter
@@ -77,10 +77,12 @@ class _Flight:
     """A step on its way through the stages; the worker of the stage that it is at owns it."""
 
     step: Step
-    values: dict[str, Array]
+    values: dict[str, Value]
     requests: tuple[int, ...]
     """The number of each row's."""
     hop: int = 0
+    logits: Array | None = None
+    """float32 [slots, picks, vocabulary], once the step has left the last stage."""
     error: EngineError | None = None
 
     @property
@@ -228,7 +230,7 @@ class Generator:
             if job.started_at is None:
                 job.started_at = now
                 self._meter.queue_s.append(now - job.submitted_at)
-        values = {"input_ids": ids, "past_lengths": past, "new_lengths": new, "logits_at": picks}
+        values: dict[str, Value] = {"input_ids": ids, "past_lengths": past, "new_lengths": new, "logits_at": picks}
         self._in_flight += 1
         self._meter.sent(now)
         self._lanes.put(0, partial(self._through, _Flight(step, values, tuple(requests))))
@@ -246,7 +248,8 @@ class Generator:
         wanted = [(place, row.continuation) for place, row in chosen_rows(step) if not row.continuation.ended]
         if not wanted:
             return
-        logits = flight.values["logits"][:, 0]
+        assert flight.logits is not None
+        logits = flight.logits[:, 0]
         if len(wanted) < len(logits):
             logits = logits[[place for place, _ in wanted]]
         choices = [self._choices[continuation] for _, continuation in wanted]
@@ -353,16 +356,31 @@ class Generator:
                 lane.ran(began, flight)
                 flight.values = {n: v for n, v in {**flight.values, **outputs}.items() if n in hop.keep}
         except BaseException as error:  # whatever an engine raises, the worker lives on
-            flight.error = (
-                error
-                if isinstance(error, EngineError)
-                else _engine_error(f"stage {lane.number} failed in step {flight.step.number}", error)
-            )
+            flight.error = _step_error(lane, flight, error)
         flight.hop += 1
         if flight.hop < len(self._hops):
             self._lanes.put(self._hops[flight.hop].stage, partial(self._through, flight))
+            return
+        landed = partial(self._landed, flight, lane)
+        try:
+            lane.land({} if flight.error else flight.values, landed)
+        except BaseException as error:
+            landed(error)
+
+    def _landed(self, flight: _Flight, lane: Lane, outputs: dict[str, Array] | BaseException) -> None:
+        """A step's logits are in host memory, or never will be."""
+        if isinstance(outputs, BaseException):
+            flight.error = _step_error(lane, flight, outputs)
         else:
-            self._events.put(partial(self._drawn, flight))
+            flight.logits = outputs.get("logits")
+        flight.values = {}
+        self._events.put(partial(self._drawn, flight))
+
+
+def _step_error(lane: Lane, flight: _Flight, error: BaseException) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    return _engine_error(f"stage {lane.number} failed in step {flight.step.number}", error)
 
 
 def _engine_error(what: str, error: BaseException) -> EngineError:

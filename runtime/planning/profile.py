@@ -26,7 +26,8 @@ import onnx_ir as ir
 import pydantic
 from stageline.models.errors import BundleError, StagelineError
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.devices.cpu import allowed_cores, start_worker
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, start_worker
 from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
 from stageline.runtime.engines.base import CacheSize
 from stageline.runtime.manifest import Manifest
@@ -259,13 +260,14 @@ def _open(
     model, stage = stitch(Plan.of(bundle.manifest, parts, counts), number, bundle.tensors, bundle.path)
     file = scratch / f"{first}-{end}.onnx"
     file.write_bytes(ir.to_proto(model).SerializeToString())
-    return engine_factory("onnxruntime")(StageFile(number, file, bundle.path, stage.caches), cores, cache)
+    return engine_factory("onnxruntime")(StageFile(number, file, bundle.path, stage.caches), CpuDevice(cores), cache)
 
 
 def _run(
     engine: Engine, values: Mapping[str, Array], outputs: Sequence[str], cache: CacheSize | None
 ) -> dict[str, Array]:
-    return engine.run(values, outputs) if cache is None else engine.step(values, outputs, 0)
+    given = engine.run(values, outputs) if cache is None else engine.step(values, outputs, 0)
+    return on_host(given, outputs)
 
 
 def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:

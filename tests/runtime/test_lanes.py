@@ -5,7 +5,7 @@ import time
 
 import pytest
 from stageline.models.errors import EngineError
-from stageline.runtime.engines import Engine
+from stageline.runtime.engines import Device, Engine
 from stageline.runtime.lanes import Lane, Lanes, PipelineStage
 
 SECONDS = 5  # for what must happen; nothing takes that long
@@ -28,7 +28,7 @@ class Recorder:
 def test_work_is_done_in_order_by_the_thread_that_opened_the_engine() -> None:
     engines: list[Recorder] = []
 
-    def opened(cores: tuple[int, ...]) -> Recorder:
+    def opened(device: Device) -> Recorder:
         engines.append(Recorder())
         return engines[-1]
 
@@ -54,7 +54,7 @@ def test_work_is_done_in_order_by_the_thread_that_opened_the_engine() -> None:
 
 def test_a_worker_that_closes_does_not_wait_for_itself() -> None:
     before = set(threading.enumerate())
-    lanes = Lanes([PipelineStage((), (), lambda cores: Recorder())] * 2, threads=1)
+    lanes = Lanes([PipelineStage((), (), lambda device: Recorder())] * 2, threads=1)
     closed = threading.Event()
 
     def close(lane: Lane, engine: Engine) -> None:
@@ -73,9 +73,9 @@ def test_a_worker_that_closes_does_not_wait_for_itself() -> None:
 def test_an_engine_that_does_not_open_closes_the_others() -> None:
     opened = Recorder()
 
-    def refuse(cores: tuple[int, ...]) -> Recorder:
+    def refuse(device: Device) -> Recorder:
         raise EngineError("no")
 
     with pytest.raises(EngineError, match="no"):
-        Lanes([PipelineStage((), (), lambda cores: opened), PipelineStage((), (), refuse)], threads=1)
+        Lanes([PipelineStage((), (), lambda device: opened), PipelineStage((), (), refuse)], threads=1)
     assert len(opened.closed_on) == 1

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.errors import BundleError, EngineError, QueueFullError, RequestError
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.engines import Array, StageFile, engine_factory
+from stageline.runtime.engines import Array, Device, StageFile, engine_factory
 from stageline.runtime.manifest import Manifest, Stage, TensorSpec
 from stageline.runtime.pipeline import Pipeline, PipelineStage
 from stageline.runtime.signature import Signature
@@ -58,8 +58,8 @@ def curve(first: Callable[[Array], Array] = lambda x: 2 * x, **options: int) -> 
         PythonStage("y", lambda values: values["h"] + values["x"] ** 2),
     ]
     stages = [
-        PipelineStage(("x",), ("h",), lambda cores: engines[0]),
-        PipelineStage(("h", "x"), ("y",), lambda cores: engines[1]),
+        PipelineStage(("x",), ("h",), lambda device: engines[0]),
+        PipelineStage(("h", "x"), ("y",), lambda device: engines[1]),
     ]
     return Pipeline(CURVE, stages, **options)
 
@@ -344,11 +344,11 @@ def test_an_engine_that_raises_engine_error_keeps_its_words() -> None:
 
 
 def test_a_stage_that_does_not_open_fails_the_opening() -> None:
-    def refuse(cores: tuple[int, ...]) -> PythonStage:
+    def refuse(device: Device) -> PythonStage:
         raise EngineError("stage 1 did not open: no")
 
     opened = PythonStage("h", lambda values: values["x"])
-    stages = [PipelineStage(("x",), ("h",), lambda cores: opened), PipelineStage(("h", "x"), ("y",), refuse)]
+    stages = [PipelineStage(("x",), ("h",), lambda device: opened), PipelineStage(("h", "x"), ("y",), refuse)]
     with pytest.raises(EngineError, match="stage 1 did not open: no"):
         Pipeline(CURVE, stages)
     assert opened.closed
@@ -380,8 +380,8 @@ def test_a_slow_last_stage_does_not_gather_activations() -> None:
         return values["h"]
 
     stages = [
-        PipelineStage(("x",), ("h",), lambda cores: PythonStage("h", first)),
-        PipelineStage(("h",), ("y",), lambda cores: PythonStage("y", last)),
+        PipelineStage(("x",), ("h",), lambda device: PythonStage("h", first)),
+        PipelineStage(("h",), ("y",), lambda device: PythonStage("y", last)),
     ]
     with Pipeline(CURVE, stages, micro_batch=1) as pipeline:
         pipeline.run(rows(*range(60)))
@@ -390,8 +390,8 @@ def test_a_slow_last_stage_does_not_gather_activations() -> None:
 
 def test_requests_that_skip_the_first_stage_pass_those_that_fill_the_window() -> None:
     stages = [
-        PipelineStage(("x",), ("h",), lambda cores: PythonStage("h", lambda values: values["x"])),
-        PipelineStage(("x",), ("y",), lambda cores: PythonStage("y", lambda values: -values["x"])),
+        PipelineStage(("x",), ("h",), lambda device: PythonStage("h", lambda values: values["x"])),
+        PipelineStage(("x",), ("y",), lambda device: PythonStage("y", lambda values: -values["x"])),
     ]
     with Pipeline(CURVE, stages, micro_batch=1) as pipeline:
         both = [pipeline.submit(rows(*range(20))) for _ in range(10)]
@@ -448,7 +448,7 @@ def test_stats_measure_busy_time() -> None:
 
 
 def test_stages_that_do_not_connect_are_refused() -> None:
-    stages = [PipelineStage(("z",), ("y",), lambda cores: PythonStage("y", lambda values: values["z"]))]
+    stages = [PipelineStage(("z",), ("y",), lambda device: PythonStage("y", lambda values: values["z"]))]
     with pytest.raises(BundleError, match=r"no stage gives 'h' before it is read"):
         Pipeline(CURVE, stages)
 

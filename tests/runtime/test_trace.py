@@ -28,8 +28,8 @@ class Double:
 def doubled_twice() -> Pipeline:
     x, y = (TensorSpec(name=name, dtype="float32", shape=("batch", 3)) for name in "xy")
     stages = [
-        PipelineStage(("x",), ("h",), lambda cores: Double("h")),
-        PipelineStage(("h",), ("y",), lambda cores: Double("y")),
+        PipelineStage(("x",), ("h",), lambda device: Double("h")),
+        PipelineStage(("h",), ("y",), lambda device: Double("y")),
     ]
     return Pipeline(Signature((x,), (y,)), stages, micro_batch=4)
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stageline.runtime.devices.cpu import CpuDevice
 from stageline.runtime.engines import Array, CacheDtype, CacheSize, Engine, StageFile, engine_factory
 from stageline.runtime.manifest import CacheSpec
 
@@ -100,7 +101,7 @@ def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Opened:
             for n in range(2)
         )
         size = None if dtype is None else CacheSize(SLOTS, CAPACITY, dtype)
-        return engine_factory("onnxruntime")(StageFile(0, file, folder, caches), (0,), size)
+        return engine_factory("onnxruntime")(StageFile(0, file, folder, caches), CpuDevice((0,)), size)
 
     return opened
 

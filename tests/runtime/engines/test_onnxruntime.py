@@ -8,7 +8,7 @@ import onnx
 import onnx.parser
 import pytest
 from stageline.models.errors import EngineError
-from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
 from stageline.runtime.engines import Engine, StageFile, engine_factory
 
 SPLIT = (
@@ -20,7 +20,7 @@ def opened(folder: Path, text: str, cores: tuple[int, ...] = (0,)) -> Engine:
     file = folder / "stage.onnx"
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> stage {text}')
     file.write_bytes(model.SerializeToString())
-    return engine_factory("onnxruntime")(StageFile(3, file, folder), cores)
+    return engine_factory("onnxruntime")(StageFile(3, file, folder), CpuDevice(cores))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -45,7 +45,7 @@ def test_a_broken_graph_names_the_stage_and_file(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"^stage 3 \(stage\.onnx\) did not open: [^\n]+$"):
         opened(tmp_path, "(float[a] x) => (float[a] y) { y = NoSuchOperator(x) }")
     with pytest.raises(EngineError, match=r"^stage 3 \(gone\.onnx\) did not open: "):
-        engine_factory("onnxruntime")(StageFile(3, tmp_path / "gone.onnx", tmp_path), (0,))
+        engine_factory("onnxruntime")(StageFile(3, tmp_path / "gone.onnx", tmp_path), CpuDevice((0,)))
 
 
 def test_weights_of_any_precision_are_found_from_the_bundles_folder(tmp_path: Path) -> None:
@@ -63,6 +63,6 @@ def test_weights_of_any_precision_are_found_from_the_bundles_folder(tmp_path: Pa
         tensor.external_data.add(key=key, value=value)
     file = tmp_path / "stages" / "0.onnx"
     file.write_bytes(model.SerializeToString())
-    engine = engine_factory("onnxruntime")(StageFile(0, file, tmp_path), (0,))
+    engine = engine_factory("onnxruntime")(StageFile(0, file, tmp_path), CpuDevice((0,)))
     x = np.array([[1, 2, 3.5]], np.float32)
     np.testing.assert_array_equal(engine.run({"x": x}, ["y"])["y"], x @ weight.astype(np.float32))

@@ -18,7 +18,7 @@ import torch
 from stageline.exporter.export import export
 from stageline.models.errors import CheckpointError, DeadlineError, EngineError, QueueFullError, RequestError
 from stageline.runtime.bundle import Bundle, file_entry, recut, write_manifest
-from stageline.runtime.engines import ENGINES, Array, Engine, StageFile, engine_factory
+from stageline.runtime.engines import ENGINES, Array, Device, Engine, StageFile, engine_factory
 from stageline.runtime.generation.request import Completion, GenerationRequest, Piece, Sampling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.pipeline import Pipeline
@@ -140,8 +140,8 @@ def hooked(bundles: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> C
         pass
 
     def begin(stages: int, before: Hook = nothing, after: Hook = nothing, **options: Any) -> Pipeline:
-        def factory(stage: StageFile, cores: tuple[int, ...], **settings: Any) -> Engine:
-            return Hooked(engine_factory("onnxruntime")(stage, cores, **settings), stage.number, before, after)
+        def factory(stage: StageFile, device: Device, **settings: Any) -> Engine:
+            return Hooked(engine_factory("onnxruntime")(stage, device, **settings), stage.number, before, after)
 
         monkeypatch.setitem(ENGINES, "hooked", lambda: factory)
         return Pipeline.open(bundles(stages), engine="hooked", **options)

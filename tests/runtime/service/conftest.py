@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from stageline.exporter.export import export
-from stageline.runtime.engines import ENGINES, Array, CacheSize, Engine, StageFile, engine_factory
+from stageline.runtime.engines import ENGINES, Array, CacheSize, Device, Engine, StageFile, engine_factory
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service.app import create_app
 from stageline.runtime.service.server import DrainingServer, bound_socket
@@ -104,8 +104,8 @@ def serve(bundles: dict[str, Path]) -> Serve:
     def serving(queue: int = 64, slots: int = 4, drain_s: float = 5, **limits: Any) -> Iterator[Running]:
         faults = Faults()
 
-        def hooked(stage: StageFile, cores: tuple[int, ...], cache: CacheSize | None = None, **more: Any) -> Hooked:
-            engine = engine_factory("onnxruntime")(stage, cores, cache, **more)
+        def hooked(stage: StageFile, device: Device, cache: CacheSize | None = None, **more: Any) -> Hooked:
+            engine = engine_factory("onnxruntime")(stage, device, cache, **more)
             return Hooked(engine, stage.number, faults)
 
         with pytest.MonkeyPatch.context() as patch:
