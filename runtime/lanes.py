@@ -121,7 +121,11 @@ class Lanes:
         if devices is None:
             devices = [CpuDevice(cores) for cores in share_cores(len(stages), allowed_cores()[:threads])]
         self._lanes = [Lane(i, stage, device) for i, (stage, device) in enumerate(zip(stages, devices, strict=True))]
-        self._workers = [lane.device.start_worker(f"stage-{lane.number}", partial(_work, lane)) for lane in self._lanes]
+        self._lock = threading.Lock()  # guards the next line
+        self._running = len(self._lanes)
+        self._workers = [
+            lane.device.start_worker(f"stage-{lane.number}", partial(self._serve, lane)) for lane in self._lanes
+        ]
         self._opened_at = perf_counter()
         self.recorder: Recorder | None = None
         try:
@@ -170,6 +174,16 @@ class Lanes:
             for worker in self._workers:
                 worker.join()
 
+    def _serve(self, lane: Lane) -> None:
+        """A worker's life. The last to end closes the devices: until then the others may read what lies on them."""
+        _work(lane)
+        with self._lock:
+            self._running -= 1
+            last = self._running == 0
+        if last:
+            for one in self._lanes:
+                one.device.close()
+
 
 def _stats(lane: Lane, open_s: float) -> StageStats:
     own_s = lane.device.busy_s()
@@ -181,7 +195,6 @@ def _work(lane: Lane) -> None:
     try:
         engine = lane.stage.open(lane.device)
     except BaseException as error:
-        lane.device.close()
         lane.opened.set_exception(error)
         return
     lane.opened.set_result(None)
@@ -192,4 +205,3 @@ def _work(lane: Lane) -> None:
         lane.landing.put(None)
         lane.lander.join()
     engine.close()
-    lane.device.close()

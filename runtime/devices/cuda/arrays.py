@@ -1,0 +1,98 @@
+"""Arrays in a GPU's memory, and their way to host memory.
+
+Who may use a buffer, and until when (S is the stream of the stage that made the value, T that of one that reads it, R
+the stream in which the maker's values are read back):
+
+    S:  ─ kernels ─ ready ─────────────────────────────>       the value holds its buffer and the event `ready`
+    T:              wait(ready) ─ copy or kernels ─ done ─>     `done` guards the buffer
+    R:              wait(ready) ─ copy to pinned ─ read ──>     `read` guards the buffer; the host waits for it alone
+
+When the last reference to the value goes, the buffer returns to its pool, which waits for ready, done and read.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from stageline.runtime.devices.base import Array
+from stageline.runtime.devices.cuda.driver import CudaError
+from stageline.runtime.devices.cuda.events import Event
+from stageline.runtime.devices.cuda.pools import Buffer
+
+if TYPE_CHECKING:
+    from stageline.runtime.devices.cuda.device import CudaDevice
+
+
+class CudaArray:
+    """A value of a stage on a GPU. Keeps the promises of `DeviceArray`. `owner` is kept alive with it."""
+
+    __slots__ = ("buffer", "device", "dtype", "owner", "ready", "shape")
+
+    def __init__(
+        self,
+        device: "CudaDevice",
+        buffer: Buffer,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        ready: Event,
+        owner: object = None,
+    ) -> None:
+        self.device, self.buffer, self.shape, self.dtype = device, buffer, shape, dtype
+        self.ready, self.owner = ready, owner
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the array; its buffer may be larger."""
+        return size_bytes(self.shape, self.dtype)
+
+    def read(self) -> "Reading":
+        """See `DeviceArray.read`."""
+        return self.device.read(self)
+
+
+class Reading:
+    """A copy to pinned memory under way. Keeps the promises of `HostCopy`. `event` says that it is done."""
+
+    __slots__ = ("_device", "_dtype", "_shape", "event", "pinned")
+
+    def __init__(
+        self, device: "CudaDevice", pinned: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any], event: Event
+    ) -> None:
+        self._device, self.pinned, self._shape, self._dtype, self.event = device, pinned, shape, dtype, event
+
+    def wait(self) -> Array:
+        """See `HostCopy.wait`."""
+        try:
+            self._device.gpu.use()
+            self.event.wait()
+        except CudaError as error:
+            raise self._device.failed(error) from error
+        array = host_view(self.pinned.address, self._shape, self._dtype)
+        return array.astype(np.float32) if is_half(self._dtype) else array.copy()
+
+
+class _Memory:
+    """Host memory as NumPy takes it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+
+
+def host_view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Host memory as an array. Whoever made the memory keeps it for as long as the array is used."""
+    size = size_bytes(shape, dtype)
+    if size == 0:
+        return np.empty(shape, dtype)
+    return np.asarray(_Memory(address, size)).view(dtype).reshape(shape)
+
+
+def size_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Bytes of an array."""
+    size = dtype.itemsize
+    for dimension in shape:
+        size *= dimension
+    return size
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """float16, or bfloat16 as ml_dtypes has it."""
+    return dtype == np.float16 or dtype.name == "bfloat16"

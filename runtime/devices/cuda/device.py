@@ -1,0 +1,94 @@
+"""What one stage on a GPU runs on: a stream to compute in, a stream to read back in, and the clock of both."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from stageline.models.errors import EngineError
+from stageline.runtime.devices.cpu import start_worker
+from stageline.runtime.devices.cuda.arrays import CudaArray, Reading
+from stageline.runtime.devices.cuda.driver import CudaError
+from stageline.runtime.devices.cuda.events import Event
+from stageline.runtime.devices.cuda.gpu import Gpu
+
+
+class CudaDevice:
+    """A stage's part of a GPU. Keeps the promises of `Device`; owns its streams until `close()`, borrows the GPU."""
+
+    def __init__(self, gpu: Gpu, stage: int, cores: tuple[int, ...], closed: Callable[[], None]) -> None:
+        """`cores` may feed the GPU; `closed` is called once by `close`."""
+        self.gpu, self.stage, self.cores, self.name = gpu, stage, cores, gpu.name
+        self._closed: Callable[[], None] | None = closed
+        gpu.driver.use(gpu.context)
+        self.stream, self.reading = gpu.driver.new_stream(), gpu.driver.new_stream()
+        self._lock = threading.Lock()  # guards the next two lines
+        self._spans: deque[tuple[Event, Event]] = deque()
+        self._busy_s = 0.0
+
+    def start_worker(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        """See `Device.start_worker`. The thread may use any of `cores`: it enqueues and does not compute."""
+        return start_worker(name, self.cores, work)
+
+    def read(self, array: CudaArray) -> Reading:
+        """Begin to copy an array that was made here to host memory."""
+        gpu, driver = self.gpu, self.gpu.driver
+        try:
+            gpu.use()
+            pinned = gpu.pinned.take(array.size_bytes)
+            driver.wait(self.reading, array.ready.handle)
+            if array.size_bytes:
+                driver.download(pinned.address, array.buffer.address, array.size_bytes, self.reading)
+            event = gpu.record(self.reading)
+        except CudaError as error:
+            raise self.failed(error) from error
+        pinned.guard(event)
+        array.buffer.guard(event)
+        return Reading(self, pinned, array.shape, array.dtype, event)
+
+    def computed(self, began: Event, ended: Event) -> None:
+        """Count the time between two events, once they have happened."""
+        with self._lock:
+            self._spans.append((began, ended))
+            self._count()
+
+    def busy_s(self) -> float:
+        """See `Device.busy_s`."""
+        try:
+            self.gpu.use()
+            with self._lock:
+                self._count()
+        except (CudaError, EngineError):
+            pass  # lost: what was counted stays
+        return self._busy_s
+
+    def failed(self, error: CudaError) -> EngineError:
+        """What is told of an error in this stage."""
+        return self.gpu.failed(f"stage {self.stage}", error)
+
+    def close(self) -> None:
+        """Wait for what is under way. Streams and memory go when the pipeline's last GPU stage is closed, since the
+        others may still read here. May be called again."""
+        closed, self._closed = self._closed, None
+        if closed is None:
+            return
+        try:
+            self.gpu.use()
+            for stream in (self.stream, self.reading):
+                self.gpu.driver.synchronize(stream)
+        except (CudaError, EngineError):
+            pass  # lost: whoever waited was told
+        closed()
+
+    def destroy(self) -> None:
+        """Give the streams back. Nobody uses this device any more."""
+        try:
+            self.gpu.use()
+            for stream in (self.stream, self.reading):
+                self.gpu.driver.destroy_stream(stream)
+        except (CudaError, EngineError):
+            pass
+
+    def _count(self) -> None:
+        while self._spans and self._spans[0][1].done():
+            began, ended = self._spans.popleft()
+            self._busy_s += ended.seconds_since(began)

@@ -1,0 +1,61 @@
+"""Events: how far a stream has come. They are used again when nobody holds them any more."""
+
+from collections import deque
+
+from stageline.runtime.devices.cuda.driver import Driver
+
+
+class Event:
+    """A point in `stream`, recorded. A stream that waits for it was told so when the wait was enqueued: the handle may
+    be recorded anew as soon as this object is gone."""
+
+    __slots__ = ("_driver", "_returned", "handle", "stream")
+
+    def __init__(self, driver: Driver, handle: int, stream: int, returned: deque[int]) -> None:
+        self._driver, self.handle, self.stream, self._returned = driver, handle, stream, returned
+
+    def done(self) -> bool:
+        """Whether the stream has come this far. CudaError if the device failed."""
+        return self._driver.done(self.handle)
+
+    def wait(self) -> None:
+        """Let the host wait until the stream has come this far. CudaError if the device failed."""
+        self._driver.synchronize_event(self.handle)
+
+    def seconds_since(self, began: "Event") -> float:
+        """Device time between two events that have happened."""
+        return self._driver.elapsed_s(began.handle, self.handle)
+
+    def __del__(self) -> None:
+        self._returned.append(self.handle)  # on any thread
+
+
+class Events:
+    """The events of one GPU. Thread-safe; owns them until `close()`."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._returned: deque[int] = deque()
+        self._made: list[int] = []
+
+    def record(self, stream: int) -> Event:
+        """An event at the end of what is in the stream. The GPU's context is this thread's."""
+        try:
+            handle = self._returned.popleft()
+        except IndexError:
+            handle = self._driver.new_event()
+            self._made.append(handle)
+        event = Event(self._driver, handle, stream, self._returned)
+        self._driver.record(handle, stream)
+        return event
+
+    @property
+    def made(self) -> int:
+        """How many there are."""
+        return len(self._made)
+
+    def close(self) -> None:
+        """Destroy them all; none is used any more."""
+        made, self._made = self._made, []
+        for handle in made:
+            self._driver.destroy_event(handle)

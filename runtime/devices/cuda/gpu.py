@@ -1,0 +1,78 @@
+"""One GPU: its context, its memory and events, the GPUs it reaches, and whether it is lost."""
+
+import threading
+from functools import partial
+
+from stageline.models.errors import EngineError
+from stageline.runtime.devices.cuda.driver import CudaError, Driver
+from stageline.runtime.devices.cuda.events import Event, Events
+from stageline.runtime.devices.cuda.pools import Pool
+
+
+class Gpu:
+    """Shared by the stages on it. Thread-safe; owns its pools and events, and a share of the GPU's primary context."""
+
+    def __init__(self, driver: Driver, ordinal: int) -> None:
+        """CudaError if the GPU cannot be used."""
+        self.driver, self.ordinal = driver, ordinal
+        self.context = driver.retain(ordinal)
+        self._events = Events(driver)
+        self.memory = Pool(driver.allocate, driver.free)
+        self.pinned = Pool(driver.allocate_host, driver.free_host)
+        self._lock = threading.Lock()  # guards `_reaches`
+        self._reaches: dict[int, bool] = {}
+        self._lost: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As users write it."""
+        return f"cuda:{self.ordinal}"
+
+    def use(self) -> None:
+        """Make this GPU's context the thread's: the first line of all that talks to it. EngineError if it is lost."""
+        if self._lost is not None:
+            raise EngineError(self._lost)
+        self.driver.use(self.context)
+
+    def record(self, stream: int) -> Event:
+        """An event at the end of what is in the stream, which is one of this GPU's."""
+        return self._events.record(stream)
+
+    def reaches(self, other: "Gpu") -> bool:
+        """Whether this GPU reads the other's memory itself; it is allowed to when first asked."""
+        with self._lock:
+            if other.ordinal not in self._reaches:
+                reaches = self.driver.can_reach(self.ordinal, other.ordinal)
+                if reaches:
+                    self.driver.use(self.context)
+                    self.driver.enable_peer(other.context)
+                self._reaches[other.ordinal] = reaches
+            return self._reaches[other.ordinal]
+
+    def failed(self, where: str, error: CudaError) -> EngineError:
+        """What is told of an error. After one that CUDA cannot recover from the GPU counts as lost."""
+        if error.sticky and self._lost is None:
+            seen = f"{error} (first seen in {where})"
+            self._lost = f"{self.name} is lost after {seen}; close the pipeline and start the process anew"
+        if self._lost is not None:
+            return EngineError(self._lost)
+        if error.name == "CUDA_ERROR_OUT_OF_MEMORY":
+            held = (self.memory.held_bytes / 1e9, self.pinned.held_bytes / 1e9)
+            return EngineError(
+                f"{where}: no memory on {self.name} ({held[0]:.2f} GB of buffers there, {held[1]:.2f} GB pinned); open "
+                "with fewer slots, a smaller capacity or smaller micro-batches"
+            )
+        return EngineError(f"{where} failed on {self.name}: {error}")
+
+    def close(self) -> None:
+        """Free everything. Nothing on the GPU is under way, and nobody uses a buffer."""
+        if self._lost is not None:
+            return  # every call would fail; the memory goes with the process
+        self.driver.use(self.context)
+        for release in (
+            self._events.close,
+            self.memory.close,
+            self.pinned.close,
+            partial(self.driver.release, self.ordinal),
+        ):
+            release()

@@ -1,0 +1,64 @@
+"""CUDA graphs: what a stage enqueues for one shape at one set of addresses, captured once and replayed."""
+
+from collections.abc import Callable, Hashable
+
+from stageline.runtime.devices.cuda.driver import CudaError, Driver
+
+
+class Replay:
+    """The same work again and again, in one stream: enqueued the first time, when libraries may still allocate,
+    captured the second, replayed from then on. Other work (another `key`: shape and addresses) begins anew.
+
+    Used by one thread; owns the captured graph until `close()`.
+    """
+
+    def __init__(self, driver: Driver, stream: int) -> None:
+        self._driver, self._stream = driver, stream
+        self._key: Hashable = None
+        self._seen = 0
+        self._graph: int | None = None
+        self.captures = 0
+        """How often work was captured."""
+        self.refused: str | None = None
+        """Why it cannot be captured, once that is known; it is enqueued each time then."""
+
+    def run(self, key: Hashable, enqueue: Callable[[], None]) -> None:
+        """Do the work: what `enqueue` puts into the stream, and nothing else."""
+        if key != self._key:
+            self.close()
+            self._key, self._seen = key, 0
+        if self._graph is None and self._seen == 1 and self.refused is None:
+            self._capture(enqueue)
+        self._seen = min(self._seen + 1, 2)
+        if self._graph is not None:
+            self._driver.launch(self._graph, self._stream)
+        else:
+            enqueue()
+
+    def close(self) -> None:
+        """Forget the work. What was launched of it still runs to its end."""
+        self._key = None
+        if self._graph is not None:
+            graph, self._graph = self._graph, None
+            self._driver.destroy_graph(graph)
+
+    def _capture(self, enqueue: Callable[[], None]) -> None:
+        self._driver.begin_capture(self._stream)
+        failure: Exception | None = None
+        try:
+            enqueue()
+        except Exception as error:  # work that must not be captured; the capture has to be ended all the same
+            failure = error
+        try:
+            graph = self._driver.end_capture(self._stream)
+        except CudaError as error:
+            if error.sticky:
+                raise
+            self.refused = str(failure or error)
+            return
+        if failure is not None:
+            self._driver.destroy_graph(graph)
+            self.refused = str(failure)
+            return
+        self._graph = graph
+        self.captures += 1
