@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.models.errors import EngineError
 from stageline.runtime.engines.base import WeightDtype
+from stageline.runtime.engines.external import read_external
 
 BLOCK = 32
 _FEWEST = 1 << 14  # weights: smaller matrices stay as they are
@@ -88,14 +89,11 @@ def _weight(node: ir.Node) -> tuple[ir.Value, bool] | None:
 
 
 def _values(weight: ir.Value) -> NDArray[np.float32]:
-    """The weight in float32. onnx_ir itself does not read files that are hard-linked, as a bundle's weights are."""
+    """The weight in float32."""
     tensor = weight.const_value
     assert tensor is not None
-    if not isinstance(tensor, ir.ExternalTensor):
-        return np.asarray(tensor.numpy()).astype(np.float32)
-    kind = tensor.dtype.numpy()
-    data = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.size * kind.itemsize,))
-    return data.view(kind).reshape(tensor.shape.numpy()).astype(np.float32)
+    array = read_external(tensor) if isinstance(tensor, ir.ExternalTensor) else np.asarray(tensor.numpy())
+    return array.astype(np.float32)
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: NDArray[Any]) -> ir.Value:

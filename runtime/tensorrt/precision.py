@@ -1,0 +1,167 @@
+"""Set the type of every value of a float32 graph, for engines that compute each operator in the types it is given.
+
+What comes from weights and the hidden state takes the precision asked for. What comes from integers and constants alone
+(positions, rotary tables, masks) stays float32 until it meets the rest: in bfloat16, position 257 would be position
+256. Sums, squares and their roots, which leave the range of float16, are computed in float32 as well. The graph's
+border stays float32, but for the caches. Casts down are clipped to finite values, since a mask's -3e38 must not
+become -inf.
+"""
+
+from collections.abc import Collection
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from stageline.models.errors import EngineError
+
+_WIDE = frozenset(
+    {"Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log", "CumSum"}
+)
+_FLOAT_PARAMETERS = {"Resize": frozenset({1, 2})}
+"""Operator -> its inputs that are float32 whatever the others are."""
+
+
+def fold_weight_casts(model: ir.Model) -> None:
+    """Let each weight enter the graph as float32: a Cast of one becomes the weight itself. A weight's value has the
+    type that the graph wants, its tensor the one on disk."""
+    for node in list(model.graph):
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "Cast" and source is not None and _is_weight(source):
+            source.dtype = ir.DataType.FLOAT
+            ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
+    for value in model.graph.initializers.values():
+        if _is_weight(value):
+            value.dtype = ir.DataType.FLOAT
+
+
+def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str]) -> None:
+    """Type the values of `model`, a float32 graph whose weights have no casts, in place. `state` names the inputs and
+    outputs that are caches. EngineError where the graph has branches or loops."""
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    typing = _Typing(model.graph, dtype)
+    for value in model.graph.inputs:
+        if value.name in state:
+            value.dtype = dtype
+            typing.narrow.add(value)
+    for node in list(model.graph):
+        typing.visit(node)
+    for place, value in enumerate(model.graph.outputs):
+        if value in typing.narrow and value.name not in state:
+            model.graph.outputs[place] = typing.widened_output(value)
+    RemoveUnusedNodesPass()(model)
+    typing.rename_weights()
+
+
+class _Typing:
+    def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
+        self.graph, self.dtype = graph, dtype
+        self.narrow: set[ir.Value] = set()
+        self.cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.limit = float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
+
+    def visit(self, node: ir.Node) -> None:
+        if any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        ):
+            raise EngineError(
+                f"operator {node.op_type} ({node.name}) has a graph of its own: only float32 can be built"
+            )
+        kept = _FLOAT_PARAMETERS.get(node.op_type, frozenset())
+        places = [
+            place
+            for place, value in enumerate(node.inputs)
+            if (value is not None and value.dtype == ir.DataType.FLOAT and place not in kept) or value in self.narrow
+        ]
+        values = [value for place in places if (value := node.inputs[place]) is not None]
+        squares = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+        to_wide = node.op_type in _WIDE or squares
+        is_narrow = not to_wide and any(value in self.narrow or _is_weight(value) for value in values)
+        for place, value in zip(places, values, strict=True):
+            node.replace_input_with(place, self.narrowed(value, node) if is_narrow else self.widened(value, node))
+        if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) == ir.DataType.FLOAT and is_narrow:
+            node.attributes["to"] = ir.AttrInt64("to", self.dtype)
+        if is_narrow:
+            for value in node.outputs:
+                if value.dtype == ir.DataType.FLOAT:
+                    value.dtype = self.dtype
+                    self.narrow.add(value)
+
+    def narrowed(self, value: ir.Value, before: ir.Node) -> ir.Value:
+        if value in self.narrow:
+            return value
+        key = (value, self.dtype)
+        if key not in self.cast:
+            self.cast[key] = self.retyped(value) if value.is_initializer() else self.clipped(value, before)
+        return self.cast[key]
+
+    def widened(self, value: ir.Value, before: ir.Node) -> ir.Value:
+        if value not in self.narrow:
+            return value
+        key = (value, ir.DataType.FLOAT)
+        if key not in self.cast:
+            self.cast[key] = self.inserted("Cast", [value], before, f"{value.name}.float32", ir.DataType.FLOAT)
+        return self.cast[key]
+
+    def retyped(self, value: ir.Value) -> ir.Value:
+        """A weight or constant in the narrow type. A weight's tensor stays the one on disk."""
+        tensor = value.const_value
+        assert tensor is not None
+        name = f"{value.name}.{self.dtype.name.lower()}"
+        if not _is_weight(value):
+            array = np.clip(tensor.numpy(), -self.limit, self.limit).astype(self.dtype.numpy())
+            tensor = ir.tensor(array, dtype=self.dtype, name=name)
+        new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self.dtype), const_value=tensor)
+        self.graph.register_initializer(new)
+        self.narrow.add(new)
+        return new
+
+    def clipped(self, value: ir.Value, before: ir.Node) -> ir.Value:
+        ends = [self.scalar(f"precision.{sign}", end) for sign, end in (("least", -self.limit), ("most", self.limit))]
+        inside = self.inserted("Clip", [value, *ends], before, f"{value.name}.finite", ir.DataType.FLOAT)
+        narrow = self.inserted("Cast", [inside], before, f"{value.name}.{self.dtype.name.lower()}", self.dtype)
+        self.narrow.add(narrow)
+        return narrow
+
+    def inserted(self, op: str, inputs: list[ir.Value], before: ir.Node, name: str, dtype: ir.DataType) -> ir.Value:
+        node = ir.node(op, inputs, {"to": dtype} if op == "Cast" else None, name=name)
+        result = node.outputs[0]
+        result.name, result.type, result.shape = name, ir.TensorType(dtype), inputs[0].shape
+        self.graph.insert_before(before, node)
+        return result
+
+    def scalar(self, name: str, number: float) -> ir.Value:
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(np.float32(number), name=name)
+            self.graph.register_initializer(
+                ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            )
+        return self.graph.initializers[name]
+
+    def widened_output(self, value: ir.Value) -> ir.Value:
+        """The graph's output `value` in float32, under its name."""
+        name = value.name
+        value.name = f"{name}.{self.dtype.name.lower()}"
+        node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}.float32")
+        node.outputs[0].name, node.outputs[0].shape = name, value.shape
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def rename_weights(self) -> None:
+        """Give weights that are read in the narrow type only their own names back."""
+        suffix = f".{self.dtype.name.lower()}"
+        for value in list(self.graph.initializers.values()):
+            name = str(value.name)
+            if _is_weight(value) and name.endswith(suffix) and name.removesuffix(suffix) not in self.graph.initializers:
+                del self.graph.initializers[name]
+                value.name = name.removesuffix(suffix)
+                self.graph.register_initializer(value)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """True if the value is an initializer of floating type that lies in a file."""
+    tensor = value.const_value
+    return value.is_initializer() and isinstance(tensor, ir.ExternalTensor) and tensor.dtype.is_floating_point()
