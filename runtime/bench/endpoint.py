@@ -1,0 +1,163 @@
+"""A served endpoint that speaks OpenAI's HTTP API, measured by the same client: Stageline's own, or any peer's.
+
+Completions are streamed, so that the first token and those after it have their times; a chunk with text counts as a
+token where the endpoint sends no usage. Each request has a connection of its own thread, kept open.
+"""
+
+import json
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+from urllib.parse import urlsplit
+
+from stageline.models.errors import RequestError
+from stageline.runtime.bench.contenders import Outcome
+from stageline.runtime.bench.inputs import Item
+from stageline.runtime.pipeline import Pipeline
+
+CONNECTIONS = 256
+"""Requests that can be under way at a time; more wait, which counts."""
+_TIMEOUT_S = 300.0
+
+
+class Endpoint:
+    """The model `model` at `url` (the part before /v1); None: the first that it lists. A `Contender`."""
+
+    pipeline: Pipeline | None = None
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+        """RequestError where nobody answers there, or not as OpenAI's API does."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RequestError(f"{url!r} is no URL of an endpoint; give one like http://127.0.0.1:8000")
+        self.name = url.rstrip("/").removesuffix("/v1")
+        self._secure, self._host, self._path = (
+            parts.scheme == "https",
+            parts.netloc,
+            parts.path.rstrip("/").removesuffix("/v1"),
+        )
+        self._headers = {"content-type": "application/json"}
+        if api_key is not None:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._local = threading.local()
+        self._exact = True
+        names = [str(entry.get("id")) for entry in self._json("GET", "/v1/models").get("data", ())]
+        if not names or (model is not None and model not in names):
+            raise RequestError(f"{self.name} serves {', '.join(names) or 'no model'}; choose one of them")
+        self.model = model or names[0]
+        self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="endpoint")
+
+    def submit(self, item: Item) -> "Future[Outcome]":
+        """See `Contender`."""
+        return self._pool.submit(self._ask, item)
+
+    def close(self) -> None:
+        """Wait for nothing; connections end with their threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, item: Item) -> Outcome:
+        given: Any = list(item.texts) or [list(row) for row in item.rows]
+        if item.output_tokens is None:
+            self._json("POST", "/v1/embeddings", {"model": self.model, "input": given})
+            return Outcome(perf_counter())
+        body = {
+            "model": self.model,
+            "prompt": given[0],
+            "max_tokens": item.output_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self._exact:
+            try:
+                return self._streamed({**body, "min_tokens": item.output_tokens})
+            except RequestError as error:
+                if "min_tokens" not in str(error):
+                    raise
+                self._exact = False  # OpenAI's own API has no such parameter: a text may end early there
+        return self._streamed(body)
+
+    def _streamed(self, body: dict[str, Any]) -> Outcome:
+        response = self._send("POST", "/v1/completions", body)
+        times: list[float] = []
+        tokens, done = 0, False
+        try:
+            for line in response:
+                if not line.startswith(b"data:"):
+                    continue
+                data = line[5:].strip()
+                if data == b"[DONE]":
+                    done = True
+                    break
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise RequestError(f"{self.name} failed in mid stream: {_told(chunk)}")
+                tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
+                if chunk.get("choices") and chunk["choices"][0].get("text"):
+                    times.append(perf_counter())
+            response.read()
+        except (OSError, HTTPException, ValueError) as error:
+            self._drop()
+            raise RequestError(f"{self.name} broke off in mid stream ({error})") from error
+        if not done:
+            self._drop()
+            raise RequestError(f"{self.name} broke off in mid stream: its stream ended without [DONE]")
+        ended = perf_counter()
+        gaps = tuple(after - before for before, after in pairwise(times))
+        return Outcome(ended, tokens or len(times), times[0] if times else ended, gaps)
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            answer = json.loads(self._send(method, path, body).read())
+        except (OSError, HTTPException, ValueError) as error:
+            self._drop()
+            raise RequestError(f"{self.name}{path} did not answer in JSON ({error})") from error
+        if not isinstance(answer, dict):
+            raise RequestError(f"{self.name}{path} does not answer as OpenAI's API does")
+        return answer
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> HTTPResponse:
+        """The response, its body not yet read, if its status is 200. RequestError otherwise."""
+        data = None if body is None else json.dumps(body).encode()
+        response = None
+        for fresh in (False, True):  # a connection that was kept open may have been closed meanwhile
+            connection = self._connection(fresh)
+            try:
+                connection.request(method, self._path + path, data, self._headers)
+                response = connection.getresponse()
+                break
+            except (OSError, HTTPException) as error:
+                self._drop()
+                if fresh:
+                    raise RequestError(f"{self.name} cannot be reached ({error}); is it running?") from error
+        assert response is not None
+        if response.status != 200:
+            text = response.read()
+            try:
+                told = _told(json.loads(text))
+            except ValueError:
+                told = text[:200].decode(errors="replace")
+            raise RequestError(f"{self.name}{path} answers {response.status}: {told}")
+        return response
+
+    def _connection(self, fresh: bool) -> HTTPConnection:
+        found: HTTPConnection | None = getattr(self._local, "connection", None)
+        if found is None or fresh:
+            kind = HTTPSConnection if self._secure else HTTPConnection
+            found = self._local.connection = kind(self._host, timeout=_TIMEOUT_S)
+        return found
+
+    def _drop(self) -> None:
+        found: HTTPConnection | None = getattr(self._local, "connection", None)
+        if found is not None:
+            found.close()
+            self._local.connection = None
+
+
+def _told(answer: Any) -> str:
+    """The message of an error as OpenAI's API has it."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return str(error.get("message") if isinstance(error, dict) else error or answer)[:200]

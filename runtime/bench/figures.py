@@ -1,0 +1,166 @@
+"""From requests to figures: throughput, percentiles, goodput, and what the stages did meanwhile."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from stageline.runtime.bench.client import Answers
+from stageline.runtime.bench.records import ANSWERED, Figure, Requests, Slo
+from stageline.runtime.lanes import StageStats
+from stageline.runtime.trace import Span
+
+Better = Literal["higher", "lower"] | None
+PERCENTILES = (50, 90, 95, 99)
+_TIMES = {
+    "latency": "from the intended arrival to the end",
+    "ttft": "from the intended arrival to the first token",
+    "tpot": "a request's time for each token after the first",
+    "itl": "between one token and the next",
+}
+MEANINGS: dict[str, tuple[str, Better, str]] = {
+    "requests_per_s": ("requests/s", "higher", "answered, over the time from the first arrival to the last end"),
+    "samples_per_s": ("samples/s", "higher", "texts (rows) answered"),
+    "tokens_per_s": ("tokens/s", "higher", "tokens drawn; of a model that does not generate, tokens read"),
+    "tokens_in_per_s": ("tokens/s", "higher", "tokens read"),
+    "tokens_out_per_s": ("tokens/s", "higher", "tokens drawn"),
+    "goodput_per_s": ("requests/s", "higher", "answered within the SLO"),
+    **{
+        f"{name}_{which}_s": ("s", "lower", f"{told}: {which}")
+        for name, told in _TIMES.items()
+        for which in (*(f"p{p}" for p in PERCENTILES), "max", "mean")
+    },
+    "failed_share": ("", "lower", "requests that were not answered, of all"),
+    "send_delay_p99_s": ("s", None, "what the load generator itself was late by: p99"),
+    "in_flight": ("requests", None, "sent and not ended, on average"),
+    "queue_depth": ("requests", None, "waiting for their first stage, on average"),
+    "bubble_ratio": ("", "lower", "share of the stages' time that was idle while requests were under way"),
+    "hop_overhead_s": ("s", "lower", "from the end of a stage to the begin of the next, where that was free: median"),
+    "host_memory_bytes": ("bytes", "lower", "resident memory of this process, at most"),
+    "device_memory_bytes": ("bytes", "lower", "memory used on the GPUs, at most"),
+    "energy_j": ("J", "lower", "of the whole machine, or of what counters it has"),
+    "power_w": ("W", "lower", "on average"),
+    "energy_per_token_j": ("J/token", "lower", "energy over tokens read and drawn"),
+}
+"""Name of a figure -> unit, which way is better, and what it is."""
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """What the stages did during a repeat."""
+
+    busy_s: tuple[float, ...]
+    copy_s: tuple[float, ...]
+    runs: tuple[int, ...]
+
+    @classmethod
+    def between(cls, before: Sequence[StageStats], after: Sequence[StageStats]) -> "StageUse":
+        """From two snapshots."""
+        pairs = list(zip(before, after, strict=True))
+        return cls(
+            tuple(b.busy_s - a.busy_s for a, b in pairs),
+            tuple(b.copy_s - a.copy_s for a, b in pairs),
+            tuple(b.runs - a.runs for a, b in pairs),
+        )
+
+
+def of_requests(answers: Answers, rows: int, slo: Slo) -> dict[str, float]:
+    """The figures of one repeat that follow from its requests alone; those that have no value are left out."""
+    requests, seconds = answers.requests, answers.seconds or float("inf")
+    good = requests.status == ANSWERED
+    count, asked = int(good.sum()), len(requests)
+    tokens_in, tokens_out = (int(column[good].sum()) for column in (requests.tokens_in, requests.tokens_out))
+    generates = bool(tokens_out)
+    found = {
+        "requests_per_s": count / seconds,
+        "samples_per_s": count * rows / seconds,
+        "tokens_per_s": (tokens_out if generates else tokens_in) / seconds,
+        "tokens_in_per_s": tokens_in / seconds,
+        "failed_share": 1 - count / asked if asked else 0.0,
+        "in_flight": float((requests.latency_s - requests.sent_s).sum()) / seconds,
+    }
+    if generates:
+        found["tokens_out_per_s"] = tokens_out / seconds
+    if slo != Slo():
+        found["goodput_per_s"] = int((good & within(requests, slo)).sum()) / seconds
+    times = {
+        "latency": requests.latency_s[good],
+        "ttft": requests.first_token_s[good],
+        "tpot": requests.tpot_s[good],
+        "itl": np.array(answers.gaps_s, np.float32),
+    }
+    for name, values in times.items():
+        found.update(_spread(name, values[~np.isnan(values)]))
+    if asked:
+        found["send_delay_p99_s"] = float(np.percentile(requests.sent_s, 99))
+    return found
+
+
+def within(requests: Requests, slo: Slo) -> npt.NDArray[np.bool_]:
+    """Which requests kept every bound; one that has no such time keeps its bound."""
+    kept = np.ones(len(requests), bool)
+    for bound, times in (
+        (slo.latency_s, requests.latency_s),
+        (slo.ttft_s, requests.first_token_s),
+        (slo.tpot_s, requests.tpot_s),
+    ):
+        if bound is not None:
+            kept &= ~(times > bound)
+    return kept
+
+
+def active_s(answers: Answers) -> float:
+    """Seconds in which at least one request was under way."""
+    began = answers.requests.intended_s + answers.requests.sent_s
+    ended = answers.requests.intended_s + answers.requests.latency_s
+    order = np.argsort(began)
+    total, reached = 0.0, -np.inf
+    for begin, end in zip(began[order].tolist(), ended[order].tolist(), strict=True):
+        if end > reached:
+            total += end - max(begin, reached)
+            reached = end
+    return total
+
+
+def bubble_ratio(use: StageUse, active: float) -> float | None:
+    """None where nothing was under way."""
+    if active <= 0:
+        return None
+    return min(1.0, max(0.0, 1 - sum(use.busy_s) / (len(use.busy_s) * active)))
+
+
+def hop_overhead_s(spans: Sequence[Span]) -> float | None:
+    """The median of what passes from a stage to the next where that one had nothing else to do; None where it never
+    was so."""
+    by_stage: dict[int, list[Span]] = {}
+    for span in spans:
+        if span.kind != "copy":
+            by_stage.setdefault(span.stage, []).append(span)
+    hops = []
+    for stage, here in by_stage.items():
+        arrived = {span.micro_batch: span.ended_s for span in by_stage.get(stage - 1, ())}
+        for before, span in itertools.pairwise(here):
+            left_at = arrived.get(span.micro_batch)
+            if left_at is not None and before.ended_s <= left_at:
+                hops.append(span.began_s - left_at)
+    return float(np.median(hops)) if hops else None
+
+
+def over_repeats(repeats: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
+    """A figure for each name that every repeat has."""
+    names = [name for name in MEANINGS if repeats and all(name in repeat for repeat in repeats)]
+    return {
+        name: Figure.of(unit, better, [repeat[name] for repeat in repeats])
+        for name in names
+        for unit, better, _ in [MEANINGS[name]]
+    }
+
+
+def _spread(name: str, values: npt.NDArray[np.float32]) -> dict[str, float]:
+    if not len(values):
+        return {}
+    percentiles = np.percentile(values, PERCENTILES).tolist()
+    found = {f"{name}_p{p}_s": value for p, value in zip(PERCENTILES, percentiles, strict=True)}
+    return {**found, f"{name}_max_s": float(values.max()), f"{name}_mean_s": float(values.mean(dtype=np.float64))}
