@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from stageline.exporter import build_command, doctor_command, plan_commands, serve_command, show
+from stageline.exporter import bench_commands, build_command, doctor_command, plan_commands, serve_command, show
 from stageline.models.catalogue import CATALOGUE, default_root, fetch
 from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import RequestError, StagelineError
@@ -252,6 +252,7 @@ def synthesize_command(
 
 plan_commands.register(app)
 build_command.register(app)
+bench_commands.register(app)
 serve_command.register(app)
 doctor_command.register(app)
 

@@ -163,8 +163,8 @@ def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str
     return {**values, **{name: output.numpy() for name, output in zip(names, outputs, strict=True)}}
 
 
-def load_reference(checkpoint: Checkpoint, manifest: Manifest) -> Any:
-    """The reference model in float32, with the weights that transformers loads."""
+def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = "eager") -> Any:
+    """The reference model in float32, with the weights that transformers loads; `attention` is transformers' name."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     is_gguf = checkpoint.kind == "gguf"
@@ -181,7 +181,7 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest) -> Any:
             file.parent if is_gguf else checkpoint.path,
             **source,
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
         )

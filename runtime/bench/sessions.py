@@ -1,7 +1,8 @@
 """Baselines made of the bundle itself: the whole model as one stage, in ONNX Runtime or in OpenVINO.
 
 The bundle is copied (weights linked where the disk allows it) and cut to one stage. A model that generates is driven by
-Stageline's own scheduler, for a plain session has none; any other is called with static batches of what waits.
+Stageline's own scheduler, for a plain session has none; any other is called with one request after the other: put
+together, texts of unlike lengths would be computed with their padding (measured: a third of the speed).
 """
 
 import os
@@ -12,7 +13,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from stageline.models.errors import EngineError
 from stageline.runtime.bench.contenders import EMBEDDING, CallContender, Contender, Outcome, PipelineContender
 from stageline.runtime.bench.inputs import Item
@@ -20,16 +20,13 @@ from stageline.runtime.bundle import Bundle, recut
 from stageline.runtime.engines import Array
 from stageline.runtime.pipeline import Pipeline
 
-ROWS = 32
-"""The most rows that waiting requests are put together to."""
 
-
-def onnxruntime_session(bundle: Path, rows: int, threads: int | None, slots: int, capacity: int | None) -> Contender:
-    """One whole-model session of ONNX Runtime; `rows` are those of each request."""
+def onnxruntime_session(bundle: Path, threads: int | None, slots: int) -> Contender:
+    """One whole-model session of ONNX Runtime."""
     whole = _OneStage(bundle)
     try:
         if whole.bundle.manifest.cached:
-            pipeline = Pipeline.open(whole.bundle.path, threads=threads, queue=4096, slots=slots, capacity=capacity)
+            pipeline = Pipeline.open(whole.bundle.path, threads=threads, queue=4096, slots=slots)
             return PipelineContender("onnxruntime", pipeline, whole.close)
         import onnxruntime as ort
 
@@ -38,13 +35,13 @@ def onnxruntime_session(bundle: Path, rows: int, threads: int | None, slots: int
         session = ort.InferenceSession(str(whole.file), options, providers=["CPUExecutionProvider"])
         outputs = _wanted([output.name for output in session.get_outputs()])
         run = lambda inputs: session.run(outputs, inputs)  # noqa: E731
-        return CallContender("onnxruntime", _batched(run), max(1, ROWS // rows), whole.close)
+        return CallContender("onnxruntime", one_by_one(run), 1, whole.close)
     except BaseException:
         whole.close()
         raise
 
 
-def openvino_model(bundle: Path, rows: int, threads: int | None) -> Contender:
+def openvino_model(bundle: Path, threads: int | None) -> Contender:
     """One whole-model OpenVINO model on the processors, throughput hint, its own default precision.
 
     EngineError where OpenVINO is not installed or does not take the model.
@@ -73,7 +70,7 @@ def openvino_model(bundle: Path, rows: int, threads: int | None) -> Contender:
             results = request.infer(inputs)
             return [results[name] for name in outputs]
 
-        return CallContender("openvino", _batched(run), max(1, ROWS // rows), whole.close)
+        return CallContender("openvino", one_by_one(run), 1, whole.close)
     except BaseException:
         whole.close()
         raise
@@ -107,26 +104,14 @@ def _wanted(outputs: Sequence[str]) -> list[str]:
     return [EMBEDDING] if EMBEDDING in outputs else list(outputs)
 
 
-def _batched(run: Callable[[dict[str, Array]], Any]) -> Callable[[Sequence[Item]], list[Outcome]]:
-    """Waiting requests as one batch, padded on the right with zeros."""
+def one_by_one(run: Callable[[dict[str, Array]], object]) -> Callable[[Sequence[Item]], list[Outcome]]:
+    """What a `CallContender` calls, of a function that computes one request."""
 
     def call(items: Sequence[Item]) -> list[Outcome]:
-        run(stacked(items))
-        return [Outcome(perf_counter())] * len(items)
+        outcomes = []
+        for item in items:
+            run(item.inputs)
+            outcomes.append(Outcome(perf_counter()))
+        return outcomes
 
     return call
-
-
-def stacked(items: Sequence[Item]) -> dict[str, Array]:
-    """The inputs of all items as one batch, padded on the right with zeros."""
-    first = items[0].inputs
-    if len(items) == 1:
-        return first
-    made: dict[str, Array] = {}
-    for name in first:
-        arrays = [item.inputs[name] for item in items]
-        if name in ("input_ids", "attention_mask", "token_type_ids"):
-            most = max(one.shape[1] for one in arrays)
-            arrays = [np.pad(one, ((0, 0), (0, most - one.shape[1]))) for one in arrays]
-        made[name] = np.concatenate(arrays)
-    return made
