@@ -219,8 +219,8 @@ def _repeat(
     if pipeline is not None:
         pipeline.record(None)
     cut_short = state.stop.is_set()
-    if not (answers.requests.status == ANSWERED).any() or (cut_short and lap.answers):
-        return  # an interrupted repeat counts only where there is no other
+    if cut_short and (lap.answers or not (answers.requests.status == ANSWERED).any()):
+        return  # a repeat that was interrupted counts only where there is no other
     found = {**figures.of_requests(answers, settings.rows, settings.slo), **monitor.figures}
     if monitor.use is not None:
         lap.uses.append(monitor.use)
