@@ -22,8 +22,8 @@ from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.lanes import Lanes, PipelineStage
-from stageline.runtime.pipeline import GRAPH_INPUTS
-from stageline.runtime.route import route
+from stageline.runtime.opening import Cut
+from stageline.runtime.serving import generation_hops
 
 TOKENS = 400
 
@@ -42,6 +42,13 @@ class Instant:
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """There is no cache."""
 
+    def give_caches(self) -> dict[str, Value]:
+        """There is none."""
+        return {}
+
+    def take_caches(self, caches: Mapping[str, Value]) -> None:
+        """There is none."""
+
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:
         """Not used here."""
         raise NotImplementedError
@@ -59,7 +66,7 @@ def measure(encoder: TextEncoder, vocabulary: int, streams: int, stages: int, sa
         for n in range(stages)
     ]
     lanes = Lanes(opened, None)
-    hops = route([(stage.inputs, stage.outputs) for stage in opened], GRAPH_INPUTS, ["logits"])
+    hops = generation_hops(Cut(tuple(opened)))
     generator = Generator(lanes, hops, Decoder(vocabulary, (), encoder), streams, 1024, 128)
     try:
         began = perf_counter()

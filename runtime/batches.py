@@ -11,6 +11,9 @@ running; its future is the record of how it ended, and whoever settles it first 
 `_settle` is the one way out of the pipeline: it takes the request from the unsettled ones, so that nobody settles it
 twice, and gives its slot back. A micro-batch of a settled request is dropped before the next stage starts on it.
 
+Requests may go on to other lanes (`go_on`): those that were queued before finish on the lanes they began on. The lanes,
+the routes through them and the window of a request are its `_Way`.
+
 Each stage has an inbox. A worker takes a micro-batch from its inbox, runs its engine on it and puts it into the inbox
 of the next stage: it alone owns the micro-batch in between. At most WINDOW micro-batches for each stage are under way
 between the first stage and the last, so that a slow stage does not gather the activations of the whole queue.
@@ -52,9 +55,34 @@ class BatchStats:
 
 
 @dataclass(slots=True, eq=False)
+class _Way:
+    """Lanes that requests go through, `unsettled` of them now. `left` is done when none is there and none will come."""
+
+    lanes: Lanes
+    names: list[tuple[tuple[str, ...], tuple[str, ...]]]
+    routes: dict[tuple[str, ...], tuple[Step, ...]] = field(default_factory=dict)
+    window: SimpleQueue[None] = field(default_factory=SimpleQueue)
+    unsettled: int = 0
+    left: "Future[None] | None" = None
+
+    @classmethod
+    def through(cls, lanes: Lanes, stages: Sequence[PipelineStage]) -> "_Way":
+        way = cls(lanes, [(stage.inputs, stage.outputs) for stage in stages])
+        for _ in range(WINDOW * len(stages)):
+            way.window.put(None)
+        return way
+
+    def route(self, signature: Signature, outputs: tuple[str, ...]) -> tuple[Step, ...]:
+        if outputs not in self.routes:
+            self.routes[outputs] = route(self.names, [spec.name for spec in signature.graph_inputs], outputs)
+        return self.routes[outputs]
+
+
+@dataclass(slots=True, eq=False)
 class _Request:
     """`parts` holds the outputs of each micro-batch; the thread they land on alone writes it and counts `left`."""
 
+    way: _Way
     sizes: dict[str, int]
     outputs: tuple[TensorSpec, ...]
     steps: tuple[Step, ...]
@@ -97,33 +125,39 @@ class Batches:
         micro_batch: int | None,
     ) -> None:
         self.signature = signature
-        self._lanes = lanes
+        self._way = _Way.through(lanes, stages)
         self._micro_batch = micro_batch
-        self._stage_names = [(stage.inputs, stage.outputs) for stage in stages]
-        self._routes: dict[tuple[str, ...], tuple[Step, ...]] = {}
         self._slots = Slots(queue)
-        self._lock = threading.Lock()  # guards the next three lines
+        self._lock = threading.Lock()  # guards the next three lines, and the way
         self._unsettled: dict[Future[dict[str, Array]], _Request] = {}
         self._done = self._failed = self._cancelled = 0
         self._closed = False
         self._request_numbers, self._batch_numbers = itertools.count(), itertools.count()
-        self._window: SimpleQueue[None] = SimpleQueue()
-        for _ in range(WINDOW * len(stages)):
-            self._window.put(None)
 
     def submit(
         self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, wait: bool, timeout: float | None
     ) -> "Future[dict[str, Array]]":
         """See `Pipeline.submit`."""
-        request, batches = self._check(inputs, outputs)
+        checked = self._check(inputs, outputs)
         self._slots.take(wait, timeout)
-        return self._enqueue(request, batches)
+        return self._enqueue(*checked)
 
     async def arun(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> dict[str, Array]:
         """See `Pipeline.arun`."""
-        request, batches = self._check(inputs, outputs)
+        checked = self._check(inputs, outputs)
         await self._slots.take_async()
-        return await asyncio.wrap_future(self._enqueue(request, batches))
+        return await asyncio.wrap_future(self._enqueue(*checked))
+
+    def go_on(self, lanes: Lanes, stages: Sequence[PipelineStage]) -> "Future[None]":
+        """Queue requests on other lanes from now on. Done when the last one has left the lanes so far, which may then
+        be closed."""
+        left: Future[None] = Future()
+        with self._lock:
+            old, self._way = self._way, _Way.through(lanes, stages)
+            old.left, empty = left, not old.unsettled
+        if empty:
+            _leave(old)
+        return left
 
     def stats(self) -> BatchStats:
         """A snapshot of the counters."""
@@ -140,47 +174,57 @@ class Batches:
             self._slots.close("the pipeline is closed")
             for future in unsettled:
                 self._settle(future, RequestError("the pipeline was closed before this request was finished"))
-            self._window.put(None)  # for a first stage that waits while the others have ended already
+            self._way.window.put(None)  # for a first stage that waits while the others have ended already
 
     # Into the queue, on the submitter's thread.
 
-    def _check(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> tuple[_Request, list[_MicroBatch]]:
-        """A request that fits the signature, and its micro-batches."""
-        names = self.signature.check_outputs(outputs)
-        given, sizes = self.signature.check_inputs(inputs)
-        pieces = cut(self.signature, given, sizes, len(self._lanes), self._micro_batch)
-        specs = tuple(spec for spec in self.signature.outputs if spec.name in names)
-        request = _Request(sizes, specs, self._route(names), pieces, [{} for _ in pieces], len(pieces))
-        return request, [_MicroBatch(request, i, take(self.signature, given, piece)) for i, piece in enumerate(pieces)]
+    def _check(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None
+    ) -> tuple[tuple[str, ...], dict[str, Array], dict[str, int]]:
+        """What fits the signature: names of outputs, inputs, sizes of free dimensions."""
+        return self.signature.check_outputs(outputs), *self.signature.check_inputs(inputs)
 
-    def _route(self, outputs: tuple[str, ...]) -> tuple[Step, ...]:
-        if outputs not in self._routes:
-            inputs = [spec.name for spec in self.signature.graph_inputs]
-            self._routes[outputs] = route(self._stage_names, inputs, outputs)
-        return self._routes[outputs]
-
-    def _enqueue(self, request: _Request, batches: list[_MicroBatch]) -> "Future[dict[str, Array]]":
+    def _enqueue(
+        self, outputs: tuple[str, ...], inputs: dict[str, Array], sizes: dict[str, int]
+    ) -> "Future[dict[str, Array]]":
+        submitted_s = perf_counter()
+        while True:
+            way = self._way
+            request, batches = self._cut(way, outputs, inputs, sizes)
+            with self._lock:
+                if self._closed:
+                    raise RequestError("the pipeline is closed")
+                if way is not self._way:  # it has just gone on
+                    continue
+                way.unsettled += 1
+                self._unsettled[request.future] = request
+                request.number, request.submitted_s = next(self._request_numbers), submitted_s
+                for batch in batches:
+                    batch.number = next(self._batch_numbers)
+                    self._put(request.steps[0].stage, batch)
+                break
+        # Last, since it is called at once where the future is done.
         request.future.add_done_callback(self._drop_if_cancelled)
-        request.submitted_s = perf_counter()
-        with self._lock:
-            if self._closed:
-                raise RequestError("the pipeline is closed")
-            self._unsettled[request.future] = request
-            request.number = next(self._request_numbers)
-            for batch in batches:
-                batch.number = next(self._batch_numbers)
-                self._put(request.steps[0].stage, batch)
         return request.future
+
+    def _cut(
+        self, way: _Way, outputs: tuple[str, ...], inputs: dict[str, Array], sizes: dict[str, int]
+    ) -> tuple[_Request, list[_MicroBatch]]:
+        pieces = cut(self.signature, inputs, sizes, len(way.lanes), self._micro_batch)
+        specs = tuple(spec for spec in self.signature.outputs if spec.name in outputs)
+        steps = way.route(self.signature, outputs)
+        request = _Request(way, sizes, specs, steps, pieces, [{} for _ in pieces], len(pieces))
+        return request, [_MicroBatch(request, i, take(self.signature, inputs, piece)) for i, piece in enumerate(pieces)]
 
     # Through the stages, on their workers' threads.
 
     def _put(self, stage: int, batch: _MicroBatch) -> None:
-        self._lanes.put(stage, partial(self._advance, batch))
+        batch.request.way.lanes.put(stage, partial(self._advance, batch))
 
     def _advance(self, batch: _MicroBatch, lane: Lane, engine: Engine) -> None:
         """Run a micro-batch through this stage, then hand it on or retire it."""
         if lane.number == 0:
-            self._window.get()
+            batch.request.way.window.get()
             batch.in_window = True
         request = batch.request
         handed_on = False
@@ -191,7 +235,7 @@ class Batches:
             except BaseException as error:  # whatever an engine raises, the worker lives on
                 self._settle(request.future, _failure(lane, batch, error))
         if batch.in_window and not handed_on:
-            self._window.put(None)
+            request.way.window.put(None)
 
     def _step(self, lane: Lane, engine: Engine, batch: _MicroBatch) -> bool:
         """Run the engine. True if the micro-batch went on, to another stage or to land; it is no longer ours then."""
@@ -224,7 +268,7 @@ class Batches:
         except BaseException as error:
             self._settle(request.future, _failure(lane, batch, error))
         if batch.in_window:
-            self._window.put(None)
+            request.way.window.put(None)
 
     def _settle(self, future: "Future[dict[str, Array]]", end: dict[str, Array] | StagelineError) -> None:
         """End a request with its outputs or its error, unless it has ended already; a cancelled one stays cancelled."""
@@ -236,19 +280,30 @@ class Batches:
             self._cancelled += not alive
             self._failed += alive and isinstance(end, StagelineError)
             self._done += alive and not isinstance(end, StagelineError)
+            way = request.way
+            way.unsettled -= 1
+            last = way.left is not None and not way.unsettled
         self._slots.give_back()
-        if self._lanes.recorder is not None:
-            self._lanes.recorder.ended(request.number, request.submitted_s, perf_counter())
+        if way.lanes.recorder is not None:
+            way.lanes.recorder.ended(request.number, request.submitted_s, perf_counter())
         if not alive:
-            return
-        if isinstance(end, StagelineError):
+            pass
+        elif isinstance(end, StagelineError):
             future.set_exception(end)
         else:
             future.set_result(end)
+        if last:
+            _leave(way)
 
     def _drop_if_cancelled(self, future: "Future[dict[str, Array]]") -> None:
         if future.cancelled():
             self._settle(future, {})
+
+
+def _leave(way: _Way) -> None:
+    assert way.left is not None
+    way.window.put(None)  # for a first stage that waits, with what was cancelled, while the others have ended already
+    way.left.set_result(None)
 
 
 def _failure(lane: Lane, batch: _MicroBatch, error: BaseException) -> EngineError:

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 from stageline.runtime.devices.base import Array, Device, HostCopy, Value
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, share_cores
 from stageline.runtime.engines import Engine
 from stageline.runtime.trace import Recorder, Traced
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,19 @@ class Lanes:
     def put(self, stage: int, work: Work) -> None:
         """Queue work for a stage."""
         self._lanes[stage].inbox.put(work)
+
+    def ask(self, stage: int, question: "Callable[[Engine], Answer]") -> "Future[Answer]":
+        """Queue something to be done with a stage's engine; the future has what it gives or raises."""
+        answer: Future[Answer] = Future()
+
+        def work(lane: Lane, engine: Engine) -> None:
+            try:
+                answer.set_result(question(engine))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self.put(stage, work)
+        return answer
 
     @property
     def open_s(self) -> float:

@@ -11,7 +11,7 @@ with Pipeline.open("bundles/smollm2") as pipeline:
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -20,14 +20,16 @@ from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.batches import Batches
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.engines import Array, CacheDtype, CacheSize, StageFile, WeightDtype, engine_factory
+from stageline.runtime.engines import Array, CacheDtype, CacheSize, WeightDtype, engine_factory
 from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.measure import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.lanes import Lanes, PipelineStage, StageStats
+from stageline.runtime.opening import Cut, Opener, check_same_model
 from stageline.runtime.route import route
+from stageline.runtime.serving import Serving, Switched, generation_hops
 from stageline.runtime.signature import Signature
 from stageline.runtime.slots import Slots
 from stageline.runtime.trace import Recorder
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "PipelineStage", "PipelineStats", "StageStats"]
 
 DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
-GRAPH_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")  # of a model with caches
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,12 @@ class Pipeline:
         self.signature = signature
         names = [(stage.inputs, stage.outputs) for stage in stages]
         route(names, [spec.name for spec in signature.graph_inputs], signature.check_outputs(None))
-        self._lanes = Lanes(stages, threads)
-        self._batches = Batches(signature, stages, self._lanes, queue, micro_batch)
+        lanes = Lanes(stages, threads)
+        self._batches = Batches(signature, stages, lanes, queue, micro_batch)
+        self._serving = Serving(lanes, Cut(tuple(stages), threads), self._batches)
         self._generator: Generator | None = None
         self._generator_slots = Slots(queue)
-        self._bundle: Bundle | None = None
-        self.closed = False
-        """Whether `close` was called."""
+        self._opener: Opener | None = None
 
     @classmethod
     def open(
@@ -126,24 +126,12 @@ class Pipeline:
         if manifest.cached:
             room = capacity or min(most or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
             cache = CacheSize(slots, room, cache_dtype)
-        factory = engine_factory(engine)
-        stages = [
-            PipelineStage(
-                tuple(spec.name for spec in stage.inputs),
-                tuple(spec.name for spec in stage.outputs),
-                partial(
-                    factory,
-                    StageFile(number, opened.path / stage.file, opened.path, stage.caches),
-                    cache=cache,
-                    weights=weights,
-                ),
-            )
-            for number, stage in enumerate(manifest.stages)
-        ]
-        pipeline = cls(Signature.of(manifest), stages, threads=threads, queue=queue, micro_batch=micro_batch)
-        pipeline._bundle = opened
+        opener = Opener(engine_factory(engine), cache, weights)
+        stages = opener.as_cut(opened, threads)
+        pipeline = cls(Signature.of(manifest), stages.stages, threads=threads, queue=queue, micro_batch=micro_batch)
+        pipeline._serving.cut, pipeline._opener = stages, opener
         if cache is not None:
-            hops = route([(stage.inputs, stage.outputs) for stage in stages], GRAPH_INPUTS, ["logits"])
+            hops = generation_hops(stages)
             ends = manifest.text.eos_ids if manifest.text else ()
             logits = next(spec for spec in manifest.outputs if spec.name == "logits")
             try:
@@ -151,7 +139,9 @@ class Pipeline:
             except BaseException:  # a broken tokenizer
                 pipeline.close()
                 raise
-            pipeline._generator = Generator(pipeline._lanes, hops, decoder, slots, cache.capacity, prefill_chunk)
+            lanes = pipeline._serving.lanes
+            pipeline._generator = Generator(lanes, hops, decoder, slots, cache.capacity, prefill_chunk)
+            pipeline._serving.generator = pipeline._generator
         return pipeline
 
     # Batches.
@@ -252,31 +242,85 @@ class Pipeline:
     @cached_property
     def encoder(self) -> TextEncoder | None:
         """The bundle's tokenizer, if it has one."""
-        if self._bundle is None or self._bundle.manifest.text is None:
+        bundle = self._serving.cut.bundle
+        if bundle is None or bundle.manifest.text is None:
             return None
-        text = self._bundle.manifest.text
-        return TextEncoder.open(self._bundle.path / text.tokenizer, text.max_length, text.pad_id)
+        text = bundle.manifest.text
+        return TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)
 
     @property
     def bundle(self) -> Bundle:
-        """What was opened."""
-        if self._bundle is None:
+        """What was opened, or swapped in since."""
+        bundle = self._serving.cut.bundle
+        if bundle is None:
             raise BundleError("this pipeline was made of stages, not opened from a bundle; use Pipeline.open")
-        return self._bundle
+        return bundle
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks of each stage, as it is cut now; empty for a pipeline that was made of stages."""
+        return self._serving.cut.layers
 
     @property
     def capacity(self) -> int | None:
         """Tokens that a prompt and its continuation may have together; None for a model that does not generate."""
         return self._generator.capacity if self._generator else None
 
+    # Other stages while it serves.
+
+    def recut(self, stages: int | Sequence[int], *, threads: int | None = None) -> Switched:
+        """Go on with another cut of the model: so many stages, even by their costs, or stages of these numbers of
+        blocks, on `threads` processors in all (None: as before). The bundle on disk stays as it is.
+
+        The new stages are opened beside the old ones, so that for a moment their weights are in memory twice; then
+        generation changes over between two steps, its caches are handed on, and batches that were queued before finish
+        where they are. No request notices but by a pause. Returns when the old stages are closed. Calls at the same
+        time take turns.
+
+        What fails leaves the stages of before serving: StagelineError where the cut does not fit, EngineError where a
+        stage does not open, RequestError where the pipeline is closed, or where a callback on its threads calls this.
+        """
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads is {threads}; it must be at least 1")
+        opener = self._reopening()
+        with self._serving.turn():
+            threads = threads or self._serving.cut.threads
+            with opener.recut(self.bundle, stages, threads) as cut:
+                return self._serving.switch(cut, keep_caches=True)
+
+    def swap_weights(self, bundle: str | Path) -> Switched:
+        """Go on with the weights of another bundle of the same model, cut as it is now.
+
+        Batches that were queued and requests that had begun to generate are finished with the weights of before; those
+        that come later, or still wait for a slot, start with the new ones, when those before them have ended. What the
+        caches hold is forgotten. Errors as in `recut`, and BundleError for a bundle that is broken or of another model.
+        """
+        opener, new = self._reopening(), Bundle.open(Path(bundle))
+        check_same_model(self.bundle, new)
+        with self._serving.turn():
+            now = self._serving.cut
+            with opener.recut(new, now.layers, now.threads) as cut:
+                return self._serving.switch(cut, keep_caches=False)
+
+    def _reopening(self) -> Opener:
+        if self._opener is None:
+            raise BundleError("this pipeline was made of stages, not opened from a bundle; it cannot be cut anew")
+        return self._opener
+
     # All of it.
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._serving.closed
+
     def stats(self) -> PipelineStats:
-        """A snapshot of the counters since the pipeline opened."""
-        batches, open_s = self._batches.stats(), self._lanes.open_s
-        stages = self._lanes.stats(open_s)
+        """A snapshot of the counters since the pipeline opened; those of stages count since these stages opened."""
+        batches, lanes = self._batches.stats(), self._serving.lanes
+        stages_open_s = lanes.open_s
+        stages = lanes.stats(stages_open_s)
         return PipelineStats(
-            open_s,
+            self._serving.earlier_s + stages_open_s,
             stages,
             batches.done,
             batches.failed,
@@ -288,7 +332,7 @@ class Pipeline:
 
     def record(self, recorder: Recorder | None) -> None:
         """From now on tell `recorder`, which is borrowed, what stages and requests do (None: nobody)."""
-        self._lanes.record(recorder)
+        self._serving.record(recorder)
 
     def close(self) -> None:
         """Fail what is unfinished with RequestError, let each stage finish what it runs, and free engines and threads.
@@ -296,15 +340,10 @@ class Pipeline:
         May be called again, and from any thread; returns when the workers have ended (where a future's callback calls
         it on one of them, without waiting for them).
         """
-        self.closed = True
         if "_template" in vars(self):
             self._template.close()
         self._generator_slots.close("the pipeline is closed")
-        self._batches.close()
-        if self._generator is not None:
-            self._generator.close()
-        else:
-            self._lanes.close()
+        self._serving.close()
 
     def __enter__(self) -> Self:
         return self

@@ -52,6 +52,18 @@ class Engine(Protocol):
         """Copy the first `tokens` tokens of cache slot `source` into slot `target`."""
         ...
 
+    def give_caches(self) -> Mapping[str, Value]:
+        """Hand over the caches by name, with all they hold. The engine cannot `step` until it takes some back."""
+        ...
+
+    def take_caches(self, caches: Mapping[str, Value]) -> None:
+        """Go on with those of `caches` that the stage has, in place of its own: they come from engines of the same kind
+        that were opened with the same `CacheSize`. Nothing is copied where they lie on the engine's device already.
+
+        EngineError where one of the stage's is missing.
+        """
+        ...
+
     def close(self) -> None:
         """Free what the engine holds. May be called again."""
         ...

@@ -89,6 +89,21 @@ class OnnxRuntimeEngine:
         for buffer in self._slots.values():
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
+    def give_caches(self) -> dict[str, Array]:
+        """See `Engine.give_caches`."""
+        self._bindings.clear()
+        given, self._slots = self._slots, {}
+        return given
+
+    def take_caches(self, caches: Mapping[str, Value]) -> None:
+        """See `Engine.take_caches`."""
+        names = [name for spec in self._caches.specs for name in past_names(spec.name)]
+        missing = [name for name in names if name not in caches]
+        if missing:
+            raise EngineError(f"stage {self._number} is given no cache {missing[0]!r}")
+        self._bindings.clear()
+        self._slots = on_host(caches, names)
+
     def close(self) -> None:
         """Free the session, its threads and the caches."""
         self._bindings.clear()
@@ -189,6 +204,7 @@ def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
 def _graph(stage: StageFile, cache_dtype: np.dtype[Any], weights: WeightDtype | None) -> bytes:
     """The stage's graph as ONNX bytes, in float32, its caches lowered, its weights still outside unless quantised."""
     model = ir.load(stage.file)
+    ir.external_data.set_base_dir(model.graph, stage.folder)
     halves, caches = has_halves(model), has_caches(model)
     if not halves and not caches and weights is None:
         return stage.file.read_bytes()

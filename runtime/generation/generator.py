@@ -12,6 +12,7 @@ stage's inbox; the last stage's worker puts the logits into the driver's.
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -23,6 +24,7 @@ from stageline.runtime.engines import Array, Engine, Value
 from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.measure import GenerationStats, Meter
+from stageline.runtime.generation.moving import Change, move_caches
 from stageline.runtime.generation.request import (
     Choice,
     Completion,
@@ -95,7 +97,8 @@ class _Flight:
 
 class Generator:
     """Generates on open lanes. Thread-safe; owns its driver thread until `close()`, which closes the lanes as well: the
-    driver alone knows when no step is on its way through them."""
+    driver alone knows when no step is on its way through them. `go_on` exchanges the lanes: the driver then lets go of
+    the ones it had, and whoever asked closes them."""
 
     def __init__(self, lanes: Lanes, hops: Sequence[Hop], decoder: Decoder, slots: int, capacity: int, chunk: int):
         """`hops`: the way of a step through all the stages, to `logits`. The stages' engines have caches of `slots` x
@@ -109,6 +112,7 @@ class Generator:
         self._meter = Meter(slots)
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._in_flight = self._arrivals = 0
+        self._change: Change | None = None
         self._closing = False
         self._closed = False
         self._lock = threading.Lock()  # between `submit` and `close`: no request comes after the last event
@@ -126,20 +130,38 @@ class Generator:
             self._events.put(partial(self._arrived, job))
         return generation
 
+    def go_on(self, lanes: Lanes, hops: Sequence[Hop], keep_caches: bool) -> "Future[float]":
+        """Change over to other lanes between two steps, as `Change` says; one change at a time.
+
+        The future gives the pause in seconds; while it fails or is cancelled, the lanes are those of before. Its error
+        is a RequestError where the pipeline was closed meanwhile, else what an engine raised.
+        """
+        change = Change(lanes, hops, keep_caches)
+        with self._lock:
+            if self._closed:
+                raise RequestError("the pipeline is closed")
+            self._events.put(partial(self._change_asked, change))
+        return change.pause_s
+
+    def is_driver(self) -> bool:
+        """Whether the caller is the driver's thread, as a future's callback may be."""
+        return threading.current_thread() is self._thread
+
     def stats(self, stages: Sequence[StageStats]) -> GenerationStats:
         """A snapshot of the counters since the pipeline opened; `stages` are those of its stages."""
         return self._meter.stats(stages)
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         """Fail what is unfinished with RequestError, and close the lanes when the steps under way are done.
 
-        May be called again. Returns when all threads have ended, but to a callback on one of them at once.
+        May be called again. Returns when all threads have ended, but without `wait`, or to a callback on one of them,
+        at once.
         """
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._events.put(self._close)
-        if threading.current_thread() is not self._thread and not self._lanes.is_worker():
+        if wait and not self.is_driver() and not self._lanes.is_worker():
             self._thread.join()
 
     # The driver's thread.
@@ -149,6 +171,7 @@ class Generator:
             self._take_events()
         except BaseException as error:  # a bug, of ours or of an engine: nobody shall wait for ever
             self._give_up(_engine_error("the generator failed", error))
+        self._drop_change(RequestError("the pipeline was closed before its stages were exchanged"))
         self._lanes.close()
 
     def _take_events(self) -> None:
@@ -166,10 +189,13 @@ class Generator:
                 except Empty:
                     break
             self._check_deadlines()
-            if not self._closing:
+            if self._change is not None and self._ready_for(self._change):
+                self._make(self._change)
+            if not self._closing and (self._change is None or not self._change.keep_caches):
                 while (step := self._scheduler.next()) is not None:
                     self._send(step)
-            self._meter.waiting, self._meter.running = len(self._scheduler.waiting), self._scheduler.running
+            held = len(self._change.held) if self._change is not None else 0
+            self._meter.waiting, self._meter.running = len(self._scheduler.waiting) + held, self._scheduler.running
             self._meter.host_s += perf_counter() - began
 
     def _arrived(self, job: _Job) -> None:
@@ -191,7 +217,10 @@ class Generator:
             )
             job.choices.append(choice)
             self._choices[continuation] = choice
-            self._scheduler.add(continuation)
+            if self._change is None or self._change.keep_caches:
+                self._scheduler.add(continuation)
+            else:
+                self._change.held.append(continuation)
         # Last, since it may be called at once.
         job.generation.future.add_done_callback(lambda future: self._events.put(partial(self._dropped, job)))
 
@@ -200,6 +229,45 @@ class Generator:
         if job.generation in self._jobs:
             self._meter.cancelled += 1
             self._forget(job)
+
+    def _change_asked(self, change: Change) -> None:
+        if self._change is not None:  # its asker has given up
+            change.held += self._change.held
+        self._change = change
+        if not change.keep_caches:
+            begun = {c.job.generation for c in self._choices.values() if c.continuation.placed_at}
+            for continuation in list(self._scheduler.waiting):
+                if self._choices[continuation].job.generation not in begun:
+                    self._scheduler.waiting.remove(continuation)
+                    change.held.append(continuation)
+
+    def _ready_for(self, change: Change) -> bool:
+        idle = not self._scheduler.running and not self._scheduler.waiting
+        return self._in_flight == 0 and (change.keep_caches or idle)
+
+    def _make(self, change: Change) -> None:
+        """Exchange the lanes; no step is under way."""
+        self._change = None
+        if change.pause_s.set_running_or_notify_cancel():
+            try:
+                if change.keep_caches:
+                    move_caches(self._lanes, change.lanes)
+            except BaseException as error:
+                change.pause_s.set_exception(error)
+            else:
+                self._meter.switched(self._lanes.stats(self._lanes.open_s))
+                self._lanes, self._hops = change.lanes, tuple(change.hops)
+                groups = min(len(self._lanes), len(self._scheduler.rows))
+                self._scheduler.regroup(groups, prefills=len(self._lanes), forget=not change.keep_caches)
+                change.pause_s.set_result(perf_counter() - change.asked_at)
+        for continuation in change.held:
+            if not continuation.ended:
+                self._scheduler.add(continuation)
+
+    def _drop_change(self, error: StagelineError) -> None:
+        change, self._change = self._change, None
+        if change is not None and change.pause_s.set_running_or_notify_cancel():
+            change.pause_s.set_exception(error)
 
     def _until_deadline(self) -> float | None:
         ends = [job.submitted_at + d for job in self._jobs.values() if (d := job.request.deadline_s) is not None]
@@ -327,6 +395,7 @@ class Generator:
     def _give_up(self, error: EngineError) -> None:
         """Fail what is unfinished and what comes, until closed."""
         while True:
+            self._drop_change(error)
             for job in list(self._jobs.values()):
                 self._end(job, error)
             if self._closing and self._in_flight == 0:

@@ -71,6 +71,13 @@ class Meter:
         self.ttft_s: deque[float] = deque(maxlen=_KEPT)
         self.tpot_s: deque[float] = deque(maxlen=_KEPT)
         self._active_since: float | None = None
+        self._earlier_busy_s = self._earlier_stage_s = self._earlier_active_s = 0.0
+
+    def switched(self, stages: Sequence[StageStats]) -> None:
+        """Other stages go on from here; `stages` are those that end."""
+        self._earlier_busy_s += sum(stage.busy_s for stage in stages)
+        self._earlier_stage_s += len(stages) * (self.active_s - self._earlier_active_s)
+        self._earlier_active_s = self.active_s
 
     def sent(self, now: float) -> None:
         """A step was sent to the first stage."""
@@ -99,8 +106,9 @@ class Meter:
 
     def stats(self, stages: Sequence[StageStats]) -> GenerationStats:
         """A snapshot."""
-        busy_s = sum(stage.busy_s for stage in stages)
-        bubble = 1 - busy_s / (len(stages) * self.active_s) if self.active_s else 0.0
+        busy_s = self._earlier_busy_s + sum(stage.busy_s for stage in stages)
+        stage_s = self._earlier_stage_s + len(stages) * (self.active_s - self._earlier_active_s)
+        bubble = 1 - busy_s / stage_s if stage_s else 0.0
         return GenerationStats(
             self.slots,
             self.running,

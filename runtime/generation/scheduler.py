@@ -121,7 +121,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.rows = [
-            Slot(number, number * self.groups // self.slots, *np.zeros((2, self.capacity), np.int64))
+            Slot(number, _group_of(number, self.groups, self.slots), *np.zeros((2, self.capacity), np.int64))
             for number in range(self.slots)
         ]
         self._decoding = [False] * self.groups  # a decode step of the group is under way
@@ -150,6 +150,20 @@ class Scheduler:
         slot.used_at = self._tick()
         if keep is not None:
             slot.count = min(slot.count, keep)
+
+    def regroup(self, groups: int, prefills: int, forget: bool = False) -> None:
+        """Go on with other numbers of groups and prefills, while no step is under way. Slots keep what they hold;
+        `forget`: none runs, and they hold nothing any more."""
+        assert not self._prefilling
+        assert not any(self._decoding)
+        self.groups, self.prefills, self._decoding, self._turn = groups, prefills, [False] * groups, 0
+        for slot in self.rows:
+            slot.group = _group_of(slot.number, groups, self.slots)
+            if forget:
+                assert slot.continuation is None
+                slot.count = 0
+        if forget:
+            self._copies = []
 
     def next(self) -> Step | None:
         """The next step to issue, or None until one is done or a continuation comes."""
@@ -319,6 +333,10 @@ class Scheduler:
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
+
+
+def _group_of(slot: int, groups: int, slots: int) -> int:
+    return slot * groups // slots
 
 
 def chosen_rows(step: Step) -> Iterator[tuple[int, StepRow]]:

@@ -303,7 +303,7 @@ def test_close_fails_what_is_unfinished_and_leaves_nobody_waiting(gate: Gate) ->
     assert not [
         thread
         for thread in threading.enumerate()
-        if thread.name.startswith("stage-") and thread in pipeline._lanes._workers
+        if thread.name.startswith("stage-") and thread in pipeline._serving.lanes._workers
     ]
 
 

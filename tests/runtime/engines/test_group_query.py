@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stageline.models.errors import EngineError
 from stageline.runtime.devices.cpu import CpuDevice
 from stageline.runtime.engines import Array, CacheDtype, CacheSize, Engine, StageFile, engine_factory
 from stageline.runtime.manifest import CacheSpec
@@ -87,23 +88,21 @@ def sinks_of(kind: Kind, layer: int) -> Array:
     return np.random.default_rng(layer).normal(0, 2, kind.heads).astype(np.float32)
 
 
+def opened(folder: Path, kind: Kind, dtype: CacheDtype | None = "float32") -> Engine:
+    file = folder / "stage.onnx"
+    ir.save(graph_of(kind), Path(file))
+    caches = tuple(
+        CacheSpec(name=f"layer{n}", heads=kind.kv_heads, key_size=kind.key_size, value_size=kind.value_size)
+        for n in range(2)
+    )
+    size = None if dtype is None else CacheSize(SLOTS, CAPACITY, dtype)
+    return engine_factory("onnxruntime")(StageFile(0, file, folder, caches), CpuDevice((0,)), size)
+
+
 @pytest.fixture(scope="module")
 def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """Gives an engine for a kind, without a cache or with one of a dtype."""
-
-    @cache
-    def opened(kind: Kind, dtype: CacheDtype | None = "float32") -> Engine:
-        folder = tmp_path_factory.mktemp("stage")
-        file = folder / "stage.onnx"
-        ir.save(graph_of(kind), Path(file))
-        caches = tuple(
-            CacheSpec(name=f"layer{n}", heads=kind.kv_heads, key_size=kind.key_size, value_size=kind.value_size)
-            for n in range(2)
-        )
-        size = None if dtype is None else CacheSize(SLOTS, CAPACITY, dtype)
-        return engine_factory("onnxruntime")(StageFile(0, file, folder, caches), CpuDevice((0,)), size)
-
-    return opened
+    return cache(lambda *wanted: opened(tmp_path_factory.mktemp("stage"), *wanted))
 
 
 def attend(kind: Kind, layer: int, query: Array, key: Array, value: Array) -> Array:
@@ -218,6 +217,26 @@ def test_a_row_with_nothing_new_keeps_what_it_holds(engine_of: Opened) -> None:
     rows.step(0, [9, 0, 4])
     rows.step(0, [1, 0, 1])
     rows.step(1, [2])
+
+
+def test_caches_go_from_engine_to_engine_with_all_they_hold(tmp_path: Path) -> None:
+    kind = KINDS["odd sizes"]
+    one, other = opened(tmp_path, kind), opened(tmp_path, kind)
+    rows = Rows(kind, one, np.random.default_rng(4))
+    rows.step(0, [6, 2, 0, 3])
+    given = one.give_caches()
+    buffers = dict(given)
+    other.take_caches({**given, "layer7.key": np.zeros(1)})
+    rows.engine = other
+    rows.step(0, [1, 1, 0, 1])
+    rows.copy(0, 2, 4)
+    back = other.give_caches()
+    assert all(back[name] is buffer for name, buffer in buffers.items())
+    one.take_caches(back)
+    rows.engine = one
+    rows.step(0, [1, 3, 1, 1])
+    with pytest.raises(EngineError, match=r"stage 0 is given no cache 'layer1\.value'"):
+        other.take_caches({name: buffer for name, buffer in back.items() if name != "layer1.value"})
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -173,6 +173,17 @@ class AnyOrder(RuleBasedStateMachine):
         alive = list(self.machine.lengths)
         self.machine.cancel(alive[which % len(alive)], keep)
 
+    @precondition(lambda self: not self.machine.flying)
+    @rule(groups=st.integers(1, 3), prefills=st.integers(1, 3))
+    def regroup(self, groups: int, prefills: int) -> None:
+        self.machine.scheduler.regroup(min(groups, self.machine.scheduler.slots), prefills)
+
+    @precondition(lambda self: not self.machine.flying and not self.machine.scheduler.running)
+    @rule(groups=st.integers(1, 3))
+    def forget(self, groups: int) -> None:
+        self.machine.scheduler.regroup(min(groups, self.machine.scheduler.slots), 1, forget=True)
+        self.machine.cache[:] = GARBAGE
+
     @invariant()
     def a_slot_serves_one(self) -> None:
         for slot in self.machine.scheduler.rows:
@@ -425,3 +436,22 @@ def test_a_waiting_continuation_can_be_cancelled() -> None:
     machine.settle()
     assert machine.finished == [first]
     assert not machine.scheduler.waiting
+
+
+def test_other_groups_go_on_where_the_slots_were() -> None:
+    scheduler = Scheduler(4, 40, 2, 8, prefills=2)
+    machine = Machine(scheduler)
+    for seed in range(4):
+        machine.add([seed] * 5, 12)
+    while any(len(continuation.tokens) < 8 for continuation in machine.lengths):
+        while machine.issue() is not None:
+            pass
+        machine.complete()
+    while machine.flying:
+        machine.complete()
+    scheduler.regroup(1, prefills=1)
+    step = machine.issue()
+    assert step is not None
+    assert (step.kind, [row.slot for row in step.rows]) == ("decode", [0, 1, 2, 3])
+    machine.settle()
+    assert len(machine.finished) == 4
