@@ -57,8 +57,13 @@ class Bundle:
         return cls(folder, manifest, tensors)
 
     def parts(self) -> list[ir.Model]:
-        """The part graphs."""
-        return [ir.load(self.path / part.file) for part in self.manifest.parts]
+        """The part graphs. BundleError where one cannot be read any more."""
+        try:
+            return [ir.load(self.path / part.file) for part in self.manifest.parts]
+        except OSError as error:
+            raise BundleError(
+                f"bundle {self.path}: {error.filename} cannot be read ({error.strerror}); export the bundle again"
+            ) from error
 
 
 def read_manifest(folder: Path) -> Manifest:

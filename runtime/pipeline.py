@@ -45,7 +45,10 @@ DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as 
 @dataclass(frozen=True)
 class PipelineStats:
     """What a pipeline did since it opened. `in_flight` counts unfinished batches, those `queued` (no stage has started
-    on them) included; `generation` is None for a model that does not generate."""
+    on them) included; `generation` is None for a model that does not generate.
+
+    `layers` are the blocks of each stage as they are cut now, `switch` the last of `switches` to other stages.
+    """
 
     open_s: float
     stages: tuple[StageStats, ...]
@@ -55,6 +58,9 @@ class PipelineStats:
     in_flight: int
     queued: int
     generation: GenerationStats | None = None
+    layers: tuple[int, ...] = ()
+    switches: int = 0
+    switch: Switched | None = None
 
 
 class Pipeline:
@@ -328,6 +334,9 @@ class Pipeline:
             batches.in_flight,
             batches.queued,
             self._generator.stats(stages) if self._generator else None,
+            self._serving.cut.layers,
+            self._serving.switches,
+            self._serving.last,
         )
 
     def record(self, recorder: Recorder | None) -> None:
