@@ -1,1 +1,1 @@
-"""The Streamlit dashboard's package."""
+"""The Streamlit dashboard: pages in views/, charts in charts.py, what they show in plain modules beside them."""

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from stageline.exporter import bench_commands, build_command, doctor_command, plan_commands, serve_command, show
+from stageline.exporter import (
+    bench_commands,
+    build_command,
+    dashboard_command,
+    doctor_command,
+    plan_commands,
+    serve_command,
+    show,
+)
 from stageline.models.catalogue import CATALOGUE, default_root, fetch
 from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import RequestError, StagelineError
@@ -255,6 +263,7 @@ build_command.register(app)
 bench_commands.register(app)
 serve_command.register(app)
 doctor_command.register(app)
+dashboard_command.register(app)
 
 
 def _failed(message: str, status: int) -> int:

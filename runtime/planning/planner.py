@@ -9,10 +9,11 @@ from functools import cache, cached_property
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.manifest import TensorSpec
+from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cluster import Cluster, Kind
 from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
 from stageline.runtime.planning.partition import best_plan, runner_up
-from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, Problem
+from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, PlannedStage, Problem
 from stageline.runtime.planning.profile import Profile
 from stageline.runtime.planning.shortage import smallest_shortage
 from stageline.runtime.planning.simulate import Setting, SimulatedStage
@@ -111,6 +112,10 @@ class Planner:
         profile = self.profile
         return cache(lambda threads: Timings(profile, self.bundle.manifest, threads, self.costs))
 
+    def rates(self, kind: Kind) -> Rates:
+        """The roofline of a device: of its published figures, or of what the profile measured."""
+        return self._timings(kind.threads).rates if kind.device is None else kind.device.rates(self.dtype)
+
     def problem(self, shape: Shape, stages: int | None = None) -> Problem:
         """The problem for a micro-batch and, where it is given, a number of stages."""
         manifest, costs = self.bundle.manifest, self.costs(shape)
@@ -162,6 +167,14 @@ class Planner:
         if not found:
             raise StagelineError(self._why_nothing_fits())
         return min(found, key=lambda answer: answer.value(objective))
+
+    def cut(self, layers: Sequence[int]) -> Answer:
+        """What stages of so many blocks give, each on a device of the first kind, whether they fit or not."""
+        shape = self.load.shape(self.bundle.manifest.cached, len(layers))
+        problem = self.problem(shape)
+        ends = list(itertools.accumulate(layers))
+        stages = [PlannedStage(0, first, end) for first, end in zip((0, *ends), ends, strict=False)]
+        return self._answer(problem, Plan.of(problem, stages), shape)
 
     def second(self, objective: Objective, best: Answer) -> Answer | None:
         """The best plan with another cut or another device."""

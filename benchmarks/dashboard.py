@@ -1,0 +1,217 @@
+"""How long each page of the dashboard takes until it is ready, in a browser, on a large store; and the server's memory.
+
+The store holds 2,000 made-up runs, one of them with a million requests and one with 100,000 spans. A page is ready when
+its script has run and its charts are drawn. Needs Chromium, as the browser tests do.
+"""
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from stageline.dashboard.command import stageline
+from stageline.runtime.bench.client import Answers
+from stageline.runtime.bench.figures import of_requests, over_repeats
+from stageline.runtime.bench.records import (
+    OURS,
+    Environment,
+    Load,
+    Measurement,
+    Plan,
+    Requests,
+    Run,
+    Settings,
+    Slo,
+    StageFigures,
+    Timeline,
+    ladder,
+)
+from stageline.runtime.bench.store import Store
+from stageline.runtime.trace import Span
+
+RUNS, REQUESTS, SPANS, ROUNDS = 2000, 1_000_000, 100_000, 5
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+LOADS = (Load("SingleStream", 1), *(Load("Concurrency", n) for n in (2, 4, 8)), Load("Server", rate_per_s=20.0))
+
+
+def some_requests(count: int, seed: int, repeat: int = 0) -> Requests:
+    """Requests with latencies like a queue's: most short, few long."""
+    draw = np.random.default_rng(seed)
+    intended = np.sort(draw.uniform(0, count / 500, count))
+    first = draw.lognormal(-3, 0.3, count).astype(np.float32)
+    return Requests(
+        np.full(count, repeat, np.uint16),
+        intended,
+        np.zeros(count, np.float32),
+        first,
+        (first + draw.lognormal(-2.2, 0.5, count)).astype(np.float32),
+        draw.integers(8, 120, count, np.uint32),
+        draw.integers(2, 48, count, np.uint32),
+        np.zeros(count, np.uint8),
+    )
+
+
+def some_run(
+    seed: int, created: float, requests: int = 200, loads: tuple[Load, ...] = LOADS
+) -> tuple[Run, list[Requests]]:
+    """A run of three repeats for each load, by the pipeline and one baseline; its figures are of its requests."""
+    slo = Slo(latency_s=0.5)
+    measurements, kept = [], []
+    for contender in (OURS, "onnxruntime"):
+        for number, load in enumerate(loads):
+            repeats = [some_requests(requests // 3, seed * 31 + number * 7 + n + len(contender), n) for n in range(3)]
+            seconds = [float(one.intended_s[-1] + one.latency_s[-1]) for one in repeats]
+            figures = over_repeats(
+                [of_requests(Answers(0.0, s, one), 1, slo) for s, one in zip(seconds, repeats, strict=True)]
+            )
+            every = Requests.join(repeats)
+            ladders = {
+                "latency_s": ladder(every.latency_s),
+                "ttft_s": ladder(every.first_token_s),
+                "tpot_s": ladder(every.tpot_s),
+            }
+            stages = tuple(StageFigures(n, 15, f"cpu:{n}", 900, 3.1 - n / 3, 0.02, 0.4 + n / 3) for n in range(2))
+            mine = contender == OURS
+            measurements.append(
+                Measurement(contender, load, sum(seconds), len(every), figures, ladders, stages if mine else ())
+            )
+            kept.append(every)
+    bundle = f"bundles/{('smollm2', 'minilm')[seed % 2]}"
+    settings = Settings(
+        loads, 3, 2.0, 1.0, seed, "made-up requests", 1, 24, slo, ("onnxruntime",), "onnxruntime", 2, None, 8
+    )
+    environment = Environment("a made-up machine", 2, 2**34, None, "Linux", {"stageline": "0.1.0"}, None)
+    run = Run(
+        uuid.uuid4().hex, "", created, bundle, f"{seed % 2:064d}", "model", "text-generation", "float32", settings,
+        Plan((18, 12), ("cpu:0", "cpu:1")), environment, "done", None, created + 60.0, measurements=tuple(measurements),
+    )  # fmt: skip
+    return run, kept
+
+
+def some_spans(count: int) -> Timeline:
+    """Micro-batches through two stages of unlike length."""
+    spans, free = [], [0.0, 0.0]
+    for number in range(count // 2):
+        at = free[0]
+        for stage, took in enumerate((0.004, 0.003 + 0.0005 * (number % 3))):
+            begin = max(at, free[stage])
+            at = free[stage] = begin + took
+            spans.append(Span(stage, "decode", number, begin, at, 8, 1, (number, number + 1)))
+    return Timeline(tuple(spans))
+
+
+def filled(path: Path, runs: int, requests: int, spans: int) -> tuple[Store, Run, Run]:
+    """A store with `runs` runs, of which the newest two have so many requests, and so many spans."""
+    store, now = Store(path), time.time()
+    for number in range(runs - 2):
+        store.put(some_run(number, now - 600.0 * (runs - number))[0])
+    large, kept = some_run(0, now - 120.0, requests, (Load("Server", rate_per_s=500.0),))
+    store.put(large, kept[:1])
+    traced, _ = some_run(0, now - 60.0, 3000)
+    store.put(traced, [], [some_spans(spans)])
+    return store, large, traced
+
+
+@contextmanager
+def dashboard(store: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """The dashboard as a user starts it: its address and its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        stageline("dashboard", "--store", str(store), "--port", str(port)), stdout=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+READY = """() => {
+  const app = document.querySelector('[data-test-script-state]');
+  const charts = [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')];
+  return app && app.getAttribute('data-test-script-state') === 'notRunning'
+    && document.querySelector('[data-testid="stMain"] h1') !== null
+    && charts.every(one => one.querySelector('canvas, svg') !== null);
+}"""
+
+
+def ready_s(browser: Any, url: str) -> float:
+    """Seconds from opening a page in a fresh browser window until it is drawn."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    began = time.perf_counter()
+    page.goto(url)
+    page.wait_for_function(READY, timeout=60_000, polling=20)
+    took = time.perf_counter() - began
+    if page.query_selector('[data-testid="stException"]'):
+        raise SystemExit(f"{url} shows an exception")
+    context.close()
+    return took
+
+
+def main() -> None:
+    """Fill a store, open each page several times, print and write what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--store", type=Path, help="keep the store here")
+    options = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.store or Path(scratch) / "bench.sqlite"
+        _, large, traced = filled(path, options.runs, options.requests, SPANS)
+        pages = {
+            "Overview": "/",
+            "Overview, run of a million requests": f"/?run={large.id}",
+            "Timeline, 100,000 spans": f"/timeline?run={traced.id}",
+            "Compare, a million requests": f"/compare?runs={large.id},{traced.id}",
+            "Compare, a million requests with themselves": f"/compare?runs={large.id},{large.id}",
+            "Run a benchmark": "/run",
+            "Live": "/live",
+            "Plan": "/plan",
+            "Environment": "/environment",
+        }
+        found: dict[str, Any] = {}
+        with dashboard(path) as (url, process), sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+            before = process.memory_info().rss
+            for name, place in pages.items():
+                first, *later = (ready_s(browser, url + place) for _ in range(ROUNDS))
+                memory = process.memory_info().rss
+                found[name] = {"first_s": first, "later_s": statistics.median(later), "server_bytes": memory}
+                median = statistics.median(later)
+                print(f"{name:46}{first:7.2f} s first{median:7.2f} s later{memory / 1e6:7.0f} MB", flush=True)
+            browser.close()
+        result = {
+            "runs": options.runs, "requests": options.requests, "spans": SPANS, "rounds": ROUNDS,
+            "store_bytes": path.stat().st_size, "server_bytes_at_start": before, "pages": found,
+        }  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Opens the dashboard: `python -m stageline.dashboard`, which `stageline dashboard` runs, becomes Streamlit itself."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Replace this process by Streamlit, listening on this machine alone unless told otherwise."""
+    parser = argparse.ArgumentParser(prog="stageline dashboard")
+    parser.add_argument("--store", default="")
+    parser.add_argument("--bundles", action="append", default=[])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int)
+    given = parser.parse_args()
+    script = Path(__file__).with_name("app.py")
+    flags = ["--server.address", given.host, "--browser.gatherUsageStats", "false"]
+    flags += ["--server.port", str(given.port)] if given.port else []
+    own = ["--store", given.store] if given.store else []
+    own += [word for folder in given.bundles for word in ("--bundles", folder)]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "streamlit", "run", str(script), *flags, "--", *own])
+
+
+if __name__ == "__main__":
+    main()

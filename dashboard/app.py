@@ -1,0 +1,25 @@
+"""The script that Streamlit runs: the pages and how one gets from one to another."""
+
+from pathlib import Path
+
+import streamlit as st
+from stageline.dashboard.views import compare, environment, live, overview, plan, run, timeline
+
+PAGES = {
+    "overview": st.Page(overview.show, title="Overview", icon=":material/speed:", default=True),
+    "timeline": st.Page(timeline.show, title="Timeline", icon=":material/view_timeline:", url_path="timeline"),
+    "compare": st.Page(compare.show, title="Compare", icon=":material/compare_arrows:", url_path="compare"),
+    "live": st.Page(live.show, title="Live", icon=":material/monitor_heart:", url_path="live"),
+    "run": st.Page(run.show, title="Run a benchmark", icon=":material/play_circle:", url_path="run"),
+    "plan": st.Page(plan.show, title="Plan", icon=":material/account_tree:", url_path="plan"),
+    "environment": st.Page(environment.show, title="Environment", icon=":material/memory:", url_path="environment"),
+}
+SECTIONS = {
+    "Results": ["overview", "timeline", "compare"],
+    "Measure": ["run", "live"],
+    "Model": ["plan", "environment"],
+}
+
+st.set_page_config(page_title="Stageline", page_icon=str(Path(__file__).with_name("icon.png")), layout="wide")
+st.session_state["pages"] = PAGES  # what page links lead to
+st.navigation({name: [PAGES[page] for page in pages] for name, pages in SECTIONS.items()}, expanded=True).run()

@@ -1,0 +1,1 @@
+"""Charts: rows in, Altair out; a file for each family. Colours come from the theme, units stand on every axis."""

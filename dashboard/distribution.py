@@ -1,0 +1,53 @@
+"""Many requests made few numbers: histograms and latency over time. A million requests cost a browser nothing."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from stageline.runtime.bench.records import ANSWERED, Requests
+
+_BINS, _SLICES = 60, 80
+Floats = npt.NDArray[np.float64]
+
+
+def histogram(name: str, requests: Requests, edges_s: Floats) -> list[dict[str, Any]]:
+    """The share of requests, in percent, whose latency lies between each two edges (seconds)."""
+    latency = requests.latency_s[requests.status == ANSWERED]
+    counts, _ = np.histogram(latency, edges_s)
+    total = max(1, len(latency))
+    return [
+        {"run": name, "low_ms": float(low) * 1e3, "high_ms": float(high) * 1e3, "percent": 100 * float(count) / total}
+        for low, high, count in zip(edges_s[:-1], edges_s[1:], counts, strict=True)
+    ]
+
+
+def edges(all_requests: list[Requests]) -> Floats:
+    """Bounds of bins, evenly spread over the logarithm, that hold every latency (seconds)."""
+    known = [r.latency_s[r.status == ANSWERED] for r in all_requests]
+    lows = [float(one.min()) for one in known if len(one)]
+    highs = [float(one.max()) for one in known if len(one)]
+    low, high = max(1e-6, min(lows, default=1e-3)), max(highs, default=1.0)
+    return np.geomspace(low * 0.999, max(high, low * 1.01) * 1.001, _BINS + 1)
+
+
+def over_time(name: str, requests: Requests) -> list[dict[str, Any]]:
+    """The median and p99 of latency of the requests intended in each slice of a repeat; all repeats on one another."""
+    good = requests.status == ANSWERED
+    at, latency = requests.intended_s[good], requests.latency_s[good]
+    if not len(at):
+        return []
+    slices = max(1, min(_SLICES, len(at) // 20))
+    bounds = np.linspace(float(at.min()), float(at.max()) + 1e-9, slices + 1)
+    place = np.searchsorted(bounds, at, side="right") - 1
+    order = np.argsort(place, kind="stable")
+    parts = np.split(latency[order], np.searchsorted(place[order], np.arange(1, slices)))
+    rows = []
+    for number, part in enumerate(parts):
+        if len(part):
+            p50, p99 = np.percentile(part, [50, 99]).tolist()
+            middle = float(bounds[number] + bounds[number + 1]) / 2
+            rows += [
+                {"run": name, "at_s": middle, "percentile": "p50", "ms": p50 * 1e3},
+                {"run": name, "at_s": middle, "percentile": "p99", "ms": p99 * 1e3},
+            ]
+    return rows

@@ -1,0 +1,202 @@
+"""A running service over the last minutes: its /metrics read each second by a thread, and what follows from them."""
+
+import itertools
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from prometheus_client.parser import text_string_to_metric_families
+from stageline.models.errors import StagelineError
+
+PERIOD_S, KEPT_S = 1.0, 300
+_UNWATCHED_S = 60.0  # without a reader, after which the thread ends
+_TIMEOUT_S = 3.0
+_LIMIT_BYTES = 4 * 1024**2
+
+Key = tuple[str, tuple[tuple[str, str], ...]]
+"""A metric's name and its labels in order."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All metrics at a time (seconds since the epoch)."""
+
+    at_s: float
+    values: Mapping[Key, float]
+
+    def get(self, name: str, **labels: str) -> float | None:
+        """A metric's value, None where the service does not tell it."""
+        return self.values.get((name, tuple(sorted(labels.items()))))
+
+    def labels(self, name: str, label: str, **fixed: str) -> list[str]:
+        """The values of a label among a metric's samples."""
+        found = [dict(labels) for metric, labels in self.values if metric == name]
+        return [one[label] for one in found if label in one and fixed.items() <= one.items()]
+
+
+def parsed(text: str, at_s: float) -> Sample:
+    """The sample in Prometheus' text. StagelineError where it is something else."""
+    try:
+        families = list(text_string_to_metric_families(text))
+    except ValueError as error:
+        raise StagelineError(f"its /metrics are not Prometheus' text ({error})") from error
+    values = {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+    if not any(name.startswith("stageline_") for name, _ in values):
+        raise StagelineError("it answers, but it is no stageline serve: its /metrics have no stageline_ names")
+    return Sample(at_s, values)
+
+
+def scrape(url: str) -> Sample:
+    """Read `url`/metrics once. StagelineError in one line where that fails."""
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise StagelineError(f"{url!r} is no address; give one like http://127.0.0.1:8000")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=_TIMEOUT_S) as answer:
+            text = answer.read(_LIMIT_BYTES).decode()
+    except urllib.error.HTTPError as error:
+        raise StagelineError(f"{url} answers {error.code} to /metrics") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise StagelineError(f"nothing answers at {url} ({getattr(reason, 'strerror', None) or reason})") from error
+    return parsed(text, time.time())
+
+
+class Watcher:
+    """Reads a service each second while somebody looks, and remembers the last minutes. Thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._lock = threading.Lock()
+        self._samples: deque[Sample] = deque(maxlen=int(KEPT_S / PERIOD_S))
+        self._error: str | None = None
+        self._read_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    def look(self) -> tuple[list[Sample], str | None]:
+        """The samples so far, oldest first, and why the last reading failed, if it did."""
+        with self._lock:
+            self._read_at = time.monotonic()
+            begun = self._thread is None
+            if begun:
+                self._thread = threading.Thread(target=self._watch, name=f"watch {self.url}", daemon=True)
+        if begun:
+            self._read()
+            assert self._thread is not None
+            self._thread.start()
+        with self._lock:
+            return list(self._samples), self._error
+
+    def _read(self) -> None:
+        try:
+            sample, error = scrape(self.url), None
+        except StagelineError as told:
+            sample, error = None, str(told)
+        with self._lock:
+            self._error = error
+            if sample is not None:
+                self._samples.append(sample)
+
+    def _watch(self) -> None:
+        due = time.monotonic() + PERIOD_S
+        while True:
+            time.sleep(max(0.0, due - time.monotonic()))
+            due = max(due + PERIOD_S, time.monotonic())
+            with self._lock:
+                if time.monotonic() - self._read_at > _UNWATCHED_S:
+                    self._thread = None
+                    return
+            self._read()
+
+
+def models(sample: Sample) -> list[str]:
+    """The models that the service serves."""
+    return sorted(set(sample.labels("stageline_stage_runs_total", "model")))
+
+
+def generates(sample: Sample, model: str) -> bool:
+    """Whether the model generates (else it embeds)."""
+    return sample.get("stageline_slots", model=model) is not None
+
+
+def stages(sample: Sample, model: str) -> list[str]:
+    """The numbers of the model's stages."""
+    return sorted(sample.labels("stageline_stage_runs_total", "stage", model=model), key=int)
+
+
+def rates(samples: Sequence[Sample], name: str, **labels: str) -> list[tuple[float, float]]:
+    """A counter's growth a second between samples, by the later one's time. A service that began anew leaves a gap."""
+    found = []
+    for before, after in itertools.pairwise(samples):
+        low, high = before.get(name, **labels), after.get(name, **labels)
+        if low is not None and high is not None and high >= low and after.at_s > before.at_s:
+            found.append((after.at_s, (high - low) / (after.at_s - before.at_s)))
+    return found
+
+
+def series(samples: Sequence[Sample], name: str, **labels: str) -> list[tuple[float, float]]:
+    """A gauge over time."""
+    return [(s.at_s, value) for s in samples if (value := s.get(name, **labels)) is not None]
+
+
+def smoothed(points: Sequence[tuple[float, float]], over: int = 3) -> list[tuple[float, float]]:
+    """The mean of each value with those just before it."""
+    return [
+        (at, sum(v for _, v in points[max(0, n - over + 1) : n + 1]) / min(over, n + 1))
+        for n, (at, _) in enumerate(points)
+    ]
+
+
+def rows(lines: Iterable[tuple[str, Sequence[tuple[float, float]]]], now_s: float) -> list[dict[str, Any]]:
+    """Lines by name as rows of a chart; time in seconds before now."""
+    return [
+        {"ago_s": round(at - now_s, 2), "value": value, "line": name}
+        for name, points in lines
+        for at, value in points
+        if at >= now_s - KEPT_S
+    ]
+
+
+@dataclass(frozen=True)
+class Now:
+    """The headline numbers; None where the service does not tell them."""
+
+    throughput_per_s: float | None
+    ttft_p50_s: float | None
+    ttft_p99_s: float | None
+    tpot_p50_s: float | None
+    waiting: float | None
+    running: float | None
+    slots: float | None
+    memory_bytes: float | None
+    processors: float | None
+
+
+def latest(samples: Sequence[Sample], model: str) -> Now:
+    """Of the last sample, rates over the last three seconds."""
+    last, recent = samples[-1], samples[-4:]
+    counter = "stageline_generated_tokens_total" if generates(last, model) else "stageline_requests_total"
+    labels = {"model": model} if generates(last, model) else {"model": model, "outcome": "done"}
+
+    def mean(points: list[tuple[float, float]]) -> float | None:
+        return sum(value for _, value in points) / len(points) if points else None
+
+    def gauge(name: str, **more: str) -> float | None:
+        return last.get(f"stageline_{name}", model=model, **more)
+
+    return Now(
+        mean(rates(recent, counter, **labels)),
+        gauge("ttft_seconds", quantile="0.5"),
+        gauge("ttft_seconds", quantile="0.99"),
+        gauge("tpot_seconds", quantile="0.5"),
+        gauge("queue_waiting"),
+        gauge("slots_running"),
+        gauge("slots"),
+        last.get("process_resident_memory_bytes"),
+        mean(rates(recent, "process_cpu_seconds_total")),
+    )

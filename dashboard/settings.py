@@ -1,0 +1,40 @@
+"""What the dashboard was started with: the store, and where bundles lie."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stageline.runtime.bundle import MANIFEST
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`store` None: the user's own. `bundles` are bundles or folders of bundles."""
+
+    store: Path | None
+    bundles: tuple[Path, ...]
+
+    @classmethod
+    def given(cls) -> "Settings":
+        """Of this process's command line, as stageline.dashboard's __main__ passes it on."""
+        parser = ArgumentParser()
+        parser.add_argument("--store", type=Path)
+        parser.add_argument("--bundles", type=Path, action="append")
+        known, _ = parser.parse_known_args(sys.argv[1:])
+        return cls(known.store, tuple(known.bundles or [Path.cwd() / "bundles", Path.cwd()]))
+
+
+def find_bundles(places: Iterable[Path]) -> list[Path]:
+    """The bundles among `places` and directly in them, each once, by name."""
+    found: dict[Path, None] = {}
+    for place in places:
+        try:
+            inside = sorted(place.iterdir()) if place.is_dir() else []
+        except OSError:
+            inside = []
+        for folder in (place, *inside):
+            if (folder / MANIFEST).is_file():
+                found.setdefault(folder.resolve())
+    return sorted(found, key=lambda folder: (folder.name, str(folder)))

@@ -1,0 +1,90 @@
+"""The page Environment: what doctor says."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+from stageline.dashboard import words
+from stageline.dashboard.views.common import page
+from stageline.runtime.doctor import Diagnosis, diagnose
+
+
+@page(
+    "Environment", "What this machine has for Stageline, and how to install what is absent. As `stageline doctor` says."
+)
+def show() -> None:
+    """Draw the page."""
+    found = _diagnosis()
+    for problem in found.problems:
+        st.warning(problem, icon=":material/warning:")
+    processor = found.processor
+    with st.container(horizontal=True):
+        st.metric("Processors", len(processor.cores), border=True, help=processor.model)
+        memory = processor.memory_bytes
+        st.metric("Memory", words.size(memory) if memory else "unknown", border=True)
+        st.metric("GPUs", len(found.gpus), border=True)
+        ready = [engine for engine in found.engines if engine.version]
+        st.metric("Engines", f"{len(ready)} of {len(found.engines)}", border=True, help="installed")
+    nvidia = found.driver.problem or f"NVIDIA {found.driver.version}, CUDA up to {found.driver.cuda}"
+    st.caption(
+        f"stageline {found.stageline}, Python {found.python}, {found.system}. {processor.model}. Driver: {nvidia}."
+    )
+    if found.gpus:
+        st.subheader("GPUs", anchor=False)
+        _table(
+            [
+                {
+                    "device": f"cuda:{gpu.index}",
+                    "name": gpu.name,
+                    "compute capability": gpu.compute_capability,
+                    "memory": words.size(gpu.memory_bytes),
+                    "free": words.size(gpu.free_bytes),
+                    "MIG": ", ".join(part.name for part in gpu.mig) or "off",
+                }
+                for gpu in found.gpus
+            ]
+        )
+    st.subheader("Engines", anchor=False)
+    _table(
+        [
+            {
+                "engine": engine.name,
+                "version": engine.version or "absent",
+                "runs on": engine.runs_on,
+                "builds for": " ".join(engine.targets) or "-",
+                "install": "" if engine.version else engine.install,
+            }
+            for engine in found.engines
+        ]
+    )
+    st.subheader("Optional parts", anchor=False)
+    _table(
+        [
+            {
+                "extra": extra.name,
+                "state": "complete" if extra.complete else "absent: " + " ".join(_absent(extra.packages.items())),
+                "install": "" if extra.complete else extra.install,
+            }
+            for extra in found.extras
+        ]
+    )
+    st.subheader("Reference checkpoints", anchor=False)
+    _table(
+        [
+            {"checkpoint": one.name, "folder": one.folder or "absent", "fetch": "" if one.folder else one.fetch}
+            for one in found.checkpoints
+        ]
+    )
+
+
+@st.cache_data(ttl=30, show_spinner=False)
+def _diagnosis() -> Diagnosis:
+    return diagnose()
+
+
+def _absent(packages: Any) -> list[str]:
+    return [name for name, version in packages if version is None]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> None:
+    st.table(list(rows), hide_index=True, border="horizontal")

@@ -1,0 +1,238 @@
+"""The page Plan: blocks, stages, what crosses each cut, and what moving a cut would give."""
+
+from pathlib import Path
+
+import streamlit as st
+from stageline.dashboard import cutting, words
+from stageline.dashboard.charts import plan as charts
+from stageline.dashboard.views.common import choose_bundle, page
+from stageline.runtime.bundle import MANIFEST, Bundle
+from stageline.runtime.planning.planner import Answer, Load, Planner
+from stageline.runtime.planning.profile import FOLDER, Profile
+
+
+@page("Plan", "Where a model is cut into stages, what that gives, and what another cut would give.")
+def show() -> None:
+    """Draw the page."""
+    folder = choose_bundle()
+    if folder is None:
+        return
+    bundle = _opened(str(folder), (folder / MANIFEST).stat().st_mtime_ns)
+    profile, warning = cutting.profile_of(folder)
+    _facts(bundle)
+    if profile is None:
+        st.info(
+            f"Times on this machine are not known yet: predictions are for published devices. Measure it with "
+            f"`stageline profile {folder}`.",
+            icon=":material/timer:",
+        )
+    elif warning:
+        st.warning(warning, icon=":material/warning:")
+    place, load = _choices(bundle, profile)
+    layers = _cuts(bundle, place, load)
+    if layers is None:
+        st.warning("Two cuts are at the same block: a stage needs at least one block.", icon=":material/content_cut:")
+        return
+    planner = _planner(str(folder), _changed(folder), place, len(layers), load)
+    answer = planner.cut(layers)
+    best = planner.best("throughput")
+    _effect(bundle, planner, answer, best, layers)
+    st.subheader("Blocks", anchor=False)
+    _blocks(planner, answer)
+    left, right = st.columns(2, gap="large")
+    with left:
+        _crossing(bundle, answer)
+    with right:
+        _roofline(planner, answer)
+    _reports(folder)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _opened(folder: str, changed: int) -> Bundle:
+    return cutting.open_unverified(Path(folder))
+
+
+@st.cache_resource(max_entries=32, show_spinner="Reading the profile")
+def _planner(folder: str, changed: tuple[int, ...], place: str, stages: int, load: Load) -> Planner:
+    bundle = _opened(folder, changed[0])
+    return cutting.planner_for(bundle, place, stages, load, cutting.profile_of(Path(folder))[0])
+
+
+def _changed(folder: Path) -> tuple[int, ...]:
+    """Times of the files that predictions are made from: what is remembered holds while they stay."""
+    return tuple(f.stat().st_mtime_ns for f in (folder / MANIFEST, *sorted((folder / FOLDER).glob("*.json"))))
+
+
+def _facts(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    kinds = cutting.kinds_of_blocks(manifest)
+    with st.container(horizontal=True):
+        st.metric("Parameters", words.count(cutting.parameters(bundle)), border=True)
+        st.metric("Weights", words.size(cutting.weight_bytes(bundle)), border=True, help=f"as {manifest.dtype}")
+        st.metric("Blocks", manifest.blocks, border=True, help=f"of {words.counted(kinds, 'kind')}")
+        now = ", ".join(map(str, cutting.layers_of(manifest)))
+        st.metric("Stages now", len(manifest.stages), border=True, help=f"of {now} blocks")
+    st.caption(
+        f"{manifest.architecture}, {manifest.task}, {manifest.dtype}. {manifest.trace[:1].upper()}{manifest.trace[1:]}."
+    )
+
+
+def _choices(bundle: Bundle, profile: Profile | None) -> tuple[str, Load]:
+    manifest = bundle.manifest
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        place = st.selectbox("Device of each stage", cutting.places(profile), key="device", width=220)
+        longest = manifest.max_positions or 2048
+        if manifest.cached:
+            slots = st.number_input("Slots (requests at a time)", 1, 512, 8, key="slots", width=200)
+            context = st.number_input(
+                "Context (tokens)", 2, longest, min(512, longest), step=64, key=f"context of {longest}", width=200
+            )
+            return place, Load(slots=int(slots), context=int(context))
+        batch = st.number_input("Rows of a micro-batch", 1, 512, 8, key="batch", width=200)
+        length = st.number_input(
+            "Tokens of a row", 1, longest, min(128, longest), step=16, key=f"length of {longest}", width=200
+        )
+        return place, Load(batch=int(batch), length=int(length))
+
+
+def _cuts(bundle: Bundle, place: str, load: Load) -> list[int] | None:
+    """The blocks of each stage as the sliders say."""
+    manifest = bundle.manifest
+    most = cutting.most_stages(manifest, place, load)
+    now = cutting.layers_of(manifest)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        options = list(range(1, most + 1))
+        default = min(len(now), most)
+        stages = st.segmented_control(
+            "Stages", options, default=default, required=True, key=f"stages of {bundle.path} up to {most}"
+        )
+        count = int(stages or default)
+        even = [round(n * manifest.blocks / count) for n in range(1, count)]
+        start = [sum(now[:n]) for n in range(1, count)] if count == len(now) else even
+        cuts = []
+        for number, at in enumerate(start):
+            label = "Cut before block" if count == 2 else f"Cut {number + 1} before block"
+            key = f"cut {number} of {count} of {bundle.path}"
+            cuts.append(st.slider(label, 1, manifest.blocks - 1, at, key=key, width=max(180, 600 // count)))
+    return cutting.layers_between(cuts, manifest.blocks)
+
+
+def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, layers: list[int]) -> None:
+    now = cutting.layers_of(bundle.manifest)
+    same = len(now) == len(layers)
+    before = planner.cut(now) if same and now != layers else None
+    unit, per_s = ("tokens", answer.tokens_per_s)
+    with st.container(horizontal=True):
+        gain = words.change(per_s / before.tokens_per_s - 1) if before else None
+        st.metric(
+            "Predicted throughput", words.rate(per_s, unit), gain, border=True,
+            delta_description="against the bundle's cut" if gain else None,
+        )  # fmt: skip
+        cycle = answer.cycle_s if answer.shape.past else answer.plan.latency_s
+        cycle_before = None if before is None else before.cycle_s if before.shape.past else before.plan.latency_s
+        st.metric(
+            "Time for a token" if answer.shape.past else "Latency of a micro-batch",
+            words.seconds(cycle),
+            words.change(cycle / cycle_before - 1) if cycle_before else None,
+            delta_color="inverse",
+            border=True,
+        )
+        bubble = cutting.bubble_ratio(answer)
+        st.metric(
+            "Bubble ratio",
+            words.share(bubble),
+            f"{100 * (bubble - cutting.bubble_ratio(before)):+.1f} points" if before else None,
+            delta_color="inverse",
+            border=True,
+            help="The share of all stages' time in which they wait for the slowest stage.",
+        )
+        chosen = [stage.end - stage.first for stage in best.plan.stages]
+        ahead = best.tokens_per_s / per_s - 1
+        st.metric(
+            "The planner's cut",
+            ", ".join(map(str, chosen)),
+            "this is it" if chosen == layers else f"{words.change(ahead)} tokens/s",
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+            help="Blocks of each stage that give the most tokens a second on at most as many devices.",
+        )
+    memory = answer.problem.devices[0].memory_bytes
+    for row in cutting.stage_rows(answer):
+        if row["memory_mb"] * 1e6 > memory:
+            st.warning(
+                f"{row['stage']} needs {words.size(row['memory_mb'] * 1e6)}; the device has {words.size(memory)}.",
+                icon=":material/warning:",
+            )
+    left, right = st.columns(2, gap="large")
+    if len(layers) > 1:
+        with left:
+            st.subheader("Moving a cut", anchor=False)
+            which = 0
+            if len(layers) > 2:
+                picked = st.segmented_control(
+                    "Cut", list(range(1, len(layers))), default=1, required=True, key="which cut"
+                )
+                which = int(picked or 1) - 1
+            rows = cutting.moved(planner, layers, which)
+            optimum = max(rows, key=lambda row: float(row["tokens_per_s"]))["cut"]
+            chart = charts.cut_curve(rows, sum(layers[: which + 1]), optimum)
+            st.altair_chart(chart, width="stretch", key="chart-cut")
+            st.caption("The ring marks the best place of this cut, the dashed line where it is.")
+    with right if len(layers) > 1 else left:
+        st.subheader("Stages", anchor=False)
+        st.altair_chart(charts.stages(cutting.stage_rows(answer)), width="stretch", key="chart-stages")
+    if layers != now:
+        st.caption("Nothing is changed by looking. To cut the bundle so:")
+        st.code(
+            f"stageline recut {bundle.path} --layers {','.join(map(str, layers))}", language="bash", wrap_lines=True
+        )
+
+
+def _blocks(planner: Planner, answer: Answer) -> None:
+    measure = st.segmented_control(
+        "What to show",
+        list(charts.MEASURES),
+        default="Time",
+        required=True,
+        key="measure",
+        label_visibility="collapsed",
+    )
+    rows = cutting.block_rows(planner, answer)
+    st.altair_chart(charts.blocks(rows, str(measure or "Time")), width="stretch", key="chart-blocks")
+
+
+def _crossing(bundle: Bundle, answer: Answer) -> None:
+    st.subheader("What crosses each cut", anchor=False)
+    rows = cutting.crossing_rows(bundle, answer)
+    if not rows:
+        st.caption("One stage: nothing crosses.")
+        return
+    total = words.size(sum(row["bytes"] for row in rows))
+    st.dataframe(
+        [{**row, "bytes": words.size(row["bytes"])} for row in rows],
+        hide_index=True,
+        column_config={"bytes": st.column_config.TextColumn("size", help="for this micro-batch")},
+    )
+    shape = answer.shape
+    past = f", {shape.past:,} tokens in the cache" if shape.past else ""
+    st.caption(f"{total} in all for a micro-batch of {shape.batch} × {words.counted(shape.length, 'token')}{past}.")
+
+
+def _roofline(planner: Planner, answer: Answer) -> None:
+    st.subheader("Roofline", anchor=False)
+    line = cutting.roofline(planner, answer)
+    st.altair_chart(charts.roofline(cutting.roof_points(line), line.stages), width="stretch", key="chart-roofline")
+    bounds = ", ".join(f"{row['stage']} by {row['bound']}" for row in line.stages)
+    source = "fitted to this machine's profile" if planner.profile else "published figures times an efficiency"
+    st.caption(f"Bound: {bounds}. Roof: {source}.")
+
+
+def _reports(folder: Path) -> None:
+    reports = cutting.engine_reports(folder)
+    if not reports:
+        return
+    st.subheader("Engine reports", anchor=False)
+    for name, document in reports:
+        with st.expander(name):
+            st.json(document, expanded=2)

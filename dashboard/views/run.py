@@ -1,0 +1,205 @@
+"""The page Run a benchmark: choose what to measure, follow it, cancel it."""
+
+import importlib.util
+import shlex
+from pathlib import Path
+
+import streamlit as st
+from stageline.dashboard import launch, results, words
+from stageline.dashboard.launch import Launcher, Order
+from stageline.dashboard.views.common import choose_bundle, page, told
+from stageline.dashboard.views.recorded import store
+from stageline.models.errors import StagelineError, StoreError
+from stageline.runtime.bench.figures import MEANINGS
+from stageline.runtime.bench.prepare import MLPERF
+from stageline.runtime.bench.records import Figure, Run
+from stageline.runtime.bundle import read_manifest
+from stageline.runtime.manifest import Manifest
+
+_REFRESH_S = 1.0
+
+
+@page(
+    "Run a benchmark",
+    "Measures a bundle on this machine with `stageline bench`. The run goes on when this page is closed.",
+)
+def show() -> None:
+    """Draw the page."""
+    lines = launch.running(store())
+    current = lines[0].id if lines else _launcher().starting()
+    if current:
+        _following(current)
+    elif "run" in st.query_params:
+        told(lambda: _outcome(st.query_params["run"]))
+    _form(current is not None)
+
+
+@st.cache_resource
+def _launcher() -> Launcher:
+    return Launcher()
+
+
+@st.fragment(run_every=_REFRESH_S)
+def _following(run_id: str) -> None:
+    """The progress of a run; when it has ended, the whole page is drawn anew."""
+    run = _if_begun(run_id)
+    if run is None and _launcher().starting() != run_id:
+        st.query_params["run"] = run_id
+        st.rerun()
+    if run is not None and run.status != "running":
+        st.query_params["run"] = run_id
+        st.rerun()
+    with st.container(border=True, key="progress"):
+        share, step = (run.progress.share, run.progress.step) if run else (0.0, "starting")
+        st.subheader(f"Measuring {results.short(run.bundle)}" if run else "Starting", anchor=False)
+        st.progress(min(1.0, max(0.0, share)), text=f"{words.share(share)}: {step}")
+        if run:
+            _live(run)
+            _so_far(run)
+        if st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
+            if run is None or not store().cancel(run_id):
+                _launcher().interrupt(run_id)
+            st.toast("Cancelling: what was measured is kept.")
+
+
+def _if_begun(run_id: str) -> Run | None:
+    try:
+        return store().run(run_id)
+    except StoreError:
+        if _launcher().starting() == run_id or _launcher().failure(run_id):
+            return None
+        raise
+
+
+def _live(run: Run) -> None:
+    figures = [
+        (name, Figure.of(*MEANINGS[name][:2], [value])) for name, value in run.progress.live.items() if name in MEANINGS
+    ]
+    if figures:
+        with st.container(horizontal=True):
+            for name, figure in figures:
+                st.metric(results.called(name), results.shown(figure), border=True, height="stretch")
+
+
+def _so_far(run: Run) -> None:
+    rows = [
+        {
+            "contender": one.contender,
+            "load": str(one.load),
+            **{
+                results.called(name): results.shown(one.figures[name])
+                for name in ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s", "ttft_p50_s")
+                if name in one.figures
+            },
+        }
+        for one in run.measurements
+    ]
+    if rows:
+        st.dataframe(rows, hide_index=True, height="content")
+
+
+def _outcome(run_id: str) -> None:
+    failure = _launcher().failure(run_id)
+    try:
+        run = store().run(run_id)
+    except StoreError:
+        if failure is None:
+            raise
+        st.error(f"The benchmark did not begin: {failure}", icon=":material/error:")
+        return
+    kept = f"; {words.counted(len(run.measurements), 'measurement')} kept" if run.measurements else ""
+    if run.status == "done":
+        st.success(
+            f"Done: {results.short(run.bundle)}, {words.counted(len(run.measurements), 'measurement')}.",
+            icon=":material/check_circle:",
+        )
+    elif run.status == "cancelled":
+        st.info(f"Cancelled{kept}.", icon=":material/cancel:")
+    else:
+        st.error(f"Failed: {run.error or failure}{kept}.", icon=":material/error:")
+    _so_far(run)
+    if run.measurements:
+        with st.container(horizontal=True):
+            for page_name, label, icon in (
+                ("overview", "Overview", "speed"),
+                ("timeline", "Timeline", "view_timeline"),
+            ):
+                st.page_link(
+                    st.session_state["pages"][page_name],
+                    label=label,
+                    icon=f":material/{icon}:",
+                    query_params={"run": run.id},
+                )
+
+
+def _form(busy: bool) -> None:
+    bundle = choose_bundle()
+    if bundle is None:
+        return
+    manifest = read_manifest(bundle)
+    order = _order(bundle, manifest)
+    st.caption("The same in a terminal:")
+    st.code(f"stageline bench {shlex.join(order.arguments())}", language="bash", wrap_lines=True)
+    about = "One at a time: two would disturb each other." if busy else None
+    if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=busy, help=about, key="start"):
+        told(lambda: _start(order))
+
+
+def _start(order: Order) -> None:
+    if not (order.scenarios or order.concurrency or order.rates):
+        raise StagelineError("no load is chosen: pick a scenario, or give concurrencies or rates")
+    with st.spinner("Starting"):
+        st.query_params["run"] = _launcher().start(store(), order)
+    st.rerun()
+
+
+def _order(bundle: Path, manifest: Manifest) -> Order:
+    now = [stage.last_block - stage.first_block + 1 for stage in manifest.stages]
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        stages = st.selectbox(
+            "Plan",
+            [0, *(n for n in range(1, min(8, manifest.blocks) + 1) if n != len(now))],
+            format_func=lambda n: (
+                f"{n} even stages" if n > 1 else "1 stage" if n else f"as it is cut: {' + '.join(map(str, now))}"
+            ),
+            key=f"plan of {bundle}",
+            width=230,
+        )
+        weights = st.selectbox("Weights", ["as they are", "int8", "int4"], key="weights", width=140)
+        threads = st.number_input("Threads", 1, value=None, placeholder="all", key="threads", width=120)
+        seconds = st.number_input("Seconds a repeat", 0.2, 3600.0, 5.0, step=1.0, key="seconds", width=150)
+        repeats = st.number_input("Repeats", 1, 100, 3, key="repeats", help="Confidence needs at least 2.", width=120)
+        tokens = None
+        if manifest.cached:
+            tokens = int(st.number_input("New tokens a request", 1, 4096, 32, key="new tokens", width=170))
+    with st.container(horizontal=True, vertical_alignment="top"):
+        scenarios = st.pills(
+            "Scenarios", MLPERF, selection_mode="multi", default=["SingleStream", "Offline"], key="scenarios",
+            help="SingleStream: one request after the other. Offline: all at once. Server: Poisson arrivals.",
+        )  # fmt: skip
+        concurrency = st.text_input(
+            "Concurrency sweep",
+            "2,4,8",
+            key="concurrency",
+            help="Closed loops of so many requests at a time.",
+            width=180,
+        )
+        rates = st.text_input(
+            "Rate sweep (requests/s)", "", placeholder="5,10,20", key="rates", help="Open loops.", width=180
+        )
+    with st.expander("Baselines and bounds"):
+        known = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
+        checkpoint = st.text_input(
+            "Checkpoint, for torch", "", placeholder="models/checkpoints/minilm", key="checkpoint"
+        )
+        known += ["torch", "torch-compile"] if checkpoint else []
+        baselines = st.multiselect(
+            "Baselines, measured in turn with the pipeline", known, key="baselines", accept_new_options=True,
+            help="Or the address of an OpenAI-compatible service.",
+        )  # fmt: skip
+        slo = st.text_input("SLO, for goodput", "", placeholder="latency=2s,ttft=200ms,tpot=50ms", key="slo")
+    return Order(
+        bundle, int(stages) or None, tuple(scenarios), concurrency, rates, float(seconds), int(repeats), tokens, slo,
+        tuple(baselines), checkpoint if {"torch", "torch-compile"} & set(baselines) else "", "onnxruntime",
+        int(threads) if threads else None, None if weights == "as they are" else str(weights),
+    )  # fmt: skip
