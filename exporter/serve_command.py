@@ -36,7 +36,13 @@ def serve_command(
         int | None, typer.Option(min=1, help="Tokens of a slot: prompt and continuation. Up to 2048 unless given.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processors for each bundle; all unless given.")] = None,
-    cache_dtype: Annotated[CacheDtype, typer.Option(help="Of the KV cache.")] = "float32",
+    engine: Annotated[str, typer.Option(help="What runs the stages; stageline doctor lists them.")] = "onnxruntime",
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="DEVICE", help="cpu, cuda:0, ...: of the stages in turn; several times.")
+    ] = None,
+    cache_dtype: Annotated[
+        CacheDtype | None, typer.Option(help="Of the KV cache; what the engine likes best unless given.")
+    ] = None,
     weights: Annotated[
         WeightDtype | None, typer.Option(help="Quantise matrix products: faster, less exact. As they are unless given.")
     ] = None,
@@ -66,6 +72,8 @@ def serve_command(
         for called, bundle in zip(names, bundles, strict=True):
             opened = Pipeline.open(
                 bundle,
+                engine=engine,
+                devices=device,
                 threads=threads,
                 queue=queue,
                 weights=weights,

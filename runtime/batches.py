@@ -210,7 +210,7 @@ class Batches:
     def _cut(
         self, way: _Way, outputs: tuple[str, ...], inputs: dict[str, Array], sizes: dict[str, int]
     ) -> tuple[_Request, list[_MicroBatch]]:
-        pieces = cut(self.signature, inputs, sizes, len(way.lanes), self._micro_batch)
+        pieces = cut(self.signature, inputs, sizes, len(way.lanes), self._micro_batch, way.lanes.most_rows)
         specs = tuple(spec for spec in self.signature.outputs if spec.name in outputs)
         steps = way.route(self.signature, outputs)
         request = _Request(way, sizes, specs, steps, pieces, [{} for _ in pieces], len(pieces))

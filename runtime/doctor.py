@@ -15,9 +15,7 @@ from typing import Any
 
 from stageline.models.catalogue import CATALOGUE, default_root
 from stageline.runtime.devices.cpu import allowed_cores
-
-RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121", "portable")
-"""What TensorRT for RTX builds engines for, on any machine."""
+from stageline.runtime.tensorrt.targets import PORTABLE, RTX_TARGETS
 
 
 @dataclass(frozen=True)
@@ -146,12 +144,13 @@ def _engines(capabilities: tuple[str, ...]) -> tuple[EngineStatus, ...]:
     cpu, gpu, rtx = (f'pip install "stageline[{extra}]"' for extra in ("cpu", "gpu", "rtx"))
     tensorrt = _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     tensorrt_rtx = _version("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
+    anywhere = (*RTX_TARGETS, PORTABLE)
     return (
         # The GPU's package runs on processors as well.
         EngineStatus("onnxruntime", "onnxruntime", _version("onnxruntime", "onnxruntime-gpu"), processors, (), cpu),
         EngineStatus("onnxruntime-cuda", "onnxruntime-gpu", _version("onnxruntime-gpu"), gpus, (), gpu),
         EngineStatus("tensorrt", "tensorrt", tensorrt, gpus, capabilities if tensorrt else (), gpu),
-        EngineStatus("tensorrt-rtx", "tensorrt-rtx", tensorrt_rtx, rtx_gpus, RTX_TARGETS if tensorrt_rtx else (), rtx),
+        EngineStatus("tensorrt-rtx", "tensorrt-rtx", tensorrt_rtx, rtx_gpus, anywhere if tensorrt_rtx else (), rtx),
     )
 
 

@@ -17,8 +17,8 @@ from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
+from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import Array, Device, HostCopy, Value
-from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, share_cores
 from stageline.runtime.engines import Engine
 from stageline.runtime.trace import Recorder, Traced
 
@@ -65,6 +65,8 @@ class Lane:
         default_factory=SimpleQueue
     )
     lander: threading.Thread | None = None
+    most_rows: int | None = None
+    """Of a batch, for an engine that was built for no more; known once it is open."""
 
     def ran(self, began_s: float, work: Traced) -> None:
         """The engine ran, from `began_s` (of `perf_counter`) until now."""
@@ -115,15 +117,15 @@ class Lanes:
     """All stages of a pipeline, open until `close()`."""
 
     def __init__(
-        self, stages: Sequence[PipelineStage], threads: int | None, devices: Sequence[Device] | None = None
+        self, stages: Sequence[PipelineStage], threads: int | None, devices: Sequence[str] | None = None
     ) -> None:
-        """Open all stages, each on its own thread and on its own one of `devices`, which are closed with the lanes.
+        """Open all stages, each on its own thread and on its own one of `devices`, by name (None: all on processors).
 
-        None: on `threads` processors in all (None: all this process may use). EngineError if an engine does not open.
+        Those on processors share `threads` of them (None: all this process may use). EngineError if an engine does not
+        open, or a device is not there.
         """
-        if devices is None:
-            devices = [CpuDevice(cores) for cores in share_cores(len(stages), allowed_cores()[:threads])]
-        self._lanes = [Lane(i, stage, device) for i, (stage, device) in enumerate(zip(stages, devices, strict=True))]
+        opened = open_devices(devices or ["cpu"] * len(stages), threads)
+        self._lanes = [Lane(i, stage, device) for i, (stage, device) in enumerate(zip(stages, opened, strict=True))]
         self._lock = threading.Lock()  # guards the next line
         self._running = len(self._lanes)
         self._workers = [
@@ -158,6 +160,11 @@ class Lanes:
 
         self.put(stage, work)
         return answer
+
+    @property
+    def most_rows(self) -> int | None:
+        """The largest batch that all engines take; None: any."""
+        return min((lane.most_rows for lane in self._lanes if lane.most_rows is not None), default=None)
 
     @property
     def open_s(self) -> float:
@@ -213,6 +220,7 @@ def _work(lane: Lane) -> None:
     except BaseException as error:
         lane.opened.set_exception(error)
         return
+    lane.most_rows = getattr(engine, "most_rows", None)
     lane.opened.set_result(None)
     for work in iter(lane.inbox.get, None):
         work(lane, engine)

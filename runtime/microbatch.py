@@ -47,16 +47,22 @@ def default_rows(rows: int, tokens: float, stages: int, ragged: bool) -> int:
 
 
 def cut(
-    signature: Signature, inputs: Mapping[str, Array], sizes: Mapping[str, int], stages: int, micro_rows: int | None
+    signature: Signature,
+    inputs: Mapping[str, Array],
+    sizes: Mapping[str, int],
+    stages: int,
+    micro_rows: int | None,
+    most_rows: int | None = None,
 ) -> list[Piece]:
-    """Even pieces of at most `micro_rows` rows each (None: by `default_rows`) that cover the batch once."""
+    """Even pieces of at most `micro_rows` rows each (None: by `default_rows`), and never more than `most_rows`, that
+    cover the batch once."""
     rows = sizes.get(BATCH, 1)
     lengths = _row_lengths(signature, inputs)
     if micro_rows is None:
         tokens = sizes.get(LENGTH, 1) if lengths is None else float(lengths.mean())
         ragged = lengths is not None and bool(lengths.min() < lengths.max())
         micro_rows = default_rows(rows, tokens, stages, ragged)
-    count = math.ceil(rows / micro_rows)
+    count = math.ceil(rows / min(micro_rows, most_rows or rows))
     bounds = [rows * i // count for i in range(count + 1)]
     if lengths is None:
         return [Piece(slice(start, end), None) for start, end in itertools.pairwise(bounds)]

@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle import Bundle, plan_stages
-from stageline.runtime.engines import CacheSize, EngineFactory, StageFile, WeightDtype
+from stageline.runtime.devices import spread
+from stageline.runtime.engines import CacheSize, StageFile, WeightDtype, engine_factory, engine_on
 from stageline.runtime.lanes import PipelineStage
 from stageline.runtime.manifest import Stage
 from stageline.runtime.stitch import Plan, stitch
@@ -18,28 +19,35 @@ from stageline.runtime.stitch import Plan, stitch
 
 @dataclass(frozen=True)
 class Cut:
-    """Stages to be opened on `threads` processors in all (None: all this process may use). For those of a bundle,
-    `layers` has the blocks of each."""
+    """Stages to be opened on `threads` processors in all (None: all this process may use), or each on its own one of
+    `devices`. For those of a bundle, `layers` has the blocks of each."""
 
     stages: tuple[PipelineStage, ...]
     threads: int | None = None
+    devices: tuple[str, ...] | None = None
     bundle: Bundle | None = None
     layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Opener:
-    """What the engines of all stages are opened with."""
+    """What the engines of all stages are opened with. `devices` are given to the stages in turn."""
 
-    factory: EngineFactory
+    engine: str
+    devices: tuple[str, ...]
     cache: CacheSize | None
     weights: WeightDtype | None
 
     def as_cut(self, bundle: Bundle, threads: int | None) -> Cut:
         """The stages that the bundle has on disk."""
         stages = bundle.manifest.stages
-        opened = [self._stage(n, stage, bundle.path / stage.file, bundle) for n, stage in enumerate(stages)]
-        return Cut(tuple(opened), threads, bundle, tuple(stage.last_block - stage.first_block + 1 for stage in stages))
+        places = self._places(len(stages))
+        opened = [
+            self._stage(number, stage, bundle.path / stage.file, bundle, place)
+            for number, (stage, place) in enumerate(zip(stages, places, strict=True))
+        ]
+        layers = tuple(stage.last_block - stage.first_block + 1 for stage in stages)
+        return Cut(tuple(opened), threads, places, bundle, layers)
 
     @contextmanager
     def recut(self, bundle: Bundle, stages: int | Sequence[int], threads: int | None) -> Iterator[Cut]:
@@ -50,9 +58,13 @@ class Opener:
         """
         parts = bundle.parts()
         counts = plan_stages(bundle.manifest, parts, stages)
+        on_disk = self.as_cut(bundle, threads)
+        if tuple(counts) == on_disk.layers:  # their engines may have been built ahead
+            yield on_disk
+            return
         plan = Plan.of(bundle.manifest, parts, counts)
         with tempfile.TemporaryDirectory(prefix="stageline-") as folder:
-            opened = []
+            opened, places = [], self._places(len(counts))
             for number in range(len(counts)):
                 model, stage = stitch(plan, number, bundle.tensors, bundle.path)
                 file = Path(folder) / stage.file
@@ -60,15 +72,18 @@ class Opener:
                     file.write_bytes(ir.to_proto(model).SerializeToString())
                 except OSError as error:
                     raise BundleError(f"cannot write a stage to {file}: {error.strerror}") from error
-                opened.append(self._stage(number, stage, file, bundle))
-            yield Cut(tuple(opened), threads, bundle, tuple(counts))
+                opened.append(self._stage(number, stage, file, bundle, places[number]))
+            yield Cut(tuple(opened), threads, places, bundle, tuple(counts))
 
-    def _stage(self, number: int, stage: Stage, file: Path, bundle: Bundle) -> PipelineStage:
+    def _places(self, stages: int) -> tuple[str, ...]:
+        return tuple(spread(self.devices[:stages], stages))
+
+    def _stage(self, number: int, stage: Stage, file: Path, bundle: Bundle, device: str) -> PipelineStage:
         opening = StageFile(number, file, bundle.path, stage.caches)
         return PipelineStage(
             tuple(spec.name for spec in stage.inputs),
             tuple(spec.name for spec in stage.outputs),
-            partial(self.factory, opening, cache=self.cache, weights=self.weights),
+            partial(engine_factory(engine_on(self.engine, device)), opening, cache=self.cache, weights=self.weights),
         )
 
 

@@ -20,7 +20,15 @@ from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.batches import Batches
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.engines import Array, CacheDtype, CacheSize, WeightDtype, engine_factory
+from stageline.runtime.devices import spread
+from stageline.runtime.engines import (
+    Array,
+    CacheDtype,
+    CacheSize,
+    WeightDtype,
+    default_device,
+    engine_factory,
+)
 from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.measure import GenerationStats
@@ -79,8 +87,10 @@ class Pipeline:
         threads: int | None = None,
         queue: int = 64,
         micro_batch: int | None = None,
+        devices: Sequence[str] | None = None,
     ) -> None:
-        """Open all stages, each on its own thread, on `threads` processors in all (None: all this process may use).
+        """Open all stages, each on its own thread, on `threads` processors in all (None: all this process may use), or
+        each on its own one of `devices`.
 
         EngineError if an engine does not open, BundleError if the stages do not give the outputs of `signature`.
         """
@@ -90,9 +100,11 @@ class Pipeline:
         self.signature = signature
         names = [(stage.inputs, stage.outputs) for stage in stages]
         route(names, [spec.name for spec in signature.graph_inputs], signature.check_outputs(None))
-        lanes = Lanes(stages, threads)
+        lanes = Lanes(stages, threads, devices)
         self._batches = Batches(signature, stages, lanes, queue, micro_batch)
-        self._serving = Serving(lanes, Cut(tuple(stages), threads), self._batches)
+        self._serving = Serving(
+            lanes, Cut(tuple(stages), threads, None if devices is None else tuple(devices)), self._batches
+        )
         self._generator: Generator | None = None
         self._generator_slots = Slots(queue)
         self._opener: Opener | None = None
@@ -103,16 +115,20 @@ class Pipeline:
         bundle: str | Path,
         *,
         engine: str = "onnxruntime",
+        devices: Sequence[str] | None = None,
         threads: int | None = None,
         queue: int = 64,
         micro_batch: int | None = None,
         weights: WeightDtype | None = None,
         slots: int = 8,
         capacity: int | None = None,
-        cache_dtype: CacheDtype = "float32",
+        cache_dtype: CacheDtype | None = None,
         prefill_chunk: int = 128,
     ) -> Self:
         """Open a bundle. BundleError if it is missing or broken, EngineError if the engine is not there or refuses.
+
+        `devices` (cpu, cuda:0, cuda:1, ...) are given to the stages in turn; None: the engine's own, the processors or
+        the first GPU. Stages on cpu beside GPUs run in onnxruntime.
 
         `weights` quantises matrix products on opening ("int8", "int4"): faster and smaller, and less exact.
 
@@ -132,9 +148,19 @@ class Pipeline:
         if manifest.cached:
             room = capacity or min(most or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
             cache = CacheSize(slots, room, cache_dtype)
-        opener = Opener(engine_factory(engine), cache, weights)
+        engine_factory(engine)  # EngineError for a name that is not known, before all else
+        names = devices or [default_device(engine)]
+        spread(names, len(manifest.stages))  # the same: RequestError
+        opener = Opener(engine, tuple(names), cache, weights)
         stages = opener.as_cut(opened, threads)
-        pipeline = cls(Signature.of(manifest), stages.stages, threads=threads, queue=queue, micro_batch=micro_batch)
+        pipeline = cls(
+            Signature.of(manifest),
+            stages.stages,
+            threads=threads,
+            queue=queue,
+            micro_batch=micro_batch,
+            devices=stages.devices,
+        )
         pipeline._serving.cut, pipeline._opener = stages, opener
         if cache is not None:
             hops = generation_hops(stages)

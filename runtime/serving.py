@@ -69,7 +69,7 @@ class Serving:
         stages. EngineError if a stage does not open or caches do not move, RequestError if closed before.
         """
         began = perf_counter()
-        old, new = self.lanes, Lanes(cut.stages, cut.threads)
+        old, new = self.lanes, Lanes(cut.stages, cut.threads, cut.devices)
         open_s = perf_counter() - began
         new.record(old.recorder)
         with self._state:

@@ -1,6 +1,7 @@
 """Engines: what runs one stage on a device. `engine_factory` finds one by name."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from stageline.models.errors import EngineError
 from stageline.runtime.engines.base import (
@@ -17,6 +18,7 @@ from stageline.runtime.engines.base import (
 
 __all__ = [
     "ENGINES",
+    "ON_GPUS",
     "Array",
     "CacheDtype",
     "CacheSize",
@@ -26,7 +28,9 @@ __all__ = [
     "StageFile",
     "Value",
     "WeightDtype",
+    "default_device",
     "engine_factory",
+    "engine_on",
 ]
 
 
@@ -40,8 +44,46 @@ def _onnxruntime() -> EngineFactory:
     return OnnxRuntimeEngine
 
 
-ENGINES: dict[str, Callable[[], EngineFactory]] = {"onnxruntime": _onnxruntime}
+def _onnxruntime_cuda() -> EngineFactory:
+    if find_spec("onnxruntime") is None:
+        raise EngineError('the engine onnxruntime-cuda is not installed: pip install "stageline[gpu]"')
+    from stageline.runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
+
+    return OnnxRuntimeCudaEngine
+
+
+def _tensorrt() -> EngineFactory:
+    from stageline.runtime.engines.tensorrt import open_tensorrt  # imports TensorRT when it has found a plan
+
+    return open_tensorrt
+
+
+ENGINES: dict[str, Callable[[], EngineFactory]] = {
+    "onnxruntime": _onnxruntime,
+    "onnxruntime-cuda": _onnxruntime_cuda,
+    "tensorrt": _tensorrt,
+}
 """Engine name -> a function that imports its backend and gives its factory."""
+
+ON_GPUS = frozenset({"onnxruntime-cuda", "tensorrt"})
+"""The engines that run on GPUs; the others run on processors."""
+
+
+def default_device(name: str) -> str:
+    """The device of an engine's stages where none is named: the first GPU, or processors."""
+    return "cuda:0" if name in ON_GPUS else "cpu"
+
+
+def engine_on(name: str, device: str) -> str:
+    """The engine of a stage on a device, where `name` is asked for: stages on `cpu` beside GPUs run in onnxruntime.
+
+    EngineError where `name` does not run on that device.
+    """
+    if device == "cpu":
+        return "onnxruntime" if name in ON_GPUS else name
+    if name not in ON_GPUS:
+        raise EngineError(f"the engine {name} does not run on {device}; engines that do: {', '.join(sorted(ON_GPUS))}")
+    return name
 
 
 def engine_factory(name: str) -> EngineFactory:

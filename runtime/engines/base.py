@@ -81,11 +81,12 @@ class StageFile:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """How much each cache of a stage holds: `slots` rows of at most `capacity` tokens, in `dtype`."""
+    """How much each cache of a stage holds: `slots` rows of at most `capacity` tokens, in `dtype` (None: in what the
+    engine likes best)."""
 
     slots: int
     capacity: int
-    dtype: CacheDtype
+    dtype: CacheDtype | None = None
 
 
 class EngineFactory(Protocol):

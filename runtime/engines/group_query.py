@@ -34,7 +34,8 @@ def has_caches(model: ir.Model) -> bool:
 
 
 def to_group_query(model: ir.Model, cache_dtype: ir.DataType) -> ir.Model:
-    """Lower `model`, whose activations are float32, in place and return it."""
+    """Lower `model` in place and return it. Its activations are of one floating type, whichever; they are cast to
+    `cache_dtype` for the operator and back."""
     graph = model.graph
     lowering = _Lowering(graph, cache_dtype)
     for node in [node for node in graph if node.op_type == CACHE_ATTENTION]:
@@ -51,6 +52,7 @@ class _Lowering:
         self.lengths: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self.count = 0
         self.at: ir.Node  # new nodes go before this one
+        self.activations: ir.DataType  # their type, at `at`
 
     def add(self, op: str, inputs: list[ir.Value | None], **attributes: object) -> ir.Value:
         domain = _DOMAIN if op == "GroupQueryAttention" else ""
@@ -74,6 +76,7 @@ class _Lowering:
         assert query is not None
         assert past is not None
         assert new is not None
+        self.activations = query.dtype or ir.DataType.FLOAT
         cache = cache_of(node, node.attributes["cache"].as_string())
         heads, size = static(query, 1), padded(max(cache.key_size, cache.value_size))
         seqlens, total, lengths = self.row_lengths(past, new, query)
@@ -99,7 +102,7 @@ class _Lowering:
         for name, value in zip(present_names(cache.name), attention.outputs[1:], strict=True):
             value.name, value.shape, value.type = name, buffers[0].shape, ir.TensorType(self.dtype)
             self.graph.outputs.append(value)
-        result = self.cast(result, ir.DataType.FLOAT)
+        result = self.cast(result, self.activations)
         joined = _joined(node.outputs[0])
         if joined is not None and size == cache.value_size:
             ir.convenience.replace_all_uses_with(joined, result, replace_graph_outputs=True)
@@ -144,7 +147,7 @@ class _Lowering:
         return self.cast(self.add("Reshape", [result, self.ints([0, 0, heads * wanted])]), self.dtype)
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        return value if self.dtype == ir.DataType.FLOAT else self.add("Cast", [value], to=dtype)
+        return value if self.dtype == self.activations else self.add("Cast", [value], to=dtype)
 
     def buffer(self, name: str, heads: int, size: int) -> ir.Value:
         shape = ir.Shape(["batch", heads, "capacity", size])

@@ -38,7 +38,7 @@ class OnnxRuntimeEngine:
     ) -> None:
         """Open the stage. EngineError if ONNX Runtime refuses it, or there is no memory for its caches."""
         self._number = stage.number
-        dtype = np.dtype(cache.dtype if cache else "float32")
+        dtype = np.dtype((cache and cache.dtype) or "float32")
         try:
             self._session = ort.InferenceSession(
                 _graph(stage, dtype, weights), _options(stage, device.cores), providers=["CPUExecutionProvider"]

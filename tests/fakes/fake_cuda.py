@@ -129,6 +129,12 @@ class FakeDriver:
     def count(self) -> int:
         return self._gpus
 
+    def name(self, ordinal: int) -> str:
+        return f"made-up GPU {ordinal}"
+
+    def capability(self, ordinal: int) -> tuple[int, int]:
+        return 8, 9
+
     def retain(self, ordinal: int) -> int:
         self._called("retain", ordinal)
         self._contexts[ordinal] += 1

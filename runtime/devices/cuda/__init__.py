@@ -2,11 +2,12 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.devices.cuda.device import CudaDevice
 from stageline.runtime.devices.cuda.driver import CudaError, Driver, load
-from stageline.runtime.devices.cuda.gpu import Gpu
+from stageline.runtime.devices.cuda.gpu import Gpu, acquire, release
 
 __all__ = ["CudaDevice", "open_gpus"]
 
@@ -14,7 +15,8 @@ __all__ = ["CudaDevice", "open_gpus"]
 def open_gpus(
     stages: Sequence[tuple[int, int]], cores: tuple[int, ...], driver: Driver | None = None
 ) -> list[CudaDevice]:
-    """A device for each (stage, ordinal of its GPU); GPUs are shared, and closed with the last of the devices.
+    """A device for each (stage, ordinal of its GPU). They are all closed with the last of them, the GPUs with the last
+    device of the process.
 
     `driver`: None for this machine's. RequestError for a GPU that is not there, EngineError without a driver.
     """
@@ -29,9 +31,9 @@ def open_gpus(
     try:
         for stage, ordinal in stages:
             if ordinal not in group.gpus:
-                group.gpus[ordinal] = Gpu(driver, ordinal)
+                group.gpus[ordinal] = acquire(driver, ordinal)
             group.devices.append(CudaDevice(group.gpus[ordinal], stage, cores, group.closed))
-    except CudaError as error:
+    except (CudaError, EngineError) as error:
         group.close()
         raise EngineError(f"cuda:{ordinal} cannot be used: {error}") from error
     group.left = len(group.devices)
@@ -39,7 +41,7 @@ def open_gpus(
 
 
 class _Group:
-    """The GPU stages of one pipeline. They read each other's memory, so that all go when the last is closed."""
+    """The stages of one pipeline that are on GPUs. They read each other's memory: all go when the last is closed."""
 
     def __init__(self) -> None:
         self.gpus: dict[int, Gpu] = {}
@@ -56,8 +58,11 @@ class _Group:
             self.close()
 
     def close(self) -> None:
-        """Give back everything."""
-        for device in self.devices:
-            device.destroy()
-        for gpu in self.gpus.values():
-            gpu.close()
+        """Give back everything. If a GPU is lost, nothing: its copies may never end, and all goes with the process."""
+        if any(gpu.lost for gpu in self.gpus.values()):
+            return
+        with suppress(CudaError, EngineError):  # lost in this moment
+            for device in self.devices:
+                device.destroy()
+            for gpu in self.gpus.values():
+                release(gpu)

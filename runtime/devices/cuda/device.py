@@ -2,14 +2,17 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 from stageline.models.errors import EngineError
 from stageline.runtime.devices.cpu import start_worker
 from stageline.runtime.devices.cuda.arrays import CudaArray, Reading
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.events import Event
 from stageline.runtime.devices.cuda.gpu import Gpu
+from stageline.runtime.devices.cuda.pools import Buffer
 
 
 class CudaDevice:
@@ -19,7 +22,7 @@ class CudaDevice:
         """`cores` may feed the GPU; `closed` is called once by `close`."""
         self.gpu, self.stage, self.cores, self.name = gpu, stage, cores, gpu.name
         self._closed: Callable[[], None] | None = closed
-        gpu.driver.use(gpu.context)
+        gpu.use()
         self.stream, self.reading = gpu.driver.new_stream(), gpu.driver.new_stream()
         self._lock = threading.Lock()  # guards the next two lines
         self._spans: deque[tuple[Event, Event]] = deque()
@@ -44,6 +47,26 @@ class CudaDevice:
         pinned.guard(event)
         array.buffer.guard(event)
         return Reading(self, pinned, array.shape, array.dtype, event)
+
+    def zeroed(self, size_bytes: int) -> Buffer:
+        """A buffer that is zero for all that comes into the stream from now on. CudaError if there is no memory."""
+        buffer = self.gpu.memory.take(size_bytes)
+        self.gpu.driver.zero(buffer.address, size_bytes, self.stream)
+        buffer.guard(self.gpu.record(self.stream))  # it may be dropped at once
+        return buffer
+
+    def arrays(
+        self, buffers: Mapping[str, Buffer], shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]
+    ) -> dict[str, CudaArray]:
+        """Buffers as arrays, whole once all that is in the stream now is done."""
+        try:
+            self.gpu.use()
+            ready = self.gpu.record(self.stream)
+        except CudaError as error:
+            raise self.failed(error) from error
+        for buffer in buffers.values():
+            buffer.guard(ready)
+        return {name: CudaArray(self, buffer, shapes[name], dtype, ready) for name, buffer in buffers.items()}
 
     def computed(self, began: Event, ended: Event) -> None:
         """Count the time between two events, once they have happened."""
@@ -81,12 +104,9 @@ class CudaDevice:
 
     def destroy(self) -> None:
         """Give the streams back. Nobody uses this device any more."""
-        try:
-            self.gpu.use()
-            for stream in (self.stream, self.reading):
-                self.gpu.driver.destroy_stream(stream)
-        except (CudaError, EngineError):
-            pass
+        self.gpu.use()
+        for stream in (self.stream, self.reading):
+            self.gpu.driver.destroy_stream(stream)
 
     def _count(self) -> None:
         while self._spans and self._spans[0][1].done():

@@ -5,6 +5,7 @@ against a driver that is made up (tests/runtime/devices/cuda/fake_driver.py) and
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 from stageline.models.errors import EngineError
@@ -52,6 +53,14 @@ class Driver(Protocol):
 
     def count(self) -> int:
         """How many GPUs there are."""
+        ...
+
+    def name(self, ordinal: int) -> str:
+        """What the GPU is called."""
+        ...
+
+    def capability(self, ordinal: int) -> tuple[int, int]:
+        """Its compute capability."""
         ...
 
     def retain(self, ordinal: int) -> int:
@@ -159,6 +168,7 @@ class Driver(Protocol):
     def pop_range(self) -> None: ...
 
 
+@cache
 def load() -> Driver:
     """The driver of this machine. EngineError says what is missing: CUDA for Python, a driver, a GPU."""
     try:
@@ -196,6 +206,20 @@ class Bindings:
 
     def count(self) -> int:
         return int(self._call(self._cuda.cuDeviceGetCount))
+
+    def name(self, ordinal: int) -> str:
+        name: bytes = self._call(self._cuda.cuDeviceGetName, 256, self._call(self._cuda.cuDeviceGet, ordinal))
+        return name.split(b"\0", 1)[0].decode()
+
+    def capability(self, ordinal: int) -> tuple[int, int]:
+        device, attribute = self._call(self._cuda.cuDeviceGet, ordinal), self._cuda.CUdevice_attribute
+        major = self._call(
+            self._cuda.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device
+        )
+        minor = self._call(
+            self._cuda.cuDeviceGetAttribute, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device
+        )
+        return int(major), int(minor)
 
     def retain(self, ordinal: int) -> int:
         return int(self._call(self._cuda.cuDevicePrimaryCtxRetain, self._call(self._cuda.cuDeviceGet, ordinal)))

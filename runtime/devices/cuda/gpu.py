@@ -1,4 +1,7 @@
-"""One GPU: its context, its memory and events, the GPUs it reaches, and whether it is lost."""
+"""One GPU: its context, its memory and events, the GPUs it reaches, and whether it is lost.
+
+A process has one `Gpu` for each GPU that it uses, whichever pipelines use it: so caches can go from one to another.
+"""
 
 import threading
 from functools import partial
@@ -27,6 +30,11 @@ class Gpu:
     def name(self) -> str:
         """As users write it."""
         return f"cuda:{self.ordinal}"
+
+    @property
+    def lost(self) -> bool:
+        """Whether it met an error that CUDA cannot recover from."""
+        return self._lost is not None
 
     def use(self) -> None:
         """Make this GPU's context the thread's: the first line of all that talks to it. EngineError if it is lost."""
@@ -65,9 +73,7 @@ class Gpu:
         return EngineError(f"{where} failed on {self.name}: {error}")
 
     def close(self) -> None:
-        """Free everything. Nothing on the GPU is under way, and nobody uses a buffer."""
-        if self._lost is not None:
-            return  # every call would fail; the memory goes with the process
+        """Free everything. Nothing on the GPU is under way, nobody uses a buffer, and it is not lost."""
         self.driver.use(self.context)
         for release in (
             self._events.close,
@@ -76,3 +82,28 @@ class Gpu:
             partial(self.driver.release, self.ordinal),
         ):
             release()
+
+
+_lock = threading.Lock()  # guards the next line
+_open: dict[tuple[int, int], tuple[Gpu, int]] = {}  # (driver, ordinal) -> the GPU, and how many use it
+
+
+def acquire(driver: Driver, ordinal: int) -> Gpu:
+    """The process's GPU of this number; each is given back by `release`. CudaError if it cannot be used."""
+    with _lock:
+        key = (id(driver), ordinal)
+        gpu, users = _open.get(key) or (Gpu(driver, ordinal), 0)
+        _open[key] = (gpu, users + 1)
+        return gpu
+
+
+def release(gpu: Gpu) -> None:
+    """Give it back; the last to do so frees everything."""
+    with _lock:
+        key = (id(gpu.driver), gpu.ordinal)
+        _, users = _open[key]
+        if users > 1:
+            _open[key] = (gpu, users - 1)
+            return
+        del _open[key]
+    gpu.close()

@@ -14,6 +14,7 @@ Nothing here waits. Where a value comes from decides how it comes:
     any other GPU      ─ wait(ready) ─ download ─ pinned buffer ─ wait(read) ─ upload ─>
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -63,7 +64,13 @@ class Launch:
         if isinstance(value, CudaArray) and value.dtype == dtype:
             self._move(value, target)
         else:  # of another type it has to pass through the host, which waits for it: no engine here gives such a value
-            self._upload(value if isinstance(value, np.ndarray) else value.read().wait(), target, dtype)
+            array = value if isinstance(value, np.ndarray) else value.read().wait()
+            self._upload(array, target.address, dtype)
+
+    def upload(self, array: Array, target: Buffer, offset_bytes: int) -> None:
+        """Bring an array into `target`, from `offset_bytes` on."""
+        self._touched.append(target)
+        self._upload(array, target.address + offset_bytes, array.dtype)
 
     def local(self, value: Value, dtype: np.dtype[Any]) -> CudaArray:
         """The value on this GPU, in `dtype`: itself where it is so already."""
@@ -73,6 +80,23 @@ class Launch:
         target = self._gpu.memory.take(size_bytes(value.shape, dtype))
         self.put(value, target, dtype)
         return CudaArray(self._device, target, value.shape, dtype, self._gpu.record(self._device.stream))
+
+    def adopt(
+        self, caches: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]
+    ) -> dict[str, Buffer]:
+        """Those of an engine's `caches` that have a place in `shapes`, on this GPU; copied only where they are not.
+
+        EngineError where one is missing or of another shape.
+        """
+        for name, shape in shapes.items():
+            if name not in caches:
+                raise EngineError(f"{self._name} is given no cache {name!r}")
+            if tuple(caches[name].shape) != shape:
+                raise EngineError(
+                    f"{self._name}: cache {name!r} has shape {list(caches[name].shape)}, not {list(shape)}: caches do "
+                    "not move between engines of unlike kinds"
+                )
+        return {name: self.local(caches[name], dtype).buffer for name in shapes}
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """A buffer of this GPU for an array of this run."""
@@ -114,13 +138,13 @@ class Launch:
         if array.ready.stream != self._device.stream:
             self._driver.wait(self._device.stream, array.ready.handle)
 
-    def _upload(self, array: Array, target: Buffer, dtype: np.dtype[Any]) -> None:
+    def _upload(self, array: Array, address: int, dtype: np.dtype[Any]) -> None:
         size = size_bytes(array.shape, dtype)
         if size == 0:
             return
         pinned = self._gpu.pinned.take(size)
         host_view(pinned.address, array.shape, dtype)[...] = array
-        self._driver.upload(target.address, pinned.address, size, self._device.stream)
+        self._driver.upload(address, pinned.address, size, self._device.stream)
         self._touched.append(pinned)
 
     def _move(self, array: CudaArray, target: Buffer) -> None:

@@ -38,12 +38,14 @@ def test_a_machine_without_a_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) 
 
     pytest.importorskip("cuda.bindings.driver", reason="CUDA for Python is not installed")
     monkeypatch.setattr(Bindings, "__init__", absent)
+    load.cache_clear()
     with pytest.raises(EngineError, match=r"^there is no NVIDIA driver on this machine; see: stageline doctor$"):
         load()
 
 
 def test_without_cuda_for_python_the_pip_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    load.cache_clear()
     with pytest.raises(EngineError, match=r'CUDA for Python is not installed: pip install "stageline\[gpu\]"'):
         load()
 

@@ -1,0 +1,253 @@
+"""TensorRT that is made up: a plan is the ONNX graph that TensorRT would have parsed, with its profiles; its kernels
+are ONNX Runtime's on processors, run in the streams of a FakeDriver. `build` puts such plans into a bundle.
+
+It is as strict as TensorRT: shapes have to be in the profile, every address has to be given and aligned, an output of a
+cache has to be at its input, contexts need the scratch memory that the engine asked for.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from fake_cuda import FakeDriver, HazardError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines.base import StageFile
+from stageline.runtime.manifest import FileEntry
+from stageline.runtime.planning.planner import Load
+from stageline.runtime.tensorrt.guard import weight_digests
+from stageline.runtime.tensorrt.lower import Lowered, Precision, lower
+from stageline.runtime.tensorrt.profiles import narrowed, profiles_of, shapes
+from stageline.runtime.tensorrt.records import EngineRecord, EnginesManifest, Options
+from stageline.runtime.tensorrt.store import FOLDER, MANIFEST
+
+SCRATCH_BYTES = 4096
+VERSION = "1.7.1.116"
+_SESSION = ort.InferenceSession
+
+
+def build(
+    bundle: Path, load: Load, target: str = "sm89", precision: Precision = "fp32", stripped: bool = False
+) -> None:
+    """Give every stage of the bundle an engine."""
+    opened = Bundle.open(bundle)
+    manifest, records = opened.manifest, []
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    (bundle / FOLDER).mkdir(exist_ok=True)
+    for number, stage in enumerate(manifest.stages):
+        lowered = lower(StageFile(number, bundle / stage.file, bundle, stage.caches), precision, load.context, stripped)
+        profiles = narrowed(profiles_of(manifest, load), lowered.inputs)
+        ranges = [
+            {spec.name: [one[0], one[2]] for spec in lowered.inputs for one in [shapes(spec, profile)]}
+            for profile in profiles
+        ]
+        caches = {
+            name: f"{name}.present" for cache in lowered.caches for name in (f"{cache.name}.key", f"{cache.name}.value")
+        }
+        head = json.dumps({"profiles": ranges, "caches": caches}).encode()
+        plan = _entry(
+            bundle, f"{FOLDER}/{number}.plan", len(head).to_bytes(4, "big") + head + _whole(lowered, stripped)
+        )
+        records.append(
+            EngineRecord(
+                stage=stage.file,
+                plan=plan,
+                report=_entry(bundle, f"{FOLDER}/{number}.json", b"{}"),
+                key="0" * 64,
+                graph_sha256=digests[stage.file] or "",
+                weight_files=weight_digests(manifest),
+                flavour="tensorrt_rtx",
+                version=VERSION,
+                target=target,
+                precision=precision,
+                options=Options(stripped=stripped),
+                profiles=profiles,
+                inputs=lowered.inputs,
+                outputs=lowered.outputs,
+                weights=lowered.weight_specs if stripped else (),
+                capacity=load.context if lowered.caches else None,
+                caches=lowered.caches,
+                build_s=0,
+            )
+        )
+    engines = EnginesManifest(engines=tuple(records))
+    (bundle / MANIFEST).write_text(engines.model_dump_json(exclude_none=True))
+
+
+def _entry(bundle: Path, path: str, data: bytes) -> FileEntry:
+    (bundle / path).write_bytes(data)
+    return FileEntry(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _whole(lowered: Lowered, stripped: bool) -> bytes:
+    """The graph as ONNX bytes, its weights inside unless it is stripped of them."""
+    import onnx
+
+    proto = onnx.load_from_string(lowered.proto)
+    if not stripped:
+        for initializer in proto.graph.initializer:
+            if initializer.name in lowered.weights:
+                array = lowered.weights[initializer.name].read()
+                initializer.CopyFrom(ir.to_proto(ir.tensor(array, name=initializer.name)))
+    return bytes(proto.SerializeToString())
+
+
+class FakeTensorRT:
+    """The module, on a FakeDriver."""
+
+    class ILogger:
+        ERROR = 1
+
+        def __init__(self) -> None:
+            pass
+
+    class ExecutionContextAllocationStrategy:
+        USER_MANAGED = "user managed"
+
+    def __init__(self, driver: FakeDriver) -> None:
+        self.driver = driver
+        self.contexts = 0
+        """How many were made."""
+        self.refuse = ""
+        """What is to be refused, and so logged: `plan`, `run`, `shape` or `capture`."""
+
+    def Runtime(self, logger: Any) -> "_Runtime":  # noqa: N802
+        return _Runtime(self, logger)
+
+
+class _Runtime:
+    def __init__(self, module: FakeTensorRT, logger: Any) -> None:
+        self.module, self.logger = module, logger
+
+    def deserialize_cuda_engine(self, plan: bytes) -> "_Engine | None":
+        if self.module.refuse == "plan":
+            self.logger.log(1, "[runtime.cpp::parsePlan::318]  Error Code 1: the plan is not mine")
+            return None
+        return _Engine(self, plan)
+
+
+class _Config:
+    strategy = cache = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> bool:
+        self.cache = cache
+        return True
+
+
+class _Engine:
+    device_memory_size_v2 = SCRATCH_BYTES
+
+    def __init__(self, runtime: _Runtime, plan: bytes) -> None:
+        end = 4 + int.from_bytes(plan[:4], "big")
+        head = json.loads(plan[4:end])
+        self.runtime, self.profiles, self.presents = runtime, head["profiles"], head["caches"]
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        self.session = _SESSION(plan[end:], options, providers=["CPUExecutionProvider"])
+
+    def create_runtime_config(self) -> _Config:
+        return _Config()
+
+    def create_execution_context(self, config: _Config) -> "_Context":
+        assert config.strategy == "user managed"
+        assert config.cache is not None
+        self.runtime.module.contexts += 1
+        return _Context(self)
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self.engine, self.driver = engine, engine.runtime.module.driver
+        self.active_optimization_profile = 0
+        self.scratch = 0
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.inputs = {value.name: value for value in engine.session.get_inputs()}
+        self.outputs = {value.name: value for value in engine.session.get_outputs()}
+
+    def refuse(self, message: str) -> bool:
+        self.engine.runtime.logger.log(1, message)
+        return False
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= SCRATCH_BYTES
+        self.scratch = address
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.active_optimization_profile = profile
+        self.shapes.clear()
+        return profile < len(self.engine.profiles)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        least, most = self.engine.profiles[self.active_optimization_profile].get(name, (shape, shape))
+        if self.engine.runtime.module.refuse == "shape" or not all(
+            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+        ):
+            return self.refuse(f"{name}: {shape} is not in profile {self.active_optimization_profile}")
+        self.shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        if address % 256:
+            return self.refuse(f"the address of {name} is not aligned")
+        self.addresses[name] = address
+        return name in self.inputs or name in self.outputs
+
+    def infer_shapes(self) -> list[str]:
+        for name, value in self.inputs.items():
+            if name not in self.shapes and not any(isinstance(size, str) for size in value.shape):
+                self.shapes[name] = tuple(value.shape)
+        return [name for name in self.inputs if name not in self.shapes]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        sizes = {
+            free: size
+            for value in self.inputs.values()
+            for free, size in zip(value.shape, self.shapes[value.name], strict=True)
+        }
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.outputs[name].shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        module = self.engine.runtime.module
+        if module.refuse == "run":
+            return self.refuse("[executionContext.cpp::enqueue::1] Error Code 1:\n cask failed")
+        if module.refuse == "capture" and self.driver._streams[stream].captured is not None:
+            return self.refuse("operation not permitted when stream is capturing")
+        missing = [name for name in (*self.inputs, *self.outputs) if name not in self.addresses]
+        if missing or not self.scratch:
+            raise HazardError(f"no address for {missing or 'scratch memory'}")
+        for past, present in self.engine.presents.items():
+            if self.addresses[past] != self.addresses[present]:
+                raise HazardError(f"{present} is not at the address of {past}")
+        given = {name: self._place(value, self.shapes[name]) for name, value in self.inputs.items()}
+        taken = {name: self._place(value, self.get_tensor_shape(name)) for name, value in self.outputs.items()}
+
+        def run() -> None:
+            names = list(taken)
+            results = self.engine.session.run(
+                names, {name: self._array(*place).copy() for name, place in given.items()}
+            )
+            for name, result in zip(names, results, strict=True):
+                self._array(*taken[name])[...] = result
+
+        self.driver.kernel(
+            stream, [place[0] for place in given.values()], [*(p[0] for p in taken.values()), self.scratch], run
+        )
+        return True
+
+    def _place(self, value: Any, shape: tuple[int, ...]) -> tuple[int, np.dtype[Any], tuple[int, ...]]:
+        names: Mapping[str, str] = {"float": "float32", "float16": "float16", "int64": "int64", "bool": "bool"}
+        return self.addresses[value.name], np.dtype(names[value.type[7:-1]]), shape
+
+    def _array(self, address: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+        return self.driver.array(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)

@@ -1,0 +1,237 @@
+"""ONNX Runtime on GPUs that are made up, whose kernels are ONNX Runtime's on processors, through the real pipeline:
+what it computes is what the processors' pipeline computes, in whatever order the streams come to it."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import fake_onnxruntime
+import numpy as np
+import onnxruntime as ort
+import pytest
+from fake_cuda import FakeDriver
+from stageline.exporter.export import export
+from stageline.exporter.synthesize import synthesize
+from stageline.models.errors import EngineError, RequestError
+from stageline.runtime.bundle import recut
+from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
+from stageline.runtime.pipeline import Pipeline
+
+SECONDS = 60
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.5,
+}
+PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
+DEVICES = [
+    ["cuda:0"],
+    ["cuda:0", "cuda:1"],
+    ["cuda:0", "cuda:1", "cuda:0"],
+    ["cuda:0", "cpu", "cuda:1"],
+    ["cpu", "cuda:0"],
+]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three blocks in three stages."""
+    folder = tmp_path_factory.mktemp("cuda")
+    synthesize(CONFIG, folder / "checkpoint", seed=2, dtype="float32")
+    return export(folder / "checkpoint", folder / "bundle", stages=3).path
+
+
+@pytest.fixture(scope="module")
+def wanted(decoder: Path) -> list[tuple[int, ...]]:
+    """What the processors' pipeline goes on with, its caches in half precision as on GPUs."""
+    with Pipeline.open(decoder, cache_dtype="float16") as pipeline:
+        return [tokens_of(future) for future in submitted(pipeline)]
+
+
+def submitted(pipeline: Pipeline) -> "list[Future[Completion]]":
+    sampling = Sampling(max_tokens=12)
+    return [pipeline.submit(GenerationRequest(tuple(prompt), sampling)) for prompt in PROMPTS]
+
+
+def tokens_of(future: "Future[Completion]") -> tuple[int, ...]:
+    return future.result(SECONDS).choices[0].token_ids
+
+
+def on_gpus(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> Callable[..., Pipeline]:
+    fake_onnxruntime.install(monkeypatch, driver)
+
+    def begin(bundle: Path, devices: Sequence[str] = ("cuda:0",), **options: Any) -> Pipeline:
+        return Pipeline.open(bundle, engine="onnxruntime-cuda", devices=devices, **options)
+
+    return begin
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("devices", DEVICES, ids=" ".join)
+def test_tokens_are_those_of_the_processors(
+    devices: list[str],
+    seed: int | None,
+    decoder: Path,
+    wanted: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = FakeDriver(gpus=2, reach=[(0, 1)], seed=seed)
+    with on_gpus(monkeypatch, driver)(decoder, devices, slots=3, prefill_chunk=16) as pipeline:
+        assert [tokens_of(future) for future in submitted(pipeline)] == wanted
+        stats = pipeline.stats()
+        assert [stage.device for stage in stats.stages] == [devices[n % len(devices)] for n in range(3)]
+        assert all(stage.busy_s > 0 for stage in stats.stages)
+    assert (driver.live_blocks, driver.live_handles, driver.ranges) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("devices", DEVICES, ids=" ".join)
+def test_batches_are_those_of_the_processors(
+    devices: list[str], decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(0).integers(0, 99, (9, 20))
+    mask = (np.arange(20) < np.random.default_rng(1).integers(1, 21, 9)[:, None]).astype(np.int64)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with Pipeline.open(decoder) as pipeline:
+        wanted = pipeline.run(inputs)["logits"]
+    driver = FakeDriver(gpus=2, seed=5)
+    with on_gpus(monkeypatch, driver)(decoder, devices) as pipeline:
+        futures = [pipeline.submit(inputs) for _ in range(4)]
+        for future in futures:
+            found = future.result(SECONDS)["logits"]
+            np.testing.assert_allclose(found[mask != 0], wanted[mask != 0], atol=0.05)
+    assert driver.live_blocks == 0
+
+
+def test_an_encoder_runs_on_a_gpu(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"input_ids": np.random.default_rng(0).integers(5, 12, (4, 7))}
+    with Pipeline.open(tiny_bundle) as pipeline:
+        wanted = pipeline.run(inputs)["logits"]
+    with on_gpus(monkeypatch, FakeDriver())(tiny_bundle) as pipeline:
+        np.testing.assert_allclose(pipeline.run(inputs)["logits"], wanted, atol=1e-5)
+
+
+def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 60 tokens: the driver is asked for nothing new, and the host waits for one copy a token, the logits."""
+    driver = FakeDriver(gpus=2)
+    with on_gpus(monkeypatch, driver)(decoder, ["cuda:0", "cuda:1"], slots=1) as pipeline:
+        pipeline.generate([3, 4, 5], max_tokens=10).result(SECONDS)
+        driver.calls.clear()
+        pipeline.generate([9, 8, 7], max_tokens=60).result(SECONDS)
+        steps = 60
+        assert driver.count_of("synchronize_event") == steps
+        assert driver.count_of("download") == steps * 3  # the logits, and two values that bounce between the GPUs
+        assert driver.count_of("synchronize", "allocate", "allocate_host", "free", "free_host", "new_event") == 0
+        assert driver.count_of("kernel") == steps * 3
+
+
+def test_shared_beginnings_are_copied_on_the_device(
+    decoder: Path, wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver(seed=7)
+    with on_gpus(monkeypatch, driver)(decoder, slots=3) as pipeline:
+        first = pipeline.submit(GenerationRequest(tuple(PROMPTS[1]), Sampling(max_tokens=40)))
+        twin = pipeline.submit(GenerationRequest(tuple(PROMPTS[1]), Sampling(max_tokens=12, n=2)))
+        assert tokens_of(first)[:12] == wanted[1]
+        assert {choice.token_ids for choice in twin.result(SECONDS).choices} == {wanted[1]}
+    assert driver.count_of("copy_rows") > 0
+
+
+def test_a_gpu_that_is_lost_fails_what_is_under_way_and_what_comes(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver(gpus=2)
+    with on_gpus(monkeypatch, driver)(decoder, ["cuda:0", "cuda:1"]) as pipeline:
+        pipeline.generate([3], max_tokens=2).result(SECONDS)
+        driver.fail("record", "CUDA_ERROR_ILLEGAL_ADDRESS", after=30)
+        for _ in range(2):
+            with pytest.raises(EngineError, match=r"cuda:\d is lost after CUDA_ERROR_ILLEGAL_ADDRESS"):
+                pipeline.generate([3, 4], max_tokens=30).result(SECONDS)
+        with pytest.raises(EngineError, match=r"^micro-batch 1 of \d: cuda:\d is lost"):
+            pipeline.run({"input_ids": np.ones((2, 3), np.int64)})
+
+
+def test_out_of_memory_in_a_step_fails_that_request_alone(
+    decoder: Path, wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver()
+    with on_gpus(monkeypatch, driver)(decoder) as pipeline:
+        driver.fail("allocate", "CUDA_ERROR_OUT_OF_MEMORY")
+        with pytest.raises(EngineError, match=r"no memory on cuda:0 .*; open with fewer slots"):
+            pipeline.generate(PROMPTS[1], max_tokens=3).result(SECONDS)
+        assert [tokens_of(future) for future in submitted(pipeline)] == wanted
+
+
+def test_a_pipeline_that_is_closed_at_work_leaves_nothing(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    driver = FakeDriver(gpus=2, seed=2)
+    pipeline = on_gpus(monkeypatch, driver)(decoder, ["cuda:0", "cuda:1", "cpu"])
+    futures = submitted(pipeline)
+    batch = pipeline.submit({"input_ids": np.ones((5, 9), np.int64)})
+    pipeline.close()
+    for future in (*futures, batch):
+        try:
+            future.result(SECONDS)
+        except RequestError as error:
+            assert "closed" in str(error)  # noqa: PT017 - some may have been done
+    assert (driver.live_blocks, driver.live_handles) == (0, 0)
+    assert threading.active_count() == before
+
+
+def test_what_does_not_fit_is_told_in_one_line(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = on_gpus(monkeypatch, FakeDriver())
+    for options, told in (
+        ({"devices": ["cuda:1"]}, "stage 0 is to run on cuda:1; this machine has cuda:0"),
+        ({"devices": ["gpu"]}, "unknown device 'gpu'; devices are called cpu, cuda:0, cuda:1, ..."),
+        ({"devices": ["cuda:0"] * 4}, "4 devices are named for 3 stages; name at least one, and at most one each"),
+        ({"cache_dtype": "float32"}, "on a GPU caches are float16, not float32; leave cache_dtype out"),
+    ):
+        with pytest.raises((EngineError, RequestError)) as caught:
+            begin(decoder, **options)
+        assert str(caught.value) == told
+    with pytest.raises(EngineError, match=r"^the engine onnxruntime does not run on cuda:0; engines that do: .*-cuda"):
+        Pipeline.open(decoder, devices=["cuda:0"])
+
+
+def test_an_onnxruntime_without_cuda_is_told_so(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = on_gpus(monkeypatch, FakeDriver())
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match=r"^this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then"):
+        begin(decoder)
+
+
+@pytest.mark.parametrize("devices", [["cuda:0"], ["cuda:0", "cuda:1"]], ids=" ".join)
+def test_caches_move_when_stages_are_cut_anew_while_they_run(
+    devices: list[str], decoder: Path, wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver(gpus=2, seed=3)
+    with on_gpus(monkeypatch, driver)(decoder, devices) as pipeline:
+        prompt = tuple(PROMPTS[1])
+        whole = tokens_of(pipeline.submit(GenerationRequest(prompt, Sampling(max_tokens=60))))
+        futures = [pipeline.submit(GenerationRequest(prompt, Sampling(max_tokens=60))) for _ in range(3)]
+        for stages in (2, 3, 2):
+            pipeline.recut(stages)
+        assert [tokens_of(future) for future in futures] == [whole] * 3
+        assert whole[:12] == wanted[1]
+    assert (driver.live_blocks, driver.live_handles) == (0, 0)
+
+
+def test_recut_stages_run_on_other_gpus(
+    decoder: Path, wanted: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    bundle = Path(shutil.copytree(decoder, tmp_path / "bundle"))
+    recut(bundle, 2)
+    with on_gpus(monkeypatch, FakeDriver(gpus=3))(bundle, ["cuda:2", "cuda:1"]) as pipeline:
+        assert [tokens_of(future) for future in submitted(pipeline)] == wanted
