@@ -86,14 +86,22 @@ class _State:
     done: int = 0
     total: int = 1
     trouble: StagelineError | None = None
+    driven: tuple[Client, int, float] | None = None
+    """Who is driven now, how many answers it had, and since when."""
 
-    def at(self, step: str, live: Mapping[str, float] | None = None) -> None:
-        """Say what is done now."""
-        self.progress = Progress(self.done / self.total, step, dict(live if live is not None else self.progress.live))
+    def at(self, step: str, live: Mapping[str, float]) -> None:
+        """Say what is done now; `live` are the latest figures of that."""
+        self.progress = Progress(self.done / self.total, step, dict(live))
         self.told(self.progress)
 
     def beat(self) -> None:
-        """Write it into the store, and look whether somebody cancels."""
+        """Write it into the store, with the speed so far, and look whether somebody cancels."""
+        driven = self.driven  # another thread's
+        if driven is not None:
+            client, answered, since = driven
+            speed = (client.answered - answered) / (perf_counter() - since)
+            self.progress = replace(self.progress, live={**self.progress.live, "requests_per_s": speed})
+            self.told(self.progress)
         if self.store.progress(self.run.id, self.progress):
             self.stop.set()
 
@@ -160,12 +168,12 @@ def _measure(
         for name, opener in openers.items():
             if state.stop.is_set():
                 return
-            state.at(f"opening {name}")
+            state.at(f"opening {name}", {})
             contenders.append(opener())
         clients = [Client(contender, items, state.stop) for contender in contenders]
         speeds: list[float] = []
         for contender, client in zip(contenders, clients, strict=True):
-            state.at(f"{contender.name}: warming up")
+            state.at(f"{contender.name}: warming up", {})
             speeds.append(_warm_up(client, settings.warm_up_s, settings.slots or 4))
             state.done += 1
         for load in settings.loads:
@@ -211,11 +219,14 @@ def _repeat(
     arrivals_s: Sequence[float],
 ) -> None:
     settings, pipeline = run.settings, lap.contender.pipeline
-    state.at(f"{lap.contender.name}: {load}, repeat {repeat + 1} of {settings.repeats}", {})
+    live = _live(lap.figures[-1]) if lap.figures else {}
+    state.at(f"{lap.contender.name}: {load}, repeat {repeat + 1} of {settings.repeats}", live)
     if pipeline is not None:
         pipeline.record(lap.recorder)
     with Monitor(lap.contender, lap.client, meters, lap.began_at) as monitor:
+        state.driven = lap.client, lap.client.answered, perf_counter()
         answers = _drive(lap.client, load, repeat, speed, run, arrivals_s)
+        state.driven = None
     if pipeline is not None:
         pipeline.record(None)
     cut_short = state.stop.is_set()
@@ -238,8 +249,12 @@ def _repeat(
     lap.figures.append(found)
     lap.samples += monitor.samples
     state.done += 1
-    live = ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s", "ttft_p50_s", "tpot_p50_s")
-    state.at(state.progress.step, {name: found[name] for name in live if name in found})
+    state.at(state.progress.step, _live(found))
+
+
+def _live(found: Mapping[str, float]) -> dict[str, float]:
+    names = ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s", "ttft_p50_s", "tpot_p50_s")
+    return {name: found[name] for name in names if name in found}
 
 
 def _drive(client: Client, load: Load, repeat: int, speed: float, run: Run, arrivals_s: Sequence[float]) -> Answers:
