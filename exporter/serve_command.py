@@ -1,5 +1,6 @@
 """The command `stageline serve`."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 from stageline.models.errors import StagelineError
 from stageline.runtime.engines import CacheDtype, WeightDtype
-from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.pipeline import Pipeline, RebalanceMode
 
 _EXTRA = {"fastapi", "prometheus_client", "uvicorn"}
 _PLACES = 4  # requests that may be under way for each place in a queue: readers may be slower than the pipeline
@@ -46,6 +47,10 @@ def serve_command(
     weights: Annotated[
         WeightDtype | None, typer.Option(help="Quantise matrix products: faster, less exact. As they are unless given.")
     ] = None,
+    rebalance: Annotated[
+        RebalanceMode,
+        typer.Option(help="Measure the stages, and say which cut would be better (advise), or change to it (auto)."),
+    ] = "off",
     max_body_mb: Annotated[int, typer.Option(min=1, help="The largest body of a request.")] = 4,
     queue: Annotated[
         int, typer.Option(min=1, help="Requests of a bundle that run or wait at a time; more are answered with 429.")
@@ -67,6 +72,8 @@ def serve_command(
         raise StagelineError('this command needs the service: pip install "stageline[serve]"') from error
 
     names = _names(bundles, name or [])
+    if rebalance != "off":
+        _log_rebalancing()
     with bound_socket(host, port) as listening, ExitStack() as stack:
         pipelines: dict[str, Pipeline] = {}
         for called, bundle in zip(names, bundles, strict=True):
@@ -80,6 +87,7 @@ def serve_command(
                 slots=slots,
                 capacity=capacity,
                 cache_dtype=cache_dtype,
+                rebalance=rebalance,
             )
             pipelines[called] = stack.enter_context(opened)
         app = create_app(
@@ -103,6 +111,14 @@ def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
         if names.count(called) > 1:
             raise typer.BadParameter(f"two bundles are called {called!r}; give each a name", param_hint="--name")
     return names
+
+
+def _log_rebalancing() -> None:
+    told = logging.StreamHandler()
+    told.setFormatter(logging.Formatter("stageline: %(message)s"))
+    log = logging.getLogger("stageline.rebalance")
+    log.addHandler(told)
+    log.setLevel(logging.INFO)
 
 
 def _is_local(host: str) -> bool:

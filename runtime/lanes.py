@@ -20,7 +20,7 @@ import numpy as np
 from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import Array, Device, HostCopy, Value
 from stageline.runtime.engines import Engine
-from stageline.runtime.trace import Recorder, Traced
+from stageline.runtime.trace import RUN_KINDS, Kind, Recorder, Traced
 
 Answer = TypeVar("Answer")
 
@@ -35,6 +35,19 @@ class PipelineStage:
 
 
 @dataclass(frozen=True)
+class Amount:
+    """Work of one kind: `runs` of the engine, for `rows` in all, of `tokens` in all, padding of lengths included."""
+
+    runs: int
+    rows: int
+    tokens: int
+
+    def since(self, before: "Amount") -> "Amount":
+        """What came after `before`."""
+        return Amount(self.runs - before.runs, self.rows - before.rows, self.tokens - before.tokens)
+
+
+@dataclass(frozen=True)
 class StageStats:
     """What one stage did since the pipeline opened. `utilisation` is busy time over wall time, 0 to 1; `copy_s`, of
     copies between engines and cache rows, is no part of it. On a GPU `busy_s` is the device's own time, `cores` are
@@ -46,6 +59,7 @@ class StageStats:
     busy_s: float
     copy_s: float
     utilisation: float
+    amounts: Mapping[Kind, Amount]
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +74,7 @@ class Lane:
     runs: int = 0
     busy_s: float = 0.0
     copy_s: float = 0.0
+    amounts: dict[Kind, list[int]] = field(default_factory=lambda: {kind: [0, 0, 0] for kind in RUN_KINDS})
     recorder: Recorder | None = None
     landing: "SimpleQueue[tuple[dict[str, HostCopy], dict[str, Array], Landed] | None]" = field(
         default_factory=SimpleQueue
@@ -73,6 +88,11 @@ class Lane:
         ended_s = perf_counter()
         self.busy_s += ended_s - began_s
         self.runs += 1
+        kind, rows, tokens, _ = work.traced()
+        amount = self.amounts[kind]
+        amount[0] += 1
+        amount[1] += rows
+        amount[2] += rows * tokens
         if self.recorder is not None:
             self.recorder.ran(self.number, began_s, ended_s, work)
 
@@ -211,7 +231,8 @@ class Lanes:
 def _stats(lane: Lane, open_s: float) -> StageStats:
     own_s = lane.device.busy_s()
     busy_s = lane.busy_s if own_s is None else own_s
-    return StageStats(lane.device.name, lane.device.cores, lane.runs, busy_s, lane.copy_s, busy_s / open_s)
+    amounts = {kind: Amount(*counts) for kind, counts in lane.amounts.items()}
+    return StageStats(lane.device.name, lane.device.cores, lane.runs, busy_s, lane.copy_s, busy_s / open_s, amounts)
 
 
 def _work(lane: Lane) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, overload
 
 from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
@@ -44,9 +44,11 @@ from stageline.runtime.trace import Recorder
 
 if TYPE_CHECKING:
     from stageline.runtime.generation.chat import ChatTemplate
+    from stageline.runtime.rebalance.rebalancer import Rebalancer, RebalanceStats
 
 __all__ = ["Pipeline", "PipelineStage", "PipelineStats", "StageStats"]
 
+RebalanceMode = Literal["off", "advise", "auto"]
 DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
 
 
@@ -55,7 +57,8 @@ class PipelineStats:
     """What a pipeline did since it opened. `in_flight` counts unfinished batches, those `queued` (no stage has started
     on them) included; `generation` is None for a model that does not generate.
 
-    `layers` are the blocks of each stage as they are cut now, `switch` the last of `switches` to other stages.
+    `layers` are the blocks of each stage as they are cut now, `switch` the last of `switches` to other stages;
+    `rebalance` is None where nobody watches the stages.
     """
 
     open_s: float
@@ -69,6 +72,7 @@ class PipelineStats:
     layers: tuple[int, ...] = ()
     switches: int = 0
     switch: Switched | None = None
+    rebalance: "RebalanceStats | None" = None
 
 
 class Pipeline:
@@ -108,6 +112,7 @@ class Pipeline:
         self._generator: Generator | None = None
         self._generator_slots = Slots(queue)
         self._opener: Opener | None = None
+        self._rebalancer: Rebalancer | None = None
 
     @classmethod
     def open(
@@ -124,6 +129,7 @@ class Pipeline:
         capacity: int | None = None,
         cache_dtype: CacheDtype | None = None,
         prefill_chunk: int = 128,
+        rebalance: RebalanceMode = "off",
     ) -> Self:
         """Open a bundle. BundleError if it is missing or broken, EngineError if the engine is not there or refuses.
 
@@ -135,7 +141,12 @@ class Pipeline:
         The last four are for models that generate: `slots` continuations run at a time, each of at most `capacity`
         tokens, prompt included (None: what the model can place, at most 2048); prompts are read in chunks of
         `prefill_chunk` tokens, so that a long one does not hold up the others.
+
+        `rebalance`: measure the stages while they serve, and say in `stats()` and the log which cut would be better
+        ("advise"), or change over to it ("auto"); docs/rebalance.md.
         """
+        if rebalance not in get_args(RebalanceMode):
+            raise RequestError(f"rebalance is {rebalance!r}; it must be one of {', '.join(get_args(RebalanceMode))}")
         opened = Bundle.open(Path(bundle))
         manifest = opened.manifest
         for name, value in (("slots", slots), ("capacity", capacity), ("prefill_chunk", prefill_chunk)):
@@ -174,6 +185,11 @@ class Pipeline:
             lanes = pipeline._serving.lanes
             pipeline._generator = Generator(lanes, hops, decoder, slots, cache.capacity, prefill_chunk)
             pipeline._serving.generator = pipeline._generator
+        if rebalance != "off":
+            from stageline.runtime.rebalance.rebalancer import Rebalancer  # imports the planner
+
+            past = cache.capacity // 4 if cache is not None else 0
+            pipeline._rebalancer = Rebalancer(pipeline._serving, past, pipeline.recut if rebalance == "auto" else None)
         return pipeline
 
     # Batches.
@@ -363,6 +379,7 @@ class Pipeline:
             self._serving.cut.layers,
             self._serving.switches,
             self._serving.last,
+            self._rebalancer.stats() if self._rebalancer else None,
         )
 
     def record(self, recorder: Recorder | None) -> None:
@@ -378,7 +395,12 @@ class Pipeline:
         if "_template" in vars(self):
             self._template.close()
         self._generator_slots.close("the pipeline is closed")
+        if self._rebalancer is not None:
+            self._rebalancer.stop()
+        own_thread = self._serving.is_own_thread()
         self._serving.close()
+        if self._rebalancer is not None and not own_thread:
+            self._rebalancer.join()
 
     def __enter__(self) -> Self:
         return self

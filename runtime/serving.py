@@ -53,7 +53,7 @@ class Serving:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for switches under way; nobody else switches in this context. RequestError where that cannot be."""
-        if self._is_own_thread():
+        if self.is_own_thread():
             raise RequestError(
                 "stages cannot be exchanged by a callback on one of the pipeline's threads: it would wait for itself; "
                 "use another thread"
@@ -97,7 +97,7 @@ class Serving:
         with self._state:
             self.closed = True
             switching = self._new is not None
-        own_thread = self._is_own_thread()
+        own_thread = self.is_own_thread()
         self.batches.close()
         if self.generator is not None:
             self.generator.close(wait=not own_thread)
@@ -134,7 +134,8 @@ class Serving:
         if self.closed:
             raise RequestError("the pipeline is closed")
 
-    def _is_own_thread(self) -> bool:
+    def is_own_thread(self) -> bool:
+        """Whether the caller is a thread of stages or of generation, as a future's callback may be."""
         new = self._new
         return (
             self.lanes.is_worker()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Kind = Literal["batch", "prefill", "decode", "copy"]
+RUN_KINDS: tuple[Kind, ...] = ("batch", "prefill", "decode")  # those in which an engine runs
 WINDOW = 64  # micro-batches that are kept or dropped together
 
 
@@ -37,7 +38,7 @@ class RequestSpan:
 
 
 class Traced(Protocol):
-    """A micro-batch that can tell what it is; asked only when it is recorded."""
+    """A micro-batch that can tell what it is; asked when it has run."""
 
     @property
     def number(self) -> int:

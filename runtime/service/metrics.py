@@ -63,6 +63,7 @@ class ServiceCollector(Collector):
         stats = [(model.name, model.pipeline.stats()) for model in self._models]
         yield _requests(stats)
         yield from _stages(stats)
+        yield from _switches(stats)
         generation = [(name, s.generation) for name, s in stats if s.generation is not None]
         for name, (help_text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"stageline_{name}", help_text, labels=["model"])
@@ -120,9 +121,28 @@ def _stages(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]:
     utilisation = GaugeMetricFamily("stageline_stage_utilisation", "Busy time over wall time, 0 to 1.", labels=labels)
     busy = CounterMetricFamily("stageline_stage_busy_seconds", "Time in the engine.", labels=labels)
     runs = CounterMetricFamily("stageline_stage_runs", "Runs of the engine.", labels=labels)
+    blocks = GaugeMetricFamily("stageline_stage_blocks", "Blocks of the model in the stage.", labels=labels)
     for name, s in stats:
         for number, stage in enumerate(s.stages):
             utilisation.add_metric([name, str(number)], stage.utilisation)
             busy.add_metric([name, str(number)], stage.busy_s)
             runs.add_metric([name, str(number)], stage.runs)
-    yield from (utilisation, busy, runs)
+        for number, layers in enumerate(s.layers):
+            blocks.add_metric([name, str(number)], layers)
+    yield from (utilisation, busy, runs, blocks)
+
+
+def _switches(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]:
+    switches = CounterMetricFamily("stageline_switches", "Changes to other stages.", labels=["model"])
+    pause = GaugeMetricFamily(
+        "stageline_switch_pause_seconds", "Of the latest change to other stages.", labels=["model"]
+    )
+    gain = GaugeMetricFamily(
+        "stageline_rebalance_gain", "Throughput that the advised cut would add, as a share; 0: none.", labels=["model"]
+    )
+    for name, s in stats:
+        switches.add_metric([name], s.switches)
+        pause.add_metric([name], s.switch.pause_s if s.switch is not None else 0.0)
+        if s.rebalance is not None:
+            gain.add_metric([name], s.rebalance.advice.gain if s.rebalance.advice is not None else 0.0)
+    yield from (switches, pause, gain)

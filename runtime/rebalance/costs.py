@@ -1,0 +1,51 @@
+"""What the uses of a running model take for the work that its stages did, by its profile or else by a roofline."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+from stageline.models.errors import StagelineError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.lanes import Amount
+from stageline.runtime.planning.catalogue import device_kind
+from stageline.runtime.planning.cost import Shape, use_costs
+from stageline.runtime.planning.profile import Machine, load
+from stageline.runtime.planning.timings import Timings, UseTimes
+from stageline.runtime.trace import Kind
+
+_ANY = "XeonPlatinum8480"  # only the proportions of a roofline count
+UseSeconds = Callable[[Shape], UseTimes]
+
+
+def use_seconds(bundle: Bundle, threads: int, on_processors: bool) -> UseSeconds:
+    """The time of each use for a micro-batch: from the profile of this machine with so many threads, if the bundle has
+    it and the stages run on processors; else from a roofline, right in its proportions only."""
+    parts = bundle.parts()
+    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape)))
+    if on_processors:
+        try:
+            profile, of_another = load(bundle.path, Machine.here())
+            if of_another is None:
+                timings = Timings(profile, bundle.manifest, threads, costs)
+                return cache(timings.of)
+        except StagelineError:  # there is none, or none with so many threads
+            pass
+    rates = device_kind(_ANY).rates("float32")
+    return cache(lambda shape: UseTimes(tuple(map(rates.use_s, costs(shape))), 0.0))
+
+
+def work_seconds(use_s: UseSeconds, amounts: Mapping[Kind, Amount], past: int) -> UseTimes:
+    """The same for all that a stage did: `amounts` of each kind, in micro-batches of their mean size. Steps that decode
+    are taken to have `past` tokens in the cache."""
+    told: list[tuple[int, UseTimes]] = []
+    for kind, amount in amounts.items():
+        if not amount.runs:
+            continue
+        rows, length = max(1, round(amount.rows / amount.runs)), max(1, round(amount.tokens / amount.rows))
+        shape = (
+            Shape(rows, 1, past, 1) if kind == "decode" else Shape(rows, length, 0, 1 if kind == "prefill" else None)
+        )
+        told.append((amount.runs, use_s(shape)))
+    return UseTimes(
+        tuple(sum(values) for values in zip(*([runs * s for s in times.use_s] for runs, times in told), strict=True)),
+        sum(runs * times.later_stage_s for runs, times in told),
+    )

@@ -1,0 +1,119 @@
+"""The thread that watches a pipeline's stages and advises another cut, or changes over to it."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Literal
+
+from stageline.models.errors import StagelineError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.lanes import StageStats
+from stageline.runtime.rebalance.costs import UseSeconds, use_seconds, work_seconds
+from stageline.runtime.rebalance.policy import Advice, Policy, Settings, Window
+from stageline.runtime.serving import Serving
+
+log = logging.getLogger("stageline.rebalance")
+
+
+@dataclass(frozen=True)
+class RebalanceStats:
+    """`advice` is the latest that still holds: not yet taken, and of the cut of now."""
+
+    mode: Literal["advise", "auto"]
+    advice: Advice | None
+
+
+class Rebalancer:
+    """Watches `serving`, which it borrows, until it is stopped."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        past: int,
+        recut: Callable[[Sequence[int]], object] | None,
+        settings: Settings | None = None,
+    ) -> None:
+        """`recut` changes the cut; None: only advise. `past`: tokens that a decode step is taken to find in caches."""
+        self._serving, self._past, self._recut = serving, past, recut
+        self._settings = settings or Settings()
+        self._policy = Policy(self._settings)
+        self._advice: Advice | None = None
+        self._costs: tuple[Bundle, int, UseSeconds] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="rebalance", daemon=True)
+        self._thread.start()
+
+    def stats(self) -> RebalanceStats:
+        """A snapshot."""
+        advice = self._advice
+        holds = advice is not None and advice.now == self._serving.cut.layers
+        return RebalanceStats("advise" if self._recut is None else "auto", advice if holds else None)
+
+    def stop(self) -> None:
+        """Begin no other switch."""
+        self._stop.set()
+
+    def join(self) -> None:
+        """Wait for the thread; a switch under way ends first."""
+        self._thread.join()
+
+    def _watch(self) -> None:
+        lanes, before = self._serving.lanes, self._serving.lanes.stats(1.0)
+        while not self._stop.wait(self._settings.window_s):
+            try:
+                if self._serving.lanes is not lanes:  # switched since, by us or by hand
+                    self._policy.switched(monotonic())
+                    lanes = self._serving.lanes
+                else:
+                    self._observe(before, lanes.stats(1.0))
+                before = lanes.stats(1.0)
+            except Exception:
+                log.exception("rebalancing met a bug; this window does not count")
+
+    def _observe(self, before: Sequence[StageStats], after: Sequence[StageStats]) -> None:
+        cut = self._serving.cut
+        if cut.bundle is None or len(cut.layers) != len(after) or not after[0].runs - before[0].runs:
+            return
+        amounts = {kind: amount.since(before[0].amounts[kind]) for kind, amount in after[0].amounts.items()}
+        told = work_seconds(self._use_seconds(cut.bundle, after), amounts, self._past)
+        window = Window(
+            cut.layers,
+            tuple(now.busy_s - then.busy_s for then, now in zip(before, after, strict=True)),
+            tuple(now.runs - then.runs for then, now in zip(before, after, strict=True)),
+            told.use_s,
+            told.later_stage_s,
+        )
+        advice = self._policy.observe(monotonic(), window)
+        if advice is None:
+            if window.excess <= self._settings.margin:
+                self._advice = None
+            return
+        if self._advice is None or self._advice.layers != advice.layers:
+            log.info("%s", advice)
+        self._advice = advice
+        if self._recut is not None:
+            self._switch(self._recut, advice)
+
+    def _switch(self, recut: Callable[[Sequence[int]], object], advice: Advice) -> None:
+        if self._stop.is_set():
+            return
+        try:
+            recut(advice.layers)
+        except StagelineError as error:
+            if not self._stop.is_set():
+                log.warning("the stages stay as they are: %s", error)
+            self._policy.switched(monotonic())
+            return
+        switch = self._serving.last
+        assert switch is not None
+        layers = ",".join(map(str, advice.layers))
+        log.info("now layers %s: opened in %.2f s, a pause of %.0f ms", layers, switch.open_s, switch.pause_s * 1e3)
+
+    def _use_seconds(self, bundle: Bundle, stages: Sequence[StageStats]) -> UseSeconds:
+        threads = len(stages[0].cores)
+        if self._costs is None or self._costs[:2] != (bundle, threads):
+            on_processors = all(stage.device == "cpu" for stage in stages)
+            self._costs = bundle, threads, use_seconds(bundle, threads, on_processors)
+        return self._costs[2]
