@@ -1,7 +1,7 @@
 """The border to CUDA: the driver calls that are used here as a Protocol, and cuda.bindings behind it.
 
 Handles and addresses are integers, sizes are bytes. Nothing is decided here: everything else of this package is tested
-against a driver that is made up (tests/runtime/devices/cuda/fake_driver.py) and keeps the same Protocol.
+against a driver that is made up (tests/helpers/fake_cuda.py) and keeps the same Protocol.
 """
 
 from collections.abc import Callable
