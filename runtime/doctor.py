@@ -160,7 +160,7 @@ def _clashes(driver: Driver) -> Iterator[str]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, then "
             "install onnxruntime-gpu alone: it runs on processors as well"
         )
-    if driver.version and _version("onnxruntime-gpu", "tensorrt", "tensorrt-rtx") and not _version("cuda-core"):
+    if driver.version and _version("onnxruntime-gpu", "tensorrt", "tensorrt-rtx") and not _version("cuda-bindings"):
         yield 'there are a driver and an engine for GPUs, but not CUDA for Python: pip install "stageline[gpu]"'
 
 
