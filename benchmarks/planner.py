@@ -1,10 +1,17 @@
 """What the planner predicts beside what the pipeline does: stages, uneven cuts, threads, batch sizes, and Poisson load.
 
-Each bundle is profiled, then cut in several ways and run: batches in a closed loop (all submitted at once), and, for a
-model that generates, requests at random times at parts of its capacity. Predictions come from the profile alone; the
-generation runs are simulated with the runtime's own scheduler.
+It runs in parts of some minutes, each of which profiles first what it then predicts, so that both are close in time:
 
-    python benchmarks/planner.py bundles/minilm bundles/smollm2 --json benchmarks/results/planner.json
+    batches:1   every cut on one processor      batches:2   every cut on two
+    poisson:1   one stage under Poisson load    poisson:2   two stages
+
+Batches are submitted all at once; of generation, the requests come at random times at parts of what the pipeline does
+when all come at once, and the prediction is simulated with the runtime's own scheduler. Predictions come from the
+profile alone. Beside each cut a reference is timed again: how much slower it is than beside the profile is the drift of
+the machine, and no fault of the prediction.
+
+    python benchmarks/planner.py bundles/minilm --part batches:1 --part batches:2 --json benchmarks/results/planner.json
+    python benchmarks/planner.py bundles/smollm2 --part poisson:2 --json benchmarks/results/planner.json
 """
 
 import argparse
@@ -25,9 +32,11 @@ from stageline.runtime.devices.cpu import allowed_cores, share_cores
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.planning.cost import Shape, use_costs
-from stageline.runtime.planning.profile import Machine, Profile, load, measure, save
+from stageline.runtime.planning.measuring import measure
+from stageline.runtime.planning.profile import Machine, Profile
 from stageline.runtime.planning.simulate import (
     BatchRequest,
+    Report,
     Setting,
     SimulatedStage,
     TextRequest,
@@ -37,11 +46,15 @@ from stageline.runtime.planning.simulate import (
 )
 from stageline.runtime.planning.timings import Timings
 
+PARTS = ("batches:1", "batches:2", "poisson:1", "poisson:2")
 RUN_S = 0.6  # about how long a batch run takes
+ROUNDS = 3  # batch runs of a case: the median counts
+REFERENCE_RUNS = 9
 LOADS = (0.5, 0.8, 0.95)  # of the capacity
 SLOTS, CAPACITY, CHUNK, PROMPT, OUTPUT = 8, 256, 64, 40, 24
 ENCODER_SHAPES = ((1, 32), (4, 128), (8, 64), (16, 32), (6, 100))
 DECODER_SHAPES = ((1, 16), (1, 48), (4, 32))
+REFERENCE = (4, 32)
 
 
 def cuts(blocks: int) -> list[list[int]]:
@@ -59,106 +72,146 @@ def cuts(blocks: int) -> list[list[int]]:
     return [counts for counts in found if min(counts) > 0]
 
 
-class Predictor:
-    """Stage times of a bundle from its profile."""
+class Bench:
+    """A bundle's copy to be cut, its profile of now, and what the machine did when that was taken."""
 
-    def __init__(self, bundle: Bundle, profile: Profile):
-        self.bundle, self.profile = bundle, profile
-        parts = bundle.parts()
-        costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape)))
-        self.timings = cache(lambda threads: Timings(profile, bundle.manifest, threads, costs))
+    def __init__(self, path: Path, threads: Sequence[int]):
+        self.path, self.bundle = path, Bundle.open(path)
+        self.vocabulary = self.bundle.manifest.vocabulary or 1000
+        whole = shutil.copytree(path, path.with_name("reference"))
+        recut(whole, 1)
+        self._reference = Pipeline.open(whole, threads=1)
+        self.profile = measure(self.bundle, threads, progress=lambda step: print(f"# {step}", flush=True))
+        self._before_s = self._reference_s()
+        parts = self.bundle.parts()
+        costs = cache(lambda shape: tuple(use_costs(self.bundle.manifest, self.bundle.tensors, parts, shape)))
+        self._timings = cache(lambda count: Timings(self.profile, self.bundle.manifest, count, costs))
+
+    def drift(self) -> float:
+        """What the reference takes now, over what it took beside the profile."""
+        return self._reference_s() / self._before_s
+
+    def _reference_s(self) -> float:
+        feed = self.feed(*REFERENCE)
+        taken = []
+        for _ in range(REFERENCE_RUNS):
+            began = perf_counter()
+            self._reference.run(feed)
+            taken.append(perf_counter() - began)
+        return statistics.median(taken)
+
+    def feed(self, rows: int, tokens: int) -> dict[str, Any]:
+        """A batch of random tokens."""
+        return {"input_ids": np.random.default_rng(0).integers(100, self.vocabulary, (rows, tokens))}
 
     def setting(self, counts: Sequence[int], threads: int) -> Setting:
-        """The pipeline that `Pipeline.open` makes of these cuts on so many threads."""
+        """The pipeline that `Pipeline.open` makes of these cuts on so many processors."""
         ends = list(np.cumsum(counts))
         shares = share_cores(len(counts), allowed_cores()[:threads])
-        return Setting(
-            tuple(
-                SimulatedStage(self._stage(int(end - count), int(end), len(share)), share[0])
-                for count, end, share in zip(counts, ends, shares, strict=True)
+        stages = []
+        for count, end, share in zip(counts, ends, shares, strict=True):
+            timings = self._timings(len(share))
+            stages.append(
+                SimulatedStage(
+                    self._stage(timings, int(end - count), int(end)), share[0], contention=self._contention(timings)
+                )
             )
-        )
+        return Setting(tuple(stages), host_step_s=self.profile.host_step_s, host_row_s=self.profile.host_row_s)
 
-    def _stage(self, first: int, end: int, threads: int) -> Callable[[Shape], float]:
-        timings = self.timings(threads)
-        return cache(lambda shape: timings.of(shape).stage_s(first, end) + self.profile.handover_s)
+    def _stage(self, timings: Timings, first: int, end: int) -> Callable[[Shape], float]:
+        handover_s = self.profile.handover_s if first else 0.0
+        return cache(lambda shape: timings.of(shape).stage_s(first, end) + handover_s)
+
+    def _contention(self, timings: Timings) -> Callable[[Shape], float]:
+        return cache(lambda shape: timings.of(shape).contention)
+
+    def close(self) -> None:
+        """Free the reference."""
+        self._reference.close()
 
 
-def batch_cases(path: Path, predictor: Predictor, rounds: int) -> list[dict[str, Any]]:
-    """Micro-batches a second, predicted and measured, for every cut, number of threads and shape."""
-    cached = predictor.bundle.manifest.cached
-    vocabulary = predictor.bundle.manifest.vocabulary or 1000
+def batch_cases(bench: Bench, threads: int) -> list[dict[str, Any]]:
+    """Batches a second, predicted and measured, for every cut and shape."""
     cases = []
-    for counts in cuts(predictor.bundle.manifest.blocks):
-        recut(path, counts)
-        for threads in (1, 2):
-            setting = predictor.setting(counts, threads)
-            with Pipeline.open(path, threads=threads, queue=512) as pipeline:
-                for rows, tokens in DECODER_SHAPES if cached else ENCODER_SHAPES:
-                    lone_s = simulate_batches(setting, [BatchRequest(0.0, rows, tokens)], rows).duration_s
-                    count = max(4, min(400, round(RUN_S / lone_s * len(counts))))
-                    told_s = simulate_batches(setting, [BatchRequest(0.0, rows, tokens)] * count, rows).duration_s
-                    ids = np.random.default_rng(0).integers(100, vocabulary, (rows, tokens))
-                    feed = {"input_ids": ids}
-                    pipeline.run(feed)
-                    taken = []
-                    for _ in range(rounds):
-                        began = perf_counter()
-                        for future in [pipeline.submit(feed) for _ in range(count)]:
-                            future.result()
-                        taken.append(perf_counter() - began)
-                    real_s = min(taken)  # what disturbs a run only adds to it; the profile is taken alike
-                    cases.append(
-                        {
-                            "layers": counts, "threads": threads, "rows": rows, "tokens": tokens,
-                            "predicted_per_s": count / told_s, "measured_per_s": count / real_s,
-                            "error": real_s / told_s - 1,
-                        }
-                    )  # fmt: skip
-                    _print_case(cases[-1])
+    print("      layers  threads  rows x tokens predicted/s  measured/s    error    drift")
+    for counts in cuts(bench.bundle.manifest.blocks):
+        recut(bench.path, counts)
+        setting = bench.setting(counts, threads)
+        drift = bench.drift()
+        with Pipeline.open(bench.path, threads=threads, queue=512) as pipeline:
+            for rows, tokens in DECODER_SHAPES if bench.bundle.manifest.cached else ENCODER_SHAPES:
+                request = BatchRequest(0.0, rows, tokens)
+                lone_s = simulate_batches(setting, [request]).duration_s
+                count = max(4, min(400, round(RUN_S / lone_s * len(counts))))
+                told_s = simulate_batches(setting, [request] * count).duration_s
+                real_s = _batches_s(pipeline, bench.feed(rows, tokens), count)
+                case = {
+                    "layers": counts, "threads": threads, "rows": rows, "tokens": tokens,
+                    "predicted_per_s": count / told_s, "measured_per_s": count / real_s,
+                    "error": real_s / told_s - 1, "drift": drift,
+                }  # fmt: skip
+                cases.append(case)
+                layers = ",".join(map(str, counts))
+                print(
+                    f"{layers:>12}{threads:>9}{rows:>6} x {tokens:<5}{count / told_s:>12.2f}{count / real_s:>12.2f}"
+                    f"{case['error']:>9.1%}{drift - 1:>9.1%}",
+                    flush=True,
+                )
     return cases
 
 
-def _print_case(case: dict[str, Any]) -> None:
-    layers = ",".join(map(str, case["layers"]))
-    print(
-        f"{layers:>12}{case['threads']:>9}{case['rows']:>6} x {case['tokens']:<5}"
-        f"{case['predicted_per_s']:>12.2f}{case['measured_per_s']:>12.2f}{case['error']:>9.1%}",
-        flush=True,
-    )
+def _batches_s(pipeline: Pipeline, feed: dict[str, Any], count: int) -> float:
+    """What so many batches take when they are submitted at once."""
+    pipeline.run(feed)
+    taken = []
+    for _ in range(ROUNDS):
+        began = perf_counter()
+        for future in [pipeline.submit(feed) for _ in range(count)]:
+            future.result()
+        taken.append(perf_counter() - began)
+    return statistics.median(taken)
 
 
-def generation_cases(path: Path, predictor: Predictor, counts: Sequence[int], requests: int) -> list[dict[str, Any]]:
-    """Throughput and percentiles under Poisson load, simulated and measured."""
-    recut(path, counts)
-    setting = predictor.setting(counts, len(allowed_cores()))
-    flood = [TextRequest(0.0, PROMPT, OUTPUT)] * requests
-    capacity = simulate_generation(setting, flood, SLOTS, CAPACITY, CHUNK).requests_per_s
-    cases = []
-    for share in LOADS:
-        arrivals = poisson(share * capacity, requests, seed=4)
-        told = simulate_generation(setting, [TextRequest(t, PROMPT, OUTPUT) for t in arrivals], SLOTS, CAPACITY, CHUNK)
-        real = _generate(path, arrivals, predictor.bundle.manifest.vocabulary or 1000)
-        predicted = {
-            "tokens_per_s": told.tokens_per_s, "ttft_p50_s": told.ttft.p50, "ttft_p99_s": told.ttft.p99,
-            "tpot_p50_s": told.tpot.p50, "tpot_p99_s": told.tpot.p99,
-        }  # fmt: skip
-        cases.append(
-            {"layers": list(counts), "load": share, "rate": share * capacity, "predicted": predicted, "measured": real}
-        )
-        for name, value in predicted.items():
+def poisson_cases(bench: Bench, stages: int, requests: int) -> list[dict[str, Any]]:
+    """Throughput and percentiles under Poisson load at parts of the measured capacity, simulated and measured."""
+    recut(bench.path, stages)
+    counts = [stage.last_block - stage.first_block + 1 for stage in Bundle.open(bench.path).manifest.stages]
+    setting = bench.setting(counts, len(allowed_cores()))
+    cases: list[dict[str, Any]] = []
+    capacity = 0.0
+    print(f"{'layers':>10}{'load':>6}  {'':<14}{'predicted':>12}{'measured':>12}{'error':>9}{'drift':>9}")
+    for load in (None, *LOADS):  # None: all at once, which is the capacity
+        arrivals = [0.0] * requests if load is None else poisson(load * capacity, requests, seed=4)
+        drift = bench.drift()
+        texts = [TextRequest(t, PROMPT, OUTPUT) for t in arrivals]
+        told = _figures(simulate_generation(setting, texts, SLOTS, CAPACITY, CHUNK))
+        real = _generate(bench, arrivals)
+        capacity = capacity or real["tokens_per_s"] / OUTPUT
+        case = {"layers": counts, "load": load, "requests_per_s": capacity * (load or 1), "drift": drift}
+        cases.append({**case, "predicted": told, "measured": real})
+        for name, value in told.items():
+            shown = "all" if load is None else f"{load:.0%}"
             print(
-                f"{share:>6.0%}  {name:<14}{value:>12.4f}{real[name]:>12.4f}{real[name] / value - 1:>9.1%}", flush=True
+                f"{','.join(map(str, counts)):>10}{shown:>6}  {name:<14}{value:>12.4f}{real[name]:>12.4f}"
+                f"{real[name] / value - 1:>9.1%}{drift - 1:>9.1%}",
+                flush=True,
             )
     return cases
 
 
-def _generate(path: Path, arrivals: Sequence[float], vocabulary: int) -> dict[str, float]:
+def _figures(report: Report) -> dict[str, float]:
+    return {
+        "tokens_per_s": report.tokens_per_s, "ttft_p50_s": report.ttft.p50, "ttft_p99_s": report.ttft.p99,
+        "tpot_p50_s": report.tpot.p50, "tpot_p99_s": report.tpot.p99,
+    }  # fmt: skip
+
+
+def _generate(bench: Bench, arrivals: Sequence[float]) -> dict[str, float]:
     """Send requests at their times and time their tokens."""
     random = np.random.default_rng(1)
     sampling = Sampling(max_tokens=OUTPUT, min_tokens=OUTPUT)
-    prompts = [tuple(map(int, random.integers(100, vocabulary, PROMPT))) for _ in range(len(arrivals) + 1)]
-    with Pipeline.open(path, slots=SLOTS, capacity=CAPACITY, prefill_chunk=CHUNK, queue=4096) as pipeline:
+    prompts = [tuple(map(int, random.integers(100, bench.vocabulary, PROMPT))) for _ in range(len(arrivals) + 1)]
+    with Pipeline.open(bench.path, slots=SLOTS, capacity=CAPACITY, prefill_chunk=CHUNK, queue=4096) as pipeline:
         pipeline.submit(GenerationRequest(prompts.pop(), sampling)).result()
         futures, begun = [], perf_counter()
         for at_s, prompt in zip(arrivals, prompts, strict=True):
@@ -177,50 +230,64 @@ def _generate(path: Path, arrivals: Sequence[float], vocabulary: int) -> dict[st
     }
 
 
-def summary(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Median and worst of the errors' sizes."""
+def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Median and worst size of the batch cases' errors, as they are and with the drift taken out."""
+    cases = [case for name, part in parts.items() if name.startswith("batches") for case in part]
+    if not cases:
+        return {}
     sizes = [abs(case["error"]) for case in cases]
-    return {"cases": len(sizes), "median_error": statistics.median(sizes), "worst_error": max(sizes)}
+    steady = [abs((1 + case["error"]) / case["drift"] - 1) for case in cases]
+    return {
+        "cases": len(cases),
+        "median_error": statistics.median(sizes), "worst_error": max(sizes),
+        "median_error_without_drift": statistics.median(steady), "worst_error_without_drift": max(steady),
+    }  # fmt: skip
+
+
+def run_part(source: Path, part: str, requests: int) -> tuple[Profile, list[dict[str, Any]]]:
+    """Profile a copy of the bundle, predict, measure."""
+    kind, _, number = part.partition(":")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(source, Path(folder) / source.name))
+        one_thread = part in ("batches:1", "poisson:2")  # a stage
+        bench = Bench(path, [1] if one_thread else [2] if part == "poisson:1" else [1, 2])
+        try:
+            if kind == "batches":
+                return bench.profile, batch_cases(bench, int(number))
+            return bench.profile, poisson_cases(bench, int(number), requests)
+        finally:
+            bench.close()
 
 
 def main() -> None:
-    """Profile, predict, measure, print tables, write JSON if asked."""
+    """Run parts, print tables, merge their figures into JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", help="exported bundles; they are copied, not changed")
-    parser.add_argument("--rounds", type=int, default=4, help="runs of a batch case, of which the fastest counts")
+    parser.add_argument("--part", choices=PARTS, action="append", help="run this part only; may be given again")
     parser.add_argument("--requests", type=int, default=60, help="of a Poisson run")
-    parser.add_argument(
-        "--keep-profile", action="store_true", help="use the profile in the bundle if it is this machine's"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures here; those of other parts stay")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"machine": str(Machine.here()), "bundles": {}}
+    results: dict[str, Any] = {"bundles": {}}
+    if arguments.json and arguments.json.exists():
+        results = json.loads(arguments.json.read_text())
+    results["machine"] = str(Machine.here())
     for source in arguments.bundles:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(shutil.copytree(source, Path(folder) / source.name))
-            bundle = Bundle.open(path)
-            if not arguments.keep_profile:
-                save(bundle, measure(bundle))
-            profile, warning = load(path, Machine.here())
-            if warning:
-                raise SystemExit(warning)
-            predictor = Predictor(bundle, profile)
-            print(f"{source.name}, {results['machine']}")
-            print("      layers  threads  rows x tokens predicted/s  measured/s    error")
-            cases = batch_cases(path, predictor, arguments.rounds)
-            told = summary(cases)
-            print(f"{told['cases']} cases, median error {told['median_error']:.1%}, worst {told['worst_error']:.1%}")
-            results["bundles"][source.name] = {**told, "batches": cases}
-            if bundle.manifest.cached:
-                half = bundle.manifest.blocks // 2
-                results["bundles"][source.name]["generation"] = [
-                    case
-                    for counts in ([2 * half + bundle.manifest.blocks % 2], [half, bundle.manifest.blocks - half])
-                    for case in generation_cases(path, predictor, counts, arguments.requests)
-                ]
-        if arguments.json:  # after each bundle: the next one takes minutes
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        cached = Bundle.open(source).manifest.cached
+        for part in arguments.part or [part for part in PARTS if cached or part.startswith("batches")]:
+            print(f"{source.name}, {part}, {results['machine']}")
+            profile, cases = run_part(source, part, arguments.requests)
+            entry = results["bundles"].setdefault(source.name, {"parts": {}, "profiles": {}})
+            entry["parts"][part] = cases
+            entry["profiles"][part] = {
+                "handover_s": profile.handover_s, "host_step_s": profile.host_step_s,
+                "host_row_s": profile.host_row_s, "contention": [one.model_dump() for one in profile.contention],
+            }  # fmt: skip
+            entry["summary"] = summary(entry["parts"])
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        for name, value in results["bundles"][source.name]["summary"].items():
+            print(f"{source.name}: {name.replace('_', ' ')} {value if name == 'cases' else f'{value:.1%}'}")
 
 
 if __name__ == "__main__":

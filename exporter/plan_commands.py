@@ -12,9 +12,10 @@ from stageline.exporter.show import human_bytes, table
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster
+from stageline.runtime.planning.measuring import measure
 from stageline.runtime.planning.planner import Answer, Load, Planner, device_names
 from stageline.runtime.planning.problem import Objective
-from stageline.runtime.planning.profile import Machine, Profile, load, measure, save
+from stageline.runtime.planning.profile import Machine, Profile, load, save
 from stageline.runtime.planning.simulate import (
     BatchRequest,
     Report,

@@ -44,15 +44,21 @@ def share_cores(stages: int, cores: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(cores[start:end]) for start, end in itertools.pairwise(starts)]
 
 
+def pin(cores: Sequence[int]) -> None:
+    """Let the calling thread, and threads that it starts from now on, run on `cores` only. Nothing happens where the
+    system has no pinning (not Linux)."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # 0 is the calling thread
+
+
 def start_worker(name: str, cores: tuple[int, ...], work: Callable[[], None]) -> threading.Thread:
     """Start a thread called `name` that pins itself to `cores` and then does `work`. The caller owns the thread.
 
-    Threads that `work` starts inherit the pinning. Where the system has no pinning (not Linux) it runs unpinned.
+    Threads that `work` starts inherit the pinning.
     """
 
     def pinned() -> None:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)  # 0 is the calling thread
+        pin(cores)
         work()
 
     thread = threading.Thread(target=pinned, name=name, daemon=True)

@@ -116,14 +116,15 @@ class Planner:
         """The roofline of a device: of its published figures, or of what the profile measured."""
         return self._timings(kind.threads).rates if kind.device is None else kind.device.rates(self.dtype)
 
-    def problem(self, shape: Shape, stages: int | None = None) -> Problem:
-        """The problem for a micro-batch and, where it is given, a number of stages."""
+    def problem(self, shape: Shape, stages: int | None = None, beside: int = 0) -> Problem:
+        """The problem for a micro-batch and, where it is given, a number of stages. On this machine each of them runs
+        beside so many others, with which it shares the memory."""
         manifest, costs = self.bundle.manifest, self.costs(shape)
         cached_tokens = self.load.slots * self.load.context if manifest.cached else 0
         first, last = manifest.uses[0], manifest.uses[-1]
         tied = set(first.weights.values()) & set(last.weights.values())
         return Problem(
-            devices=tuple(self._device(kind, shape, costs) for kind in self.cluster.kinds),
+            devices=tuple(self._device(kind, shape, costs, beside) for kind in self.cluster.kinds),
             links=self.cluster.links,
             use_bytes=tuple(float(c.parameter_bytes + c.cache_token_bytes * cached_tokens) for c in costs),
             cut_bytes=tuple(float(values_bytes(values, shape)) for values in self._cut_values),
@@ -139,14 +140,19 @@ class Planner:
     def _cut_values(self) -> list[tuple[TensorSpec, ...]]:
         return cut_values(self.bundle.manifest, self.bundle.parts())
 
-    def _device(self, kind: Kind, shape: Shape, costs: Sequence[UseCost]) -> DeviceCost:
+    def _device(self, kind: Kind, shape: Shape, costs: Sequence[UseCost], beside: int) -> DeviceCost:
         workspace = float(max(cost.activation_bytes for cost in costs))
         if kind.device is None:
             local = sum(other.count for other in self.cluster.kinds if other.device is None)
             times = self._timings(kind.threads).of(shape)
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+            longer = 1 + times.contention * beside
             return DeviceCost(
-                kind.name, times.use_s, memory, later_stage_s=times.later_stage_s, workspace_bytes=workspace
+                kind.name,
+                tuple(use_s * longer for use_s in times.use_s),
+                memory,
+                later_stage_s=times.later_stage_s * longer,
+                workspace_bytes=workspace,
             )
         device, rates = kind.device, kind.device.rates(self.dtype)
         return DeviceCost(
@@ -188,18 +194,19 @@ class Planner:
         return min(found, key=lambda answer: answer.value(objective), default=None)
 
     def _answers(self, objective: Objective) -> Iterator[Answer | None]:
-        """The best plan for each number of stages, where that decides the micro-batch; else the best plan."""
-        if not self.bundle.manifest.cached:
-            shape = self.load.shape(False, None)
-            problem = self.problem(shape)
-            plan = best_plan(problem, objective)
-            yield None if plan is None else self._answer(problem, plan, shape)
-            return
+        """The best plan for each number of stages, where that decides the micro-batch or how stages slow each other
+        down; else the best plan."""
+        cached = self.bundle.manifest.cached
         devices = sum(kind.count for kind in self.cluster.kinds)
-        most = min(devices, self.bundle.manifest.blocks, self.load.slots, _MOST_STAGES)
-        for stages in range(1, most + 1) if self.layers is None else [len(self.layers)]:
-            shape = self.load.shape(True, stages)
-            problem = self.problem(shape, stages)
+        local = sum(kind.count for kind in self.cluster.kinds if kind.device is None)
+        most = min(devices, self.bundle.manifest.blocks, self.load.slots if cached else devices, _MOST_STAGES)
+        counts: Sequence[int | None] = range(1, most + 1) if self.layers is None else [len(self.layers)]
+        if not cached and (local < 2 or self.replicas > 1):
+            counts = [None]
+        for stages in counts:
+            shape = self.load.shape(cached, stages)
+            alone = objective == "latency" and not cached  # a micro-batch on its way, and no other
+            problem = self.problem(shape, stages, 0 if alone else max(0, min(local, stages or local) - 1))
             plan = best_plan(problem, objective)
             yield None if plan is None else self._answer(problem, plan, shape)
 
@@ -227,7 +234,7 @@ class Planner:
                 "describe them in a cluster file"
             )
 
-    def setting(self, answer: Answer, host_s: float = 0.0) -> Setting:
+    def setting(self, answer: Answer) -> Setting:
         """The plan as a pipeline to simulate, for micro-batches of any shape."""
         stages = []
         for number, stage in enumerate(answer.plan.stages):
@@ -239,12 +246,14 @@ class Planner:
                     number,
                     None if link is None else self._copy_time(link, stage.first),
                     f"into stage {number}",
+                    self._contention(stage.device),
                     busy_w=cost.busy_w,
                     idle_w=cost.idle_w,
                     price_per_h=cost.price_per_h,
                 )
             )
-        return Setting(tuple(stages), self.overlap, host_s)
+        host = (self.profile.host_step_s, self.profile.host_row_s) if self.profile is not None else ()
+        return Setting(tuple(stages), self.overlap, *host)
 
     def _copy_time(self, link: Link, first: int) -> Callable[[Shape], float]:
         values = self._cut_values[first]
@@ -255,9 +264,17 @@ class Planner:
 
         @cache
         def of(shape: Shape) -> float:
-            cost = self._device(kind, shape, self.costs(shape))
+            cost = self._device(kind, shape, self.costs(shape), 0)
             return replace(self._bare, devices=(cost,), links=((None,),), counts=None).compute_s(0, first, end)
 
+        return lambda shape: of(_rounded(shape))
+
+    def _contention(self, device: int) -> Callable[[Shape], float] | None:
+        kind = self.cluster.kinds[device]
+        if kind.device is not None:
+            return None
+        timings = self._timings(kind.threads)
+        of = cache(lambda shape: timings.of(shape).contention)
         return lambda shape: of(_rounded(shape))
 
     @cached_property

@@ -1,20 +1,24 @@
 """A pipeline as discrete events: what it gives under a load, before it is built.
 
-Stages and links are servers with a queue each, first come, first served; a micro-batch goes through them in order.
-Generation is driven by the runtime's own scheduler (`stageline.runtime.generation.scheduler`): the simulated stages run
-the steps that it issues. The same seed gives the same run.
+Processors and links are servers with a queue each, first come, first served; a micro-batch goes through them in order.
+Processors that share memory slow each other down while they compute at the same time. Generation is driven by the
+runtime's own scheduler (`stageline.runtime.generation.scheduler`): the simulated stages run the steps that it issues.
+The same seed gives the same run.
 """
 
 import heapq
 import itertools
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from stageline.models.errors import StagelineError
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
+from stageline.runtime.microbatch import default_rows
 from stageline.runtime.planning.cost import Shape
 
 _MOST_LOAD = 0.95  # of what a pipeline does when all requests come at once
@@ -25,13 +29,15 @@ Seconds = Callable[[Shape], float]
 @dataclass(frozen=True)
 class SimulatedStage:
     """A stage: what a micro-batch takes on it, and what it takes to get there over `link` (stages that name one link
-    share it). Stages on one `processor` share that. `slowdown` multiplies its times; `jitter` is the standard deviation
-    of the logarithm of a random factor on each."""
+    share it). Stages on one `processor` share that. `contention` is the share by which it takes longer for each other
+    processor that computes meanwhile. `slowdown` multiplies its times; `jitter` is the standard deviation of the
+    logarithm of a random factor on each."""
 
     compute: Seconds
     processor: int
     copy: Seconds | None = None
     link: str = ""
+    contention: Callable[[Shape], float] | None = None
     slowdown: float = 1.0
     jitter: float = 0.0
     busy_w: float = 0.0
@@ -41,12 +47,13 @@ class SimulatedStage:
 
 @dataclass(frozen=True)
 class Setting:
-    """A pipeline to simulate. Without `overlap` a stage waits for its own copies. `host_s` passes between the end of a
-    step in the last stage and what follows from it."""
+    """A pipeline to simulate. Without `overlap` a stage waits for its own copies. The thread that drives generation
+    takes `host_step_s` for a step that has left the last stage and `host_row_s` for each token drawn from it."""
 
     stages: tuple[SimulatedStage, ...]
     overlap: bool = True
-    host_s: float = 0.0
+    host_step_s: float = 0.0
+    host_row_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,13 +120,19 @@ def poisson(rate_per_s: float, count: int, seed: int) -> list[float]:
     return list(itertools.accumulate(draw.expovariate(1.0) / rate_per_s for _ in range(count)))
 
 
-def simulate_batches(setting: Setting, requests: Sequence[BatchRequest], micro_rows: int, seed: int = 0) -> Report:
-    """Requests cut into micro-batches of at most `micro_rows` rows, each done when all of its micro-batches are."""
+def simulate_batches(
+    setting: Setting, requests: Sequence[BatchRequest], micro_rows: int | None = None, seed: int = 0
+) -> Report:
+    """Requests cut into micro-batches of at most `micro_rows` rows, each done when all of its micro-batches are.
+
+    None: as the pipeline cuts rows of one length.
+    """
     run = _Run(setting, seed)
 
     def arrive(request: BatchRequest) -> None:
         run.enter(request.arrival_s)
-        count = -(-request.rows // micro_rows)
+        most = micro_rows or default_rows(request.rows, request.length, len(setting.stages), ragged=False)
+        count = -(-request.rows // most)
         left = [count]
 
         def leave() -> None:
@@ -149,6 +162,23 @@ def simulate_generation(
     return _Generation(setting, slots, capacity, chunk, seed).run_all(requests)
 
 
+@dataclass(eq=False, slots=True)
+class _Work:
+    """A micro-batch on a processor or in its queue. `left_s` of it are to be done, were the processor alone; `paced_s`
+    is when that was last reckoned, `event` the number of the event that ends it."""
+
+    stage: int
+    left_s: float
+    copy_s: float
+    contention: float
+    then: Callable[[], None]
+    came_s: float
+    began_s: float = 0.0
+    paced_s: float = 0.0
+    rate: float = 0.0
+    event: int = 0
+
+
 class _Run:
     """Time, servers, and what is counted."""
 
@@ -157,8 +187,11 @@ class _Run:
         self.random = random.Random(seed)
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
-        self.count = itertools.count()
-        self.free_at: dict[int | str, float] = {}  # of a processor or a link: when all that came to it is done
+        self.count = itertools.count(1)
+        self.free_at: dict[str, float] = {}  # of a link, or the host: when all that came to it is done
+        self.queues: dict[int, deque[_Work]] = {stage.processor: deque() for stage in setting.stages}
+        self.running: dict[int, _Work] = {}  # by processor: the first of its queue
+        self.contended = any(stage.contention is not None for stage in setting.stages)
         self.busy_s = [0.0] * len(setting.stages)
         self.waits: list[float] = []
         self.ttft: list[float] = []
@@ -168,14 +201,16 @@ class _Run:
         self.first_s: float | None = None
         self.inside, self.changed_s, self.area = 0, 0.0, 0.0
 
-    def at(self, when_s: float, what: Callable[[], None]) -> None:
-        """Do something at a time."""
-        heapq.heappush(self.events, (when_s, next(self.count), what))
+    def at(self, when_s: float, what: Callable[[], None]) -> int:
+        """Do something at a time; the event's number."""
+        number = next(self.count)
+        heapq.heappush(self.events, (when_s, number, what))
+        return number
 
     def go(self) -> None:
         """Let all events happen."""
         while self.events:
-            self.now, _, what = heapq.heappop(self.events)
+            self.now, self.event, what = heapq.heappop(self.events)
             what()
 
     def send(self, shape: Shape, leave: Callable[[], None], stage: int = 0) -> None:
@@ -183,26 +218,57 @@ class _Run:
         here = self.setting.stages[stage]
         copy_s = here.copy(shape) if here.copy is not None else 0.0
         if copy_s and self.setting.overlap:
-            self.at(self._serve(here.link, copy_s), lambda: self._compute(shape, leave, stage, 0.0))
+            self.at(self.serve(here.link, copy_s), lambda: self._queue(shape, leave, stage, 0.0))
         else:
-            self._compute(shape, leave, stage, copy_s)
+            self._queue(shape, leave, stage, copy_s)
 
-    def _compute(self, shape: Shape, leave: Callable[[], None], stage: int, copy_s: float) -> None:
+    def _queue(self, shape: Shape, leave: Callable[[], None], stage: int, copy_s: float) -> None:
         here = self.setting.stages[stage]
         taken_s = here.compute(shape) * here.slowdown
         if here.jitter:
             taken_s *= self.random.lognormvariate(0.0, here.jitter)
-        if stage == 0:
-            self.waits.append(max(0.0, self.free_at.get(here.processor, 0.0) - self.now))
-        self.busy_s[stage] += taken_s
-        done_s = self._serve(here.processor, copy_s + taken_s)
-        if stage + 1 < len(self.setting.stages):
-            self.at(done_s, lambda: self.send(shape, leave, stage + 1))
-        else:
-            self.at(done_s + self.setting.host_s, leave)
+        last = stage + 1 == len(self.setting.stages)
+        then = leave if last else partial(self.send, shape, leave, stage + 1)
+        contention = here.contention(shape) if here.contention is not None else 0.0
+        queue = self.queues[here.processor]
+        queue.append(_Work(stage, copy_s + taken_s, copy_s, contention, then, self.now))
+        if len(queue) == 1:
+            self._begin(here.processor)
 
-    def _serve(self, server: int | str, seconds: float) -> float:
-        """When a server that is asked now will be done, first come, first served."""
+    def _begin(self, processor: int) -> None:
+        work = self.queues[processor][0]
+        work.began_s = work.paced_s = self.now
+        if work.stage == 0:
+            self.waits.append(self.now - work.came_s)
+        self.running[processor] = work
+        self._pace(processor)
+
+    def _pace(self, begun: int | None) -> None:
+        """Set the pace of what runs, after something has begun (on processor `begun`) or ended."""
+        others = len(self.running) - 1
+        for processor in self.running if self.contended else [begun] if begun is not None else []:
+            work = self.running[processor]
+            rate = 1 / (1 + work.contention * others)
+            if rate != work.rate:
+                work.left_s -= work.rate * (self.now - work.paced_s)
+                work.paced_s, work.rate = self.now, rate
+                work.event = self.at(self.now + work.left_s / rate, partial(self._end, processor))
+
+    def _end(self, processor: int) -> None:
+        work = self.running.get(processor)
+        if work is None or work.event != self.event:
+            return  # it was paced anew meanwhile
+        self.queues[processor].popleft()
+        del self.running[processor]
+        self.busy_s[work.stage] += self.now - work.began_s - work.copy_s
+        if self.queues[processor]:
+            self._begin(processor)
+        else:
+            self._pace(None)
+        work.then()
+
+    def serve(self, server: str, seconds: float) -> float:
+        """When a link or the host that is asked now will be done, first come, first served."""
         self.free_at[server] = max(self.now, self.free_at.get(server, 0.0)) + seconds
         return self.free_at[server]
 
@@ -279,7 +345,12 @@ class _Generation(_Run):
         while (step := self.scheduler.next()) is not None:
             past = round(sum(row.start for row in step.rows) / len(step.rows))
             picks = int(any(row.last for row in step.rows))
-            self.send(Shape(step.slots, step.length, past, picks), lambda step=step: self.done(step))  # type: ignore[misc]
+            self.send(Shape(step.slots, step.length, past, picks), partial(self.left, step))
+
+    def left(self, step: Step) -> None:
+        """A step has left the last stage: the driver takes it up."""
+        host_s = self.setting.host_step_s + self.setting.host_row_s * sum(row.last for row in step.rows)
+        self.at(self.serve("host", host_s), partial(self.done, step))
 
     def done(self, step: Step) -> None:
         self.scheduler.done(step)

@@ -4,13 +4,14 @@ A stage's time is taken for the sum of what its uses take, and of a constant: on
 prologue), another in later ones. For each measured shape these unknowns are fitted to the measured ranges, none
 negative: small relative errors count by their squares, large ones as they are, so that a disturbed range hardly counts.
 Between measured shapes the unknowns are interpolated: linearly in each of batch, length and past, which is exact for
-costs by the row, the token, and the pair of them. Outside the measured shapes, and for a past with several new tokens,
-they are scaled by a roofline that is fitted to all measurements.
+costs by the row, the token, and the pair of them; so is the share that stages take longer beside each other. Outside
+the measured shapes, and for a past with several new tokens, they are scaled by a roofline that is fitted to all
+measurements.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,8 @@ from stageline.runtime.planning.cost import Shape, UseCost
 from stageline.runtime.planning.profile import Point, Profile
 
 Floats = npt.NDArray[np.float64]
+Key = tuple[int, int, int]
+"""Batch, length and past."""
 _ROUNDS, _SMALL_ERROR = 12, 0.03  # of reweighting; relative
 Costs = Callable[[Shape], Sequence[UseCost]]
 """The cost of each use for a micro-batch."""
@@ -29,10 +32,12 @@ Costs = Callable[[Shape], Sequence[UseCost]]
 
 @dataclass(frozen=True)
 class UseTimes:
-    """Seconds of each use (prologue, blocks, epilogue), and what every stage but the first takes besides."""
+    """Seconds of each use (prologue, blocks, epilogue), and what every stage but the first takes besides; `contention`
+    is the share that a stage takes longer for each other stage that runs meanwhile."""
 
     use_s: tuple[float, ...]
     later_stage_s: float
+    contention: float = 0.0
 
     def stage_s(self, first: int, end: int) -> float:
         """Seconds of a stage of blocks `first` to `end` - 1."""
@@ -51,12 +56,17 @@ class Timings:
             raise StagelineError(f"the profile has no times with {threads} threads, only with {known}; profile again")
         self.costs, self.blocks = costs, manifest.blocks
         self.kinds = [use.part for use in manifest.uses[1:-1]]
-        self.fits: dict[tuple[int, int, int], UseTimes] = {}
-        by_shape: dict[tuple[int, int, int], list[Point]] = {}
+        self.fits: dict[Key, UseTimes] = {}
+        by_shape: dict[Key, list[Point]] = {}
         for point in points:
             by_shape.setdefault((point.batch, point.length, point.past), []).append(point)
         for shape, group in by_shape.items():
             self.fits[shape] = self._fitted(group)
+        self.shares = {
+            (one.batch, one.length, one.past): np.array([one.share])
+            for one in profile.contention
+            if one.threads == threads
+        }
         self.rates = fitted_rates(points, costs)
 
     def of(self, shape: Shape) -> UseTimes:
@@ -101,26 +111,41 @@ class Timings:
         return Shape(int(batch), int(length), int(past))
 
     def _inside(self, shape: Shape) -> UseTimes | None:
-        """Multilinear between the measured shapes around this one."""
+        """Interpolated between the measured shapes around this one."""
         at = (shape.batch, shape.length, shape.past)
-        grid = [key for key in self.fits if (key[2] > 0) == (shape.past > 0)]
-        axes = []
-        for axis, value in enumerate(at):
-            values = sorted({key[axis] for key in grid})
-            low = max((v for v in values if v <= value), default=values[0])
-            high = min((v for v in values if v >= value), default=values[-1])
-            share = (value - low) / (high - low) if high > low else 0.0
-            axes.append(((low, 1 - share), (high, share)) if high > low else ((low, 1.0),))
-        total, later_s = np.zeros(self.blocks + 2), 0.0
-        for corner in itertools.product(*axes):
-            batch, length, past = (value for value, _ in corner)
-            fit = self.fits.get((batch, length, past))
-            if fit is None:
-                return None
-            weight = math.prod(share for _, share in corner)
-            total += weight * np.array(fit.use_s)
-            later_s += weight * fit.later_stage_s
-        return UseTimes(tuple(map(float, total)), later_s)
+
+        def like(key: Key) -> bool:
+            return (key[2] > 0) == (shape.past > 0)
+
+        fits = {key: np.array([*fit.use_s, fit.later_stage_s]) for key, fit in self.fits.items() if like(key)}
+        found = interpolated(fits, at)
+        if found is None:
+            return None
+        share = interpolated({key: one for key, one in self.shares.items() if like(key)}, at)
+        *use_s, later_s = map(float, found)
+        return UseTimes(tuple(use_s), later_s, 0.0 if share is None else float(share[0]))
+
+
+def interpolated(known: Mapping[Key, Floats], at: Key) -> Floats | None:
+    """Multilinear between the nearest known places around `at`; outside of them as at the edge. None where one of them
+    is not known."""
+    if not known:
+        return None
+    axes = []
+    for axis, value in enumerate(at):
+        values = sorted({key[axis] for key in known})
+        low = max((v for v in values if v <= value), default=values[0])
+        high = min((v for v in values if v >= value), default=values[-1])
+        share = (value - low) / (high - low) if high > low else 0.0
+        axes.append(((low, 1 - share), (high, share)) if high > low else ((low, 1.0),))
+    total: Floats = np.zeros(())
+    for corner in itertools.product(*axes):
+        batch, length, past = (value for value, _ in corner)
+        values_there = known.get((batch, length, past))
+        if values_there is None:
+            return None
+        total = total + math.prod(share for _, share in corner) * values_there
+    return total
 
 
 def fitted_rates(points: Sequence[Point], costs: Costs) -> Rates:

@@ -10,7 +10,8 @@ import pytest
 from stageline.exporter.cli import main
 from stageline.exporter.export import export
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.planning.profile import Grid, Machine, load, measure, save
+from stageline.runtime.planning.measuring import measure
+from stageline.runtime.planning.profile import Grid, Machine, load, save
 
 
 @pytest.fixture(scope="module")

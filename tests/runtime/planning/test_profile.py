@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.planning.cost import Shape, UseCost, use_costs
-from stageline.runtime.planning.profile import Grid, Machine, Point, Profile, load, measure, ranges, save
+from stageline.runtime.planning.measuring import measure, ranges
+from stageline.runtime.planning.profile import Grid, Machine, Point, Profile, load, save
 from stageline.runtime.planning.timings import Timings, fitted_rates, non_negative
 
 

@@ -62,7 +62,9 @@ def generation(rate: float, stages: int = 2, count: int = 300) -> Report:
 
 def test_a_lone_request_takes_its_chunks_and_steps() -> None:
     stages = (SimulatedStage(lambda s: 0.004, 0), SimulatedStage(lambda s: 0.006, 1))
-    report = simulate_generation(Setting(stages, host_s=0.001), [TextRequest(1.0, 70, 5)], 4, 128, 32)
+    report = simulate_generation(
+        Setting(stages, host_step_s=0.0006, host_row_s=0.0004), [TextRequest(1.0, 70, 5)], 4, 128, 32
+    )
     # Chunks of 32, 32 and 6 tokens follow each other, two of them under way at a time.
     step_s = 0.011
     assert report.tpot.mean == pytest.approx(step_s)
@@ -112,6 +114,30 @@ def test_stages_on_one_processor_take_turns() -> None:
     setting = Setting(tuple(SimulatedStage(lambda s: 0.01, n % 2) for n in range(3)))
     report = simulate_batches(setting, [BatchRequest(0.0, 1000, 8)], 1)
     assert report.duration_s / 1000 == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize(("times", "pace_s"), [((0.01, 0.01), 0.015), ((0.01, 0.02), 0.025), ((0.005, 0.02), 0.0225)])
+def test_processors_that_share_memory_slow_each_other_down_while_both_compute(
+    times: tuple[float, float], pace_s: float
+) -> None:
+    """At half as much more for each other one: a stage of t seconds beside a longer one takes 1.5 t, in which the
+    longer one does t of its own work; what it has left then goes undisturbed."""
+    stages = [
+        SimulatedStage(lambda s, t=t: t, n, contention=lambda s: 0.5)  # type: ignore[misc]
+        for n, t in enumerate(times)
+    ]
+    report = simulate_batches(Setting(tuple(stages)), [BatchRequest(0.0, 1000, 8)], 1)
+    assert report.duration_s / 1000 == pytest.approx(pace_s, rel=0.01)
+    alone = simulate_batches(Setting(tuple(stages)), [BatchRequest(0.0, 1, 8)], 1)
+    assert alone.duration_s == pytest.approx(sum(times))
+
+
+def test_batches_are_cut_as_the_pipeline_cuts_them() -> None:
+    seen: list[Shape] = []
+    stages = [SimulatedStage(lambda s: seen.append(s) or 0.01, n) for n in range(2)]  # type: ignore[func-returns-value]
+    simulate_batches(Setting(tuple(stages)), [BatchRequest(0.0, 8, 64)])
+    assert {(shape.batch, shape.length) for shape in seen} == {(2, 64)}
+    assert len(seen) == 2 * 4
 
 
 def test_energy_and_cost_are_those_of_busy_and_idle_time() -> None:

@@ -1,0 +1,94 @@
+"""What generation costs beside the engines: scheduling, hops, sampling, detokenising, streaming."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+from stageline.models.tokenizer import TextEncoder
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines import Array, Device, Value
+from stageline.runtime.generation.decoder import Decoder
+from stageline.runtime.generation.generator import Generator
+from stageline.runtime.generation.request import GenerationRequest, Sampling
+from stageline.runtime.lanes import Lanes, PipelineStage
+from stageline.runtime.opening import Cut
+from stageline.runtime.serving import generation_hops
+
+_ROUNDS, _ROWS, _TOKENS, _CAPACITY = 3, 8, 200, 1024
+
+
+class Instant:
+    """A stage that takes no time: the engine of a host that has nothing to wait for."""
+
+    def __init__(self, reads: str, gives: str, logits: Array) -> None:
+        self.input_names, self.output_names = (reads,), (gives,)
+        self._logits = logits
+
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+        """Its output for as many rows."""
+        return {outputs[0]: self._logits[: inputs["past_lengths"].shape[0]]}
+
+    def copy_slot(self, source: int, target: int, tokens: int) -> None:
+        """There is no cache."""
+
+    def give_caches(self) -> dict[str, Value]:
+        """There is none."""
+        return {}
+
+    def take_caches(self, caches: Mapping[str, Value]) -> None:
+        """There is none."""
+
+    def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:
+        """It has no batches."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def bundle_decoder(bundle: Bundle) -> Decoder:
+    """The bundle's tokenizer and vocabulary; no token ends a text."""
+    text, encoder = bundle.manifest.text, None
+    if text is not None:
+        encoder = TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)
+    return Decoder(bundle.manifest.vocabulary or 2, (), encoder)
+
+
+def step_s(decoder: Decoder, rows: int, stages: int, sampling: Sampling) -> float:
+    """Seconds between steps when `rows` continuations run through stages that take no time."""
+    logits = np.random.default_rng(0).standard_normal((rows, 1, decoder.vocabulary), dtype=np.float32)
+    names = ["input_ids", *(f"hidden.{n}" for n in range(1, stages)), "logits"]
+    opened = [
+        PipelineStage((names[n], "past_lengths"), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
+        for n in range(stages)
+    ]
+    lanes = Lanes(opened, None)
+    hops = generation_hops(Cut(tuple(opened)))
+    generator = Generator(lanes, hops, decoder, rows, _CAPACITY, 128)
+    try:
+        began = perf_counter()
+        request = GenerationRequest((0,), sampling)
+        running = [generator.submit(request, [row % decoder.vocabulary], lambda: None) for row in range(rows)]
+        for generation in running:
+            generation.result()
+        seconds = perf_counter() - began
+        steps = generator.stats(lanes.stats(1)).decode_steps
+    finally:
+        generator.close()
+    return seconds / steps
+
+
+def driver_times_s(bundle: Bundle) -> tuple[float, float]:
+    """Seconds that the driver takes for a step, and for each row of it, drawing greedily."""
+    decoder, sampling = bundle_decoder(bundle), Sampling(max_tokens=_TOKENS)
+    one_s, all_s = (
+        statistics.median(step_s(decoder, rows, 1, sampling) for _ in range(_ROUNDS)) for rows in (1, _ROWS)
+    )
+    row_s = max(0.0, all_s - one_s) / (_ROWS - 1)
+    return max(0.0, one_s - row_s), row_s
+
+
+def _open(reads: str, gives: str, logits: Array, device: Device) -> Instant:
+    return Instant(reads, gives, logits)

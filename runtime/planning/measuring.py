@@ -1,0 +1,272 @@
+"""Measuring a bundle's parts on this machine: small stages in the engine, timed alone and beside each other.
+
+Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed, pinned to as
+many processors as threads, for micro-batches of several shapes: the median of the runs, and of three passes, each over
+all ranges, so that a disturbance of some seconds does not count. A range that begins later is fed with what the blocks
+before it give. Stages of equal length, each on its own processors, are then timed one at a time and all at once: what
+they take longer together is the price of the memory that processors share.
+"""
+
+import itertools
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from time import perf_counter
+
+import numpy as np
+import onnx_ir as ir
+from stageline.models.errors import StagelineError
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, pin, share_cores, start_worker
+from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
+from stageline.runtime.engines.base import CacheSize
+from stageline.runtime.manifest import Manifest
+from stageline.runtime.planning.cost import Shape
+from stageline.runtime.planning.host import driver_times_s
+from stageline.runtime.planning.profile import Contention, Grid, Machine, Point, Profile
+from stageline.runtime.stitch import Plan, stitch
+
+_PASSES, _FEWEST_RUNS, _MOST_RUNS, _POINT_S = 3, 3, 40, 0.1
+_BESIDE_ROUNDS, _MOST_BESIDE = 3, 4
+_WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
+_FEW_BLOCKS = 12
+_HANDOVERS = 400
+
+
+def default_grids(manifest: Manifest) -> list[Grid]:
+    """Whole rows; and, for a model with caches, steps of one token."""
+    longest = manifest.max_positions or 512
+    lengths = tuple(sorted({min(length, longest) for length in (16, 32, 64, 128)}))
+    if not manifest.cached:
+        return [Grid((1, 4, 16), lengths)]
+    pasts = tuple(sorted({min(past, longest - 1) for past in (32, 256)}))
+    return [Grid((1, 4), lengths[:3]), Grid((1, 4, 16), (1,), pasts)]
+
+
+def measure(
+    bundle: Bundle,
+    threads: Sequence[int] = (1, 2),
+    grids: Sequence[Grid] | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Profile:
+    """Time the bundle's parts for each number of threads that this machine has processors for."""
+    cores = allowed_cores()
+    grids = default_grids(bundle.manifest) if grids is None else grids
+    able = [count for count in threads if count <= len(cores)]
+    if not able:
+        raise StagelineError(f"no wanted number of threads fits {len(cores)} processors")
+    found: dict[tuple[int, ...], list[Point]] = {}
+    for number, count, (first, end) in itertools.product(range(_PASSES), able, ranges(bundle)):
+        progress(f"pass {number + 1} of {_PASSES}: {count} threads, blocks {first} to {end - 1}")
+        with _worker(cores[:count]) as worker:
+            points = worker.submit(_range_points, bundle, first, end, cores[:count], grids).result()
+        for point in points:
+            found.setdefault((count, point.batch, point.length, point.past, first, end), []).append(point)
+    contention: list[Contention] = []
+    for count in able:
+        progress(f"stages of {count} threads beside each other")
+        contention += _contention(bundle, count, cores, grids)
+    step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
+    return Profile(
+        machine=Machine.here(),
+        handover_s=_handover_s(cores),
+        host_step_s=step_s,
+        host_row_s=row_s,
+        points=tuple(sorted(passes, key=lambda point: point.seconds)[len(passes) // 2] for passes in found.values()),
+        contention=tuple(contention),
+    )
+
+
+def ranges(bundle: Bundle) -> list[tuple[int, int]]:
+    """The ranges of blocks to measure: parts of the model from both ends and its middle, and each kind of block alone
+    where there are several, or few blocks.
+
+    A block alone stays in the processor's caches from run to run, in a long stage it does not: a long model is measured
+    in long ranges, since its stages are long.
+    """
+    n, uses = bundle.manifest.blocks, bundle.manifest.uses
+    quarter, half = max(1, n // 4), max(1, n // 2)
+    middle = range(1, n - 1) if n > 2 else range(n)
+    kinds = {uses[block + 1].part: (block, block + 1) for block in reversed(middle)}
+    found = list(kinds.values()) if len(kinds) > 1 or n < _FEW_BLOCKS else []
+    found += [(0, quarter), (n - quarter, n)]
+    if sum(entry.size_bytes for entry in bundle.tensors.values()) <= _WHOLE_LIMIT_BYTES:
+        found += [(0, n), (0, half), (n - half, n), (quarter, max(quarter + 1, n - quarter))]
+    return [(first, end) for first, end in dict.fromkeys(found) if end <= n]
+
+
+def _worker(cores: tuple[int, ...]) -> ThreadPoolExecutor:
+    """One thread, pinned to `cores`: engines belong to the thread that opens them."""
+    return ThreadPoolExecutor(1, "profile", partial(pin, cores))
+
+
+def _range_points(bundle: Bundle, first: int, end: int, cores: tuple[int, ...], grids: Sequence[Grid]) -> list[Point]:
+    """The times of one range for all shapes; called on the thread that runs the engines."""
+    shapes = [shape for grid in grids for shape in grid.shapes()]
+    cache = _cache_size(bundle.manifest, shapes)
+    parts = bundle.parts()
+    points = []
+    with tempfile.TemporaryDirectory() as scratch:
+        before = _open(bundle, parts, 0, first, cores, cache, Path(scratch)) if first else None
+        engine = _open(bundle, parts, first, end, cores, cache, Path(scratch))
+        for shape in shapes:
+            values = _model_inputs(bundle.manifest, shape)
+            if before is not None:
+                values.update(_run(before, values, before.output_names, cache))
+            seconds, runs = _median_s(partial(_run, engine, values, engine.output_names, cache))
+            points.append(
+                Point(
+                    threads=len(cores), batch=shape.batch, length=shape.length, past=shape.past,
+                    first=first, end=end, seconds=seconds, runs=runs,
+                )
+            )  # fmt: skip
+        for opened in (engine, before):
+            if opened is not None:
+                opened.close()
+    return points
+
+
+def _contention(bundle: Bundle, threads: int, cores: Sequence[int], grids: Sequence[Grid]) -> list[Contention]:
+    """What equal stages on `threads` processors each take longer when all of them run than when one does."""
+    count = min(len(cores) // threads, _MOST_BESIDE, bundle.manifest.blocks)
+    if count < 2:
+        return []
+    bounds = [bundle.manifest.blocks * number // count for number in range(count + 1)]
+    shares = share_cores(count, cores[: count * threads])
+    shapes = [shape for grid in grids for shape in grid.corners()]
+    cache = _cache_size(bundle.manifest, shapes)
+    parts = bundle.parts()
+    workers = [_worker(share) for share in shares]
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = [
+            worker.submit(_open, bundle, parts, first, end, share, cache, Path(scratch)).result()
+            for worker, (first, end), share in zip(workers, itertools.pairwise(bounds), shares, strict=True)
+        ]
+        for shape in shapes:
+            values = _model_inputs(bundle.manifest, shape)
+            runs = []
+            for worker, engine in zip(workers, engines, strict=True):
+                runs.append(partial(_run, engine, dict(values), engine.output_names, cache))
+                values.update(worker.submit(runs[-1]).result())
+            longer = []
+            for _ in range(_BESIDE_ROUNDS):
+                alone_s = [
+                    worker.submit(_median_until, run, perf_counter() + _POINT_S).result()
+                    for worker, run in zip(workers, runs, strict=True)
+                ]
+                stop_s = perf_counter() + max(_POINT_S, 3 * max(alone_s))
+                beside = [worker.submit(_median_until, run, stop_s) for worker, run in zip(workers, runs, strict=True)]
+                longer.append(sum(one.result() for one in beside) / sum(alone_s) - 1)
+            share_s = max(0.0, statistics.median(longer)) / (count - 1)
+            found.append(
+                Contention(threads=threads, batch=shape.batch, length=shape.length, past=shape.past, share=share_s)
+            )
+        for worker, engine in zip(workers, engines, strict=True):
+            worker.submit(engine.close).result()
+            worker.shutdown()
+    return found
+
+
+def _cache_size(manifest: Manifest, shapes: Sequence[Shape]) -> CacheSize | None:
+    if not manifest.cached:
+        return None
+    return CacheSize(max(s.batch for s in shapes), max(s.past + s.length for s in shapes), "float32")
+
+
+def _open(
+    bundle: Bundle,
+    parts: Sequence[ir.Model],
+    first: int,
+    end: int,
+    cores: tuple[int, ...],
+    cache: CacheSize | None,
+    scratch: Path,
+) -> Engine:
+    """The engine of a stage of blocks `first` to `end` - 1."""
+    counts = [count for count in (first, end - first, bundle.manifest.blocks - end) if count]
+    number = 1 if first else 0
+    model, stage = stitch(Plan.of(bundle.manifest, parts, counts), number, bundle.tensors, bundle.path)
+    file = scratch / f"{first}-{end}.onnx"
+    file.write_bytes(ir.to_proto(model).SerializeToString())
+    return engine_factory("onnxruntime")(StageFile(number, file, bundle.path, stage.caches), CpuDevice(cores), cache)
+
+
+def _run(
+    engine: Engine, values: Mapping[str, Array], outputs: Sequence[str], cache: CacheSize | None
+) -> dict[str, Array]:
+    given = engine.run(values, outputs) if cache is None else engine.step(values, outputs, 0)
+    return on_host(given, outputs)
+
+
+def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
+    """Full rows of random tokens or pixels."""
+    random = np.random.default_rng(0)
+    sizes = shape.sizes()
+    known = {"attention_mask": 1, "token_type_ids": 0, "past_lengths": shape.past, "new_lengths": shape.length}
+    values: dict[str, Array] = {}
+    for spec in manifest.inputs:
+        dims = [d if isinstance(d, int) else sizes.get(d, 64) for d in spec.shape]
+        if spec.name in known:
+            values[spec.name] = np.full(dims, known[spec.name], spec.dtype)
+        elif spec.name == "logits_at":
+            last = np.arange(shape.length - dims[1], shape.length)
+            values[spec.name] = np.broadcast_to(last, dims).astype(spec.dtype)
+        elif spec.dtype.startswith("int"):
+            values[spec.name] = random.integers(0, manifest.vocabulary or 2, dims).astype(spec.dtype)
+        else:
+            values[spec.name] = random.standard_normal(dims).astype("float32")
+    return values
+
+
+def _median_s(run: Callable[[], object]) -> tuple[float, int]:
+    run()
+    taken: list[float] = []
+    while len(taken) < _FEWEST_RUNS or (sum(taken) < _POINT_S and len(taken) < _MOST_RUNS):
+        began = perf_counter()
+        run()
+        taken.append(perf_counter() - began)
+    return statistics.median(taken), len(taken)
+
+
+def _median_until(run: Callable[[], object], stop_s: float) -> float:
+    """The median of the runs that are over by then, at least of one."""
+    taken: list[float] = []
+    while True:
+        began = perf_counter()
+        run()
+        ended = perf_counter()
+        if taken and ended > stop_s:
+            return statistics.median(taken)
+        taken.append(ended - began)
+
+
+def _handover_s(cores: Sequence[int]) -> float:
+    """Half of what a message takes to another pinned thread and back, the median."""
+    there: SimpleQueue[object] = SimpleQueue()
+    back: SimpleQueue[object] = SimpleQueue()
+
+    def echo() -> None:
+        for message in iter(there.get, None):
+            back.put(message)
+
+    taken: list[float] = []
+
+    def send() -> None:
+        for _ in range(_HANDOVERS):
+            began = perf_counter()
+            there.put(taken)
+            back.get()
+            taken.append((perf_counter() - began) / 2)
+        there.put(None)
+
+    workers: list[threading.Thread] = [start_worker("echo", cores[-1:], echo), start_worker("send", cores[:1], send)]  # type: ignore[arg-type]
+    for worker in workers:
+        worker.join()
+    return statistics.median(taken)
