@@ -1,17 +1,19 @@
 """What the planner predicts beside what the pipeline does: stages, uneven cuts, threads, batch sizes, and Poisson load.
 
-It runs in parts of some minutes, each of which profiles first what it then predicts, so that both are close in time:
+It runs in parts of at most some minutes. What they find is kept in the JSON file, where the next part looks for it:
 
-    batches:1   every cut on one processor      batches:2   every cut on two
-    poisson:1   one stage under Poisson load    poisson:2   two stages
+    profile:1      for stages of one thread      profile:2      for stages of two
+    batches:1      every cut on one processor    poisson:1      one stage under Poisson load
+    batches:2      every cut on two              poisson:2      two stages
+    batches:wide   one stage with two threads
 
 Batches are submitted all at once; of generation, the requests come at random times at parts of what the pipeline does
 when all come at once, and the prediction is simulated with the runtime's own scheduler. Predictions come from the
 profile alone. Beside each cut a reference is timed again: how much slower it is than beside the profile is the drift of
-the machine, and no fault of the prediction.
+the machine, and no fault of the prediction. What other processes disturb is measured again, up to twice.
 
-    python benchmarks/planner.py bundles/minilm --part batches:1 --part batches:2 --json benchmarks/results/planner.json
-    python benchmarks/planner.py bundles/smollm2 --part poisson:2 --json benchmarks/results/planner.json
+    python benchmarks/planner.py bundles/minilm bundles/smollm2 --json benchmarks/results/planner.json
+    python benchmarks/planner.py bundles/smollm2 --part profile:1 --part poisson:2 --json planner.json
 """
 
 import argparse
@@ -32,7 +34,7 @@ from stageline.runtime.devices.cpu import allowed_cores, share_cores
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.planning.cost import Shape, use_costs
-from stageline.runtime.planning.measuring import measure
+from stageline.runtime.planning.measuring import measure, undisturbed
 from stageline.runtime.planning.profile import Machine, Profile
 from stageline.runtime.planning.simulate import (
     BatchRequest,
@@ -46,10 +48,13 @@ from stageline.runtime.planning.simulate import (
 )
 from stageline.runtime.planning.timings import Timings
 
-PARTS = ("batches:1", "batches:2", "poisson:1", "poisson:2")
-RUN_S = 0.6  # about how long a batch run takes
+PARTS = {  # threads of a stage
+    "profile:1": 1, "batches:1": 1, "batches:2": 1, "poisson:2": 1,
+    "profile:2": 2, "batches:wide": 2, "poisson:1": 2,
+}  # fmt: skip
+RUN_S = 0.5  # about how long a batch run takes
 ROUNDS = 3  # batch runs of a case: the median counts
-REFERENCE_RUNS = 9
+REFERENCE_S, REFERENCE_RUNS = 1.0, 3  # at least
 LOADS = (0.5, 0.8, 0.95)  # of the capacity
 SLOTS, CAPACITY, CHUNK, PROMPT, OUTPUT = 8, 256, 64, 40, 24
 ENCODER_SHAPES = ((1, 32), (4, 128), (8, 64), (16, 32), (6, 100))
@@ -73,19 +78,28 @@ def cuts(blocks: int) -> list[list[int]]:
 
 
 class Bench:
-    """A bundle's copy to be cut, its profile of now, and what the machine did when that was taken."""
+    """A bundle's copy to be cut, its profile, and what the reference took beside that."""
 
-    def __init__(self, path: Path, threads: Sequence[int]):
+    def __init__(self, path: Path, known: dict[str, Any] | None, threads: int):
+        """`known` is what `as_data` gave; None: profile now."""
         self.path, self.bundle = path, Bundle.open(path)
         self.vocabulary = self.bundle.manifest.vocabulary or 1000
         whole = shutil.copytree(path, path.with_name("reference"))
         recut(whole, 1)
         self._reference = Pipeline.open(whole, threads=1)
-        self.profile = measure(self.bundle, threads, progress=lambda step: print(f"# {step}", flush=True))
-        self._before_s = self._reference_s()
+        if known is None:
+            before_s = self._reference_s()
+            self.profile = measure(self.bundle, [threads], progress=lambda step: print(f"# {step}", flush=True))
+            self._before_s = (before_s + self._reference_s()) / 2
+        else:
+            self.profile, self._before_s = Profile.model_validate(known["profile"]), known["reference_s"]
         parts = self.bundle.parts()
         costs = cache(lambda shape: tuple(use_costs(self.bundle.manifest, self.bundle.tensors, parts, shape)))
         self._timings = cache(lambda count: Timings(self.profile, self.bundle.manifest, count, costs))
+
+    def as_data(self) -> dict[str, Any]:
+        """What parts that measure need."""
+        return {"reference_s": self._before_s, "profile": self.profile.model_dump(mode="json")}
 
     def drift(self) -> float:
         """What the reference takes now, over what it took beside the profile."""
@@ -93,12 +107,16 @@ class Bench:
 
     def _reference_s(self) -> float:
         feed = self.feed(*REFERENCE)
-        taken = []
-        for _ in range(REFERENCE_RUNS):
-            began = perf_counter()
-            self._reference.run(feed)
-            taken.append(perf_counter() - began)
-        return statistics.median(taken)
+
+        def runs() -> float:
+            taken: list[float] = []
+            while sum(taken) < REFERENCE_S or len(taken) < REFERENCE_RUNS:
+                began = perf_counter()
+                self._reference.run(feed)
+                taken.append(perf_counter() - began)
+            return statistics.median(taken)
+
+        return undisturbed(runs)[0]
 
     def feed(self, rows: int, tokens: int) -> dict[str, Any]:
         """A batch of random tokens."""
@@ -130,11 +148,11 @@ class Bench:
         self._reference.close()
 
 
-def batch_cases(bench: Bench, threads: int) -> list[dict[str, Any]]:
-    """Batches a second, predicted and measured, for every cut and shape."""
+def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Batches a second, predicted and measured, for every chosen cut and shape."""
     cases = []
-    print("      layers  threads  rows x tokens predicted/s  measured/s    error    drift")
-    for counts in cuts(bench.bundle.manifest.blocks):
+    print("      layers  threads  rows x tokens predicted/s  measured/s    error    drift   others")
+    for counts in chosen:
         recut(bench.path, counts)
         setting = bench.setting(counts, threads)
         drift = bench.drift()
@@ -144,32 +162,34 @@ def batch_cases(bench: Bench, threads: int) -> list[dict[str, Any]]:
                 lone_s = simulate_batches(setting, [request]).duration_s
                 count = max(4, min(400, round(RUN_S / lone_s * len(counts))))
                 told_s = simulate_batches(setting, [request] * count).duration_s
-                real_s = _batches_s(pipeline, bench.feed(rows, tokens), count)
+                real_s, others = _batches_s(pipeline, bench.feed(rows, tokens), count)
                 case = {
                     "layers": counts, "threads": threads, "rows": rows, "tokens": tokens,
                     "predicted_per_s": count / told_s, "measured_per_s": count / real_s,
-                    "error": real_s / told_s - 1, "drift": drift,
+                    "error": real_s / told_s - 1, "drift": drift, "others": others,
                 }  # fmt: skip
                 cases.append(case)
                 layers = ",".join(map(str, counts))
                 print(
                     f"{layers:>12}{threads:>9}{rows:>6} x {tokens:<5}{count / told_s:>12.2f}{count / real_s:>12.2f}"
-                    f"{case['error']:>9.1%}{drift - 1:>9.1%}",
+                    f"{case['error']:>9.1%}{drift - 1:>9.1%}{others:>9.1%}",
                     flush=True,
                 )
     return cases
 
 
-def _batches_s(pipeline: Pipeline, feed: dict[str, Any], count: int) -> float:
-    """What so many batches take when they are submitted at once."""
-    pipeline.run(feed)
-    taken = []
-    for _ in range(ROUNDS):
+def _batches_s(pipeline: Pipeline, feed: dict[str, Any], count: int) -> tuple[float, float]:
+    """What so many batches take when they are submitted at once, and the share of a processor that others took."""
+
+    def run() -> float:
         began = perf_counter()
         for future in [pipeline.submit(feed) for _ in range(count)]:
             future.result()
-        taken.append(perf_counter() - began)
-    return statistics.median(taken)
+        return perf_counter() - began
+
+    pipeline.run(feed)
+    taken, others = zip(*(undisturbed(run) for _ in range(ROUNDS)), strict=True)
+    return statistics.median(taken), statistics.median(others)
 
 
 def poisson_cases(bench: Bench, stages: int, requests: int) -> list[dict[str, Any]]:
@@ -244,17 +264,26 @@ def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def run_part(source: Path, part: str, requests: int) -> tuple[Profile, list[dict[str, Any]]]:
-    """Profile a copy of the bundle, predict, measure."""
+def run_part(source: Path, part: str, entry: dict[str, Any], requests: int) -> None:
+    """Run a part on a copy of the bundle, and put what it finds into the bundle's entry."""
     kind, _, number = part.partition(":")
+    threads = PARTS[part]
+    profiles = entry.setdefault("profiles", {})
+    if kind != "profile" and str(threads) not in profiles:
+        raise SystemExit(f"{part} needs profile:{threads} of {source.name}; run that part first")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(shutil.copytree(source, Path(folder) / source.name))
-        one_thread = part in ("batches:1", "poisson:2")  # a stage
-        bench = Bench(path, [1] if one_thread else [2] if part == "poisson:1" else [1, 2])
+        bench = Bench(path, None if kind == "profile" else profiles[str(threads)], threads)
+        every = cuts(bench.bundle.manifest.blocks)
         try:
-            if kind == "batches":
-                return bench.profile, batch_cases(bench, int(number))
-            return bench.profile, poisson_cases(bench, int(number), requests)
+            if kind == "profile":
+                profiles[str(threads)] = bench.as_data()
+            elif part == "batches:wide":
+                entry.setdefault("parts", {})[part] = batch_cases(bench, 2, every[:1])
+            elif kind == "batches":
+                entry.setdefault("parts", {})[part] = batch_cases(bench, int(number), every[int(number) - 1 :])
+            else:
+                entry.setdefault("parts", {})[part] = poisson_cases(bench, int(number), requests)
         finally:
             bench.close()
 
@@ -273,20 +302,15 @@ def main() -> None:
     results["machine"] = str(Machine.here())
     for source in arguments.bundles:
         cached = Bundle.open(source).manifest.cached
-        for part in arguments.part or [part for part in PARTS if cached or part.startswith("batches")]:
+        entry = results["bundles"].setdefault(source.name, {})
+        for part in arguments.part or [part for part in PARTS if cached or not part.startswith("poisson")]:
             print(f"{source.name}, {part}, {results['machine']}")
-            profile, cases = run_part(source, part, arguments.requests)
-            entry = results["bundles"].setdefault(source.name, {"parts": {}, "profiles": {}})
-            entry["parts"][part] = cases
-            entry["profiles"][part] = {
-                "handover_s": profile.handover_s, "host_step_s": profile.host_step_s,
-                "host_row_s": profile.host_row_s, "contention": [one.model_dump() for one in profile.contention],
-            }  # fmt: skip
-            entry["summary"] = summary(entry["parts"])
+            run_part(source, part, entry, arguments.requests)
+            entry["summary"] = summary(entry.get("parts", {}))
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-        for name, value in results["bundles"][source.name]["summary"].items():
+        for name, value in entry["summary"].items():
             print(f"{source.name}: {name.replace('_', ' ')} {value if name == 'cases' else f'{value:.1%}'}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from stageline.models.checkpoint import read_json_object
-from stageline.models.errors import BundleError, RequestError
+from stageline.models.errors import BundleError, EngineError, RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.engines.base import Array
 from stageline.runtime.generation.request import GenerationRequest, Sampling
@@ -33,7 +33,14 @@ class Session:
         """One output of the model for encoded texts."""
         names = [spec.name for spec in self.pipeline.signature.inputs]
         given = {name: value for name, value in encoded.items() if name in names}
-        return self.pipeline.run(given, [output])[output]
+        values = self.pipeline.run(given, [output])[output]
+        mask = encoded["attention_mask"]
+        real = values[mask > 0] if values.ndim == 3 else values  # at padding anything may come
+        if np.isnan(real).any():
+            raise EngineError(
+                f"the model's {output} is not a number (NaN); its weights, or what it was made from, are broken"
+            )
+        return values
 
 
 def encoder_of(folder: Path, manifest: Manifest) -> TextEncoder:

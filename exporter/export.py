@@ -23,7 +23,7 @@ from stageline.models.new_folder import new_folder
 from stageline.models.safetensors_file import read_header
 from stageline.models.sentence import SentencePooling, pooling
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle import Bundle, file_entry, plan_stages, write_manifest, write_stages
+from stageline.runtime.bundle import Bundle, check_stages, file_entry, plan_stages, write_manifest, write_stages
 from stageline.runtime.manifest import VERSION, CacheSpec, FileEntry, Manifest, Part, TensorSpec, Text
 from stageline.runtime.stitch import CACHE_ATTENTION, cache_of
 
@@ -73,6 +73,7 @@ def export(
     with new_folder(Path(bundle)) as folder:
         progress("tracing")
         traced = trace_parts(checkpoint, config, task, chosen, head, progress)
+        check_stages(len(traced.cut.uses) - 2, stages)  # before weights of any size are placed
         _write_parts(folder, traced.cut)
         progress("placing weights")
         files = place(traced.weights, traced.model, config, chosen, folder)

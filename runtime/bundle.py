@@ -157,17 +157,19 @@ def plan_stages(manifest: Manifest, parts: Sequence[ir.Model], stages: int | Seq
 
     StagelineError where it does not fit the model's blocks.
     """
-    blocks = manifest.blocks
+    check_stages(manifest.blocks, stages)
+    return balance(part_costs(manifest, parts), stages) if isinstance(stages, int) else list(stages)
+
+
+def check_stages(blocks: int, stages: int | Sequence[int]) -> None:
+    """StagelineError where so many stages, or stages of so many blocks each, do not fit a model of `blocks` blocks."""
     if isinstance(stages, int):
         if not 1 <= stages <= blocks:
             raise StagelineError(f"{stages} stages do not fit: the model has {blocks} blocks, so choose 1 to {blocks}")
-        return balance(part_costs(manifest, parts), stages)
-    counts = list(stages)
-    if not counts or min(counts) < 1 or sum(counts) != blocks:
+    elif min(stages, default=0) < 1 or sum(stages) != blocks:
         raise StagelineError(
-            f"layers {','.join(map(str, counts))} do not fit: give each stage at least 1 block, {blocks} in all"
+            f"layers {','.join(map(str, stages))} do not fit: give each stage at least 1 block, {blocks} in all"
         )
-    return counts
 
 
 def write_stages(

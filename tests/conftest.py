@@ -18,6 +18,18 @@ TINY_BERT: dict[str, Any] = {
     "max_position_embeddings": 16,
     "pad_token_id": 0,
 }
+TINY_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 512,
+    "bos_token_id": 2,
+    "eos_token_id": None,
+}
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "on", "mats")
 
 
@@ -63,3 +75,12 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     from stageline.exporter.export import export
 
     return export(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle", stages=2).path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of six blocks that generates, exported to one stage; do not change it, copy it."""
+    from stageline.exporter.export import export
+
+    folder = tmp_path_factory.mktemp("llama")
+    return export(_make_checkpoint(folder / "checkpoint", **TINY_LLAMA), folder / "bundle").path

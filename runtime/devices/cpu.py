@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ def pin(cores: Sequence[int]) -> None:
     system has no pinning (not Linux)."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # 0 is the calling thread
+
+
+def others_cpu_s() -> float:
+    """Seconds of processor time that all other processes, and other guests of the host, have taken so far; 0 where the
+    system does not tell (not Linux)."""
+    try:
+        total = Path("/proc/stat").read_text().split("\n", 1)[0]
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, total.split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    own = os.times()
+    busy_s = (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy_s - own.user - own.system
 
 
 def start_worker(name: str, cores: tuple[int, ...], work: Callable[[], None]) -> threading.Thread:

@@ -14,9 +14,10 @@ _KEPT = 10_000  # the latest times, of which percentiles are taken
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of the latest times, in seconds; all zero while there are none."""
+    """Of times, in seconds; all zero where there are none."""
 
     count: int
+    mean: float
     p50: float
     p90: float
     p99: float
@@ -25,9 +26,9 @@ class Percentiles:
     def of(cls, values: Sequence[float]) -> "Percentiles":
         """Linear interpolation between the two nearest."""
         if not values:
-            return cls(0, 0.0, 0.0, 0.0)
+            return cls(0, 0.0, 0.0, 0.0, 0.0)
         p50, p90, p99 = np.percentile(np.array(values), [50, 90, 99]).tolist()
-        return cls(len(values), p50, p90, p99)
+        return cls(len(values), float(np.mean(values)), p50, p90, p99)
 
 
 @dataclass(frozen=True)

@@ -76,26 +76,32 @@ class _Weights:
 
 def _best(tables: Tables, objective: Objective) -> Plan | None:
     problem = tables.problem
-    paths = Chain(tables) if problem.counts is None else Pool(tables)
+    paths = Chain.in_order(tables) if problem.counts is None else Pool(tables)
     best = _branch(tables, paths, _Weights.of(problem, objective))
     if best is None or objective != "throughput":
         return best
-    latency = _Weights.of(problem, "latency")
-    return _planned(problem, paths.shortest(latency.question(best.bottleneck_s * (1 + _CLOSE), 0.0))) or best
+    question = _Weights.of(problem, "latency").question(best.bottleneck_s * (1 + _CLOSE), 0.0)
+    stages, answered = paths.relaxed(question)
+    return _planned(problem, stages if answered else paths.shortest(question)) or best
 
 
 def _branch(tables: Tables, paths: Chain | Pool, weights: _Weights) -> Plan | None:
     times = tables.stage_times()
     least = weights.plan + float(weights.device.min())
     best, value = None, np.inf
-    heap = [(times[low] * least, low, high) for low, high in _intervals(tables.problem, times, weights)]
+    heap = [(times[low] * least, low, high, False) for low, high in _intervals(tables.problem, times, weights)]
     heapq.heapify(heap)
     while heap:
-        lower, low, high = heapq.heappop(heap)
+        lower, low, high, bounded = heapq.heappop(heap)
         if lower >= value * (1 - _CLOSE):
             break
-        plan = _planned(tables.problem, paths.shortest(weights.question(times[high], times[low])))
+        question = weights.question(times[high], times[low])
+        stages, answered = (paths.shortest(question), True) if bounded else paths.relaxed(question)
+        plan = _planned(tables.problem, stages)
         if plan is None:
+            continue
+        if not answered:  # looked at again if no other plan is as cheap as this bound
+            heapq.heappush(heap, (max(lower, weights.value(plan, times[low])), low, high, True))
             continue
         if weights.value(plan, plan.bottleneck_s) < value:
             best, value = plan, weights.value(plan, plan.bottleneck_s)
@@ -108,8 +114,8 @@ def _branch(tables: Tables, paths: Chain | Pool, weights: _Weights) -> Plan | No
             high = min(high, int(np.searchsorted(times, beaten * (1 + _CLOSE), side="right")) - 1)
         if low < high and lower < value * (1 - _CLOSE):
             middle = (low + high) // 2
-            heapq.heappush(heap, (lower, low, middle))
-            heapq.heappush(heap, (max(lower, times[middle + 1] * least), middle + 1, high))
+            heapq.heappush(heap, (lower, low, middle, False))
+            heapq.heappush(heap, (max(lower, times[middle + 1] * least), middle + 1, high, False))
     return best
 
 

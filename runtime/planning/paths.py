@@ -113,21 +113,30 @@ def _least(total: Floats) -> tuple[float, int, int]:
 
 
 class Chain:
-    """Paths through devices in their order.
+    """Paths in which a stage on device a may be followed by one on device b where `follows`[a, b].
 
     The table is over [cut, stages, last device], last device 0 being the start; the axis of stages has one entry where
     their number does not matter.
     """
 
-    def __init__(self, tables: Tables):
+    def __init__(self, tables: Tables, follows: npt.NDArray[np.bool_]):
         problem = tables.problem
         self.tables, self.count = tables, problem.stages
         self.blocks, self.devices = problem.blocks, np.arange(len(problem.devices))
-        later = self.devices[:, None] < self.devices[None]
         self.joins = np.zeros((len(tables.copy_s), len(self.devices) + 1, len(self.devices)), bool)  # [class, from, to]
         self.joins[0, 0] = True
         for link in range(1, len(tables.copy_s)):
-            self.joins[link, 1:] = later & (tables.link_class == link)
+            self.joins[link, 1:] = follows & (tables.link_class == link)
+
+    @classmethod
+    def in_order(cls, tables: Tables) -> "Chain":
+        """Paths through the devices in their order."""
+        places = np.arange(len(tables.problem.devices))
+        return cls(tables, places[:, None] < places[None])
+
+    def relaxed(self, question: Question) -> tuple[list[PlannedStage] | None, bool]:
+        """`shortest`, and that this is the answer: there is nothing to relax."""
+        return self.shortest(question), True
 
     def shortest(self, question: Question) -> list[PlannedStage] | None:
         """The cheapest stages; None where there are none."""
@@ -167,6 +176,9 @@ class Chain:
 class Pool:
     """Paths that use up a number of devices of each kind.
 
+    Most often the cheapest path takes fewer devices than there are: it is looked for first, as a chain in which each
+    kind may follow each other without end. Where that takes too many of a kind, it bounds the answer from below.
+
     The table is over [cut, last kind, used of kind 0, used of kind 1, ...], last kind 0 being the start.
     """
 
@@ -186,6 +198,17 @@ class Pool:
         self.joins[0, 0] = True
         for link in range(1, len(tables.copy_s)):
             self.joins[link, 1:] = tables.link_class == link
+        kinds = len(self.counts)
+        self.endless = Chain(tables, np.ones((kinds, kinds), bool)) if problem.replicas == 1 else None
+
+    def relaxed(self, question: Question) -> tuple[list[PlannedStage] | None, bool]:
+        """The cheapest stages of as many devices as they take, and whether there are as many; those of `shortest` cost
+        no less."""
+        if self.endless is None:
+            return self.shortest(question), True
+        stages = self.endless.shortest(question)
+        used = [sum(stage.device == kind for stage in stages or []) for kind in range(len(self.counts))]
+        return stages, all(count <= most for count, most in zip(used, self.counts, strict=True))
 
     def shortest(self, question: Question) -> list[PlannedStage] | None:
         """The cheapest stages; None where there are none."""

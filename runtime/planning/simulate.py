@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 from stageline.models.errors import StagelineError
+from stageline.runtime.generation.measure import Percentiles
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.microbatch import default_rows
 from stageline.runtime.planning.cost import Shape
@@ -75,23 +75,6 @@ class TextRequest:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and percentiles of seconds."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Of these values; zeros where there are none."""
-        if not values:
-            return cls(0.0, 0.0, 0.0, 0.0)
-        return cls(float(np.mean(values)), *map(float, np.percentile(values, (50, 90, 99))))
-
-
-@dataclass(frozen=True)
 class Report:
     """What a run gave, from its first arrival to its last result.
 
@@ -103,10 +86,10 @@ class Report:
     duration_s: float
     requests_per_s: float
     tokens_per_s: float
-    latency: Spread
-    ttft: Spread
-    tpot: Spread
-    wait: Spread
+    latency: Percentiles
+    ttft: Percentiles
+    tpot: Percentiles
+    wait: Percentiles
     utilisation: tuple[float, ...]
     bubble: float
     in_system: float
@@ -302,10 +285,10 @@ class _Run:
             duration_s,
             len(self.latencies) / duration_s if duration_s else 0.0,
             self.tokens / duration_s if duration_s else 0.0,
-            Spread.of(self.latencies),
-            Spread.of(self.ttft),
-            Spread.of(self.tpot),
-            Spread.of(self.waits),
+            Percentiles.of(self.latencies),
+            Percentiles.of(self.ttft),
+            Percentiles.of(self.tpot),
+            Percentiles.of(self.waits),
             tuple(share),
             1 - sum(share) / len(stages),
             self.area / duration_s if duration_s else 0.0,

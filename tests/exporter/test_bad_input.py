@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from stageline.exporter.cli import main
-from stageline.models.errors import RequestError
+from stageline.exporter.export import export
+from stageline.models.errors import RequestError, StagelineError
 from stageline.models.safetensors_file import read_header
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.pipeline import Pipeline
@@ -130,6 +132,14 @@ def test_cuts_that_do_not_fit(cuts: tuple[str, str], checkpoint: Path, bundle: P
     before = sorted((file, file.stat().st_mtime_ns) for file in bundle.rglob("*"))
     assert "do not fit" in told("recut", bundle, *cuts)
     assert before == sorted((file, file.stat().st_mtime_ns) for file in bundle.rglob("*"))
+
+
+def test_cuts_that_do_not_fit_are_told_before_weights_are_placed(checkpoint: Path, out: Path) -> None:
+    steps: list[str] = []
+    with pytest.raises(StagelineError, match="4 stages do not fit: the model has 3 blocks, so choose 1 to 3"):
+        export(checkpoint, out / "b", stages=4, progress=steps.append)
+    assert "tracing" in steps
+    assert "placing weights" not in steps
 
 
 def test_an_existing_output_is_kept(checkpoint: Path, out: Path, told: Run) -> None:
@@ -267,6 +277,15 @@ def test_token_ids_out_of_range(token: int, tiny_bundle: Path) -> None:
 def test_a_text_longer_than_the_model(tiny_bundle: Path, told: Run) -> None:
     line = told("run", tiny_bundle, "--text", "a cat " * 10)
     assert "text 0 has 22 tokens, at most 16 fit; shorten it" in line
+
+
+def test_weights_that_are_not_numbers(checkpoint: Path, out: Path, told: Run) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["classifier.weight"][0, 0] = np.nan
+    save_file(tensors, file)
+    export(checkpoint, out / "b")
+    assert "the model's logits is not a number (NaN)" in told("run", out / "b", "--text", "a cat")
 
 
 def test_an_option_of_another_task(tiny_bundle: Path, told: Run) -> None:

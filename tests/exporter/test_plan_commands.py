@@ -2,13 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from stageline.exporter.cli import main
-from stageline.exporter.export import export
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.planning.measuring import measure
 from stageline.runtime.planning.profile import Grid, Machine, load, save
@@ -21,16 +19,6 @@ def profiled(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     bundle = Bundle.open(path)
     save(bundle, measure(bundle, [1], [Grid((1, 4), (4, 16))]))
     return path
-
-
-@pytest.fixture(scope="module")
-def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 6}
-    folder = tmp_path_factory.mktemp("llama")
-    checkpoint = make_checkpoint(
-        folder / "c", **changes, max_position_embeddings=512, bos_token_id=2, eos_token_id=None
-    )
-    return export(checkpoint, folder / "b").path
 
 
 def document(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
@@ -83,26 +71,28 @@ def test_profile_of_another_machine_is_used_with_a_warning_that_names_both(
 
 
 @pytest.mark.parametrize("objective", ["throughput", "latency", "cost", "energy"])
-def test_plan_for_devices_that_are_not_here(llama: Path, objective: str, capsys: pytest.CaptureFixture[str]) -> None:
-    told = document(capsys, "plan", llama, "--devices", "2xL4,H100", "--objective", objective, "--explain")
+def test_plan_for_devices_that_are_not_here(
+    tiny_llama: Path, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = document(capsys, "plan", tiny_llama, "--devices", "2xL4,H100", "--objective", objective, "--explain")
     assert sum(told["layers"]) == 6
     assert told["price_per_million_tokens"] > 0
     assert told["energy_j_per_token"] > 0
     assert told["next_best"]["layers"]
 
 
-def test_cost_and_throughput_want_different_devices(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cost_and_throughput_want_different_devices(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cheap, fast = (
-        document(capsys, "plan", llama, "--devices", "T4,B200", "--objective", objective)
+        document(capsys, "plan", tiny_llama, "--devices", "T4,B200", "--objective", objective)
         for objective in ("cost", "latency")
     )
     assert cheap["price_per_million_tokens"] <= fast["price_per_million_tokens"]
     assert fast["cycle_s"] <= cheap["cycle_s"]
 
 
-def test_how_many_of_which_device_serve_a_rate(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_many_of_which_device_serve_a_rate(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--rate", "2000", "--ttft-p99-ms", "50", "--length", "64", "--output", "16", "--context", "128")
-    told = document(capsys, "plan", llama, "--devices", "T4,H100", *asked)["serving"]
+    told = document(capsys, "plan", tiny_llama, "--devices", "T4,H100", *asked)["serving"]
     assert {size["kind"] for size in told} == {"T4", "H100"}
     assert told == sorted(told, key=lambda size: size["price_per_h"])
     for size in told:
@@ -110,8 +100,8 @@ def test_how_many_of_which_device_serve_a_rate(llama: Path, capsys: pytest.Captu
         assert size["report"]["ttft"]["p99"] <= 0.05
 
 
-def test_layers_are_pinned(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = document(capsys, "plan", llama, "--devices", "3xL4", "--layers", "1,3,2")
+def test_layers_are_pinned(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = document(capsys, "plan", tiny_llama, "--devices", "3xL4", "--layers", "1,3,2")
     assert told["layers"] == [1, 3, 2]
 
 
@@ -131,16 +121,16 @@ def test_layers_are_pinned(llama: Path, capsys: pytest.CaptureFixture[str]) -> N
     ],
 )
 def test_what_cannot_be_planned_is_told_in_one_line(
-    llama: Path, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in refusal(capsys, "plan", llama, *arguments)
+    assert told in refusal(capsys, "plan", tiny_llama, *arguments)
 
 
-def test_a_cluster_file_is_planned_for(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_file_is_planned_for(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cluster.toml"
     file.write_text(
         'ordered = true\n[[devices]]\nname = "a"\nkind = "L4"\n[[devices]]\nname = "b"\nkind = "T4"\n'
         '[[links]]\nfrom = "a"\nto = "b"\ngb_s = 1\n'
     )
-    told = document(capsys, "plan", llama, "--cluster", file, "--layers", "4,2")
+    told = document(capsys, "plan", tiny_llama, "--cluster", file, "--layers", "4,2")
     assert [stage["devices"] for stage in told["stages"]] == [["a"], ["b"]]

@@ -1,32 +1,16 @@
 """The cost model against closed formulas and torch's own count."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stageline.exporter.export import export
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
 
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "vocab_size": 12,
-    "bos_token_id": 2,
-    "eos_token_id": None,
-}
-
 
 @pytest.fixture(scope="module")
-def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("llama")
-    return export(make_checkpoint(folder / "c", **LLAMA), folder / "b")
+def llama(tiny_llama: Path) -> Bundle:
+    return Bundle.open(tiny_llama)
 
 
 def costs(bundle: Bundle, shape: Shape, cache_itemsize: int = 4) -> list[UseCost]:

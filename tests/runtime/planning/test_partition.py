@@ -164,19 +164,24 @@ def large(counts: tuple[int, ...] | None, devices: int, overlap: bool) -> Proble
     )
 
 
-@pytest.mark.parametrize("objective", ["throughput", "latency"])
+ORDERED = [(None, 64, True), (None, 64, False)]
+COUNTED = [((32, 32), 2, True), ((22, 21, 21), 3, False)]
+
+
 @pytest.mark.parametrize(
-    ("counts", "devices", "overlap"),
-    [(None, 64, True), (None, 64, False), ((32, 32), 2, True), ((22, 21, 21), 3, False)],
-    ids=["64 in order", "64 in order, no overlap", "2 kinds of 32", "3 kinds of 21"],
+    ("objective", "counts", "devices", "overlap"),
+    [
+        *((objective, *shape) for objective in ("throughput", "latency") for shape in ORDERED),
+        *((objective, *shape) for objective in OBJECTIVES for shape in COUNTED),
+    ],
 )
 def test_200_blocks_on_64_devices_take_less_than_two_seconds(
     objective: str, counts: tuple[int, ...] | None, devices: int, overlap: bool
 ) -> None:
     problem = large(counts, devices, overlap)
-    began = time.perf_counter()
+    began = time.process_time()  # whatever else runs here
     plan = best_plan(problem, objective)  # type: ignore[arg-type]
-    taken_s = time.perf_counter() - began
+    taken_s = time.process_time() - began
     assert plan is not None
     assert taken_s < 2.0
 

@@ -1,32 +1,23 @@
 """Plans for a bundle: what is chosen, what it gives, and why nothing fits."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stageline.exporter.export import export
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.planning.cluster import Cluster, Kind, parse_devices
 from stageline.runtime.planning.cost import Shape
+from stageline.runtime.planning.measuring import ranges
 from stageline.runtime.planning.planner import Load, Planner, device_names
+from stageline.runtime.planning.problem import Link
+from stageline.runtime.planning.profile import Contention, Machine, Point, Profile
 from stageline.runtime.planning.simulate import BatchRequest, simulate_batches
-
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 6,
-    "max_position_embeddings": 512,
-    "bos_token_id": 2,
-    "eos_token_id": None,
-}
 
 
 @pytest.fixture(scope="module")
-def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("llama")
-    return export(make_checkpoint(folder / "c", **LLAMA), folder / "b")
+def llama(tiny_llama: Path) -> Bundle:
+    return Bundle.open(tiny_llama)
 
 
 def small(memory_mb: float, count: int) -> Cluster:
@@ -63,8 +54,8 @@ def test_groups_of_decoding_rows_are_as_many_as_stages(llama: Bundle) -> None:
 
 def test_a_cache_counts_for_memory(llama: Bundle) -> None:
     few, many = (Planner(llama, small(1000, 1), Load(slots=s, context=256)).best("latency").plan for s in (1, 9))
-    # 6 layers, 4 heads of 8 for keys and as many for values, 4 bytes each
-    assert many.figures[0].memory_bytes - few.figures[0].memory_bytes > 8 * 256 * 6 * 2 * 32 * 4 * 0.99
+    # 6 layers, 2 heads of 8 for keys and as many for values, 4 bytes each
+    assert many.figures[0].memory_bytes - few.figures[0].memory_bytes > 8 * 256 * 6 * 2 * 16 * 4 * 0.99
 
 
 @pytest.mark.parametrize("objective", ["throughput", "latency"])
@@ -101,6 +92,25 @@ def test_processors_without_a_profile_are_told(tiny_bundle: Path) -> None:
         planner.best("throughput")
     with pytest.raises(StagelineError, match="the objective cost needs prices and power"):
         planner.best("cost")
+
+
+def test_stages_that_slow_each_other_down_are_planned_and_simulated_so(tiny_bundle: Path) -> None:
+    """Two stages beside each other take a quarter longer; one alone, or a lone micro-batch, does not."""
+    bundle = Bundle.open(tiny_bundle)
+    points = tuple(
+        Point(threads=1, batch=4, length=16, past=0, first=first, end=end, seconds=0.01 * (end - first), runs=5)
+        for first, end in ranges(bundle)
+    )
+    share = Contention(threads=1, batch=4, length=16, past=0, share=0.25)
+    profile = Profile(machine=Machine.here(), handover_s=0.0, points=points, contention=(share,))
+    cpus = Cluster((Kind("cpu", None, ("cpu:0", "cpu:1")),), ((Link(),),))
+    planner = Planner(bundle, cpus, Load(batch=4, length=16), profile=profile)
+    both, lone = planner.best("throughput"), planner.best("latency")
+    assert both.plan.bottleneck_s == pytest.approx(0.02 * 1.25, rel=1e-3)
+    assert lone.plan.latency_s == pytest.approx(0.03, rel=1e-3)
+    report = simulate_batches(planner.setting(both), [BatchRequest(0.0, 4, 16)] * 500, 4)
+    # While the short stage takes 12.5 ms, the long one does 10 ms of its 20 ms.
+    assert report.duration_s / 500 == pytest.approx(0.0125 + 0.01, rel=0.01)
 
 
 def test_pinned_layers_are_kept(llama: Bundle) -> None:

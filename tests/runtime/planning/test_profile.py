@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.planning.cost import Shape, UseCost, use_costs
-from stageline.runtime.planning.measuring import measure, ranges
-from stageline.runtime.planning.profile import Grid, Machine, Point, Profile, load, save
+from stageline.runtime.planning.host import driver_times_s
+from stageline.runtime.planning.measuring import measure, ranges, undisturbed
+from stageline.runtime.planning.profile import Contention, Grid, Machine, Point, Profile, load, save
 from stageline.runtime.planning.timings import Timings, fitted_rates, non_negative
 
 
@@ -51,6 +53,33 @@ def test_times_of_uses_are_told_from_stages_and_between_shapes(bundle: Bundle) -
     assert times.stage_s(1, 3) == pytest.approx(sum(times.use_s[2:]) + 3e-6)
 
 
+def test_the_share_that_stages_take_longer_beside_each_other_is_interpolated(bundle: Bundle) -> None:
+    shares = {(1, 4): 0.4, (9, 4): 0.2, (1, 8): 0.1, (9, 8): 0.0}
+    contention = tuple(
+        Contention(threads=1, batch=batch, length=length, past=0, share=share)
+        for (batch, length), share in shares.items()
+    )
+    profile = linear_profile(bundle, Grid((1, 9), (4, 8))).model_copy(update={"contention": contention})
+    told = timings(bundle, profile)
+    assert told.of(Shape(1, 4)).contention == pytest.approx(0.4)
+    assert told.of(Shape(5, 4)).contention == pytest.approx(0.3)
+    assert told.of(Shape(5, 6)).contention == pytest.approx(0.175)
+    assert told.of(Shape(50, 4)).contention == pytest.approx(0.2)
+
+
+def test_the_least_disturbed_try_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    others_s, tries = iter([0.0, 9.0, 10.0, 10.0]), iter(["disturbed", "calm"])
+    monkeypatch.setattr("stageline.runtime.planning.measuring.others_cpu_s", lambda: next(others_s))
+    assert undisturbed(lambda: next(tries))[0] == "calm"
+
+
+def test_generation_costs_the_host_for_each_step(tiny_llama: Path) -> None:
+    step_s, row_s = driver_times_s(Bundle.open(tiny_llama))
+    assert 0 <= step_s < 0.05
+    assert 0 <= row_s < 0.05
+    assert step_s + row_s > 0
+
+
 def test_outside_the_measured_shapes_times_grow_as_the_work_does(bundle: Bundle) -> None:
     measured = timings(bundle, linear_profile(bundle, Grid((1, 8), (4, 16))))
     edge, beyond = measured.of(Shape(8, 16)), measured.of(Shape(32, 16))
@@ -62,6 +91,9 @@ def test_what_is_measured_is_stored_and_read_back(bundle: Bundle) -> None:
     assert {(p.first, p.end) for p in profile.points} == {(0, 1), (1, 2), (2, 3), (0, 3)}
     assert {(p.batch, p.length, p.threads) for p in profile.points} == {(1, 4, 1), (2, 4, 1)}
     assert 0 < profile.handover_s < 0.01
+    beside = {(c.batch, c.length, c.threads) for c in profile.contention}
+    assert beside == ({(1, 4, 1), (2, 4, 1)} if len(allowed_cores()) > 1 else set())
+    assert profile.host_step_s == 0  # only of models that generate
     save(bundle, profile)
     assert load(bundle.path, Machine.here()) == (profile, None)
     assert Bundle.open(bundle.path).manifest == bundle.manifest

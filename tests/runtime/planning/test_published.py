@@ -1,11 +1,13 @@
 """The partitioner against cuts that others have published with all of their inputs.
 
 PipeDream (Narayanan et al., SOSP 2019) prints configurations, its authors' repository (msr-fiddle/pipedream, commit
-11c40c0) the inputs: `profiler/image_classification/profiles/vgg16/graph.txt` holds the forward and backward time of each
-layer of VGG-16, `runtime/image_classification/models/vgg16/gpus=2` and `gpus=4_straight` the stages that their optimizer
-made of it for equal GPUs without replication, communication left out. (Its replicated plans weigh the exchange of
-gradients, which inference does not have. The papers on GPipe, DAPPLE, Alpa and AlpaServe give no times by layer.)
+11c40c0) the inputs: `profiler/image_classification/profiles/vgg16/graph.txt` holds the forward and backward time of
+each layer of VGG-16, `runtime/image_classification/models/vgg16/gpus=2` and `gpus=4_straight` the stages that their
+optimizer made of it for equal GPUs, communication left out. (Its replicated plans weigh the exchange of gradients,
+which inference does not have.)
 """
+
+import itertools
 
 import pytest
 from stageline.runtime.planning.partition import best_plan
@@ -38,7 +40,7 @@ def test_vgg16_is_cut_as_pipedream_cuts_it(begins: tuple[int, ...]) -> None:
     found = best_plan(problem)
     assert found is not None
     bounds = [node - FIRST_NODE for node in (*begins, FIRST_NODE + blocks)]
-    theirs = Plan.of(problem, [PlannedStage(0, first, end) for first, end in zip(bounds, bounds[1:], strict=False)])
+    theirs = Plan.of(problem, [PlannedStage(0, first, end) for first, end in itertools.pairwise(bounds)])
     assert found.bottleneck_s == pytest.approx(theirs.bottleneck_s, rel=1e-12)
     if stages == 2:  # no other cut is as good; with four stages several are
         assert found.stages == theirs.stages
