@@ -52,8 +52,8 @@ PARTS = {  # threads of a stage
     "profile:1": 1, "batches:1": 1, "batches:2": 1, "poisson:2": 1,
     "profile:2": 2, "batches:wide": 2, "poisson:1": 2,
 }  # fmt: skip
-RUN_S = 0.5  # about how long a batch run takes
-ROUNDS = 3  # batch runs of a case: the median counts
+RUN_S = 0.4  # about how long a batch run takes
+ROUNDS = 5  # batch runs of a case: the median counts
 REFERENCE_S, REFERENCE_RUNS = 1.0, 3  # at least
 LOADS = (0.5, 0.8, 0.95)  # of the capacity
 SLOTS, CAPACITY, CHUNK, PROMPT, OUTPUT = 8, 256, 64, 40, 24
