@@ -10,7 +10,8 @@ It runs in parts of at most some minutes. What they find is kept in the JSON fil
 Batches are submitted all at once; of generation, the requests come at random times at parts of what the pipeline does
 when all come at once, and the prediction is simulated with the runtime's own scheduler. Predictions come from the
 profile alone. Beside each cut a reference is timed again: how much slower it is than beside the profile is the drift of
-the machine, and no fault of the prediction. What other processes disturb is measured again, up to twice.
+the machine, and no fault of the prediction. Each case waits until others take less than a tenth of a processor;
+what they disturb nevertheless is measured again, up to twice, and if that does not help left out of the summary.
 
     python benchmarks/planner.py bundles/minilm bundles/smollm2 --json benchmarks/results/planner.json
     python benchmarks/planner.py bundles/smollm2 --part profile:1 --part poisson:2 --json planner.json
@@ -22,7 +23,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 from stageline.runtime.bundle import Bundle, recut
-from stageline.runtime.devices.cpu import allowed_cores, share_cores
+from stageline.runtime.devices.cpu import allowed_cores, others_cpu_s, share_cores
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.planning.cost import Shape, use_costs
@@ -55,6 +56,7 @@ PARTS = {  # threads of a stage
 RUN_S = 0.4  # about how long a batch run takes
 ROUNDS = 5  # batch runs of a case: the median counts
 REFERENCE_S, REFERENCE_RUNS = 1.0, 3  # at least
+CALM, MOST_WAITS_S = 0.1, 20  # of a processor; before a case
 LOADS = (0.5, 0.8, 0.95)  # of the capacity
 SLOTS, CAPACITY, CHUNK, PROMPT, OUTPUT = 8, 256, 64, 40, 24
 ENCODER_SHAPES = ((1, 32), (4, 128), (8, 64), (16, 32), (6, 100))
@@ -148,13 +150,22 @@ class Bench:
         self._reference.close()
 
 
-def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> list[dict[str, Any]]:
+def wait_for_calm() -> None:
+    """Wait for a second in which others take hardly any processor, for some seconds at most."""
+    for _ in range(MOST_WAITS_S):
+        before_s = others_cpu_s()
+        time.sleep(1)
+        if others_cpu_s() - before_s < CALM:
+            return
+
+
+def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iterator[dict[str, Any]]:
     """Batches a second, predicted and measured, for every chosen cut and shape."""
-    cases = []
     print("      layers  threads  rows x tokens predicted/s  measured/s    error    drift   others")
     for counts in chosen:
         recut(bench.path, counts)
         setting = bench.setting(counts, threads)
+        wait_for_calm()
         drift = bench.drift()
         with Pipeline.open(bench.path, threads=threads, queue=512) as pipeline:
             for rows, tokens in DECODER_SHAPES if bench.bundle.manifest.cached else ENCODER_SHAPES:
@@ -162,20 +173,20 @@ def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> list
                 lone_s = simulate_batches(setting, [request]).duration_s
                 count = max(4, min(400, round(RUN_S / lone_s * len(counts))))
                 told_s = simulate_batches(setting, [request] * count).duration_s
+                wait_for_calm()
                 real_s, others = _batches_s(pipeline, bench.feed(rows, tokens), count)
                 case = {
                     "layers": counts, "threads": threads, "rows": rows, "tokens": tokens,
                     "predicted_per_s": count / told_s, "measured_per_s": count / real_s,
                     "error": real_s / told_s - 1, "drift": drift, "others": others,
                 }  # fmt: skip
-                cases.append(case)
                 layers = ",".join(map(str, counts))
                 print(
                     f"{layers:>12}{threads:>9}{rows:>6} x {tokens:<5}{count / told_s:>12.2f}{count / real_s:>12.2f}"
                     f"{case['error']:>9.1%}{drift - 1:>9.1%}{others:>9.1%}",
                     flush=True,
                 )
-    return cases
+                yield case
 
 
 def _batches_s(pipeline: Pipeline, feed: dict[str, Any], count: int) -> tuple[float, float]:
@@ -192,31 +203,38 @@ def _batches_s(pipeline: Pipeline, feed: dict[str, Any], count: int) -> tuple[fl
     return statistics.median(taken), statistics.median(others)
 
 
-def poisson_cases(bench: Bench, stages: int, requests: int) -> list[dict[str, Any]]:
+def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str, Any]]:
     """Throughput and percentiles under Poisson load at parts of the measured capacity, simulated and measured."""
     recut(bench.path, stages)
     counts = [stage.last_block - stage.first_block + 1 for stage in Bundle.open(bench.path).manifest.stages]
     setting = bench.setting(counts, len(allowed_cores()))
-    cases: list[dict[str, Any]] = []
     capacity = 0.0
-    print(f"{'layers':>10}{'load':>6}  {'':<14}{'predicted':>12}{'measured':>12}{'error':>9}{'drift':>9}")
+    print(f"{'layers':>10}{'load':>6}  {'':<14}{'predicted':>12}{'measured':>12}{'error':>9}{'drift':>9}{'others':>9}")
     for load in (None, *LOADS):  # None: all at once, which is the capacity
         arrivals = [0.0] * requests if load is None else poisson(load * capacity, requests, seed=4)
+        wait_for_calm()
         drift = bench.drift()
         texts = [TextRequest(t, PROMPT, OUTPUT) for t in arrivals]
         told = _figures(simulate_generation(setting, texts, SLOTS, CAPACITY, CHUNK))
+        began, others_s = perf_counter(), others_cpu_s()
         real = _generate(bench, arrivals)
+        others = (others_cpu_s() - others_s) / (perf_counter() - began)
         capacity = capacity or real["tokens_per_s"] / OUTPUT
-        case = {"layers": counts, "load": load, "requests_per_s": capacity * (load or 1), "drift": drift}
-        cases.append({**case, "predicted": told, "measured": real})
+        case = {
+            "layers": counts,
+            "load": load,
+            "requests_per_s": capacity * (load or 1),
+            "drift": drift,
+            "others": others,
+        }
         for name, value in told.items():
             shown = "all" if load is None else f"{load:.0%}"
             print(
                 f"{','.join(map(str, counts)):>10}{shown:>6}  {name:<14}{value:>12.4f}{real[name]:>12.4f}"
-                f"{real[name] / value - 1:>9.1%}{drift - 1:>9.1%}",
+                f"{real[name] / value - 1:>9.1%}{drift - 1:>9.1%}{others:>9.1%}",
                 flush=True,
             )
-    return cases
+        yield {**case, "predicted": told, "measured": real}
 
 
 def _figures(report: Report) -> dict[str, float]:
@@ -251,21 +269,24 @@ def _generate(bench: Bench, arrivals: Sequence[float]) -> dict[str, float]:
 
 
 def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Median and worst size of the batch cases' errors, as they are and with the drift taken out."""
-    cases = [case for name, part in parts.items() if name.startswith("batches") for case in part]
+    """Median and worst size of the errors of the batch cases that others did not disturb, as they are and with the
+    drift taken out."""
+    every = [case for name, part in parts.items() if name.startswith("batches") for case in part]
+    cases = [case for case in every if case["others"] < CALM]
     if not cases:
         return {}
     sizes = [abs(case["error"]) for case in cases]
     steady = [abs((1 + case["error"]) / case["drift"] - 1) for case in cases]
     return {
-        "cases": len(cases),
+        "cases": len(cases), "disturbed_cases": len(every) - len(cases),
         "median_error": statistics.median(sizes), "worst_error": max(sizes),
         "median_error_without_drift": statistics.median(steady), "worst_error_without_drift": max(steady),
     }  # fmt: skip
 
 
-def run_part(source: Path, part: str, entry: dict[str, Any], requests: int) -> None:
-    """Run a part on a copy of the bundle, and put what it finds into the bundle's entry."""
+def run_part(source: Path, part: str, entry: dict[str, Any], requests: int, keep: Callable[[], None]) -> None:
+    """Run a part on a copy of the bundle, and put what it finds into the bundle's entry; `keep` is called after each
+    case."""
     kind, _, number = part.partition(":")
     threads = PARTS[part]
     profiles = entry.setdefault("profiles", {})
@@ -278,12 +299,18 @@ def run_part(source: Path, part: str, entry: dict[str, Any], requests: int) -> N
         try:
             if kind == "profile":
                 profiles[str(threads)] = bench.as_data()
-            elif part == "batches:wide":
-                entry.setdefault("parts", {})[part] = batch_cases(bench, 2, every[:1])
+                return keep()
+            if part == "batches:wide":
+                cases = batch_cases(bench, 2, every[:1])
             elif kind == "batches":
-                entry.setdefault("parts", {})[part] = batch_cases(bench, int(number), every[int(number) - 1 :])
+                cases = batch_cases(bench, int(number), every[int(number) - 1 :])
             else:
-                entry.setdefault("parts", {})[part] = poisson_cases(bench, int(number), requests)
+                cases = poisson_cases(bench, int(number), requests)
+            found = entry.setdefault("parts", {})[part] = []
+            for case in cases:
+                found.append(case)
+                entry["summary"] = summary(entry["parts"])
+                keep()
         finally:
             bench.close()
 
@@ -300,18 +327,20 @@ def main() -> None:
     if arguments.json and arguments.json.exists():
         results = json.loads(arguments.json.read_text())
     results["machine"] = str(Machine.here())
+
+    def keep() -> None:
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
     for source in arguments.bundles:
         cached = Bundle.open(source).manifest.cached
         entry = results["bundles"].setdefault(source.name, {})
         for part in arguments.part or [part for part in PARTS if cached or not part.startswith("poisson")]:
             print(f"{source.name}, {part}, {results['machine']}")
-            run_part(source, part, entry, arguments.requests)
-            entry["summary"] = summary(entry.get("parts", {}))
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-        for name, value in entry["summary"].items():
-            print(f"{source.name}: {name.replace('_', ' ')} {value if name == 'cases' else f'{value:.1%}'}")
+            run_part(source, part, entry, arguments.requests, keep)
+        for name, value in entry.get("summary", {}).items():
+            print(f"{source.name}: {name.replace('_', ' ')} {f'{value:.1%}' if 'error' in name else value}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ class Cut:
     outputs: list[tuple[TensorSpec, ...]] = field(default_factory=list)
     weights: list[tuple[TensorSpec, ...]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    longest: int | None = None
+    """Tokens in a row that the trace holds for, if it does not for all."""
 
 
 @dataclass

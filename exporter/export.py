@@ -200,6 +200,7 @@ def _cut(
         check_apart(traced.model.graph)
     names = frozenset("model." + name for name in weights.names)
     result = cut(traced, stack, kind, names)
+    result.longest = traced.longest
     for part in result.parts:
         fuse_norms(part)
     return result
@@ -266,7 +267,8 @@ def _manifest(
     )
     last = result.uses[-1]
     final = {last.writes[spec.name]: spec for spec in result.outputs[last.part]}
-    max_positions = skeleton.max_positions(traced.model)
+    places = [skeleton.max_positions(traced.model), None if any(p.caches for p in parts) else result.longest]
+    max_positions = min((limit for limit in places if limit is not None), default=None)
     text, extra = _copy_tokenizer(checkpoint, config, folder, max_positions, head)
     names = getattr(config, "id2label", None) or {}
     classifies = task in ("text-classification", "token-classification", "image-classification")

@@ -77,10 +77,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @dataclass(frozen=True)
 class Trace:
-    """The marked graph, and which blocks in it are real."""
+    """The marked graph, which blocks in it are real, and how many tokens in a row it holds for: beyond `longest` the
+    model's code goes another way (None: it does not)."""
 
     model: ir.Model
     real: frozenset[int]
+    longest: int | None
 
 
 def _mark(tensor: torch.Tensor, tag: str) -> torch.Tensor:
@@ -174,7 +176,19 @@ def trace(
             initializer.const_value = None  # the optimiser must not look at data that is not there
     with _quiet():
         optimizer.optimize_ir(model, num_iterations=2, onnx_shape_inference=False)
-    return Trace(model, real)
+    return Trace(model, real, _longest(program, inputs))
+
+
+def _longest(program: torch.export.ExportedProgram, inputs: tuple[Input, ...]) -> int | None:
+    """The least upper bound that the tracer found for the length of an input."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    bounds = [
+        program.range_constraints[size.node.expr].upper
+        for name, spec in zip(program.graph_signature.user_inputs, inputs, strict=True)
+        for size, dimension in zip(nodes[str(name)].meta["val"].shape, spec.shape, strict=True)
+        if dimension == "length" and isinstance(size, torch.SymInt) and size.node.expr in program.range_constraints
+    ]
+    return min((int(bound) for bound in bounds if bound.is_Integer), default=None)
 
 
 def name_borders(model: ir.Model, inputs: tuple[Input, ...], outputs: tuple[str, ...]) -> None:

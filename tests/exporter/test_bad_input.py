@@ -291,3 +291,27 @@ def test_weights_that_are_not_numbers(checkpoint: Path, out: Path, told: Run) ->
 def test_an_option_of_another_task(tiny_bundle: Path, told: Run) -> None:
     line = told("run", tiny_bundle, "--text", "a cat", "--max-new-tokens", "3")
     assert "is for text-generation, this bundle does text-classification; leave it out" in line
+
+
+@pytest.mark.slow
+def test_a_trace_that_holds_for_short_rows_only(make_checkpoint: Callable[..., Path], out: Path) -> None:
+    """MiniMax goes through rows of more than `block_size` tokens in a loop, which the trace does not have."""
+    config = {
+        "model_type": "minimax",
+        "architectures": ["MiniMaxForCausalLM"],
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "block_size": 8,
+        "bos_token_id": 2,
+        "eos_token_id": None,
+    }
+    bundle = export(make_checkpoint(out / "c", **config), out / "b")
+    assert bundle.manifest.max_positions == 8
+    with Pipeline.open(bundle.path) as pipeline:
+        assert pipeline.run({"input_ids": np.ones((2, 8), np.int64)})["logits"].shape[:2] == (2, 8)
+        with pytest.raises(RequestError, match="rows are 9 tokens long, the model can place 8; truncate them"):
+            pipeline.run({"input_ids": np.ones((1, 9), np.int64)})
