@@ -11,7 +11,8 @@ Batches are submitted all at once; of generation, the requests come at random ti
 when all come at once, and the prediction is simulated with the runtime's own scheduler. Predictions come from the
 profile alone. Beside each cut a reference is timed again: how much slower it is than beside the profile is the drift of
 the machine, and no fault of the prediction. Each case waits until others take less than a tenth of a processor;
-what they disturb nevertheless is measured again, up to twice, and if that does not help left out of the summary.
+what they disturb nevertheless is measured again, up to twice, and if that does not help left out of the summary. With
+`--more` a part measures only the cuts that are missing from the JSON file or were disturbed.
 
     python benchmarks/planner.py bundles/minilm bundles/smollm2 --json benchmarks/results/planner.json
     python benchmarks/planner.py bundles/smollm2 --part profile:1 --part poisson:2 --json planner.json
@@ -284,7 +285,15 @@ def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def run_part(source: Path, part: str, entry: dict[str, Any], requests: int, keep: Callable[[], None]) -> None:
+def undisturbed_cuts(found: Sequence[dict[str, Any]], shapes: int) -> list[dict[str, Any]]:
+    """The cases of cuts that were measured for all shapes, and disturbed for none."""
+    calm = [tuple(case["layers"]) for case in found if case["others"] < CALM]
+    return [case for case in found if calm.count(tuple(case["layers"])) == shapes]
+
+
+def run_part(
+    source: Path, part: str, entry: dict[str, Any], requests: int, more: bool, keep: Callable[[], None]
+) -> None:
     """Run a part on a copy of the bundle, and put what it finds into the bundle's entry; `keep` is called after each
     case."""
     kind, _, number = part.partition(":")
@@ -300,13 +309,17 @@ def run_part(source: Path, part: str, entry: dict[str, Any], requests: int, keep
             if kind == "profile":
                 profiles[str(threads)] = bench.as_data()
                 return keep()
+            parts = entry.setdefault("parts", {})
+            shapes = len(DECODER_SHAPES if bench.bundle.manifest.cached else ENCODER_SHAPES)
+            found = undisturbed_cuts(parts.get(part, []), shapes) if more and kind == "batches" else []
+            left = [counts for counts in every if counts not in [case["layers"] for case in found]]
             if part == "batches:wide":
-                cases = batch_cases(bench, 2, every[:1])
+                cases = batch_cases(bench, 2, [counts for counts in left if len(counts) == 1])
             elif kind == "batches":
-                cases = batch_cases(bench, int(number), every[int(number) - 1 :])
+                cases = batch_cases(bench, int(number), [counts for counts in left if len(counts) >= int(number)])
             else:
                 cases = poisson_cases(bench, int(number), requests)
-            found = entry.setdefault("parts", {})[part] = []
+            parts[part] = found
             for case in cases:
                 found.append(case)
                 entry["summary"] = summary(entry["parts"])
@@ -320,6 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", help="exported bundles; they are copied, not changed")
     parser.add_argument("--part", choices=PARTS, action="append", help="run this part only; may be given again")
+    parser.add_argument("--more", action="store_true", help="measure only what is missing or was disturbed")
     parser.add_argument("--requests", type=int, default=60, help="of a Poisson run")
     parser.add_argument("--json", type=Path, help="write the figures here; those of other parts stay")
     arguments = parser.parse_args()
@@ -338,7 +352,7 @@ def main() -> None:
         entry = results["bundles"].setdefault(source.name, {})
         for part in arguments.part or [part for part in PARTS if cached or not part.startswith("poisson")]:
             print(f"{source.name}, {part}, {results['machine']}")
-            run_part(source, part, entry, arguments.requests, keep)
+            run_part(source, part, entry, arguments.requests, arguments.more, keep)
         for name, value in entry.get("summary", {}).items():
             print(f"{source.name}: {name.replace('_', ' ')} {f'{value:.1%}' if 'error' in name else value}")
 
