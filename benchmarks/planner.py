@@ -83,7 +83,7 @@ def cuts(blocks: int) -> list[list[int]]:
 class Bench:
     """A bundle's copy to be cut, its profile, and what the reference took beside that."""
 
-    def __init__(self, path: Path, known: dict[str, Any] | None, threads: int):
+    def __init__(self, path: Path, known: dict[str, Any] | None, threads: int, passes: int):
         """`known` is what `as_data` gave; None: profile now."""
         self.path, self.bundle = path, Bundle.open(path)
         self.vocabulary = self.bundle.manifest.vocabulary or 1000
@@ -92,7 +92,7 @@ class Bench:
         self._reference = Pipeline.open(whole, threads=1)
         if known is None:
             before_s = self._reference_s()
-            self.profile = measure(self.bundle, [threads], progress=lambda step: print(f"# {step}", flush=True))
+            self.profile = measure(self.bundle, [threads], None, lambda step: print(f"# {step}", flush=True), passes)
             self._before_s = (before_s + self._reference_s()) / 2
         else:
             self.profile, self._before_s = Profile.model_validate(known["profile"]), known["reference_s"]
@@ -292,7 +292,7 @@ def undisturbed_cuts(found: Sequence[dict[str, Any]], shapes: int) -> list[dict[
 
 
 def run_part(
-    source: Path, part: str, entry: dict[str, Any], requests: int, more: bool, keep: Callable[[], None]
+    source: Path, part: str, entry: dict[str, Any], arguments: argparse.Namespace, keep: Callable[[], None]
 ) -> None:
     """Run a part on a copy of the bundle, and put what it finds into the bundle's entry; `keep` is called after each
     case."""
@@ -303,7 +303,7 @@ def run_part(
         raise SystemExit(f"{part} needs profile:{threads} of {source.name}; run that part first")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(shutil.copytree(source, Path(folder) / source.name))
-        bench = Bench(path, None if kind == "profile" else profiles[str(threads)], threads)
+        bench = Bench(path, None if kind == "profile" else profiles[str(threads)], threads, arguments.passes)
         every = cuts(bench.bundle.manifest.blocks)
         try:
             if kind == "profile":
@@ -311,14 +311,14 @@ def run_part(
                 return keep()
             parts = entry.setdefault("parts", {})
             shapes = len(DECODER_SHAPES if bench.bundle.manifest.cached else ENCODER_SHAPES)
-            found = undisturbed_cuts(parts.get(part, []), shapes) if more and kind == "batches" else []
+            found = undisturbed_cuts(parts.get(part, []), shapes) if arguments.more and kind == "batches" else []
             left = [counts for counts in every if counts not in [case["layers"] for case in found]]
             if part == "batches:wide":
                 cases = batch_cases(bench, 2, [counts for counts in left if len(counts) == 1])
             elif kind == "batches":
                 cases = batch_cases(bench, int(number), [counts for counts in left if len(counts) >= int(number)])
             else:
-                cases = poisson_cases(bench, int(number), requests)
+                cases = poisson_cases(bench, int(number), arguments.requests)
             parts[part] = found
             for case in cases:
                 found.append(case)
@@ -335,6 +335,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="run this part only; may be given again")
     parser.add_argument("--more", action="store_true", help="measure only what is missing or was disturbed")
     parser.add_argument("--requests", type=int, default=60, help="of a Poisson run")
+    parser.add_argument("--passes", type=int, default=3, help="of a profile")
     parser.add_argument("--json", type=Path, help="write the figures here; those of other parts stay")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"bundles": {}}
@@ -352,7 +353,7 @@ def main() -> None:
         entry = results["bundles"].setdefault(source.name, {})
         for part in arguments.part or [part for part in PARTS if cached or not part.startswith("poisson")]:
             print(f"{source.name}, {part}, {results['machine']}")
-            run_part(source, part, entry, arguments.requests, arguments.more, keep)
+            run_part(source, part, entry, arguments, keep)
         for name, value in entry.get("summary", {}).items():
             print(f"{source.name}: {name.replace('_', ' ')} {f'{value:.1%}' if 'error' in name else value}")
 

@@ -35,7 +35,7 @@ from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.profile import Contention, Grid, Machine, Point, Profile
 from stageline.runtime.stitch import Plan, stitch
 
-_PASSES, _FEWEST_RUNS, _MOST_RUNS, _POINT_S = 3, 2, 40, 0.1
+_FEWEST_RUNS, _MOST_RUNS, _POINT_S = 2, 40, 0.1
 _BESIDE_ROUNDS, _MOST_BESIDE = 2, 4
 _WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
 _FEW_BLOCKS = 12
@@ -63,8 +63,9 @@ def measure(
     threads: Sequence[int] = (1, 2),
     grids: Sequence[Grid] | None = None,
     progress: Callable[[str], None] = lambda step: None,
+    passes: int = 3,
 ) -> Profile:
-    """Time the bundle's parts for each number of threads that this machine has processors for."""
+    """Time the bundle's parts for each number of threads that this machine has processors for, so many times."""
     cores = allowed_cores()
     grids = default_grids(bundle.manifest) if grids is None else grids
     able = [count for count in threads if count <= len(cores)]
@@ -74,15 +75,15 @@ def measure(
     reads = [cost.weight_read_bytes for cost in use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1))]
     found: dict[tuple[int, ...], list[Point]] = {}
     beside: dict[tuple[int, ...], list[Contention]] = {}
-    for number, count in itertools.product(range(_PASSES), able):
+    for number, count in itertools.product(range(passes), able):
         for first, end in ranges(bundle):
-            progress(f"pass {number + 1} of {_PASSES}: {count} threads, blocks {first} to {end - 1}")
+            progress(f"pass {number + 1} of {passes}: {count} threads, blocks {first} to {end - 1}")
             with _worker(cores[:count]) as worker:
                 submit = partial(worker.submit, _range_points, bundle, parts, reads, first, end, cores[:count], grids)
                 points, _ = undisturbed(lambda submit=submit: submit().result())  # type: ignore[misc]
             for point in points:
                 found.setdefault((count, point.batch, point.length, point.past, first, end), []).append(point)
-        progress(f"pass {number + 1} of {_PASSES}: stages of {count} threads beside each other")
+        progress(f"pass {number + 1} of {passes}: stages of {count} threads beside each other")
         for one in _contention(bundle, parts, reads, count, cores, grids):
             beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
@@ -91,8 +92,8 @@ def measure(
         handover_s=_handover_s(cores),
         host_step_s=step_s,
         host_row_s=row_s,
-        points=tuple(sorted(passes, key=lambda point: point.seconds)[len(passes) // 2] for passes in found.values()),
-        contention=tuple(min(passes, key=lambda one: one.share) for passes in beside.values()),
+        points=tuple(sorted(points, key=lambda point: point.seconds)[len(points) // 2] for points in found.values()),
+        contention=tuple(min(ones, key=lambda one: one.share) for ones in beside.values()),
     )
 
 
