@@ -1,0 +1,123 @@
+"""What measuring costs: throughput with nothing on, with metrics, and with metrics and tracing, turn by turn.
+
+`off` is the pipeline alone: requests kept under way, nobody looks on. `metrics` adds what a benchmark and a scraped
+service do: every answer written down, and the counters sampled twice a second. `tracing` adds the recorder. The three
+take turns in random order, because machines drift; each is compared with `off` of the same round, and the interval is
+Student's t over the rounds. Processor time of the whole process, per request, is compared as well: it is steadier
+on a machine that others use.
+
+    python benchmarks/bench_overhead.py bundles/minilm --json bench_overhead.json
+"""
+
+import argparse
+import json
+import random
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+from time import perf_counter, process_time
+from typing import Any
+
+from stageline.runtime.bench.client import Client
+from stageline.runtime.bench.confidence import interval
+from stageline.runtime.bench.contenders import PipelineContender
+from stageline.runtime.bench.energy import Meters
+from stageline.runtime.bench.inputs import Item, Lengths, make_items
+from stageline.runtime.bench.monitor import Monitor
+from stageline.runtime.generation.request import GenerationRequest, Sampling
+from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.trace import Recorder
+
+MODES = ("off", "metrics", "tracing")
+NEW = 16
+
+
+def bare(pipeline: Pipeline, items: list[Item], concurrency: int, seconds: float) -> int:
+    """Keep so many requests under way for so long, without the benchmark's client; how many were answered."""
+    ended: SimpleQueue[None] = SimpleQueue()
+    sent = answered = 0
+    end = perf_counter() + seconds
+    while True:
+        while sent - answered < concurrency and perf_counter() < end:
+            item = items[sent % len(items)]
+            if item.output_tokens is None:
+                future: Any = pipeline.submit(item.inputs)
+            else:
+                sampling = Sampling(max_tokens=item.output_tokens, min_tokens=item.output_tokens)
+                future = pipeline.submit(GenerationRequest(item.rows[0], sampling))
+            future.add_done_callback(lambda future: ended.put(None))
+            sent += 1
+        if sent == answered:
+            return answered
+        ended.get()
+        answered += 1
+
+
+def one(
+    mode: str, contender: PipelineContender, items: list[Item], concurrency: int, seconds: float
+) -> dict[str, float]:
+    """Requests a second, and processor seconds a request."""
+    pipeline = contender.pipeline
+    assert pipeline is not None
+    client, meters = Client(contender, items, Event()), Meters()
+    used, began = process_time(), perf_counter()
+    with ExitStack() as stack:
+        if mode == "off":
+            answered = bare(pipeline, items, concurrency, seconds)
+        else:
+            stack.enter_context(Monitor(contender, client, meters, began))
+            pipeline.record(Recorder() if mode == "tracing" else None)
+            answered = len(client.closed_loop(concurrency, seconds).requests)
+            pipeline.record(None)
+        taken = perf_counter() - began
+    meters.close()
+    return {"requests_per_s": answered / taken, "cpu_s": (process_time() - used) / answered}
+
+
+def main() -> None:
+    """Measure, print a table, write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with Pipeline.open(options.bundle, queue=256) as pipeline:
+        new = NEW if pipeline.capacity else None
+        items, _ = make_items(pipeline.bundle, Lengths(32, 32), 1, new, pipeline.capacity, 0)
+        contender = PipelineContender("stageline", pipeline)
+        seen: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+        order = random.Random(0)
+        for mode in MODES:  # warm
+            one(mode, contender, items, options.concurrency, 1.0)
+        for _ in range(options.rounds):
+            for mode in order.sample(MODES, len(MODES)):
+                seen[mode].append(one(mode, contender, items, options.concurrency, options.seconds))
+    results: dict[str, Any] = {"bundle": options.bundle.name, "rounds": options.rounds, "seconds": options.seconds}
+    print(f"{options.bundle.name}: {options.rounds} rounds of {options.seconds:g} s, {options.concurrency} at a time")
+    print(f"{'':<10}{'requests/s':>12}{'slower, %':>12}{'95 %':>18}{'CPU ms/request':>18}{'more, %':>10}{'95 %':>18}")
+    for mode in MODES:
+        row: dict[str, Any] = {
+            name: statistics.median(r[name] for r in seen[mode]) for name in ("requests_per_s", "cpu_s")
+        }
+        for name, sign in (("requests_per_s", -1), ("cpu_s", 1)):
+            change = [100 * sign * (r[name] / off[name] - 1) for r, off in zip(seen[mode], seen["off"], strict=True)]
+            row[f"{name}_cost_percent"] = statistics.mean(change)
+            row[f"{name}_cost_interval"] = interval(change)
+        results[mode] = row
+        costs = [row[f"{name}_cost_percent"] for name in ("requests_per_s", "cpu_s")]
+        spans = [row[f"{name}_cost_interval"] or (0.0, 0.0) for name in ("requests_per_s", "cpu_s")]
+        ranges = [f"{low:+.2f} to {high:+.2f}" for low, high in spans]
+        print(
+            f"{mode:<10}{row['requests_per_s']:>12.1f}{costs[0]:>12.2f}{ranges[0]:>18}"
+            f"{row['cpu_s'] * 1e3:>18.2f}{costs[1]:>10.2f}{ranges[1]:>18}"
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
