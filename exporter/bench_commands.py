@@ -105,7 +105,10 @@ def run_command(
         str | None, typer.Option(metavar="NAME", help="Of a URL's models; its first unless given.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="STAGELINE_API_KEY", help="For a URL.")] = None,
-    engine: Annotated[str, typer.Option(help="That runs the stages.")] = "onnxruntime",
+    engine: Annotated[str, typer.Option(help="What runs the stages; stageline doctor lists them.")] = "onnxruntime",
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="DEVICE", help="cpu, cuda:0, ...: of the stages in turn; several times.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processors; all unless given.")] = None,
     weights: Annotated[WeightDtype | None, typer.Option(help="Quantise matrix products.")] = None,
     slots: Annotated[int, typer.Option(min=1, help="Continuations that run at a time.")] = 8,
@@ -153,7 +156,7 @@ def run_command(
     capacity = min(opened.manifest.max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY) if generates else None
     items, told = make_items(opened, given, rows, output, capacity, seed)
     openers = _openers(
-        opened, baseline or [], checkpoint, threads=threads, slots=slots, engine=engine, weights=weights,
+        opened, baseline or [], checkpoint, threads=threads, slots=slots, engine=engine, device=device, weights=weights,
         model=model, api_key=api_key,
     )  # fmt: skip
     settings = Settings(
@@ -161,7 +164,7 @@ def run_command(
         weights, slots if generates else None,
     )  # fmt: skip
     into = Store(store)
-    run = prepare.new_run(opened, settings, run_id, name)
+    run = prepare.new_run(opened, settings, device, run_id, name)
     into.begin(run)
     recorders: list[Recorder] = []
     with _stopped_by_signals() as stop, _progress(run) as follow:
@@ -290,7 +293,7 @@ def delete_command(
 
 def _openers(
     bundle: Bundle, baselines: Sequence[str], checkpoint: Path | None, *, threads: int | None, slots: int,
-    engine: str, weights: WeightDtype | None, model: str | None, api_key: str | None,
+    engine: str, device: list[str] | None, weights: WeightDtype | None, model: str | None, api_key: str | None,
 ) -> dict[str, Callable[[], Any]]:  # fmt: skip
     """What opens each contender, ours first. Refuses what cannot be opened before anything is measured."""
     from stageline.runtime.bench.contenders import PipelineContender
@@ -300,7 +303,7 @@ def _openers(
 
     def ours() -> PipelineContender:
         pipeline = Pipeline.open(
-            bundle.path, engine=engine, threads=threads, queue=_QUEUE, weights=weights, slots=slots
+            bundle.path, engine=engine, devices=device, threads=threads, queue=_QUEUE, weights=weights, slots=slots
         )
         return PipelineContender(OURS, pipeline)
 

@@ -12,7 +12,9 @@ from stageline.runtime.bench.environment import here
 from stageline.runtime.bench.inputs import Lengths
 from stageline.runtime.bench.records import Load, Plan, Run, Scenario, Settings, Slo
 from stageline.runtime.bundle import MANIFEST, Bundle, file_sha256
+from stageline.runtime.devices import spread
 from stageline.runtime.devices.cpu import allowed_cores, share_cores
+from stageline.runtime.engines import default_device, engine_factory
 
 MLPERF: tuple[Scenario, ...] = ("SingleStream", "Offline", "Server")
 _SLO = re.compile(r"(latency|ttft|tpot)=([0-9.]+)(ms|s)")
@@ -86,13 +88,25 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
-def new_run(bundle: Bundle, settings: Settings, run_id: str | None = None, name: str | None = None) -> Run:
-    """A run of this bundle, on this machine, that begins now. RequestError where the id is not fit for a file name."""
+def new_run(
+    bundle: Bundle,
+    settings: Settings,
+    devices: Sequence[str] | None = None,
+    run_id: str | None = None,
+    name: str | None = None,
+) -> Run:
+    """A run of this bundle, on this machine, that begins now; `devices` as `Pipeline.open` takes them.
+
+    RequestError where the id is not fit for a file name, or no device is called so; EngineError for an engine that is
+    not known.
+    """
     run_id = run_id or new_id()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):
         raise RequestError(f"run id {run_id!r} is not made of letters, digits, '.', '_' and '-'; give another")
     manifest, place = bundle.manifest, bundle.path.resolve()
-    cores = share_cores(len(manifest.stages), allowed_cores()[: settings.threads])
+    engine_factory(settings.engine)
+    names = spread(devices or [default_device(settings.engine)], len(manifest.stages))
+    shares = iter(share_cores(max(1, names.count("cpu")), allowed_cores()[: settings.threads]))
     return Run(
         run_id,
         name or place.name,
@@ -105,7 +119,7 @@ def new_run(bundle: Bundle, settings: Settings, run_id: str | None = None, name:
         settings,
         Plan(
             tuple(stage.last_block - stage.first_block + 1 for stage in manifest.stages),
-            tuple(f"cpu:{','.join(map(str, own))}" for own in cores),
+            tuple(f"cpu:{','.join(map(str, next(shares)))}" if own == "cpu" else own for own in names),
         ),
         here(),
     )

@@ -250,6 +250,7 @@ def test_a_deleted_run_is_gone(three: Run, store: Store) -> None:
         (("BUNDLE", "--baseline", "torch"), "torch needs the checkpoint: give --checkpoint"),
         (("BUNDLE", "--run-id", "../x"), "run id '../x' is not made of letters"),
         (("BUNDLE", "--engine", "warp"), "unknown engine 'warp'"),
+        (("BUNDLE", "--device", "tpu:0"), "unknown device 'tpu:0'"),
         (("BUNDLE", "--store", "/dev/null/s"), "store /dev/null/s cannot be used"),
         (("nowhere",), "no bundle at nowhere"),
         (("show", "nothing"), "has no run nothing; see stageline bench list"),

@@ -28,8 +28,9 @@ from stageline.runtime.engines import Array
 from stageline.runtime.generation.decoder import Decoder
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.manifest import TensorSpec
-from stageline.runtime.pipeline import GRAPH_INPUTS, Pipeline, PipelineStage
+from stageline.runtime.pipeline import Pipeline, PipelineStage
 from stageline.runtime.route import route
+from stageline.runtime.serving import GRAPH_INPUTS
 from stageline.runtime.signature import Signature
 
 WITHIN = 0.03
@@ -243,7 +244,8 @@ def generated(prompt: int, new: int, seconds: float) -> Generated:
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "length", vocabulary))
     pipeline = Pipeline(Signature((ids,), (logits,), derived=rest), stages)
     hops = route(names, GRAPH_INPUTS, ["logits"])
-    pipeline._generator = Generator(pipeline._lanes, hops, Decoder(vocabulary, (), None), 2, 64, 32)
+    pipeline._generator = Generator(pipeline._serving.lanes, hops, Decoder(vocabulary, (), None), 2, 64, 32)
+    pipeline._serving.generator = pipeline._generator
     contender = PipelineContender("stageline", pipeline)
     try:
         before = pipeline.stats().stages
