@@ -177,7 +177,7 @@ class Planner:
     def cut(self, layers: Sequence[int]) -> Answer:
         """What stages of so many blocks give, each on a device of the first kind, whether they fit or not."""
         shape = self.load.shape(self.bundle.manifest.cached, len(layers))
-        problem = self.problem(shape)
+        problem = self.problem(shape, beside=self._beside(len(layers)))
         ends = list(itertools.accumulate(layers))
         stages = [PlannedStage(0, first, end) for first, end in zip((0, *ends), ends, strict=False)]
         return self._answer(problem, Plan.of(problem, stages), shape)
@@ -206,9 +206,14 @@ class Planner:
         for stages in counts:
             shape = self.load.shape(cached, stages)
             alone = objective == "latency" and not cached  # a micro-batch on its way, and no other
-            problem = self.problem(shape, stages, 0 if alone else max(0, min(local, stages or local) - 1))
+            problem = self.problem(shape, stages, 0 if alone else self._beside(stages or local))
             plan = best_plan(problem, objective)
             yield None if plan is None else self._answer(problem, plan, shape)
+
+    def _beside(self, stages: int) -> int:
+        """How many of so many stages run on this machine's processors while one of them does."""
+        local = sum(kind.count for kind in self.cluster.kinds if kind.device is None)
+        return max(0, min(local, stages) - 1)
 
     def _answer(self, problem: Problem, plan: Plan, shape: Shape) -> Answer:
         if shape.past:  # as many groups are under way as there are stages

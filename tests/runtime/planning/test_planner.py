@@ -107,6 +107,7 @@ def test_stages_that_slow_each_other_down_are_planned_and_simulated_so(tiny_bund
     planner = Planner(bundle, cpus, Load(batch=4, length=16), profile=profile)
     both, lone = planner.best("throughput"), planner.best("latency")
     assert both.plan.bottleneck_s == pytest.approx(0.02 * 1.25, rel=1e-3)
+    assert planner.cut([2, 1]).plan.bottleneck_s == pytest.approx(0.02 * 1.25, rel=1e-3)
     assert lone.plan.latency_s == pytest.approx(0.03, rel=1e-3)
     report = simulate_batches(planner.setting(both), [BatchRequest(0.0, 4, 16)] * 500, 4)
     # While the short stage takes 12.5 ms, the long one does 10 ms of its 20 ms.
