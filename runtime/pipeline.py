@@ -10,7 +10,7 @@ with Pipeline.open("bundles/smollm2") as pipeline:
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -316,9 +316,12 @@ class Pipeline:
 
     # Other stages while it serves.
 
-    def recut(self, stages: int | Sequence[int], *, threads: int | None = None) -> Switched:
+    def recut(
+        self, stages: int | Sequence[int], *, threads: int | None = None, devices: Sequence[str] | None = None
+    ) -> Switched:
         """Go on with another cut of the model: so many stages, even by their costs, or stages of these numbers of
-        blocks, on `threads` processors in all (None: as before). The bundle on disk stays as it is.
+        blocks, on `threads` processors in all, on `devices` in turn (None: as before). The bundle on disk stays as it
+        is.
 
         The new stages are opened beside the old ones, so that for a moment their weights are in memory twice; then
         generation changes over between two steps, its caches are handed on, and batches that were queued before finish
@@ -326,15 +329,20 @@ class Pipeline:
         time take turns.
 
         What fails leaves the stages of before serving: StagelineError where the cut does not fit, EngineError where a
-        stage does not open, RequestError where the pipeline is closed, or where a callback on its threads calls this.
+        stage does not open or cannot take a cache as it is (GPUs keep them in another precision), RequestError where
+        a device is unknown, the pipeline is closed, or a callback on its threads calls this.
         """
         if threads is not None and threads < 1:
             raise RequestError(f"threads is {threads}; it must be at least 1")
-        opener = self._reopening()
         with self._serving.turn():
-            threads = threads or self._serving.cut.threads
-            with opener.recut(self.bundle, stages, threads) as cut:
-                return self._serving.switch(cut, keep_caches=True)
+            opener = self._reopening()
+            if devices is not None:
+                spread(devices, stages if isinstance(stages, int) else len(stages))  # RequestError
+                opener = replace(opener, devices=tuple(devices))
+            with opener.recut(self.bundle, stages, threads or self._serving.cut.threads) as cut:
+                switched = self._serving.switch(cut, keep_caches=True)
+            self._opener = opener
+            return switched
 
     def swap_weights(self, bundle: str | Path) -> Switched:
         """Go on with the weights of another bundle of the same model, cut as it is now.

@@ -55,6 +55,7 @@ class OnnxRuntimeEngine:
         self._dtypes = {value.name: _NUMPY.get(value.type, np.float32) for value in outputs}
         self._caches = _Caches(stage.caches, dtype)
         self._slots = self._caches.allocate(cache.slots, cache.capacity, stage.number) if cache else {}
+        self._slot_kinds = {name: (buffer.shape, buffer.dtype) for name, buffer in self._slots.items()}
         self._bindings: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
 
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:
@@ -98,9 +99,16 @@ class OnnxRuntimeEngine:
     def take_caches(self, caches: Mapping[str, Value]) -> None:
         """See `Engine.take_caches`."""
         names = [name for spec in self._caches.specs for name in past_names(spec.name)]
-        missing = [name for name in names if name not in caches]
-        if missing:
-            raise EngineError(f"stage {self._number} is given no cache {missing[0]!r}")
+        for name in names:
+            given = caches.get(name)
+            if given is None:
+                raise EngineError(f"stage {self._number} is given no cache {name!r}")
+            if (given.shape, given.dtype) != self._slot_kinds[name]:
+                shape, dtype = self._slot_kinds[name]
+                raise EngineError(
+                    f"stage {self._number} cannot go on with cache {name!r} of {given.dtype} {list(given.shape)}: it "
+                    f"keeps {dtype} {list(shape)}"
+                )
         self._bindings.clear()
         self._slots = on_host(caches, names)
 

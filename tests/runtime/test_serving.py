@@ -177,7 +177,7 @@ def test_no_recut_under_load_loses_a_request_or_changes_a_token(
             try:
                 for _ in range(8):
                     counts = random_cut(rng)
-                    pipeline.recut(counts, threads=rng.choice([None, 1, 2]))
+                    pipeline.recut(counts, threads=rng.choice([None, 1, 2]), devices=rng.choice([None, ["cpu"]]))
                     assert list(pipeline.layers) == counts
                     time.sleep(rng.uniform(0, 0.05))
             finally:
@@ -477,6 +477,8 @@ def test_batches_go_through_the_stages_that_they_were_queued_for(tiny_bundle: Pa
         ({"stages": [6, 0]}, "layers 6,0 do not fit"),
         ({"stages": []}, "layers  do not fit"),
         ({"stages": 2, "threads": 0}, "threads is 0; it must be at least 1"),
+        ({"stages": 2, "devices": ["tpu"]}, "unknown device 'tpu'"),
+        ({"stages": 1, "devices": ["cpu", "cpu"]}, "2 devices are named for 1 stages"),
     ],
 )
 def test_a_cut_that_does_not_fit_is_refused(llamas: list[Path], arguments: dict[str, Any], told: str) -> None:
