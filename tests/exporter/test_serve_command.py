@@ -69,7 +69,9 @@ def test_it_answers_and_a_signal_lets_it_finish(llama: Path) -> None:
 
 def test_options_reach_the_service(llama: Path) -> None:
     options = ["--name", "tiny", "--slots", "3", "--capacity", "32", "--threads", "1", "--cache-dtype", "float16"]
-    with serving(llama, *options, "--max-body-mb", "1", "--queue", "5", STAGELINE_API_KEY="sesame") as (
+    with serving(
+        llama, *options, "--max-body-mb", "1", "--queue", "5", "--rebalance", "advise", STAGELINE_API_KEY="sesame"
+    ) as (
         process,
         url,
         _,
@@ -78,7 +80,10 @@ def test_options_reach_the_service(llama: Path) -> None:
         assert httpx.get(f"{url}/v1/models").status_code == 401
         (model,) = httpx.get(f"{url}/v1/models", headers=headers).json()["data"]
         assert (model["id"], model["max_model_len"]) == ("tiny", 32)
-        assert 'stageline_slots{model="tiny"} 3.0' in httpx.get(f"{url}/metrics").text
+        metrics = httpx.get(f"{url}/metrics").text
+        assert 'stageline_slots{model="tiny"} 3.0' in metrics
+        assert 'stageline_rebalance_gain{model="tiny"} 0.0' in metrics
+        assert 'stageline_switches_total{model="tiny"} 0.0' in metrics
         long = {"model": "tiny", "prompt": "a" * 2**20}
         assert httpx.post(f"{url}/v1/completions", json=long, headers=headers).status_code == 413
         process.send_signal(signal.SIGINT)

@@ -1,0 +1,62 @@
+"""What the uses of a model are told to take: by the profile of this machine, else in the proportions of a roofline."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from stageline.runtime.bundle import Bundle
+from stageline.runtime.lanes import Amount
+from stageline.runtime.planning.cost import Shape
+from stageline.runtime.planning.profile import Machine, Point, Profile, ranges, save
+from stageline.runtime.rebalance.costs import use_seconds, work_seconds
+
+SHAPES = [(batch, length) for batch in (1, 4) for length in (4, 8)]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def profiled(bundle: Bundle, machine: Machine) -> None:
+    """A profile of one thread: a token takes 2 us in the prologue, 1 us in each block, 4 us in the epilogue."""
+    blocks = bundle.manifest.blocks
+    points = [
+        Point(
+            threads=1, batch=batch, length=length, past=0, first=first, end=end, runs=5,
+            seconds=1e-6 * batch * length * (end - first + 2 * (first == 0) + 4 * (end == blocks)),
+        )
+        for batch, length in SHAPES
+        for first, end in ranges(bundle)
+    ]  # fmt: skip
+    save(bundle, Profile(machine=machine, handover_s=0.0, points=tuple(points)))
+
+
+def test_the_profile_of_this_machine_tells_the_times(bundle: Bundle) -> None:
+    profiled(bundle, Machine.here())
+    told = use_seconds(bundle, 1, on_processors=True)
+    assert told(Shape(4, 8)).use_s == pytest.approx([64e-6, 32e-6, 32e-6, 32e-6, 128e-6], rel=0.01)
+    done = {"batch": Amount(runs=10, rows=20, tokens=120), "prefill": Amount(0, 0, 0), "decode": Amount(0, 0, 0)}
+    work = work_seconds(told, done, past=0)  # ten micro-batches of two rows of six tokens
+    assert work.use_s == pytest.approx([240e-6, 120e-6, 120e-6, 120e-6, 480e-6], rel=0.01)
+
+
+@pytest.mark.parametrize("why", ["no profile", "another machine", "other threads", "no processors"])
+def test_without_one_a_roofline_tells_their_proportions(bundle: Bundle, why: str) -> None:
+    machine = Machine.here()
+    if why != "no profile":
+        profiled(bundle, machine.model_copy(update={"cpu": "another"}) if why == "another machine" else machine)
+    told = use_seconds(bundle, 2 if why == "other threads" else 1, on_processors=why != "no processors")
+    prologue, first, second, third, epilogue = told(Shape(4, 8)).use_s
+    assert first == second == third > 0
+    assert prologue < first  # it only looks up
+    assert epilogue < first  # a pooler and a classifier of twelve words' width
+
+
+def test_kinds_of_work_add_up(bundle: Bundle) -> None:
+    told = use_seconds(bundle, 1, on_processors=False)
+    one, other = Amount(3, 6, 48), Amount(2, 2, 8)
+    both = work_seconds(told, {"batch": one, "prefill": other}, past=5)
+    apart = [work_seconds(told, {"batch": one}, past=5), work_seconds(told, {"prefill": other}, past=5)]
+    assert both.use_s == pytest.approx([a + b for a, b in zip(*(work.use_s for work in apart), strict=True)])
+    assert Amount(5, 8, 56).since(one) == Amount(2, 2, 8)
