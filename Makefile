@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 FLOORS := models runtime exporter dashboard
 CHECKPOINTS := models/checkpoints
 export STAGELINE_CHECKPOINTS := $(CURDIR)/$(CHECKPOINTS)
+BRIEF := --seconds 2 --repeats 2 --warm-up 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test check lint types pytest checkpoints bench clean
 
 help:
-	@echo 'make demo   fetch the reference checkpoints, export each to two stages, run them'
+	@echo 'make demo   fetch the reference checkpoints, export each to two stages, run and measure them'
 	@echo 'make test   lint, types and all tests that need no GPU'
 	@echo 'make bench  the benchmarks, into benchmarks/results/'
 	@echo 'make clean  remove the virtual environment, bundles and caches (checkpoints stay)'
@@ -34,6 +35,13 @@ demo: checkpoints
 	$(BIN)/stageline export $(CHECKPOINTS)/smollm2 -o bundles/smollm2 --stages 2
 	$(BIN)/stageline run bundles/minilm --text 'A cat sits on the mat.' --text 'A kitten rests on a rug.' --text 'Shares fell sharply on Monday.'
 	$(BIN)/stageline run bundles/smollm2 --text 'The capital of France is'
+	$(BIN)/stageline bench bundles/minilm $(BRIEF) --concurrency 1,4 --baseline onnxruntime
+	$(BIN)/stageline bench bundles/smollm2 $(BRIEF) --concurrency 1,4 --new-tokens 16
+	@echo
+	@echo 'The runs are kept. To look at them, and at much more, open the dashboard:'
+	@echo
+	@echo '    $(BIN)/stageline dashboard'
+	@echo
 
 test: lint types pytest
 

@@ -170,14 +170,53 @@ def ready_s(browser: Any, url: str) -> float:
     return took
 
 
+PICTURES = (
+    ("overview", "/", 1280, 1180, "light"),
+    ("overview-dark-phone", "/", 390, 1180, "dark"),
+    ("timeline", "/timeline", 1280, 900, "light"),
+    ("compare", "/compare", 1280, 1120, "dark"),
+    ("plan", "/plan?bundle=smollm2", 1280, 1240, "light"),
+    ("run", "/run?bundle=minilm", 1280, 800, "light"),
+)
+
+
+def pictures(store: Path, folder: Path) -> None:
+    """Pictures of the pages as they show the runs in `store`, for the documents."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with dashboard(store) as (url, _), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        for name, place, width, height, theme in PICTURES:
+            context = browser.new_context(
+                viewport={"width": width, "height": height}, color_scheme="dark" if theme == "dark" else "light"
+            )
+            page = context.new_page()
+            page.goto(url + place)
+            page.wait_for_function(READY, timeout=60_000)
+            page.wait_for_timeout(1500)  # charts fade in
+            file = folder / f"{name}.png"
+            page.screenshot(path=file)
+            context.close()
+            with Image.open(file) as image:
+                image.convert("RGB").quantize(128).save(file, optimize=True)
+            print(f"{file}: {file.stat().st_size / 1e3:.0f} kB")
+        browser.close()
+
+
 def main() -> None:
     """Fill a store, open each page several times, print and write what it took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--requests", type=int, default=REQUESTS)
-    parser.add_argument("--store", type=Path, help="keep the store here")
+    parser.add_argument("--store", type=Path, help="keep the store here; with --pictures: the runs to show")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write pictures of the pages instead")
     options = parser.parse_args()
+    if options.pictures:
+        pictures(options.store, options.pictures)
+        return
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -26,6 +26,14 @@ class Settings:
         return cls(known.store, tuple(known.bundles or [Path.cwd() / "bundles", Path.cwd()]))
 
 
+def as_typed(path: Path | str) -> str:
+    """A path as one would type it: relative to the working folder where it lies in it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 def find_bundles(places: Iterable[Path]) -> list[Path]:
     """The bundles among `places` and directly in them, each once, by name."""
     found: dict[Path, None] = {}

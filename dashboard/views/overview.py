@@ -6,6 +6,7 @@ from typing import Literal
 import streamlit as st
 from stageline.dashboard import results, words
 from stageline.dashboard.charts import runs as charts
+from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import page
 from stageline.dashboard.views.recorded import RECENT, lines, named_runs, no_runs, run_of
 from stageline.models.errors import StagelineError
@@ -137,7 +138,7 @@ def _baselines(run: Run) -> None:
     st.subheader("Against the baselines", anchor=False)
     if len(rows) < 2:
         st.caption("This run has none. Measure one in turn with the pipeline:")
-        st.code(f"stageline bench {run.bundle} --baseline onnxruntime", language="bash", wrap_lines=True)
+        st.code(f"stageline bench {as_typed(run.bundle)} --baseline onnxruntime", language="bash", wrap_lines=True)
         return
     unit = "tokens/s" if results.generates(run) else "texts/s"
     st.altair_chart(charts.baselines(rows, unit), width="stretch", key="chart-baselines")

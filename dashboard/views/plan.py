@@ -5,6 +5,7 @@ from pathlib import Path
 import streamlit as st
 from stageline.dashboard import cutting, words
 from stageline.dashboard.charts import plan as charts
+from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import choose_bundle, page
 from stageline.runtime.bundle import MANIFEST, Bundle
 from stageline.runtime.planning.planner import Answer, Load, Planner
@@ -23,7 +24,7 @@ def show() -> None:
     if profile is None:
         st.info(
             f"Times on this machine are not known yet: predictions are for published devices. Measure it with "
-            f"`stageline profile {folder}`.",
+            f"`stageline profile {as_typed(folder)}`.",
             icon=":material/timer:",
         )
     elif warning:
@@ -185,7 +186,9 @@ def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, laye
     if layers != now:
         st.caption("Nothing is changed by looking. To cut the bundle so:")
         st.code(
-            f"stageline recut {bundle.path} --layers {','.join(map(str, layers))}", language="bash", wrap_lines=True
+            f"stageline recut {as_typed(bundle.path)} --layers {','.join(map(str, layers))}",
+            language="bash",
+            wrap_lines=True,
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import streamlit as st
 from stageline.dashboard import launch, results, words
 from stageline.dashboard.launch import Launcher, Order
+from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import choose_bundle, page, told
 from stageline.dashboard.views.recorded import store
 from stageline.models.errors import StagelineError, StoreError
@@ -139,7 +140,9 @@ def _form(busy: bool) -> None:
     manifest = read_manifest(bundle)
     order = _order(bundle, manifest)
     st.caption("The same in a terminal:")
-    st.code(f"stageline bench {shlex.join(order.arguments())}", language="bash", wrap_lines=True)
+    st.code(
+        f"stageline bench {shlex.join([as_typed(bundle), *order.arguments()[1:]])}", language="bash", wrap_lines=True
+    )
     about = "One at a time: two would disturb each other." if busy else None
     if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=busy, help=about, key="start"):
         told(lambda: _start(order))

@@ -3,6 +3,7 @@
 import streamlit as st
 from stageline.dashboard import results, timeline, words
 from stageline.dashboard.charts import timeline as charts
+from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import empty, page
 from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, store, timeline_of
 from stageline.runtime.bench.records import Run
@@ -26,8 +27,8 @@ def show() -> None:
     if place is None:
         empty(
             "This run has no timeline",
-            "Stages are recorded when a run is made with a trace:",
-            [f"stageline bench {run.bundle} --trace trace.json"],
+            "Only a pipeline in the benchmark's own process is recorded; imported runs may lack it.",
+            [f"stageline bench {as_typed(run.bundle)}"],
         )
         return
     _gantt(_table(str(store().path), run.id, place), f"{run.id} {place}")

@@ -1,0 +1,39 @@
+"""A tiny bundle that generates, and stores: one with two real runs of it, and one that is not there."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from stageline.exporter.cli import main
+from stageline.exporter.export import export
+
+
+@pytest.fixture(scope="session")
+def bundles(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundle `llama`, of two stages; do not change it."""
+    folder = tmp_path_factory.mktemp("dashboard")
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2}
+    checkpoint = make_checkpoint(folder / "checkpoint", max_position_embeddings=256, **llama)
+    export(checkpoint, folder / "bundles" / "llama", stages=2)
+    return folder / "bundles"
+
+
+@pytest.fixture(scope="session")
+def filled_store(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two runs of the bundle, the later one beside a baseline; do not change it."""
+    store = tmp_path_factory.mktemp("store") / "bench.sqlite"
+    options = ["--seconds", "0.3", "--warm-up", "0.1", "--repeats", "2", "--concurrency", "1,4", "--store", str(store)]
+    bundle = str(bundles / "llama")
+    assert main(["bench", "run", bundle, *options, "--new-tokens", "6", "--slo", "latency=2s"]) == 0
+    assert main(["bench", "run", bundle, *options, "--new-tokens", "6", "--baseline", "onnxruntime"]) == 0
+    return store
+
+
+@pytest.fixture
+def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets the command line that the dashboard's script sees."""
+
+    def given(*arguments: str | Path) -> None:
+        monkeypatch.setattr("sys.argv", ["app.py", *map(str, arguments)])
+
+    return given

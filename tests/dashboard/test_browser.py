@@ -1,0 +1,309 @@
+"""The dashboard in a real browser: Debian's Chromium, driven by Playwright, on a store with real runs."""
+
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stageline.dashboard.command import stageline
+from stageline.runtime.bench.store import Store
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no Chromium at {CHROMIUM}: apt-get install chromium"),
+]
+WIDE, NARROW = (1280, 900), (390, 844)
+PAGES = {
+    "Overview": "/",
+    "Timeline": "/timeline",
+    "Compare": "/compare",
+    "Run a benchmark": "/run",
+    "Live": "/live?url=http://127.0.0.1:9",
+    "Plan": "/plan",
+    "Environment": "/environment",
+}
+READY = """() => {
+  const app = document.querySelector('[data-test-script-state]');
+  const charts = [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')];
+  return app && app.getAttribute('data-test-script-state') === 'notRunning'
+    && document.querySelector('[data-testid="stMain"] h1') !== null
+    && charts.every(one => one.querySelector('canvas, svg') !== null);
+}"""
+# Where a page's address has a path, Streamlit's page looks for the server there before it looks at the root.
+PROBES = re.compile(r"/_stcore/(health|host-config)$")
+
+
+class Window:
+    """A page of the dashboard, and what went wrong in it."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page, self.url = page, url
+        self.troubles: list[str] = []
+        page.on("pageerror", lambda error: self.troubles.append(f"error: {error}"))
+        page.on("console", self._console)
+        page.on("request", self._request)
+
+    def _console(self, message: Any) -> None:
+        if message.type == "error" and not PROBES.search(message.location.get("url", "")):
+            self.troubles.append(f"console: {message.text} {message.location.get('url')}")
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith((self.url, "data:", "blob:")):
+            self.troubles.append(f"calls {request.url}")
+
+    def open(self, path: str, head: str) -> None:
+        """Open a page and wait until it is drawn; it must have this head."""
+        self.page.goto(self.url + path)
+        self.settled()
+        assert self.page.inner_text("[data-testid=stMain] h1") == head
+
+    def settled(self) -> None:
+        """Wait until the page's script has run and its charts are drawn."""
+        self.page.wait_for_function(READY, timeout=40_000)
+
+    def text(self) -> str:
+        """All that the page shows."""
+        return str(self.page.inner_text("[data-testid=stMain]"))
+
+    def await_text(self, text: str) -> None:
+        """Wait until the page shows it, also where it is split into coloured words."""
+        shows = "text => document.querySelector('[data-testid=stMain]').textContent.includes(text)"
+        self.page.wait_for_function(shows, arg=text, timeout=40_000)
+
+    def check(self) -> None:
+        """No exception box, nothing wrong in the console, no call to elsewhere, nothing wider than the window."""
+        assert not self.page.query_selector_all("[data-testid=stException]"), self.text()
+        assert not self.troubles
+        wide, room = self.page.evaluate("[document.body.scrollWidth, window.innerWidth]")
+        assert wide <= room
+
+
+@contextmanager
+def dashboard(store: Path, bundles: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--store", str(store), "--bundles", str(bundles), "--port", str(port)]
+    process = subprocess.Popen(
+        stageline("dashboard", *options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        for _ in range(400):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def store(filled_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy that pages may add runs to."""
+    return Path(shutil.copy(filled_store, tmp_path_factory.mktemp("browser") / "bench.sqlite"))
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, bundles: Path) -> Iterator[str]:
+    with dashboard(store, bundles) as url:
+        yield url
+
+
+@pytest.fixture
+def window(browser: Any, server: str) -> Iterator[Callable[..., Window]]:
+    """Opens windows of the filled dashboard, or of another one."""
+    contexts = []
+
+    def opened(size: tuple[int, int] = WIDE, theme: str = "light", url: str = server) -> Window:
+        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=theme)
+        contexts.append(context)
+        return Window(context.new_page(), url)
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize(("size", "theme"), [(WIDE, "light"), (NARROW, "dark")])
+def test_every_page_is_whole_with_runs(size: tuple[int, int], theme: str, window: Callable[..., Window]) -> None:
+    opened = window(size, theme)
+    for head, path in PAGES.items():
+        opened.open(path, head)
+        opened.check()
+
+
+def test_every_page_says_what_to_do_in_an_empty_store(window: Callable[..., Window], tmp_path: Path) -> None:
+    wanted = {
+        "Overview": "stageline bench",
+        "Timeline": "stageline bench",
+        "Compare": "stageline bench",
+        "Run a benchmark": "stageline export",
+        "Live": "stageline serve",
+        "Plan": "stageline export",
+        "Environment": "onnxruntime",
+    }
+    (tmp_path / "none").mkdir()
+    with dashboard(tmp_path / "bench.sqlite", tmp_path / "none") as url:
+        opened = window(NARROW, "light", url)
+        for head, path in PAGES.items():
+            opened.open(path, head)
+            opened.await_text(wanted[head])
+            opened.check()
+
+
+def test_overview_opens_a_run_by_its_link(window: Callable[..., Window], store: Path) -> None:
+    older = Store(store).find("latest~1")
+    opened = window()
+    opened.open(f"/?run={older}", "Overview")
+    text = opened.text()
+    assert f"Run {older}" in text
+    assert "llama: 2 stages" in text
+    assert "Throughput" in text
+    assert "tokens/s" in text
+    opened.open("/?run=nonsense", "Overview")
+    assert "has no run nonsense" in opened.text()
+    opened.check()
+
+
+def test_two_runs_are_compared_by_their_link(window: Callable[..., Window], store: Path) -> None:
+    found = Store(store)
+    opened = window()
+    opened.open(f"/compare?runs={found.find('latest~1')},{found.find('latest')}", "Compare")
+    text = opened.text()
+    assert "Percentiles" in text
+    assert "Distribution" in text
+    assert len(opened.page.query_selector_all("[data-testid=stVegaLiteChart]")) == 3
+    with opened.page.expect_download() as download:
+        opened.page.get_by_text("Download CSV").click()
+    rows = Path(download.value.path()).read_text().splitlines()
+    assert rows[0].startswith("run,bundle,created,contender,load,figure,unit,mean")
+    assert any("latency_p99_s" in row for row in rows)
+    opened.check()
+
+
+def test_timeline_tells_shapes_and_times_of_what_is_pointed_at(window: Callable[..., Window]) -> None:
+    opened = window()
+    opened.open("/timeline", "Timeline")
+    chart = opened.page.locator("[data-testid=stVegaLiteChart]").first
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    tip = opened.page.locator("#vg-tooltip-element")
+    told = ""
+    for share in (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7):
+        for height in (0.42, 0.5):
+            opened.page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] * height)
+            opened.page.wait_for_timeout(60)
+            told = tip.inner_text() if tip.count() and tip.is_visible() else told
+            if "micro-batch" in told:
+                break
+    assert re.search(r"\d+ × \d+ tokens", told)
+    assert "took (ms)" in told
+    assert "stage" in told
+    opened.check()
+
+
+def test_plan_foretells_what_another_cut_gives(window: Callable[..., Window]) -> None:
+    opened = window()
+    opened.open("/plan?bundle=llama", "Plan")
+    assert "Predicted throughput" in opened.text()
+    before = opened.text()
+    slider = opened.page.get_by_role("slider").first
+    slider.focus()
+    slider.press("ArrowRight" if slider.get_attribute("aria-valuenow") == "1" else "ArrowLeft")
+    opened.await_text("stageline recut")
+    opened.settled()
+    assert opened.text() != before
+    assert "against the bundle's cut" in opened.text()
+    opened.check()
+
+
+def order(opened: Window, seconds: str) -> None:
+    """Ask for a short benchmark of one load."""
+    opened.open("/run?bundle=llama", "Run a benchmark")
+    for label, value in (("Seconds a repeat", seconds), ("Repeats", "2"), ("Concurrency sweep", "2")):
+        field = opened.page.get_by_label(label, exact=True).first
+        field.fill(value)
+        field.press("Enter")
+        opened.settled()
+    for scenario in ("SingleStream", "Offline"):
+        opened.page.get_by_role("button", name=scenario).click()
+        opened.settled()
+    opened.await_text(f"--seconds {seconds} --repeats 2 --concurrency 2")
+    opened.page.get_by_role("button", name="Start").click()
+
+
+def test_benchmark_runs_to_its_end_whoever_looks(window: Callable[..., Window], store: Path) -> None:
+    before = len(Store(store).runs())
+    opened, other = window(), window(NARROW, "dark")
+    order(opened, "0.7")
+    opened.page.get_by_role("button", name="Cancel").wait_for(timeout=40_000)
+    other.page.goto(other.url + "/run?bundle=llama")  # a second browser sees it, and cannot start another
+    other.page.get_by_role("button", name="Cancel").wait_for(timeout=40_000)
+    assert other.page.get_by_role("button", name="Start", exact=False).last.is_disabled()
+    opened.page.reload()
+    opened.await_text("Done: llama")
+    assert "2 at a time" in str(Store(store).runs(1)[0].headlines)
+    assert len(Store(store).runs()) == before + 1
+    assert Store(store).runs(1)[0].status == "done"
+    opened.check()
+    other.await_text("Done: llama")
+    other.check()
+
+
+def test_benchmark_is_cancelled_from_the_page(window: Callable[..., Window], store: Path) -> None:
+    opened = window()
+    order(opened, "40")
+    opened.await_text("2 at a time, repeat 1 of 2")
+    opened.page.get_by_role("button", name="Cancel").click()
+    opened.await_text("Cancelled")
+    assert Store(store).runs(1)[0].status == "cancelled"
+    opened.check()
+
+
+def test_live_shows_a_service_and_tells_when_it_is_gone(window: Callable[..., Window], bundles: Path) -> None:
+    command = stageline("serve", str(bundles / "llama"), "--port", "0")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        opened = window()
+        opened.open(f"/live?url={url}", "Live")
+        opened.page.get_by_role("button", name="Send requests for a minute").click()
+        opened.await_text("Sending requests for")
+        opened.page.wait_for_function(
+            "() => /Throughput\\s+[1-9][0-9,.]* tokens\\/s/.test(document.body.innerText)", timeout=30_000
+        )
+        canvas = opened.page.query_selector("[data-testid=stVegaLiteChart] canvas")
+        opened.page.wait_for_timeout(4500)  # two readings
+        assert canvas.evaluate("one => one.isConnected"), "charts are drawn anew instead of moving on"
+    finally:
+        process.kill()
+        process.communicate()
+    opened.await_text("nothing answers at")
+    assert "Utilisation" in opened.text()
+    opened.check()

@@ -1,0 +1,158 @@
+"""Pages without a browser: what they say of stores, runs and bundles that cannot be read, and never a traceback."""
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stageline.runtime.bench.store import Store
+from streamlit.testing.v1 import AppTest
+
+APP = Path(__file__).parents[2] / "dashboard" / "app.py"
+StartedWith = Callable[..., None]
+
+
+def overview(**query: str) -> AppTest:
+    app = AppTest.from_file(str(APP), default_timeout=60)
+    app.query_params.update(query)
+    return app.run()
+
+
+def page(name: str, **query: str) -> AppTest:
+    """A page by itself, without navigation."""
+    body = f"from stageline.dashboard.views import {name}\n{name}.show()\n"
+    app = AppTest.from_string(body, default_timeout=60)
+    app.query_params.update(query)
+    return app.run()
+
+
+def told(app: AppTest) -> str:
+    """What its boxes say; there is no exception among them."""
+    assert not app.exception
+    return " ".join(str(box.value) for box in (*app.error, *app.warning, *app.info))
+
+
+def words(app: AppTest) -> str:
+    """All of its texts."""
+    blocks: list[Any] = [*app.title, *app.subheader, *app.markdown, *app.caption, *app.code]
+    return " ".join(str(block.value) for block in blocks)
+
+
+def test_overview_begins_with_throughput_and_its_units(filled_store: Path, started_with: StartedWith) -> None:
+    started_with("--store", filled_store)
+    app = overview()
+    assert not app.exception
+    names = [metric.label for metric in app.metric]
+    assert names[0] == "Throughput"
+    assert app.metric[0].value.endswith(" tokens/s")
+    assert {"Latency p50", "TTFT p50", "TPOT p50", "Bubble ratio"} <= set(names)
+    run = Store(filled_store).run(Store(filled_store).find("latest"))
+    best = max(m.figures["tokens_per_s"].mean for m in run.measurements if m.contender == "stageline")
+    assert float(app.metric[0].value.split()[0].replace(",", "")) == pytest.approx(best, rel=0.006)
+    assert "times as much" in words(app) or "times" in words(app)
+
+
+def damaged(kind: str, filled: Path, folder: Path) -> Path:
+    """A store that cannot be read, or not fully."""
+    store = Path(shutil.copy(filled, folder / "bench.sqlite"))
+    if kind == "newer":
+        with sqlite3.connect(store) as db:
+            db.execute("PRAGMA user_version = 99")
+        db.close()
+    elif kind == "no store":
+        store.write_bytes(b"not a database at all " * 100)
+    elif kind == "corrupt":
+        data = bytearray(store.read_bytes())
+        data[4096:] = bytes(len(data) - 4096)
+        store.write_bytes(data)
+    elif kind == "another program's":
+        store.unlink()
+        with sqlite3.connect(store) as db:
+            db.execute("CREATE TABLE songs (name TEXT)")
+        db.close()
+    return store
+
+
+@pytest.mark.parametrize(
+    ("kind", "words_of"),
+    [
+        ("newer", "install a newer stageline"),
+        ("no store", "is not a store, or is damaged"),
+        ("corrupt", "is damaged"),
+        ("another program's", "is a database of another program"),
+    ],
+)
+@pytest.mark.parametrize("name", ["overview", "timeline", "compare", "run"])
+def test_a_store_that_cannot_be_read_is_told(
+    kind: str, words_of: str, name: str, filled_store: Path, tmp_path: Path, bundles: Path, started_with: StartedWith
+) -> None:
+    started_with("--store", damaged(kind, filled_store, tmp_path), "--bundles", bundles)
+    assert words_of in told(overview() if name == "overview" else page(name))
+
+
+def test_a_store_that_may_only_be_read_is_shown(filled_store: Path, tmp_path: Path, started_with: StartedWith) -> None:
+    store = Path(shutil.copy(filled_store, tmp_path / "bench.sqlite"))
+    store.chmod(0o400)
+    started_with("--store", store)
+    app = overview()
+    assert not app.exception
+    assert app.metric
+
+
+@pytest.mark.parametrize("name", ["overview", "timeline", "compare"])
+def test_a_link_to_a_run_that_is_gone_is_told(name: str, filled_store: Path, started_with: StartedWith) -> None:
+    started_with("--store", filled_store)
+    query = {"runs" if name == "compare" else "run": "20200101-000000-abcdef"}
+    app = overview(**query) if name == "overview" else page(name, **query)
+    assert "20200101-000000-abcdef" in told(app)
+
+
+def test_a_bundle_that_vanished_is_told(bundles: Path, tmp_path: Path, started_with: StartedWith) -> None:
+    copy = shutil.copytree(bundles / "llama", tmp_path / "llama")
+    started_with("--bundles", tmp_path)
+    app = page("plan")
+    assert not app.exception
+    assert "No bundle here yet" not in words(app)
+    (copy / "weights" / "model.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(copy / "weights")
+    (copy / "manifest.json").touch()  # what is remembered of it no longer holds
+    assert "model.safetensors" in told(app.run())
+    shutil.rmtree(copy)
+    assert "No bundle here yet" in words(app.run())
+
+
+def test_plan_tells_how_to_measure_a_machine(bundles: Path, started_with: StartedWith) -> None:
+    started_with("--bundles", bundles)
+    app = page("plan")
+    assert "stageline profile" in told(app)
+    assert next(one for one in app.metric if one.label == "Blocks").value == "3"
+
+
+def test_timeline_counts_spans_of_the_chosen_run(filled_store: Path, started_with: StartedWith) -> None:
+    started_with("--store", filled_store)
+    run_id = Store(filled_store).find("latest~1")
+    app = page("timeline", run=run_id[:12] if Store(filled_store).find("latest")[:12] != run_id[:12] else run_id)
+    assert not app.exception
+    assert app.query_params["run"] in (run_id, [run_id])
+    assert int(next(one for one in app.metric if one.label == "Spans").value.replace(",", "")) > 0
+
+
+def test_compare_names_what_differs_and_exits_with_no_exception(filled_store: Path, started_with: StartedWith) -> None:
+    started_with("--store", filled_store)
+    store = Store(filled_store)
+    app = page("compare", runs=f"{store.find('latest~1')},{store.find('latest')}")
+    assert not app.exception
+    table = app.dataframe[0].value
+    assert {"requests throughput", "latency p99", "TTFT p50"} <= set(table["figure"])
+    app = page("compare", runs=store.find("latest"))
+    assert "Choose two runs" in words(app)
+
+
+def test_environment_says_what_doctor_says(started_with: StartedWith) -> None:
+    started_with()
+    app = page("environment")
+    assert not app.exception
+    names = set(app.table[0].value["engine"]) if app.table else set()
+    assert "onnxruntime" in names
