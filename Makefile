@@ -66,6 +66,7 @@ bench: checkpoints
 	$(BIN)/python benchmarks/export_cost.py --json benchmarks/results/export_cost.json
 	$(BIN)/python benchmarks/pipeline.py --json benchmarks/results/pipeline.json
 	$(BIN)/python benchmarks/hop.py --json benchmarks/results/hop.json
+	$(BIN)/python benchmarks/dashboard.py --json benchmarks/results/dashboard.json
 
 clean:
 	rm -rf $(VENV) .view bundles build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

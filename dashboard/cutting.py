@@ -1,7 +1,6 @@
 """What the Plan page shows: what each block costs, what crosses each cut, and what moving a cut would give."""
 
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stageline.dashboard import words
 from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import read_header
 from stageline.runtime.bundle import Bundle, read_manifest
@@ -18,10 +18,11 @@ from stageline.runtime.planning.cluster import Cluster, parse_devices
 from stageline.runtime.planning.cost import cut_values, values_bytes
 from stageline.runtime.planning.planner import Answer, Load, Planner
 from stageline.runtime.planning.profile import Machine, Profile, load
+from stageline.runtime.tensorrt.report import Report
+from stageline.runtime.tensorrt.store import read_engines
 
 THIS_MACHINE = "this machine"
 MOST_STAGES = 8  # that the page offers sliders for
-_REPORT_LIMIT_BYTES = 4 * 1024**2
 
 
 def open_unverified(folder: Path) -> Bundle:
@@ -221,13 +222,31 @@ def weight_bytes(bundle: Bundle) -> int:
     return sum(bundle.tensors[name].size_bytes for name in names)
 
 
-def engine_reports(folder: Path) -> list[tuple[str, Any]]:
-    """The reports that `stageline build` left in the bundle: name and document, unreadable ones left out."""
+@dataclass(frozen=True)
+class EngineReport:
+    """An engine in the bundle as a row of a table, and how many layers of each kind it has (none where its report
+    cannot be read)."""
+
+    row: dict[str, str]
+    kinds: dict[str, int]
+
+
+def engine_reports(folder: Path) -> list[EngineReport]:
+    """The engines that `stageline build` left in the bundle. BundleError where their manifest is not valid."""
     found = []
-    for file in sorted((folder / "engines").rglob("*.json")) if (folder / "engines").is_dir() else []:
+    for engine in read_engines(folder).engines:
         try:
-            if file.stat().st_size <= _REPORT_LIMIT_BYTES:
-                found.append((str(file.relative_to(folder)), json.loads(file.read_bytes())))
+            kinds = Report.model_validate_json((folder / engine.report.path).read_bytes()).kinds
         except (OSError, ValueError):
-            continue
+            kinds = {}
+        row = {
+            "stage": engine.stage.removesuffix(".onnx"),
+            "engine": f"{engine.flavour} {engine.version}",
+            "target": engine.target,
+            "precision": engine.precision,
+            "size": words.size(engine.plan.size_bytes),
+            "build": words.seconds(engine.build_s),
+            "layers": f"{sum(kinds.values()):,}" if kinds else "-",
+        }
+        found.append(EngineReport(row, dict(sorted(kinds.items(), key=lambda pair: -pair[1]))))
     return found

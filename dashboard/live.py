@@ -13,11 +13,16 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 from stageline.models.errors import StagelineError
+from stageline.runtime.bench.energy import Meters
 
 PERIOD_S, KEPT_S = 1.0, 300
 _UNWATCHED_S = 60.0  # without a reader, after which the thread ends
 _TIMEOUT_S = 3.0
 _LIMIT_BYTES = 4 * 1024**2
+
+ENERGY, DEVICE_MEMORY = "machine_energy_joules", "machine_device_memory_bytes"
+"""Of this machine, beside what the service tells; only where the service is on it and there are counters."""
+_HERE = {"127.0.0.1", "localhost", "::1"}
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
 """A metric's name and its labels in order."""
@@ -77,6 +82,7 @@ class Watcher:
         self._error: str | None = None
         self._read_at = 0.0
         self._thread: threading.Thread | None = None
+        self._meters = Meters() if urlsplit(url).hostname in _HERE else None
 
     def look(self) -> tuple[list[Sample], str | None]:
         """The samples so far, oldest first, and why the last reading failed, if it did."""
@@ -94,13 +100,21 @@ class Watcher:
 
     def _read(self) -> None:
         try:
-            sample, error = scrape(self.url), None
+            sample, error = self._with_meters(scrape(self.url)), None
         except StagelineError as told:
             sample, error = None, str(told)
         with self._lock:
             self._error = error
             if sample is not None:
                 self._samples.append(sample)
+
+    def _with_meters(self, sample: Sample) -> Sample:
+        values: dict[Key, float] = dict(sample.values)
+        if self._meters is not None and self._meters.measures_energy:
+            values[ENERGY, ()] = self._meters.energy_j()
+        if self._meters is not None and self._meters.has_gpu:
+            values[DEVICE_MEMORY, ()] = float(self._meters.device_memory_bytes())
+        return Sample(sample.at_s, values)
 
     def _watch(self) -> None:
         due = time.monotonic() + PERIOD_S
@@ -174,7 +188,9 @@ class Now:
     running: float | None
     slots: float | None
     memory_bytes: float | None
+    device_memory_bytes: float | None
     processors: float | None
+    power_w: float | None
 
 
 def latest(samples: Sequence[Sample], model: str) -> Now:
@@ -198,5 +214,7 @@ def latest(samples: Sequence[Sample], model: str) -> Now:
         gauge("slots_running"),
         gauge("slots"),
         last.get("process_resident_memory_bytes"),
+        last.get(DEVICE_MEMORY),
         mean(rates(recent, "process_cpu_seconds_total")),
+        mean(rates(recent, ENERGY)),
     )

@@ -98,6 +98,8 @@ def _headlines(samples: list[live.Sample], model: str) -> None:
             _metric("Queue", now.waiting, lambda v: f"{v:.0f}", "Requests that wait for a slot.")
             _metric("Slots", now.running, lambda v: f"{v:.0f} of {now.slots:.0f}", "Requests that run.")
         _metric("Memory", now.memory_bytes, words.size, "Of the service's process.")
+        _metric("Device memory", now.device_memory_bytes, words.size, "Used on the GPUs of this machine.")
+        _metric("Power", now.power_w, lambda v: f"{v:.0f} W", "Of this machine, as far as it has counters.")
         _metric("Processors", now.processors, lambda v: f"{v:.2f}", "Busy on average: processor seconds a second.")
 
 

@@ -232,10 +232,18 @@ def _roofline(planner: Planner, answer: Answer) -> None:
 
 
 def _reports(folder: Path) -> None:
+    st.subheader("Engines", anchor=False)
     reports = cutting.engine_reports(folder)
     if not reports:
+        st.caption(
+            "None is built ahead: stages run on ONNX Runtime. `stageline build` compiles them with TensorRT, also on a "
+            "machine without a GPU."
+        )
         return
-    st.subheader("Engine reports", anchor=False)
-    for name, document in reports:
-        with st.expander(name):
-            st.json(document, expanded=2)
+    st.dataframe([report.row for report in reports], hide_index=True, height="content", key="engines")
+    for report in reports:
+        if report.kinds:
+            with st.expander(f"Layers of {report.row['stage']}, {report.row['engine']}, {report.row['target']}"):
+                st.dataframe(
+                    [{"kind": kind, "layers": number} for kind, number in report.kinds.items()], hide_index=True
+                )
