@@ -152,7 +152,8 @@ READY = """() => {
   const charts = [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')];
   return app && app.getAttribute('data-test-script-state') === 'notRunning'
     && document.querySelector('[data-testid="stMain"] h1') !== null
-    && charts.every(one => one.querySelector('canvas, svg') !== null);
+    && document.querySelectorAll('[data-testid="stSkeleton"], [data-testid="stAppSkeleton"]').length === 0
+    && charts.every(one => one.querySelector('canvas, svg.marks') !== null);
 }"""
 
 

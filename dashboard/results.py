@@ -9,7 +9,7 @@ from typing import Any
 from stageline.dashboard import words
 from stageline.runtime.bench.compare import Change, compare
 from stageline.runtime.bench.confidence import difference
-from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine
+from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo
 
 SWEEPS = ("Concurrency", "Rate")
 PERCENTILES = ("p50", "p90", "p95", "p99")
@@ -299,6 +299,9 @@ def told_apart(before: Run, after: Run) -> list[str]:
         ("threads", str(before.settings.threads), str(after.settings.threads)),
         ("slots", str(before.settings.slots), str(after.settings.slots)),
         ("inputs", before.settings.inputs, after.settings.inputs),
+        ("baselines", ", ".join(before.settings.baselines) or "none", ", ".join(after.settings.baselines) or "none"),
+        ("SLO", _bounds(before.settings.slo), _bounds(after.settings.slo)),
+        ("repeats", str(before.settings.repeats), str(after.settings.repeats)),
         ("seconds a repeat", f"{before.settings.seconds:g}", f"{after.settings.seconds:g}"),
         ("machine", before.environment.machine, after.environment.machine),
         ("GPU", str(before.environment.gpu), str(after.environment.gpu)),
@@ -311,6 +314,11 @@ def told_apart(before: Run, after: Run) -> list[str]:
         if old != new:
             found.append(f"{package}: {old} → {new}")
     return found
+
+
+def _bounds(slo: Slo) -> str:
+    known = {"latency": slo.latency_s, "TTFT": slo.ttft_s, "TPOT": slo.tpot_s}
+    return ", ".join(f"{name} {words.seconds(bound)}" for name, bound in known.items() if bound is not None) or "none"
 
 
 def common_loads(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from typing import Any
 import altair as alt
 from stageline.dashboard.charts.base import GREY, Chart, Rows, of
 
+_LOG = alt.Scale(type="log", nice=False, padding=12)
 MEASURES = {
     "Time": ("ms", "time for a micro-batch (ms)"),
     "Parameters": ("parameters_m", "parameters (millions)"),
@@ -90,8 +91,8 @@ def stages(rows: Rows) -> Chart:
 
 def roofline(roof: Rows, stage_points: Rows) -> Chart:
     """Attained operations a second over intensity, both logarithmic, under the roof of the device."""
-    x = alt.X("intensity:Q", title="intensity (operations/byte)", scale=alt.Scale(type="log"))
-    y = alt.Y("gflop_per_s:Q", title="rate (GFLOP/s)", scale=alt.Scale(type="log"))
+    x = alt.X("intensity:Q", title="intensity (operations/byte)", scale=_LOG)
+    y = alt.Y("gflop_per_s:Q", title="rate (GFLOP/s)", scale=_LOG)
     line = of(roof).mark_line(color=GREY, strokeWidth=2).encode(x=x, y=y)
     points = (
         of(stage_points)
