@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,10 @@ def some_spans(count: int) -> Timeline:
 def filled(path: Path, runs: int, requests: int, spans: int) -> tuple[Store, Run, Run]:
     """A store with `runs` runs, of which the newest two have so many requests, and so many spans."""
     store, now = Store(path), time.time()
+    unlike = [some_run(seed, now)[0] for seed in range(8)]
     for number in range(runs - 2):
-        store.put(some_run(number, now - 600.0 * (runs - number))[0])
+        created = now - 600.0 * (runs - number)
+        store.put(replace(unlike[number % 8], id=f"made-up-{number:06d}", created=created, finished=created + 60.0))
     large, kept = some_run(0, now - 120.0, requests, (Load("Server", rate_per_s=500.0),))
     store.put(large, kept[:1])
     traced, _ = some_run(0, now - 60.0, 3000)

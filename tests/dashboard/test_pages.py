@@ -156,3 +156,41 @@ def test_environment_says_what_doctor_says(started_with: StartedWith) -> None:
     assert not app.exception
     names = set(app.table[0].value["engine"]) if app.table else set()
     assert "onnxruntime" in names
+
+
+def test_a_locked_store_is_told(
+    filled_store: Path, tmp_path: Path, started_with: StartedWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Path(shutil.copy(filled_store, tmp_path / "bench.sqlite"))
+    monkeypatch.setattr("stageline.runtime.bench.store._BUSY_S", 0.1)
+    started_with("--store", store)
+    holder = sqlite3.connect(store, isolation_level=None)
+    try:
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
+        holder.execute("UPDATE runs SET seen = seen")
+        assert "is locked by another program" in told(overview())
+        holder.execute("ROLLBACK")
+    finally:
+        holder.close()
+    assert overview().metric
+
+
+def test_a_benchmark_without_a_load_is_refused_before_it_starts(
+    bundles: Path, tmp_path: Path, started_with: StartedWith
+) -> None:
+    started_with("--store", tmp_path / "bench.sqlite", "--bundles", bundles)
+    app = page("run")
+    assert "--scenario SingleStream,Offline --concurrency 2,4,8" in app.code[0].value
+    app.button_group(key="scenarios").set_value([]).run()
+    app.text_input(key="concurrency").set_value("").run()
+    app.button(key="start").click().run()
+    assert "no load is chosen" in told(app)
+    assert not (tmp_path / "bench.sqlite").exists()
+
+
+def test_a_service_that_is_not_there_is_told(started_with: StartedWith, tmp_path: Path) -> None:
+    started_with("--bundles", tmp_path)
+    app = page("live", url="http://127.0.0.1:9")
+    assert not app.exception
+    assert "othing answers at http://127.0.0.1:9" in words(app)
