@@ -7,7 +7,8 @@ import pytest
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.lanes import Amount
 from stageline.runtime.planning.cost import Shape
-from stageline.runtime.planning.profile import Machine, Point, Profile, ranges, save
+from stageline.runtime.planning.measuring import ranges
+from stageline.runtime.planning.profile import Machine, Point, Profile, save
 from stageline.runtime.rebalance.costs import use_seconds, work_seconds
 
 SHAPES = [(batch, length) for batch in (1, 4) for length in (4, 8)]
