@@ -5,8 +5,10 @@ token where the endpoint sends no usage. Each request has a connection of its ow
 """
 
 import json
+import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from itertools import pairwise
 from time import perf_counter
@@ -43,7 +45,8 @@ class Endpoint:
         if api_key is not None:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._local = threading.local()
-        self._exact = True
+        self._open: set[HTTPConnection] = set()
+        self._exact, self._closed = True, False
         names = [str(entry.get("id")) for entry in self._json("GET", "/v1/models").get("data", ())]
         if not names or (model is not None and model not in names):
             raise RequestError(f"{self.name} serves {', '.join(names) or 'no model'}; choose one of them")
@@ -55,8 +58,13 @@ class Endpoint:
         return self._pool.submit(self._ask, item)
 
     def close(self) -> None:
-        """Wait for nothing; connections end with their threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Break off what is under way, and wait for its threads."""
+        self._closed = True
+        for connection in list(self._open):
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)  # whoever reads from it is woken
+        self._pool.shutdown(cancel_futures=True)
 
     def _ask(self, item: Item) -> Outcome:
         given: Any = list(item.texts) or [list(row) for row in item.rows]
@@ -131,7 +139,7 @@ class Endpoint:
                 break
             except (OSError, HTTPException) as error:
                 self._drop()
-                if fresh:
+                if fresh or self._closed:
                     raise RequestError(f"{self.name} cannot be reached ({error}); is it running?") from error
         assert response is not None
         if response.status != 200:
@@ -148,12 +156,14 @@ class Endpoint:
         if found is None or fresh:
             kind = HTTPSConnection if self._secure else HTTPConnection
             found = self._local.connection = kind(self._host, timeout=_TIMEOUT_S)
+            self._open.add(found)
         return found
 
     def _drop(self) -> None:
         found: HTTPConnection | None = getattr(self._local, "connection", None)
         if found is not None:
             found.close()
+            self._open.discard(found)
             self._local.connection = None
 
 

@@ -1,11 +1,13 @@
 """What the benchmark's client says of the served endpoint, against another load generator and the service itself."""
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from threading import Event
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
 from typing import Any
 
 import httpx
@@ -114,3 +116,40 @@ def test_an_endpoint_that_stops_in_mid_run_ends_the_drive_with_its_reason(serve:
         with pytest.raises(RequestError, match=r"cannot be reached|broke off in mid stream|answers 503|mid stream"):
             client.closed_loop(2, 20)
         endpoint.close()
+
+
+def test_closing_breaks_off_what_an_endpoint_never_answers() -> None:
+    models = json.dumps({"data": [{"id": "m"}]}).encode()
+
+    class Silent(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(len(models)))
+            self.end_headers()
+            self.wfile.write(models)
+
+        def do_POST(self) -> None:
+            asked.set()
+            gone.wait(20)
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    asked, gone = Event(), Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    server.daemon_threads = True
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        endpoint = Endpoint(f"http://127.0.0.1:{server.server_address[1]}")
+        future = endpoint.submit(ITEM)
+        assert asked.wait(10)
+        endpoint.close()
+        with pytest.raises(RequestError, match="cannot be reached"):
+            future.result(0)
+    finally:
+        gone.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
