@@ -4,7 +4,8 @@
 service do: every answer written down, and the counters sampled twice a second. `tracing` adds the recorder. The three
 take turns in random order, because machines drift; each is compared with `off` of the same round, and the interval is
 Student's t over the rounds. Processor time of the whole process, per request, is compared as well: it is steadier
-on a machine that others use.
+on a machine that others use. Last, the parts of measuring are timed by themselves, in processor time, which no
+neighbour disturbs, and put in relation to a request's.
 
     python benchmarks/bench_overhead.py bundles/minilm --json bench_overhead.json
 """
@@ -13,6 +14,8 @@ import argparse
 import json
 import random
 import statistics
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,19 +25,19 @@ from typing import Any
 
 from stageline.runtime.bench.client import Client
 from stageline.runtime.bench.confidence import interval
-from stageline.runtime.bench.contenders import PipelineContender
-from stageline.runtime.bench.energy import Meters
+from stageline.runtime.bench.contenders import Outcome, PipelineContender
+from stageline.runtime.bench.energy import Meters, host_memory_bytes
 from stageline.runtime.bench.inputs import Item, Lengths, make_items
-from stageline.runtime.bench.monitor import Monitor
+from stageline.runtime.bench.monitor import PERIOD_S, Monitor
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.trace import Recorder
+from stageline.runtime.trace import Kind, Recorder
 
 MODES = ("off", "metrics", "tracing")
 NEW = 16
 
 
-def bare(pipeline: Pipeline, items: list[Item], concurrency: int, seconds: float) -> int:
+def bare(pipeline: Pipeline, outputs: list[str] | None, items: list[Item], concurrency: int, seconds: float) -> int:
     """Keep so many requests under way for so long, without the benchmark's client; how many were answered."""
     ended: SimpleQueue[None] = SimpleQueue()
     sent = answered = 0
@@ -43,7 +46,7 @@ def bare(pipeline: Pipeline, items: list[Item], concurrency: int, seconds: float
         while sent - answered < concurrency and perf_counter() < end:
             item = items[sent % len(items)]
             if item.output_tokens is None:
-                future: Any = pipeline.submit(item.inputs)
+                future: Any = pipeline.submit(item.inputs, outputs)
             else:
                 sampling = Sampling(max_tokens=item.output_tokens, min_tokens=item.output_tokens)
                 future = pipeline.submit(GenerationRequest(item.rows[0], sampling))
@@ -65,7 +68,7 @@ def one(
     used, began = process_time(), perf_counter()
     with ExitStack() as stack:
         if mode == "off":
-            answered = bare(pipeline, items, concurrency, seconds)
+            answered = bare(pipeline, contender.outputs, items, concurrency, seconds)
         else:
             stack.enter_context(Monitor(contender, client, meters, began))
             pipeline.record(Recorder() if mode == "tracing" else None)
@@ -74,6 +77,43 @@ def one(
         taken = perf_counter() - began
     meters.close()
     return {"requests_per_s": answered / taken, "cpu_s": (process_time() - used) / answered}
+
+
+def parts(pipeline: Pipeline, contender: PipelineContender, items: list[Item]) -> dict[str, float]:
+    """What each part of measuring takes by itself, in seconds."""
+
+    class Answered:
+        """A contender that answers at once."""
+
+        name, pipeline = "nothing", None
+
+        def submit(self, item: Item) -> "Future[Outcome]":
+            told: Future[Outcome] = Future()
+            told.set_result(Outcome(perf_counter()))
+            return told
+
+        def close(self) -> None: ...
+
+    class Run:
+        number = 0
+
+        def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
+            return "decode", 8, 1, (1, 2, 3, 4, 5, 6, 7, 8)
+
+    def per_call(do: Callable[[], object], times: int) -> float:
+        began = process_time()
+        for _ in range(times):
+            do()
+        return (process_time() - began) / times
+
+    recorder, run, client = Recorder(), Run(), Client(Answered(), items, Event())
+    began = process_time()
+    requests = len(client.open_loop([0.0] * 20_000).requests)
+    return {
+        "record_a_run_s": per_call(lambda: recorder.ran(0, 1.0, 2.0, run), 50_000),
+        "write_a_request_s": (process_time() - began) / requests,
+        "take_a_sample_s": per_call(lambda: (pipeline.stats(), host_memory_bytes()), 500),
+    }
 
 
 def main() -> None:
@@ -96,6 +136,8 @@ def main() -> None:
         for _ in range(options.rounds):
             for mode in order.sample(MODES, len(MODES)):
                 seen[mode].append(one(mode, contender, items, options.concurrency, options.seconds))
+        direct = parts(pipeline, contender, items)
+        stages = len(pipeline.stats().stages)
     results: dict[str, Any] = {"bundle": options.bundle.name, "rounds": options.rounds, "seconds": options.seconds}
     print(f"{options.bundle.name}: {options.rounds} rounds of {options.seconds:g} s, {options.concurrency} at a time")
     print(f"{'':<10}{'requests/s':>12}{'slower, %':>12}{'95 %':>18}{'CPU ms/request':>18}{'more, %':>10}{'95 %':>18}")
@@ -115,6 +157,18 @@ def main() -> None:
             f"{mode:<10}{row['requests_per_s']:>12.1f}{costs[0]:>12.2f}{ranges[0]:>18}"
             f"{row['cpu_s'] * 1e3:>18.2f}{costs[1]:>10.2f}{ranges[1]:>18}"
         )
+    cpu_s, rate = (statistics.median(r[name] for r in seen["off"]) for name in ("cpu_s", "requests_per_s"))
+    runs = stages * ((new or 0) + 1) if new else stages  # of stages for a request, were each step for it alone
+    metrics_s = direct["write_a_request_s"] + direct["take_a_sample_s"] / PERIOD_S / rate
+    direct["metrics_percent"] = 100 * metrics_s / cpu_s
+    direct["tracing_percent"] = 100 * (metrics_s + runs * direct["record_a_run_s"]) / cpu_s
+    results["parts"] = direct
+    record, write, sample = (1e6 * direct[f"{name}_s"] for name in ("record_a_run", "write_a_request", "take_a_sample"))
+    print(
+        f"by parts: {record:.1f} us to record a run, {write:.1f} us to write down a request, {sample:.0f} us a sample\n"
+        f"of a request's CPU time: metrics {direct['metrics_percent']:.2f} %, with tracing "
+        f"{direct['tracing_percent']:.2f} % (at most {runs} runs of stages)"
+    )
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -60,14 +60,16 @@ class PipelineContender:
     def __init__(self, name: str, pipeline: Pipeline, close: Callable[[], None] = lambda: None) -> None:
         self.name, self._close = name, close
         self.pipeline: Pipeline | None = pipeline
-        outputs = [spec.name for spec in pipeline.signature.outputs]
-        self._pipeline, self._outputs = pipeline, [EMBEDDING] if EMBEDDING in outputs else None
+        named = [spec.name for spec in pipeline.signature.outputs]
+        self.outputs = [EMBEDDING] if EMBEDDING in named else None
+        """What a batch asks for; None: all of it."""
+        self._pipeline = pipeline
 
     def submit(self, item: Item) -> "Future[Outcome]":
         """See `Contender`. A continuation has exactly the tokens that were asked for: end tokens are not drawn."""
         told: Future[Outcome] = Future()
         if item.output_tokens is None:
-            _relay(self._pipeline.submit(item.inputs, self._outputs), told, lambda result, at: Outcome(at))
+            _relay(self._pipeline.submit(item.inputs, self.outputs), told, lambda result, at: Outcome(at))
         else:
             sampling = Sampling(max_tokens=item.output_tokens, min_tokens=item.output_tokens)
             _relay(self._pipeline.submit(GenerationRequest(item.rows[0], sampling)), told, _completed)
