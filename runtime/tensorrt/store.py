@@ -7,7 +7,7 @@ is not there. One build at a time holds the folder's lock, and removes what one 
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pydantic
@@ -57,9 +57,10 @@ class EngineStore:
         self.bundle, self.manifest = bundle, manifest
 
     def aside(self, path: str) -> Path:
-        """Where to write what `keep` will rename to `path`, relative to the bundle."""
+        """Where to write what `keep` will rename to `path`, relative to the bundle. A name of this process's own: a
+        worker of a build that was killed may be writing still."""
         file = self.bundle / path
-        return file.with_name(f".{file.name}{UNFINISHED}")
+        return file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
 
     def keep(self, path: str) -> None:
         """Rename the file that was written aside for `path` into place."""
@@ -106,14 +107,13 @@ def locked(bundle: Path) -> Iterator[EngineStore]:
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BundleError(f"another build is running in {folder}; wait for it") from error
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in folder.glob(f".*{UNFINISHED}"):
             left.unlink(missing_ok=True)
         yield EngineStore(bundle, read_engines(bundle))
+        with suppress(OSError):  # not empty: it holds engines
+            folder.rmdir()
+    except BlockingIOError as error:
+        raise BundleError(f"another build is running in {folder}; wait for it") from error
     finally:
         os.close(descriptor)
-        if not any(folder.iterdir()):
-            folder.rmdir()

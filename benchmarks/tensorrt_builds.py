@@ -1,0 +1,227 @@
+"""What TensorRT builds: the reference bundles, whole and stripped, and every architecture of the parity list.
+
+    python benchmarks/tensorrt_builds.py --json benchmarks/results/tensorrt_builds.json
+
+The reference bundles (bundles/minilm, bundles/smollm2, made by `make demo`) are copied, cut into 2 stages and built
+for all targets and precisions; built again, which must build nothing; and again after one weight was changed, which
+must build one stage. The architectures of tests/exporter/test_parity.py are made up, exported, and built in 2 stages;
+where TensorRT refuses one, the table has its reason. No GPU is needed.
+"""
+
+import argparse
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stageline.exporter.export import export
+from stageline.exporter.show import human_bytes, table
+from stageline.runtime.bundle import Bundle, file_entry, recut, write_manifest
+from stageline.runtime.planning.planner import Load
+from stageline.runtime.tensorrt.build import Outcome, Wanted, build
+from stageline.runtime.tensorrt.flavour import TENSORRT_RTX
+from stageline.runtime.tensorrt.lower import Precision
+from stageline.runtime.tensorrt.records import Options
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("portable", "sm80", "sm89", "sm120")
+PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
+STRIPPED_TARGET = "sm89"
+PARITY_TARGET = "portable"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine of a reference bundle. Bytes are of the plan on disk."""
+
+    model: str
+    stage: int
+    target: str
+    precision: str
+    weights: str
+    plan_bytes: int
+    build_s: float
+
+
+@dataclass(frozen=True)
+class Again:
+    """What building a second time did: with nothing changed, and with one tensor of one stage changed."""
+
+    model: str
+    engines: int
+    first_s: float
+    second_s: float
+    built_second: int
+    changed: str
+    of_stage: int
+    stages_rebuilt: tuple[int, ...]
+    built_third: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of the parity list in one precision: bytes and seconds of all its stages, or TensorRT's
+    reason."""
+
+    name: str
+    precision: str
+    caches: bool
+    plan_bytes: int
+    build_s: float
+    error: str | None
+
+
+def reference(name: str, folder: Path) -> tuple[list[Engine], Again]:
+    """Build the reference bundle `name`, full and, for one target, stripped; again; and with one weight changed."""
+    bundle = _copy(ROOT / "bundles" / name, folder / name)
+    recut(bundle, 2)
+    wanted = [Wanted(TENSORRT_RTX, target, precision) for target in TARGETS for precision in PRECISIONS]
+    begin = time.perf_counter()
+    full = _build(bundle, wanted, Options())
+    first_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    second = _build(bundle, wanted, Options())
+    second_s = time.perf_counter() - begin
+    stripped = _build(bundle, [kind for kind in wanted if kind.target == STRIPPED_TARGET], Options(stripped=True))
+    tensor, stage = _change_one_weight(bundle)
+    third = [outcome for outcome in _build(bundle, wanted[:1], Options()) if outcome.built]
+    rebuilt = tuple(sorted({outcome.stage for outcome in third}))
+    built = sum(outcome.built for outcome in second)
+    engines = [_engine(name, outcome) for outcome in (*full, *stripped)]
+    return engines, Again(name, len(full), first_s, second_s, built, tensor, stage, rebuilt, len(third))
+
+
+def _engine(name: str, outcome: Outcome) -> Engine:
+    assert outcome.record is not None, outcome.error
+    kind, record = outcome.wanted, outcome.record
+    weights = "bundle's" if record.options.stripped else "inside"
+    return Engine(name, outcome.stage, kind.target, kind.precision, weights, record.plan.size_bytes, record.build_s)
+
+
+def parity(folder: Path) -> Iterator[Architecture]:
+    """Build every architecture of the parity list."""
+    spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/exporter/test_parity.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tests: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    for name, (model_type, values, saved_as) in tests.ARCHITECTURES.items():
+        checkpoint = tests.synthesize(folder / name / "checkpoint", model_type, values, saved_as)
+        bundle = export(checkpoint, folder / name / "bundle", stages=2)
+        wanted = [Wanted(TENSORRT_RTX, PARITY_TARGET, precision) for precision in PRECISIONS]
+        outcomes = _build(bundle.path, wanted, Options())
+        for precision in PRECISIONS:
+            mine = [outcome for outcome in outcomes if outcome.wanted.precision == precision]
+            errors = [f"stage {outcome.stage}: {outcome.error}" for outcome in mine if outcome.error is not None]
+            records = [outcome.record for outcome in mine if outcome.record is not None]
+            yield Architecture(
+                name,
+                precision,
+                bundle.manifest.cached,
+                sum(record.plan.size_bytes for record in records),
+                sum(record.build_s for record in records),
+                errors[0] if errors else None,
+            )
+        shutil.rmtree(folder / name)
+
+
+def _build(path: Path, wanted: Sequence[Wanted], options: Options) -> list[Outcome]:
+    bundle = Bundle.open(path)
+    limit = bundle.manifest.max_positions or 2048
+    load = Load(length=min(128, limit), context=min(2048, limit))
+    return build(bundle, wanted, load, options, done=lambda outcome: print(".", end="", file=sys.stderr))
+
+
+def _copy(bundle: Path, to: Path) -> Path:
+    shutil.copytree(bundle, to, ignore=shutil.ignore_patterns("engines"))
+    return to
+
+
+def _change_one_weight(path: Path) -> tuple[str, int]:
+    """Change one element of a matrix that the last stage alone reads; its name, and that stage."""
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    last = len(manifest.stages) - 1
+    use = manifest.uses[manifest.stages[last].last_block + 1]
+    name = next(name for name in use.weights.values() if len(bundle.tensors[name].shape) == 2)
+    entry = bundle.tensors[name]
+    data = np.memmap(entry.file, np.uint8, "r+", entry.offset, (entry.size_bytes,))
+    data[1] ^= 1
+    data.flush()
+    file = entry.file.relative_to(path).as_posix()
+    files = tuple(file_entry(path, file) if listed.path == file else listed for listed in manifest.files)
+    write_manifest(path, manifest.model_copy(update={"files": files}))
+    return name, last
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="stageline-tensorrt-") as folder:
+        yield Path(folder)
+
+
+def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Sequence[Architecture]) -> str:
+    parts = []
+    if engines:
+        rows = [
+            [e.model, str(e.stage), e.target, e.precision, e.weights, human_bytes(e.plan_bytes), f"{e.build_s:.1f}"]
+            for e in engines
+        ]
+        head = ["model", "stage", "target", "precision", "weights", "engine", "build s"]
+        parts.append(table(head, rows))
+    parts += [
+        f"{a.model}: {a.engines} engines in {a.first_s:.0f} s; again: {a.built_second} built, {a.second_s:.1f} s; with "
+        f"{a.changed} of stage {a.of_stage} changed: {a.built_third} built for one target and precision, of stage "
+        f"{', '.join(map(str, a.stages_rebuilt))}"
+        for a in agains
+    ]
+    if architectures:
+        rows = [
+            [a.name, a.precision, "yes" if a.caches else "no", human_bytes(a.plan_bytes) if not a.error else "-",
+             f"{a.build_s:.1f}" if not a.error else "-", a.error or "builds"]
+            for a in architectures
+        ]  # fmt: skip
+        parts.append(table(["architecture", "precision", "caches", "engines", "build s", ""], rows))
+        refused = sum(a.error is not None for a in architectures)
+        parts.append(f"{len(architectures) - refused} of {len(architectures)} build")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Run what is asked for, print the tables, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["reference", "parity"], help="one half")
+    parser.add_argument("--json", type=Path, help="write the figures here; a half keeps the other half of the file")
+    arguments = parser.parse_args()
+    document: dict[str, Any] = {}
+    if arguments.json is not None and arguments.json.exists():
+        document = json.loads(arguments.json.read_text())
+    document["tensorrt_rtx"] = TENSORRT_RTX.version
+    engines: list[Engine] = []
+    agains: list[Again] = []
+    architectures: list[Architecture] = []
+    with _folder() as folder:
+        if arguments.only != "parity":
+            for name in ("minilm", "smollm2"):
+                more, again = reference(name, folder)
+                engines += more
+                agains.append(again)
+            document |= {"engines": [asdict(e) for e in engines], "again": [asdict(a) for a in agains]}
+        if arguments.only != "reference":
+            architectures = list(parity(folder))
+            document["architectures"] = [asdict(a) for a in architectures]
+    print("\n" + _show(engines, agains, architectures))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
