@@ -21,6 +21,8 @@ from stageline.runtime.tensorrt.records import Options
 from stageline.runtime.tensorrt.store import locked
 from stageline.runtime.tensorrt.targets import HERE, Gpu, check_target, gpu_here
 
+_LENGTH = 128  # tokens of a chunk of a prompt unless given
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -43,7 +45,9 @@ def build_command(
         FlavourName | None, typer.Option(help="Which TensorRT. Chosen by target and by what is installed unless given.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="The most rows of a micro-batch (models without a cache).")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a row, or of a chunk of a prompt.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row, or of a chunk of a prompt. Up to 128 unless given.")
+    ] = None,
     slots: Annotated[int, typer.Option(min=1, help="The most requests at a time (models with a cache).")] = 8,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of a cache row. Up to 2048 unless given.")] = None,
     stripped: Annotated[
@@ -69,12 +73,14 @@ def build_command(
 
     Example: stageline build minilm.bundle --target sm89 --target portable --precision fp16
     """
+    wanted = _wanted(target, _precisions(precision or ["fp16"]), flavour)
     opened = Bundle.open(bundle)
     limit = opened.manifest.max_positions
     for name, value in (("--length", length), ("--context", context)):
         if limit is not None and value is not None and value > limit:
             raise StagelineError(f"{name} is {value}, the model can place {limit} tokens; lower it")
-    load = Load(batch, length, slots, context or min(limit or DEFAULT_CAPACITY, DEFAULT_CAPACITY))
+    most = limit or DEFAULT_CAPACITY
+    load = Load(batch, length or min(most, _LENGTH), slots, context or min(most, DEFAULT_CAPACITY))
     options = Options(
         stripped=stripped,
         weight_streaming=weight_streaming,
@@ -82,7 +88,6 @@ def build_command(
         optimization_level=optimization_level,
         workspace_bytes=workspace_mb and workspace_mb * 2**20,
     )
-    wanted = _wanted(target, _precisions(precision or ["fp16"]), flavour)
     with _progress(len(wanted) * len(opened.manifest.stages)) as bar:
         outcomes = build(opened, wanted, load, options, jobs=jobs, progress=bar.step, done=bar.done)
     pruned = 0

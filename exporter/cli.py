@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from stageline.exporter import (
@@ -138,7 +138,17 @@ def inspect_command(bundle: BundleArgument, as_json: JsonOption = False) -> None
 @app.command("verify")
 def verify_command(
     bundle: BundleArgument,
-    against: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="The checkpoint it was exported from.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint it was exported from (onnxruntime).")
+    ] = None,
+    engine: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="What to verify.")] = "onnxruntime",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="tensorrt: of the engines; the last built, or fp16.")
+    ] = None,
+    emulated: Annotated[
+        bool, typer.Option("--emulated", help="tensorrt: run the lowered stages on processors, rounded as they say.")
+    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="With --emulated: every value inside the stages.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare each stage alone, and all together, with torch on fresh random inputs of ragged lengths.
@@ -146,8 +156,15 @@ def verify_command(
     The reference is transformers with eager attention in float32. Exits with 1 when an error is larger than 1e-4
     (float32), 1e-2 (float16) or 6e-2 (bfloat16) of the largest value that torch has for the same token.
 
+    With --engine tensorrt each stage's engine is compared with ONNX Runtime in float32: 9 of 10 tokens must be within
+    1e-3 (fp32), 1e-2 (fp16) or 6e-2 (bf16).
+
     Example: stageline verify minilm.bundle --against models/checkpoints/minilm
     """
+    if engine == "tensorrt":
+        _verify_tensorrt(bundle, precision, emulated, layers, as_json)
+    if against is None:
+        raise typer.BadParameter("give the checkpoint that the bundle was exported from", param_hint="--against")
     with _exporter():
         from stageline.exporter.verify import verify
     with _progress() as progress:
@@ -166,6 +183,35 @@ def verify_command(
         f"{told}\n{bundle} {verdict} ({done.dtype}: relative error up to {done.tolerance:.0e}; seed {done.seed})",
     )
     raise typer.Exit(0 if done.passed else 1)
+
+
+def _verify_tensorrt(
+    bundle: Path, precision: Literal["fp32", "fp16", "bf16"] | None, emulated: bool, layers: bool, as_json: bool
+) -> NoReturn:
+    from stageline.exporter.verify_tensorrt import TOLERANCE, verify_emulated, verify_engines
+
+    if layers and not emulated:
+        raise typer.BadParameter("values inside a stage are compared with --emulated only", param_hint="--layers")
+    seed = secrets.randbits(32)
+    with _progress() as progress:
+        if emulated:
+            done = verify_emulated(bundle, precision or "fp16", layers=layers, seed=seed, progress=progress)
+        else:
+            done = verify_engines(bundle, precision, seed=seed, progress=progress)
+    rows = [
+        [f"stage {c.stage}", c.value, c.precision, f"{c.median_error:.1e}", f"{c.p90_error:.1e}", f"{c.max_error:.1e}",
+         "" if c.inside else "ok" if c.passed else "FAILED"]
+        for c in done
+    ]  # fmt: skip
+    passed = all(c.passed for c in done)
+    told = show.table(["what", "value", "precision", "median", "9 of 10", "max", ""], rows)
+    tolerances = ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items())
+    _print(
+        as_json,
+        {"comparisons": [{**asdict(c), "passed": c.passed} for c in done], "passed": passed, "seed": seed},
+        f"{told}\n{bundle} {'agrees with' if passed else 'DIFFERS from'} ONNX Runtime ({tolerances}; seed {seed})",
+    )
+    raise typer.Exit(0 if passed else 1)
 
 
 @app.command("run")

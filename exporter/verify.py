@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from stageline.exporter import gguf, skeleton
+from stageline.exporter.inputs import random_inputs
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.models.sentence import pooling
@@ -24,11 +25,10 @@ from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
 from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.manifest import Manifest, TensorSpec
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.signature import BATCH, LENGTH, Signature
+from stageline.runtime.signature import Signature
 from torch.utils import _pytree
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
-_ROWS, _LENGTH = 5, 33
 
 
 @dataclass(frozen=True)
@@ -103,28 +103,6 @@ def verify(
     comparisons += [compare(None, spec, outputs[spec.name]) for spec in signature.outputs]
     lengths = () if mask is None else tuple(int(n) for n in mask.sum(axis=1))
     return Verification(manifest.dtype, tolerance, seed, lengths, tuple(comparisons))
-
-
-def random_inputs(manifest: Manifest, seed: int) -> dict[str, Array]:
-    """Inputs of the model: ragged rows of random tokens padded on the right (one full, one of one token), or noise."""
-    rng = np.random.default_rng(seed)
-    length = min(_LENGTH, manifest.max_positions or _LENGTH)
-    lengths = np.array([length, 1, *rng.integers(1, length + 1, _ROWS - 2)])
-    real = np.arange(length) < lengths[:, None]
-    pad = manifest.text.pad_id if manifest.text else 0
-    made: dict[str, Array] = {}
-    for spec in Signature.of(manifest).inputs:
-        shape = [{BATCH: _ROWS, LENGTH: length}[d] if isinstance(d, str) else d for d in spec.shape]
-        if spec.name == "attention_mask":
-            made[spec.name] = real.astype(np.int64)
-        elif spec.name == "input_ids":
-            ids = rng.integers(0, (manifest.vocabulary or 2) - 1, shape)
-            made[spec.name] = np.where(real, ids + (ids >= pad), pad)  # any token but the padding
-        elif spec.name == "token_type_ids":
-            made[spec.name] = np.where(real, rng.integers(0, 2, shape), 0)
-        else:
-            made[spec.name] = rng.standard_normal(shape, dtype=np.float32)
-    return made
 
 
 def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:

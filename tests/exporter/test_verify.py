@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from stageline.exporter.export import export
+from stageline.exporter.inputs import random_inputs
 from stageline.exporter.synthesize import synthesize
-from stageline.exporter.verify import random_inputs, verify
+from stageline.exporter.verify import verify
 from stageline.models.errors import ExportError
 from stageline.runtime.bundle import Bundle, file_entry, recut, write_manifest
 

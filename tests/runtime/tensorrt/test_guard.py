@@ -1,4 +1,4 @@
-"""No engine is handed out that was not built for this GPU, by this TensorRT, from this bundle, or that changed since."""
+"""No engine is handed out that was not built for this GPU, by this TensorRT, from this bundle, or was changed since."""
 
 from collections.abc import Callable
 from dataclasses import replace
