@@ -1,4 +1,4 @@
-"""A tiny bundle that generates, made without torch's help at test time where possible, and what TensorRT needs."""
+"""A tiny bundle that generates, and a way to change a weight of it."""
 
 import shutil
 from collections.abc import Callable

@@ -18,7 +18,10 @@ from stageline.runtime.tensorrt.records import EngineRecord, Options
 from stageline.runtime.tensorrt.report import Report
 from stageline.runtime.tensorrt.store import FOLDER, locked, read_engines
 
-pytestmark = pytest.mark.skipif(not TENSORRT_RTX.installed, reason="tensorrt-rtx is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not TENSORRT_RTX.installed, reason="tensorrt-rtx is not installed"),
+]
 LOAD = Load(batch=2, length=8, slots=2, context=16)
 SM89 = Wanted(TENSORRT_RTX, "sm89", "fp16")
 PORTABLE = Wanted(TENSORRT_RTX, "portable", "fp16")
