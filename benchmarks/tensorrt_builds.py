@@ -4,8 +4,8 @@
 
 The reference bundles (bundles/minilm, bundles/smollm2, made by `make demo`) are copied, cut into 2 stages and built
 for all targets and precisions; built again, which must build nothing; and, for the first target and precision, again
-after one weight was changed, which must build one stage. The architectures of tests/exporter/test_parity.py are made up, exported, and built in 2 stages;
-where TensorRT refuses one, the table has its reason. No GPU is needed.
+after one weight was changed, which must build one stage. The architectures of tests/exporter/test_parity.py are made
+up, exported, and built in 2 stages; where TensorRT refuses one, the table has its reason. No GPU is needed.
 """
 
 import argparse
@@ -179,8 +179,8 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
         parts.append(table(head, rows))
     parts += [
         f"{a.model}: {a.engines} engines in {a.first_s:.0f} s; again: {a.built_second} built, {a.second_s:.1f} s; with "
-        f"{a.changed} of stage {a.of_stage} changed: {a.built_third} built for {TARGETS[0]} in {PRECISIONS[0]}, of stage "
-        f"{', '.join(map(str, a.stages_rebuilt))}"
+        f"{a.changed} of stage {a.of_stage} changed: {a.built_third} built for {TARGETS[0]} in {PRECISIONS[0]}, of "
+        f"stage {', '.join(map(str, a.stages_rebuilt))}"
         for a in agains
     ]
     if architectures:
