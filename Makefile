@@ -59,7 +59,8 @@ types: $(VENV)/stamp
 	$(BIN)/mypy benchmarks examples
 
 pytest: checkpoints
-	$(BIN)/pytest -m 'not gpu' -n 2 --dist loadgroup
+	$(BIN)/pytest -m 'not gpu and not alone' -n 2 --dist loadgroup
+	$(BIN)/pytest -m alone
 
 bench: checkpoints
 	@mkdir -p benchmarks/results

@@ -1,5 +1,6 @@
 """The dashboard in a real browser: Debian's Chromium, driven by Playwright, on a store with real runs."""
 
+import itertools
 import re
 import shutil
 import socket
@@ -208,17 +209,18 @@ def test_timeline_tells_shapes_and_times_of_what_is_pointed_at(window: Callable[
     opened = window()
     opened.open("/timeline", "Timeline")
     chart = opened.page.locator("[data-testid=stVegaLiteChart]").first
-    chart.scroll_into_view_if_needed()
-    box = chart.bounding_box()
     tip = opened.page.locator("#vg-tooltip-element")
     told = ""
-    for share in (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7):
-        for height in (0.42, 0.5):
+    shares = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
+    end = time.monotonic() + 20  # the chart is drawn, and moves, while the page still loads
+    for share, height in itertools.cycle(itertools.product(shares, (0.42, 0.5))):
+        chart.scroll_into_view_if_needed()
+        if (box := chart.bounding_box()) is not None:
             opened.page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] * height)
-            opened.page.wait_for_timeout(60)
-            told = tip.inner_text() if tip.count() and tip.is_visible() else told
-            if "micro-batch" in told:
-                break
+            opened.page.wait_for_timeout(100)
+            told = tip.inner_text() if tip.count() and tip.is_visible() else ""
+        if "micro-batch" in told or time.monotonic() > end:
+            break
     assert re.search(r"\d+ × \d+ tokens", told)
     assert "took (ms)" in told
     assert "stage" in told

@@ -33,6 +33,7 @@ from stageline.runtime.route import route
 from stageline.runtime.serving import GRAPH_INPUTS
 from stageline.runtime.signature import Signature
 
+pytestmark = pytest.mark.alone
 WITHIN = 0.03
 T = TypeVar("T")
 

@@ -47,6 +47,7 @@ async def plain_load(url: str, arrivals_s: Sequence[float] | None, seconds: floa
         return len(latencies) / (time.monotonic() - began), statistics.median(latencies)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("arrivals_s", [None, [0.3 * number for number in range(5)]], ids=["closed", "open"])
 def test_an_independent_load_generator_agrees_within_5_percent(serve: Serve, arrivals_s: list[float] | None) -> None:
