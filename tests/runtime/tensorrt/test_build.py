@@ -2,6 +2,7 @@
 
 import hashlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def built(path: Path, *wanted: Wanted, options: Options | None = None, jobs: int
 def records(outcomes: list[Outcome]) -> list[EngineRecord]:
     assert [outcome.error for outcome in outcomes] == [None] * len(outcomes)
     return [outcome.record for outcome in outcomes if outcome.record is not None]
+
+
+@pytest.fixture(scope="module")
+def engines(llama_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `llama_bundle` with its engines for SM89; do not change it, copy it."""
+    path = shutil.copytree(llama_bundle, tmp_path_factory.mktemp("engines") / "bundle")
+    records(built(path, SM89))
+    return path
 
 
 def test_engines_are_built_once_and_a_changed_weight_builds_one_stage(
@@ -76,13 +85,15 @@ def test_a_stripped_engine_is_small_takes_its_weights_as_inputs_and_any_weights(
     assert not any(outcome.built for outcome in built(bundle, PORTABLE, options=Options(stripped=True)))
 
 
-def test_a_damaged_engine_is_built_again(bundle: Path) -> None:
+def test_a_damaged_engine_is_built_again(engines: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(engines, tmp_path / "bundle")
     (record, _) = records(built(bundle, SM89))
     (bundle / record.plan.path).write_bytes(b"not an engine")
     assert [(o.stage, o.built) for o in built(bundle, SM89)] == [(0, True), (1, False)]
 
 
-def test_engines_of_another_cut_are_stale_until_that_cut_comes_back(bundle: Path) -> None:
+def test_engines_of_another_cut_are_stale_until_that_cut_comes_back(engines: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(engines, tmp_path / "bundle")
     made = records(built(bundle, SM89))
     whole = recut(bundle, 1)
     with locked(bundle) as store:
