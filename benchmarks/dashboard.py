@@ -2,7 +2,8 @@
 
 The store holds 2,000 made-up runs, one of them with a million requests and one with 100,000 spans. A page is ready when
 its script has run and its charts are drawn: the first time in a browser that knows nothing of it, then in new tabs of
-that browser. Needs Chromium, as the browser tests do.
+that browser. Two bare Streamlit pages are opened the same way, a heading alone and a heading with one chart: that much
+of a page's time is Streamlit's own. Needs Chromium, as the browser tests do.
 """
 
 import argparse
@@ -10,11 +11,12 @@ import json
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,15 +132,26 @@ def filled(path: Path, runs: int, requests: int, spans: int) -> tuple[Store, Run
     return store, large, traced
 
 
-@contextmanager
-def dashboard(store: Path) -> Iterator[tuple[str, psutil.Process]]:
+def dashboard(store: Path) -> AbstractContextManager[tuple[str, psutil.Process]]:
     """The dashboard as a user starts it: its address and its process."""
+    return served(stageline("dashboard", "--store", str(store)), "--port")
+
+
+def bare(folder: Path, lines: Sequence[str]) -> AbstractContextManager[tuple[str, psutil.Process]]:
+    """A Streamlit page of these lines and nothing else: its address and its process."""
+    script = folder / "bare.py"
+    script.write_text("\n".join(["import streamlit as st", "st.title('Bare')", *lines]) + "\n")
+    options = ("--server.headless=true", "--browser.gatherUsageStats=false", "--server.fileWatcherType=none")
+    return served([sys.executable, "-m", "streamlit", "run", str(script), *options], "--server.port")
+
+
+@contextmanager
+def served(command: Sequence[str], port_option: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A command that serves pages, running: its address and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen(
-        stageline("dashboard", "--store", str(store), "--port", str(port)), stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, port_option, str(port)], stdout=subprocess.DEVNULL)
     try:
         for _ in range(300):
             with socket.socket() as probe:
@@ -172,6 +185,25 @@ def ready_s(context: Any, url: str) -> float:
         raise SystemExit(f"{url} shows an exception")
     page.close()
     return took
+
+
+BARE = {
+    "bare Streamlit, a heading": (),
+    "bare Streamlit, a heading and a chart": (
+        "import altair as alt, pandas as pd",
+        "st.altair_chart(alt.Chart(pd.DataFrame({'x': [1, 2], 'y': [1, 2]})).mark_line().encode(x='x', y='y'))",
+    ),
+}
+
+
+def timed(browser: Any, name: str, url: str, process: psutil.Process) -> dict[str, float]:
+    """Open a page in a new browser profile and print what it takes, first and later, and the server's memory."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})  # nothing cached
+    first, *later = (ready_s(context, url) for _ in range(ROUNDS))
+    context.close()
+    memory, median = process.memory_info().rss, statistics.median(later)
+    print(f"{name:46}{first:7.2f} s first{median:7.2f} s later{memory / 1e6:7.0f} MB", flush=True)
+    return {"first_s": first, "later_s": median, "server_bytes": memory}
 
 
 PICTURES = (
@@ -238,16 +270,15 @@ def main() -> None:
             "Environment": "/environment",
         }
         found: dict[str, Any] = {}
-        with dashboard(path) as (url, process), sync_playwright() as playwright:
+        with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-            before = process.memory_info().rss
-            for name, place in pages.items():
-                context = browser.new_context(viewport={"width": 1280, "height": 900})  # nothing cached
-                first, *later = (ready_s(context, url + place) for _ in range(ROUNDS))
-                context.close()
-                memory, median = process.memory_info().rss, statistics.median(later)
-                found[name] = {"first_s": first, "later_s": median, "server_bytes": memory}
-                print(f"{name:46}{first:7.2f} s first{median:7.2f} s later{memory / 1e6:7.0f} MB", flush=True)
+            for name, lines in BARE.items():
+                with bare(Path(scratch), lines) as (url, process):
+                    found[name] = timed(browser, name, url, process)
+            with dashboard(path) as (url, process):
+                before = process.memory_info().rss
+                for name, place in pages.items():
+                    found[name] = timed(browser, name, url + place, process)
             browser.close()
         result = {
             "runs": options.runs, "requests": options.requests, "spans": SPANS, "rounds": ROUNDS,

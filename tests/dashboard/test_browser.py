@@ -205,9 +205,12 @@ def test_two_runs_are_compared_by_their_link(window: Callable[..., Window], stor
     opened.check()
 
 
-def test_timeline_tells_shapes_and_times_of_what_is_pointed_at(window: Callable[..., Window]) -> None:
+def test_timeline_tells_shapes_and_times_of_what_is_pointed_at(
+    window: Callable[..., Window], filled_store: Path
+) -> None:
     opened = window()
-    opened.open("/timeline", "Timeline")
+    recorded = Store(filled_store).find("latest")  # of the store before pages added runs to their copy
+    opened.open(f"/timeline?run={recorded}", "Timeline")
     chart = opened.page.locator("[data-testid=stVegaLiteChart]").first
     tip = opened.page.locator("#vg-tooltip-element")
     told = ""
