@@ -205,31 +205,6 @@ def test_two_runs_are_compared_by_their_link(window: Callable[..., Window], stor
     opened.check()
 
 
-def test_timeline_tells_shapes_and_times_of_what_is_pointed_at(
-    window: Callable[..., Window], filled_store: Path
-) -> None:
-    opened = window()
-    recorded = Store(filled_store).find("latest")  # of the store before pages added runs to their copy
-    opened.open(f"/timeline?run={recorded}", "Timeline")
-    chart = opened.page.locator("[data-testid=stVegaLiteChart]").first
-    tip = opened.page.locator("#vg-tooltip-element")
-    told = ""
-    shares = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
-    end = time.monotonic() + 20  # the chart is drawn, and moves, while the page still loads
-    for share, height in itertools.cycle(itertools.product(shares, (0.42, 0.5))):
-        chart.scroll_into_view_if_needed()
-        if (box := chart.bounding_box()) is not None:
-            opened.page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] * height)
-            opened.page.wait_for_timeout(100)
-            told = tip.inner_text() if tip.count() and tip.is_visible() else ""
-        if "micro-batch" in told or time.monotonic() > end:
-            break
-    assert re.search(r"\d+ × \d+ tokens", told)
-    assert "took (ms)" in told
-    assert "stage" in told
-    opened.check()
-
-
 def test_plan_foretells_what_another_cut_gives(window: Callable[..., Window]) -> None:
     opened = window()
     opened.open("/plan?bundle=llama", "Plan")
@@ -257,6 +232,31 @@ def order(opened: Window, seconds: str) -> None:
         opened.settled()
     opened.await_text(f"--seconds {seconds} --repeats 2 --concurrency 2")
     opened.page.get_by_role("button", name="Start").click()
+
+
+def test_timeline_tells_shapes_and_times_of_what_is_pointed_at(
+    window: Callable[..., Window], filled_store: Path
+) -> None:
+    opened = window()
+    recorded = Store(filled_store).find("latest")  # of the store before pages added runs to their copy
+    opened.open(f"/timeline?run={recorded}", "Timeline")
+    chart = opened.page.locator("[data-testid=stVegaLiteChart]").first
+    tip = opened.page.locator("#vg-tooltip-element")
+    told = ""
+    shares = (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7)
+    end = time.monotonic() + 20  # the chart is drawn, and moves, while the page still loads
+    for share, height in itertools.cycle(itertools.product(shares, (0.42, 0.5))):
+        chart.scroll_into_view_if_needed()
+        if (box := chart.bounding_box()) is not None:
+            opened.page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] * height)
+            opened.page.wait_for_timeout(100)
+            told = tip.inner_text() if tip.count() and tip.is_visible() else ""
+        if "micro-batch" in told or time.monotonic() > end:
+            break
+    assert re.search(r"\d+ × \d+ tokens", told), opened.text()
+    assert "took (ms)" in told
+    assert "stage" in told
+    opened.check()
 
 
 def test_benchmark_runs_to_its_end_whoever_looks(window: Callable[..., Window], store: Path) -> None:
