@@ -3,9 +3,10 @@
     python benchmarks/tensorrt_builds.py --json benchmarks/results/tensorrt_builds.json
 
 The reference bundles (bundles/minilm, bundles/smollm2, made by `make demo`) are copied, cut into 2 stages and built
-for all targets and precisions; built again, which must build nothing; and, for the first target and precision, again
-after one weight was changed, which must build one stage. The architectures of tests/exporter/test_parity.py are made
-up, exported, and built in 2 stages; where TensorRT refuses one, the table has its reason. No GPU is needed.
+for all targets in fp16 and bf16, and for one with quantised weights; built again, which must build nothing; and, for
+the first target and precision, again after one weight was changed, which must build one stage. The architectures of
+tests/exporter/test_parity.py are made up, exported, and built in 2 stages for all targets; where TensorRT refuses one,
+the table has its reason. No GPU is needed.
 """
 
 import argparse
@@ -28,14 +29,13 @@ from stageline.runtime.bundle import Bundle, file_entry, recut, write_manifest
 from stageline.runtime.planning.planner import Load
 from stageline.runtime.tensorrt.build import Outcome, Wanted, build
 from stageline.runtime.tensorrt.flavour import TENSORRT_RTX
-from stageline.runtime.tensorrt.lower import Precision
+from stageline.runtime.tensorrt.lower import QUANTISED, Precision
 from stageline.runtime.tensorrt.records import Options
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("portable", "sm80", "sm89", "sm120")
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
-STRIPPED_TARGET = "sm89"
-PARITY_TARGET = "portable"
+STRIPPED_TARGET = QUANTISED_TARGET = "sm89"
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,11 @@ class Again:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of the parity list in one precision: bytes and seconds of all its stages, or TensorRT's
-    reason."""
+    """An architecture of the parity list for one target in one precision: bytes and seconds of all its stages, or
+    TensorRT's reason."""
 
     name: str
+    target: str
     precision: str
     caches: bool
     plan_bytes: int
@@ -91,11 +92,12 @@ def reference(name: str, folder: Path) -> tuple[list[Engine], Again]:
     second = _build(bundle, wanted, Options())
     second_s = time.perf_counter() - begin
     stripped = _build(bundle, [kind for kind in wanted if kind.target == STRIPPED_TARGET], Options(stripped=True))
+    quantised = _build(bundle, [Wanted(TENSORRT_RTX, QUANTISED_TARGET, kind) for kind in QUANTISED], Options())
     tensor, stage = _change_one_weight(bundle)
     third = [outcome for outcome in _build(bundle, wanted[:1], Options()) if outcome.built]
     rebuilt = tuple(sorted({outcome.stage for outcome in third}))
     built = sum(outcome.built for outcome in second)
-    engines = [_engine(name, outcome) for outcome in (*full, *stripped)]
+    engines = [_engine(name, outcome) for outcome in (*full, *stripped, *quantised)]
     return engines, Again(name, len(full), first_s, second_s, built, tensor, stage, rebuilt, len(third))
 
 
@@ -116,15 +118,16 @@ def parity(folder: Path) -> Iterator[Architecture]:
     for name, (model_type, values, saved_as) in tests.ARCHITECTURES.items():
         checkpoint = tests.synthesize(folder / name / "checkpoint", model_type, values, saved_as)
         bundle = export(checkpoint, folder / name / "bundle", stages=2)
-        wanted = [Wanted(TENSORRT_RTX, PARITY_TARGET, precision) for precision in PRECISIONS]
+        wanted = [Wanted(TENSORRT_RTX, target, precision) for target in TARGETS for precision in PRECISIONS]
         outcomes = _build(bundle.path, wanted, Options())
-        for precision in PRECISIONS:
-            mine = [outcome for outcome in outcomes if outcome.wanted.precision == precision]
+        for kind in wanted:
+            mine = [outcome for outcome in outcomes if outcome.wanted == kind]
             errors = [f"stage {outcome.stage}: {outcome.error}" for outcome in mine if outcome.error is not None]
             records = [outcome.record for outcome in mine if outcome.record is not None]
             yield Architecture(
                 name,
-                precision,
+                kind.target,
+                kind.precision,
                 bundle.manifest.cached,
                 sum(record.plan.size_bytes for record in records),
                 sum(record.build_s for record in records),
@@ -185,11 +188,12 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
     ]
     if architectures:
         rows = [
-            [a.name, a.precision, "yes" if a.caches else "no", human_bytes(a.plan_bytes) if not a.error else "-",
-             f"{a.build_s:.1f}" if not a.error else "-", a.error or "builds"]
+            [a.name, a.target, a.precision, "yes" if a.caches else "no",
+             human_bytes(a.plan_bytes) if not a.error else "-", f"{a.build_s:.1f}" if not a.error else "-",
+             a.error or "builds"]
             for a in architectures
         ]  # fmt: skip
-        parts.append(table(["architecture", "precision", "caches", "engines", "build s", ""], rows))
+        parts.append(table(["architecture", "target", "precision", "caches", "engines", "build s", ""], rows))
         refused = sum(a.error is not None for a in architectures)
         parts.append(f"{len(architectures) - refused} of {len(architectures)} build")
     return "\n\n".join(parts)

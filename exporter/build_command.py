@@ -38,7 +38,9 @@ def build_command(
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="P", help=f"{', '.join(PRECISIONS)}: what it computes in; fp16 unless given. Several: each."
+            metavar="P",
+            help="fp32, fp16 or bf16: what it computes in; int8, fp8 or int4: such weights, and computes in fp16. fp16 "
+            "unless given. Several: each.",
         ),
     ] = None,
     flavour: Annotated[

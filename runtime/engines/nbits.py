@@ -15,18 +15,19 @@ from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.engines.external import read_external
 
 BLOCK = 32
-_FEWEST = 1 << 14  # weights: smaller matrices stay as they are
-_MOST_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
+FEWEST = 1 << 14  # weights: smaller matrices stay as they are
+MOST_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
+_BITS = {"int4": 4, "int8": 8}
 
 
 def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
     """Lower `model`, whose activations are float32, in place and return it. EngineError where its weights are so many
     that one graph cannot hold them."""
-    bits = {"int4": 4, "int8": 8}[dtype]
+    bits = _BITS[dtype]
     made: dict[ir.Value, list[ir.Value]] = {}
     total = 0
     for node in list(model.graph):
-        found = _weight(node)
+        found = multiplied_weight(node, FEWEST)
         if found is None:
             continue
         weight, transposed = found
@@ -34,9 +35,9 @@ def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
             array = _values(weight)
             tensors = quantise(array if transposed else array.T, bits)
             total += sum(tensor.nbytes for tensor in tensors)
-            if total > _MOST_BYTES:
+            if total > MOST_BYTES:
                 raise EngineError(
-                    f"the {dtype} weights of one stage have more than {_MOST_BYTES / 1e9} GB; cut the bundle into more "
+                    f"the {dtype} weights of one stage have more than {MOST_BYTES / 1e9} GB; cut the bundle into more "
                     "stages: stageline recut BUNDLE --stages N"
                 )
             made[weight] = [_initializer(model.graph, f"{weight.name}.{dtype}.{i}", t) for i, t in enumerate(tensors)]
@@ -44,6 +45,11 @@ def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
     model.graph.opset_imports["com.microsoft"] = 1
     RemoveUnusedNodesPass()(model)
     return model
+
+
+def bytes_per_weight(dtype: WeightDtype) -> float:
+    """Bytes of a quantised weight, with its share of the scale and the zero point of its block."""
+    return (BLOCK * _BITS[dtype] + 32 + _BITS[dtype]) / 8 / BLOCK
 
 
 def quantise(weight: NDArray[np.float32], bits: int) -> list[NDArray[Any]]:
@@ -68,8 +74,9 @@ def quantise(weight: NDArray[np.float32], bits: int) -> list[NDArray[Any]]:
     return [values, scales, zeros]
 
 
-def _weight(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The initializer that the node multiplies its first input by, and whether it lies there as [N, K]."""
+def multiplied_weight(node: ir.Node, fewest: int = 1) -> tuple[ir.Value, bool] | None:
+    """The initializer of at least `fewest` elements that the node multiplies its first input by, and whether it lies
+    there as [N, K]."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain or node.inputs[0] is None or node.inputs[1] is None:
         return None
     plain = {"transA": 0, "alpha": 1.0, "beta": 1.0}
@@ -85,7 +92,7 @@ def _weight(node: ir.Node) -> tuple[ir.Value, bool] | None:
         value = source
     if not value.is_initializer() or value.const_value is None or len(value.const_value.shape) != 2:
         return None
-    return (value, transposed) if value.const_value.size >= _FEWEST else None
+    return (value, transposed) if value.const_value.size >= fewest else None
 
 
 def _values(weight: ir.Value) -> NDArray[np.float32]:

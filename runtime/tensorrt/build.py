@@ -19,7 +19,7 @@ from stageline.runtime.manifest import FileEntry
 from stageline.runtime.planning.planner import Load
 from stageline.runtime.tensorrt.flavour import Flavour
 from stageline.runtime.tensorrt.guard import is_current, weight_digests
-from stageline.runtime.tensorrt.lower import Lowered, Precision, lower
+from stageline.runtime.tensorrt.lower import QUANTISED, Lowered, Precision, lower
 from stageline.runtime.tensorrt.processes import Answer, Workers
 from stageline.runtime.tensorrt.profiles import narrowed, profiles_of
 from stageline.runtime.tensorrt.records import EngineRecord, Options, Profile
@@ -114,6 +114,11 @@ def check(wanted: Wanted, options: Options) -> None:
     flavour = wanted.flavour
     if wanted.precision == "bf16" and wanted.target == "sm75":
         raise EngineError("sm75 (Turing) does not compute in bf16; choose --precision fp16")
+    if options.stripped and wanted.precision in QUANTISED:
+        raise EngineError(
+            f"--stripped takes weights from the bundle as they are, and {wanted.precision} quantises them; leave it "
+            "out, or choose --precision fp16"
+        )
     if options.version_compatible and not flavour.version_compatible:
         raise EngineError(f"{flavour.title} builds no version-compatible engines: it has no lean runtime; leave it out")
 
@@ -140,7 +145,8 @@ def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Load, options: Options
             except EngineError as error:
                 result.append(Outcome(number, kind, None, False, str(error)))
                 continue
-            weights = None if options.stripped else digests(tuple(graph.weights))
+            sources = dict.fromkeys(str(weight.tensor.name) for weight in graph.weights.values())
+            weights = None if options.stripped else digests(tuple(sources))
             key = _key(kind, graph, weights, profiles, options)
             blocks = f"{stage.first_block:03}-{stage.last_block:03}"
             name = f"{FOLDER}/{blocks}.{kind.target}.{kind.precision}.{key[:8]}.plan"
@@ -325,7 +331,7 @@ def _timings(wanted: Wanted) -> str:
 
 def _at_a_time(todo: Sequence[_Job]) -> int:
     """How many builds fit the processors and the memory there is."""
-    sizes = [sum(w.tensor.size * w.dtype.numpy().itemsize for w in job.lowered.weights.values()) for job in todo]
+    sizes = [sum(weight.size_bytes for weight in job.lowered.weights.values()) for job in todo]
     most = _BASE_BYTES + _WEIGHTS_TIMES * max(sizes)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(allowed_cores()), len(todo), int(available // most)))

@@ -4,24 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass
-from stageline.runtime.engines.base import Array, StageFile
-from stageline.runtime.engines.external import read_external
+from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.float32 import has_halves, to_float32
 from stageline.runtime.engines.group_query import past_names, present_names
 from stageline.runtime.manifest import CacheSpec, TensorSpec
 from stageline.runtime.tensorrt.cache_attention import to_tensor_scatter
 from stageline.runtime.tensorrt.precision import fold_weight_casts, to_precision
+from stageline.runtime.tensorrt.quantise import Quantisation, to_quantised
+from stageline.runtime.tensorrt.weights import Weight, unread
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+"""int8, fp8 and int4 are those of weights; what is computed has float16."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-DTYPES: dict[Precision, ir.DataType] = {
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-}
+QUANTISED: tuple[Quantisation, ...] = get_args(Quantisation)
+
+
+def compute_dtype(precision: Precision) -> ir.DataType:
+    """The type of what is computed, and of caches."""
+    return {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}.get(precision, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Lowered:
     outputs (`past_names`, `present_names` of stageline.runtime.engines.group_query) in the precision's type.
 
     `proto` is the graph as ONNX bytes. `weights` are the names of the weights, their values wherever the bundle has
-    them: initializers without data, or inputs of a stripped graph.
+    them: initializers without data, or inputs of a stripped graph, which is never quantised.
     """
 
     proto: bytes
-    weights: Mapping[str, "Weight"]
+    weights: Mapping[str, Weight]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     caches: tuple[CacheSpec, ...]
@@ -48,33 +50,26 @@ class Lowered:
         )
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A tensor on disk and the type that the graph wants it in."""
-
-    tensor: ir.ExternalTensor
-    dtype: ir.DataType
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
-        return tuple(int(size) for size in self.tensor.shape.numpy())
-
-    def read(self) -> Array:
-        """The values, contiguous: mapped from the file where that has the same type, else converted."""
-        array = read_external(self.tensor)
-        if self.tensor.dtype == self.dtype:
-            return array
-        if self.dtype == ir.DataType.FLOAT16:  # what float16 cannot hold becomes the most that it can
-            array = np.clip(array.astype(np.float32), -65504, 65504)
-        return np.ascontiguousarray(array.astype(self.dtype.numpy()))
-
-
 def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool) -> Lowered:
     """Lower a stage of a bundle. Its caches hold `capacity` tokens a row; `stripped`: its weights are inputs.
 
     The result depends on the arguments and the stage's graph only. EngineError where the graph cannot be lowered.
     """
+    return _lower(stage, compute_dtype(precision), _quantisation(precision), capacity, stripped)
+
+
+def lower_exactly(stage: StageFile, precision: Precision, capacity: int) -> Lowered:
+    """The stage with the weights that `precision` gives it, computed in float32: what an engine is to come close to."""
+    return _lower(stage, ir.DataType.FLOAT, _quantisation(precision), capacity, stripped=False)
+
+
+def _quantisation(precision: Precision) -> Quantisation | None:
+    return next((kind for kind in QUANTISED if kind == precision), None)
+
+
+def _lower(
+    stage: StageFile, dtype: ir.DataType, quantisation: Quantisation | None, capacity: int, stripped: bool
+) -> Lowered:
     model = ir.load(stage.file)
     if has_halves(model):
         to_float32(model)
@@ -82,13 +77,13 @@ def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool)
     caches = to_tensor_scatter(model, capacity)
     IdentityEliminationPass()(model)
     state = {n for cache in caches for n in (*past_names(cache.name), *present_names(cache.name))}
-    if precision != "fp32":
-        to_precision(model, DTYPES[precision], state)
+    if dtype != ir.DataType.FLOAT:
+        to_precision(model, dtype, state)
     inputs = tuple(_spec(value) for value in model.graph.inputs if value.name not in state)
     outputs = tuple(_spec(value) for value in model.graph.outputs if value.name not in state)
-    weights = {}
+    weights = to_quantised(model, quantisation) if quantisation is not None else {}
     for name, value in list(model.graph.initializers.items()):
-        if isinstance(value.const_value, ir.ExternalTensor):
+        if isinstance(value.const_value, ir.ExternalTensor) and name not in weights:
             assert value.dtype is not None
             weights[name] = weight = Weight(value.const_value, value.dtype)
             if stripped:
@@ -96,8 +91,7 @@ def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool)
                 value.const_value = None
                 model.graph.inputs.append(value)
             else:
-                nowhere = ir.ExternalTensor("weights", 0, None, weight.dtype, shape=ir.Shape(weight.shape), name=name)
-                value.const_value = nowhere
+                value.const_value = unread(name, weight)
     return Lowered(ir.to_proto(model).SerializeToString(), weights, inputs, outputs, caches)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 from stageline.models.errors import EngineError
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.group_query import past_names
@@ -91,7 +93,12 @@ def build(
 
 
 def _read(lowered: Lowered) -> dict[str, Array]:
-    return {name: weight.read() for name, weight in lowered.weights.items()}
+    """The weights as TensorRT reads them: of 4 bits, two in a byte."""
+    read = {name: (weight.dtype, weight.read()) for name, weight in lowered.weights.items()}
+    return {
+        name: np.frombuffer(ir.tensor(array, dtype=dtype).tobytes(), np.uint8) if dtype.bitwidth < 8 else array
+        for name, (dtype, array) in read.items()
+    }
 
 
 def _pasts(cache: CacheSpec, capacity: int | None) -> Iterator[TensorSpec]:

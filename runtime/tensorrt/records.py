@@ -9,7 +9,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 from stageline.runtime.manifest import BundlePath, CacheSpec, FileEntry, Sha256, TensorSpec
 from stageline.runtime.tensorrt.flavour import FlavourName
-from stageline.runtime.tensorrt.lower import Precision
+from stageline.runtime.tensorrt.lower import Precision, compute_dtype
 
 VERSION = 1
 
@@ -93,7 +93,7 @@ class EngineRecord(_Data):
     @property
     def cache_dtype(self) -> str:
         """The NumPy name of the caches' type, or bfloat16."""
-        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.precision]
+        return str(compute_dtype(self.precision).numpy())
 
 
 class EnginesManifest(_Data):

@@ -12,8 +12,8 @@ from stageline.models.errors import EngineError
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.engines.base import Array
 from stageline.runtime.stitch import ir_dtype
-from stageline.runtime.tensorrt.lower import Weight
 from stageline.runtime.tensorrt.records import EngineRecord
+from stageline.runtime.tensorrt.weights import Weight
 
 
 def weights_of(record: EngineRecord, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Array]]:

@@ -84,7 +84,7 @@ def _report(
         layers=tuple(layers),
         kinds=dict(Counter(layer.kind for layer in layers).most_common()),
         dtypes=dict(Counter(dtype for layer in layers for dtype in layer.dtypes).most_common()),
-        weight_bytes=sum(weight.tensor.size * weight.dtype.numpy().itemsize for weight in lowered.weights.values()),
+        weight_bytes=sum(weight.size_bytes for weight in lowered.weights.values()),
         memory_bytes=memory,
         inputs=lowered.inputs,
         outputs=lowered.outputs,

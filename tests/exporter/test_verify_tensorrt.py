@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from stageline.exporter.cli import main
 from stageline.exporter.verify_tensorrt import compare, verify_emulated
+from stageline.runtime.tensorrt.lower import Precision
 from stageline.runtime.tensorrt.targets import gpu_here
 
 
@@ -24,9 +25,21 @@ def test_lowered_stages_agree_as_closely_as_their_precision_allows(
     assert precision == "fp32" or max(errors) > 0
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantised_stages_are_judged_by_their_own_weights_and_what_these_add_is_shown(
+    tiny_bundle: Path, precision: Precision
+) -> None:
+    done = verify_emulated(tiny_bundle, precision, layers=False, seed=1, progress=lambda step: None)
+    judged = {(c.stage, c.value): c for c in done if c.shown is None}
+    shown = {(c.stage, c.value): c for c in done if c.shown == "quantised"}
+    assert judged.keys() == shown.keys()
+    assert all(c.max_error < 1e-2 for c in judged.values())
+    assert max(c.median_error for c in shown.values()) > 2 * max(c.median_error for c in judged.values()) > 0
+
+
 def test_values_inside_are_shown_on_demand(tiny_bundle: Path) -> None:
     done = verify_emulated(tiny_bundle, "bf16", layers=True, seed=1, progress=lambda step: None)
-    inside = [c for c in done if c.inside]
+    inside = [c for c in done if c.shown == "inside"]
     assert len(inside) > 20
     assert all(c.passed for c in inside)
     assert 0 < max(c.median_error for c in inside) < 0.1
