@@ -1,7 +1,11 @@
-"""The stages of a pipeline while open: for each a device, a worker thread, its engine, an inbox of work.
+"""The stages of a pipeline while open: for each a device, its engine, an inbox of work, and the worker that does it.
 
 What is put into one inbox is done in the order it was put there, by the one thread that owns the engine. The work
 itself hands on to the next stage: the lanes know nothing of batches, requests or tokens.
+
+Stages on the same processors have one worker, which does first what is nearest to the end of the pipeline. Had each its
+own thread, the system would switch between them in the midst of runs, and now and then away from the one that holds
+Python's lock, for which the workers of all other processors then wait.
 
 On a GPU an engine's results are values that are not computed yet, and the worker goes on at once. What leaves the
 pipeline is waited for by another thread of the lane, the one that lands it.
@@ -19,6 +23,7 @@ from typing import TypeVar
 import numpy as np
 from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import Array, Device, HostCopy, Value
+from stageline.runtime.devices.cpu import CpuDevice
 from stageline.runtime.engines import Engine
 from stageline.runtime.trace import RUN_KINDS, Kind, Recorder, Traced
 
@@ -64,12 +69,16 @@ class StageStats:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A stage while open. Only its worker counts, by `ran` and `copied`; None in the inbox ends the worker."""
+    """A stage while open. Only its worker counts, by `ran` and `copied`.
+
+    `calls` is its worker's, which may have other lanes: True for each work in an inbox of theirs, False to end it.
+    """
 
     number: int
     stage: PipelineStage
     device: Device
-    inbox: "SimpleQueue[Work | None]" = field(default_factory=SimpleQueue)
+    calls: "SimpleQueue[bool]"
+    inbox: "SimpleQueue[Work]" = field(default_factory=SimpleQueue)
     opened: "Future[None]" = field(default_factory=Future)
     runs: int = 0
     busy_s: float = 0.0
@@ -139,18 +148,21 @@ class Lanes:
     def __init__(
         self, stages: Sequence[PipelineStage], threads: int | None, devices: Sequence[str] | None = None
     ) -> None:
-        """Open all stages, each on its own thread and on its own one of `devices`, by name (None: all on processors).
+        """Open all stages, each on its own one of `devices`, by name (None: all on processors).
 
         Those on processors share `threads` of them (None: all this process may use). EngineError if an engine does not
         open, or a device is not there.
         """
         opened = open_devices(devices or ["cpu"] * len(stages), threads)
-        self._lanes = [Lane(i, stage, device) for i, (stage, device) in enumerate(zip(stages, opened, strict=True))]
-        self._lock = threading.Lock()  # guards the next line
-        self._running = len(self._lanes)
-        self._workers = [
-            lane.device.start_worker(f"stage-{lane.number}", partial(self._serve, lane)) for lane in self._lanes
+        calls: dict[object, SimpleQueue[bool]] = {}
+        self._lanes = [
+            Lane(number, stage, device, calls.setdefault(_place(number, device), SimpleQueue()))
+            for number, (stage, device) in enumerate(zip(stages, opened, strict=True))
         ]
+        self._calls = tuple(calls.values())
+        self._lock = threading.Lock()  # guards the next line
+        self._running = len(self._calls)
+        self._workers = [self._started([lane for lane in self._lanes if lane.calls is one]) for one in self._calls]
         self._opened_at = perf_counter()
         self.recorder: Recorder | None = None
         try:
@@ -166,7 +178,9 @@ class Lanes:
 
     def put(self, stage: int, work: Work) -> None:
         """Queue work for a stage."""
-        self._lanes[stage].inbox.put(work)
+        lane = self._lanes[stage]
+        lane.inbox.put(work)
+        lane.calls.put(True)
 
     def ask(self, stage: int, question: "Callable[[Engine], Answer]") -> "Future[Answer]":
         """Queue something to be done with a stage's engine; the future has what it gives or raises."""
@@ -211,15 +225,19 @@ class Lanes:
 
         Returns when the workers have ended; a worker that calls it does not wait for itself.
         """
-        for lane in self._lanes:
-            lane.inbox.put(None)
+        for calls in self._calls:
+            calls.put(False)
         if not self.is_worker():
             for worker in self._workers:
                 worker.join()
 
-    def _serve(self, lane: Lane) -> None:
+    def _started(self, lanes: Sequence[Lane]) -> threading.Thread:
+        name = "-".join(["stage", *(str(lane.number) for lane in lanes)])
+        return lanes[0].device.start_worker(name, partial(self._serve, lanes))
+
+    def _serve(self, lanes: Sequence[Lane]) -> None:
         """A worker's life. The last to end closes the devices: until then the others may read what lies on them."""
-        _work(lane)
+        _work(lanes)
         with self._lock:
             self._running -= 1
             last = self._running == 0
@@ -235,18 +253,31 @@ def _stats(lane: Lane, open_s: float) -> StageStats:
     return StageStats(lane.device.name, lane.device.cores, lane.runs, busy_s, lane.copy_s, busy_s / open_s, amounts)
 
 
-def _work(lane: Lane) -> None:
+def _place(number: int, device: Device) -> object:
+    """What stages with one worker have in common: their processors. On a GPU each has a stream of its own."""
+    return device.cores if isinstance(device, CpuDevice) else number
+
+
+def _work(lanes: Sequence[Lane]) -> None:
+    engines: list[tuple[Lane, Engine]] = []
     try:
-        engine = lane.stage.open(lane.device)
+        for lane in lanes:
+            engine = lane.stage.open(lane.device)
+            engines.append((lane, engine))
+            lane.most_rows = getattr(engine, "most_rows", None)
+            lane.opened.set_result(None)
     except BaseException as error:
-        lane.opened.set_exception(error)
-        return
-    lane.most_rows = getattr(engine, "most_rows", None)
-    lane.opened.set_result(None)
-    for work in iter(lane.inbox.get, None):
-        work(lane, engine)
-        del work  # or what it holds would live until the next one comes
-    if lane.lander is not None:
-        lane.landing.put(None)
-        lane.lander.join()
-    engine.close()
+        for lane in lanes:
+            if not lane.opened.done():
+                lane.opened.set_exception(error)
+    else:
+        for _ in iter(lanes[0].calls.get, False):
+            lane, engine = next(one for one in reversed(engines) if not one[0].inbox.empty())
+            work = lane.inbox.get()
+            work(lane, engine)
+            del work  # or what it holds would live until the next one comes
+    for lane, engine in engines:
+        if lane.lander is not None:
+            lane.landing.put(None)
+            lane.lander.join()
+        engine.close()

@@ -1,6 +1,7 @@
 """A pipeline as discrete events: what it gives under a load, before it is built.
 
 Processors and links are servers with a queue each, first come, first served; a micro-batch goes through them in order.
+A processor of several stages does first what is nearest to the end of the pipeline, as the runtime's workers do.
 Processors that share memory slow each other down while they compute at the same time. Generation is driven by the
 runtime's own scheduler (`stageline.runtime.generation.scheduler`): the simulated stages run the steps that it issues.
 The same seed gives the same run.
@@ -172,8 +173,11 @@ class _Run:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = itertools.count(1)
         self.free_at: dict[str, float] = {}  # of a link, or the host: when all that came to it is done
-        self.queues: dict[int, deque[_Work]] = {stage.processor: deque() for stage in setting.stages}
-        self.running: dict[int, _Work] = {}  # by processor: the first of its queue
+        # By processor, and of that by stage, the last first:
+        self.queues: dict[int, dict[int, deque[_Work]]] = {stage.processor: {} for stage in setting.stages}
+        for number, stage in reversed(list(enumerate(setting.stages))):
+            self.queues[stage.processor][number] = deque()
+        self.running: dict[int, _Work] = {}  # by processor
         self.contended = any(stage.contention is not None for stage in setting.stages)
         self.busy_s = [0.0] * len(setting.stages)
         self.waits: list[float] = []
@@ -213,13 +217,12 @@ class _Run:
         last = stage + 1 == len(self.setting.stages)
         then = leave if last else partial(self.send, shape, leave, stage + 1)
         contention = here.contention(shape) if here.contention is not None else 0.0
-        queue = self.queues[here.processor]
-        queue.append(_Work(stage, copy_s + taken_s, copy_s, contention, then, self.now))
-        if len(queue) == 1:
+        self.queues[here.processor][stage].append(_Work(stage, copy_s + taken_s, copy_s, contention, then, self.now))
+        if here.processor not in self.running:
             self._begin(here.processor)
 
     def _begin(self, processor: int) -> None:
-        work = self.queues[processor][0]
+        work = next(queue for queue in self.queues[processor].values() if queue).popleft()
         work.began_s = work.paced_s = self.now
         if work.stage == 0:
             self.waits.append(self.now - work.came_s)
@@ -241,14 +244,14 @@ class _Run:
         work = self.running.get(processor)
         if work is None or work.event != self.event:
             return  # it was paced anew meanwhile
-        self.queues[processor].popleft()
         del self.running[processor]
         self.busy_s[work.stage] += self.now - work.began_s - work.copy_s
-        if self.queues[processor]:
-            self._begin(processor)
-        else:
-            self._pace(None)
-        work.then()
+        work.then()  # the next stage may be on this very processor
+        if processor not in self.running:
+            if any(self.queues[processor].values()):
+                self._begin(processor)
+            else:
+                self._pace(None)
 
     def serve(self, server: str, seconds: float) -> float:
         """When a link or the host that is asked now will be done, first come, first served."""

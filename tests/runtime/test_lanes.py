@@ -79,3 +79,44 @@ def test_an_engine_that_does_not_open_closes_the_others() -> None:
     with pytest.raises(EngineError, match="no"):
         Lanes([PipelineStage((), (), lambda device: opened), PipelineStage((), (), refuse)], threads=1)
     assert len(opened.closed_on) == 1
+
+
+def test_stages_on_one_processor_have_one_worker_which_does_first_what_is_nearest_to_the_end() -> None:
+    engines: list[Recorder] = []
+
+    def opened(device: Device) -> Recorder:
+        engines.append(Recorder())
+        return engines[-1]
+
+    lanes = Lanes([PipelineStage((), (), opened)] * 3, threads=1)
+    done: list[tuple[int, int]] = []
+    begin = threading.Event()
+
+    def go(number: int, lane: Lane, engine: Engine) -> None:
+        assert begin.wait(SECONDS)
+        assert engine is engines[lane.number]
+        done.append((lane.number, number))
+        if lane.number < 2:
+            lanes.put(lane.number + 1, lambda lane, engine: go(number, lane, engine))
+
+    for number in range(3):
+        lanes.put(0, lambda lane, engine, number=number: go(number, lane, engine))
+    begin.set()
+    while len(done) < 9:
+        time.sleep(0.001)
+    lanes.close()
+    assert done == [(stage, number) for number in range(3) for stage in range(3)]
+    assert len({engine.opened_on for engine in engines}) == 1
+    assert [len(engine.closed_on) for engine in engines] == [1, 1, 1]
+
+
+def test_an_engine_that_does_not_open_closes_those_its_worker_has_opened() -> None:
+    opened = Recorder()
+
+    def refuse(device: Device) -> Recorder:
+        raise EngineError("no")
+
+    stages = [PipelineStage((), (), lambda device: opened), PipelineStage((), (), refuse)]
+    with pytest.raises(EngineError, match="no"):
+        Lanes([*stages, stages[0]], threads=1)
+    assert len(opened.closed_on) == 1

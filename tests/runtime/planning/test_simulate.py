@@ -116,6 +116,12 @@ def test_stages_on_one_processor_take_turns() -> None:
     assert report.duration_s / 1000 == pytest.approx(0.02, rel=0.01)
 
 
+def test_a_processor_of_several_stages_does_first_what_is_nearest_to_the_end() -> None:
+    setting = Setting(tuple(SimulatedStage(lambda s: 0.01, 0) for _ in range(3)))
+    report = simulate_batches(setting, [BatchRequest(0.0, 1, 8)] * 4, 1)
+    assert report.latency.mean == pytest.approx((0.03 + 0.06 + 0.09 + 0.12) / 4)
+
+
 @pytest.mark.parametrize(("times", "pace_s"), [((0.01, 0.01), 0.015), ((0.01, 0.02), 0.025), ((0.005, 0.02), 0.0225)])
 def test_processors_that_share_memory_slow_each_other_down_while_both_compute(
     times: tuple[float, float], pace_s: float
