@@ -16,7 +16,8 @@ the routes through them and the window of a request are its `_Way`.
 
 Each stage has an inbox. A worker takes a micro-batch from its inbox, runs its engine on it and puts it into the inbox
 of the next stage: it alone owns the micro-batch in between. At most WINDOW micro-batches for each stage are under way
-between the first stage and the last, so that a slow stage does not gather the activations of the whole queue.
+between the inbox of the first stage and the end of the last, so that a slow stage does not gather the activations of
+the whole queue.
 """
 
 import asyncio
@@ -26,7 +27,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from queue import SimpleQueue
 from time import perf_counter
 
 from stageline.models.errors import EngineError, RequestError, StagelineError
@@ -38,6 +38,7 @@ from stageline.runtime.route import Step, route
 from stageline.runtime.signature import LENGTH, Signature
 from stageline.runtime.slots import Slots
 from stageline.runtime.trace import Kind
+from stageline.runtime.window import Window
 
 WINDOW = 2  # micro-batches a stage: one that runs and one that is next
 
@@ -60,17 +61,10 @@ class _Way:
 
     lanes: Lanes
     names: list[tuple[tuple[str, ...], tuple[str, ...]]]
+    window: "Window[_MicroBatch]"
     routes: dict[tuple[str, ...], tuple[Step, ...]] = field(default_factory=dict)
-    window: SimpleQueue[None] = field(default_factory=SimpleQueue)
     unsettled: int = 0
     left: "Future[None] | None" = None
-
-    @classmethod
-    def through(cls, lanes: Lanes, stages: Sequence[PipelineStage]) -> "_Way":
-        way = cls(lanes, [(stage.inputs, stage.outputs) for stage in stages])
-        for _ in range(WINDOW * len(stages)):
-            way.window.put(None)
-        return way
 
     def route(self, signature: Signature, outputs: tuple[str, ...]) -> tuple[Step, ...]:
         if outputs not in self.routes:
@@ -125,7 +119,7 @@ class Batches:
         micro_batch: int | None,
     ) -> None:
         self.signature = signature
-        self._way = _Way.through(lanes, stages)
+        self._way = self._through(lanes, stages)
         self._micro_batch = micro_batch
         self._slots = Slots(queue)
         self._lock = threading.Lock()  # guards the next three lines, and the way
@@ -153,7 +147,7 @@ class Batches:
         be closed."""
         left: Future[None] = Future()
         with self._lock:
-            old, self._way = self._way, _Way.through(lanes, stages)
+            old, self._way = self._way, self._through(lanes, stages)
             old.left, empty = left, not old.unsettled
         if empty:
             _leave(old)
@@ -174,7 +168,6 @@ class Batches:
             self._slots.close("the pipeline is closed")
             for future in unsettled:
                 self._settle(future, RequestError("the pipeline was closed before this request was finished"))
-            self._way.window.put(None)  # for a first stage that waits while the others have ended already
 
     # Into the queue, on the submitter's thread.
 
@@ -201,7 +194,11 @@ class Batches:
                 request.number, request.submitted_s = next(self._request_numbers), submitted_s
                 for batch in batches:
                     batch.number = next(self._batch_numbers)
-                    self._put(request.steps[0].stage, batch)
+                    batch.in_window = request.steps[0].stage == 0
+                    if batch.in_window:
+                        way.window.enter(batch)
+                    else:
+                        self._put(request.steps[0].stage, batch)
                 break
         # Last, since it is called at once where the future is done.
         request.future.add_done_callback(self._drop_if_cancelled)
@@ -218,14 +215,15 @@ class Batches:
 
     # Through the stages, on their workers' threads.
 
+    def _through(self, lanes: Lanes, stages: Sequence[PipelineStage]) -> _Way:
+        names = [(stage.inputs, stage.outputs) for stage in stages]
+        return _Way(lanes, names, Window(WINDOW * len(stages), partial(self._put, 0)))
+
     def _put(self, stage: int, batch: _MicroBatch) -> None:
         batch.request.way.lanes.put(stage, partial(self._advance, batch))
 
     def _advance(self, batch: _MicroBatch, lane: Lane, engine: Engine) -> None:
         """Run a micro-batch through this stage, then hand it on or retire it."""
-        if lane.number == 0:
-            batch.request.way.window.get()
-            batch.in_window = True
         request = batch.request
         handed_on = False
         if not request.future.done():
@@ -235,7 +233,7 @@ class Batches:
             except BaseException as error:  # whatever an engine raises, the worker lives on
                 self._settle(request.future, _failure(lane, batch, error))
         if batch.in_window and not handed_on:
-            request.way.window.put(None)
+            request.way.window.leave()
 
     def _step(self, lane: Lane, engine: Engine, batch: _MicroBatch) -> bool:
         """Run the engine. True if the micro-batch went on, to another stage or to land; it is no longer ours then."""
@@ -268,7 +266,7 @@ class Batches:
         except BaseException as error:
             self._settle(request.future, _failure(lane, batch, error))
         if batch.in_window:
-            request.way.window.put(None)
+            request.way.window.leave()
 
     def _settle(self, future: "Future[dict[str, Array]]", end: dict[str, Array] | StagelineError) -> None:
         """End a request with its outputs or its error, unless it has ended already; a cancelled one stays cancelled."""
@@ -302,7 +300,6 @@ class Batches:
 
 def _leave(way: _Way) -> None:
     assert way.left is not None
-    way.window.put(None)  # for a first stage that waits, with what was cancelled, while the others have ended already
     way.left.set_result(None)
 
 
