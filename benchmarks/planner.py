@@ -9,10 +9,10 @@ It runs in parts of at most some minutes. What they find is kept in the JSON fil
 
 Batches are submitted all at once; of generation, the requests come at random times at parts of what the pipeline does
 when all come at once, and the prediction is simulated with the runtime's own scheduler. Predictions come from the
-profile alone. Beside each cut a reference is timed again: how much slower it is than beside the profile is the drift of
-the machine, and no fault of the prediction. Each case waits until others take less than a tenth of a processor;
-what they disturb nevertheless is measured again, up to twice, and if that does not help left out of the summary. With
-`--more` a part measures only the cuts that are missing from the JSON file or were disturbed.
+profile alone. In each round of a case a reference is timed as well: how much slower it is than beside the profile is
+the drift of the machine, and no fault of the prediction. Each case waits until others take less than a tenth of a
+processor; what they disturb nevertheless is measured again, up to twice, and if that does not help left out of the
+summary. With `--more` a part measures only the cuts that are missing from the JSON file or were disturbed.
 
     python benchmarks/planner.py bundles/minilm bundles/smollm2 --json benchmarks/results/planner.json
     python benchmarks/planner.py bundles/smollm2 --part profile:1 --part poisson:2 --json planner.json
@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -56,7 +56,7 @@ PARTS = {  # threads of a stage
 }  # fmt: skip
 RUN_S = 0.4  # about how long a batch run takes
 ROUNDS = 5  # batch runs of a case: the median counts
-REFERENCE_S, REFERENCE_RUNS = 1.0, 3  # at least
+REFERENCE_S, REFERENCE_RUNS, SHORT_REFERENCE_S = 1.0, 3, 0.2  # at least
 CALM, MOST_WAITS_S = 0.1, 20  # of a processor; before a case
 LOADS = (0.5, 0.8, 0.95)  # of the capacity
 SLOTS, CAPACITY, CHUNK, PROMPT, OUTPUT = 8, 256, 64, 40, 24
@@ -108,18 +108,21 @@ class Bench:
         """What the reference takes now, over what it took beside the profile."""
         return self._reference_s() / self._before_s
 
+    def slower(self) -> float:
+        """The same from few runs, as often as there are rounds of a case."""
+        return self._runs_s(SHORT_REFERENCE_S, 1) / self._before_s
+
     def _reference_s(self) -> float:
+        return undisturbed(partial(self._runs_s, REFERENCE_S, REFERENCE_RUNS))[0]
+
+    def _runs_s(self, least_s: float, fewest: int) -> float:
         feed = self.feed(*REFERENCE)
-
-        def runs() -> float:
-            taken: list[float] = []
-            while sum(taken) < REFERENCE_S or len(taken) < REFERENCE_RUNS:
-                began = perf_counter()
-                self._reference.run(feed)
-                taken.append(perf_counter() - began)
-            return statistics.median(taken)
-
-        return undisturbed(runs)[0]
+        taken: list[float] = []
+        while sum(taken) < least_s or len(taken) < fewest:
+            began = perf_counter()
+            self._reference.run(feed)
+            taken.append(perf_counter() - began)
+        return statistics.median(taken)
 
     def feed(self, rows: int, tokens: int) -> dict[str, Any]:
         """A batch of random tokens."""
@@ -166,8 +169,6 @@ def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iter
     for counts in chosen:
         recut(bench.path, counts)
         setting = bench.setting(counts, threads)
-        wait_for_calm()
-        drift = bench.drift()
         with Pipeline.open(bench.path, threads=threads, queue=512) as pipeline:
             for rows, tokens in DECODER_SHAPES if bench.bundle.manifest.cached else ENCODER_SHAPES:
                 request = BatchRequest(0.0, rows, tokens)
@@ -175,7 +176,7 @@ def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iter
                 count = max(4, min(400, round(RUN_S / lone_s * len(counts))))
                 told_s = simulate_batches(setting, [request] * count).duration_s
                 wait_for_calm()
-                real_s, others = _batches_s(pipeline, bench.feed(rows, tokens), count)
+                real_s, drift, others = _batches_s(bench, pipeline, bench.feed(rows, tokens), count)
                 case = {
                     "layers": counts, "threads": threads, "rows": rows, "tokens": tokens,
                     "predicted_per_s": count / told_s, "measured_per_s": count / real_s,
@@ -190,8 +191,9 @@ def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iter
                 yield case
 
 
-def _batches_s(pipeline: Pipeline, feed: dict[str, Any], count: int) -> tuple[float, float]:
-    """What so many batches take when they are submitted at once, and the share of a processor that others took."""
+def _batches_s(bench: Bench, pipeline: Pipeline, feed: dict[str, Any], count: int) -> tuple[float, float, float]:
+    """What so many batches take when they are submitted at once, the drift of the machine meanwhile, and the share of a
+    processor that others took."""
 
     def run() -> float:
         began = perf_counter()
@@ -200,8 +202,9 @@ def _batches_s(pipeline: Pipeline, feed: dict[str, Any], count: int) -> tuple[fl
         return perf_counter() - began
 
     pipeline.run(feed)
-    taken, others = zip(*(undisturbed(run) for _ in range(ROUNDS)), strict=True)
-    return statistics.median(taken), statistics.median(others)
+    drifts, found = zip(*((bench.slower(), undisturbed(run)) for _ in range(ROUNDS)), strict=True)
+    taken, others = zip(*found, strict=True)
+    return statistics.median(taken), statistics.median(drifts), statistics.median(others)
 
 
 def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str, Any]]:
