@@ -62,21 +62,39 @@ class Table:
 
 
 def first_window(table: Table) -> tuple[float, float]:
-    """What to look at first: some micro-batches from the middle, where the pipeline is full."""
-    numbers = np.unique(table.micro_batch)
-    middle = numbers[max(0, len(numbers) // 2 - _FIRST_MICRO_BATCHES // 2) :][:_FIRST_MICRO_BATCHES]
-    chosen = np.isin(table.micro_batch, middle)
+    """What to look at first: some micro-batches that followed each other, near the middle, where the pipeline is full.
+
+    The middle itself may lie between two repeats, with the turns of other contenders in it, or where the recorder
+    dropped micro-batches: of all stretches of as many micro-batches those count that took no longer than half of them.
+    """
+    numbers, begins, ends = _micro_batches(table)
+    many = min(_FIRST_MICRO_BATCHES, len(numbers))
+    first = np.arange(len(numbers) - many + 1)
+    last = first + many - 1
+    took = np.maximum.accumulate(ends)[last] - begins[first]
+    whole = np.flatnonzero(numbers[last] - numbers[first] == many - 1)
+    known = whole if len(whole) else first
+    usual = known[took[known] <= np.median(took[known])]
+    start = usual[np.argmin(np.abs(usual - len(first) // 2))]
+    chosen = np.isin(table.micro_batch, numbers[start : start + many])
     return float(table.began_s[chosen].min()), float(table.ended_s[chosen].max())
+
+
+def _micro_batches(table: Table) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
+    """The numbers of the micro-batches, when the first span of each began, and when its last ended."""
+    order = np.argsort(table.micro_batch, kind="stable")
+    numbers, first = np.unique(table.micro_batch[order], return_index=True)
+    if not len(numbers):
+        return numbers, np.zeros(0), np.zeros(0)
+    begins, ends = table.began_s[order], table.ended_s[order]
+    return numbers, np.minimum.reduceat(begins, first), np.maximum.reduceat(ends, first)
 
 
 def under_way(table: Table) -> list[tuple[float, float]]:
     """When any micro-batch was between the beginning of its first span and the end of its last."""
-    order = np.argsort(table.micro_batch, kind="stable")
-    numbers, first = np.unique(table.micro_batch[order], return_index=True)
-    if not len(numbers):
+    _, begins, ends = _micro_batches(table)
+    if not len(begins):
         return []
-    begins = np.minimum.reduceat(table.began_s[order], first)
-    ends = np.maximum.reduceat(table.ended_s[order], first)
     by_time = np.argsort(begins, kind="stable")
     begins, ends = begins[by_time], np.maximum.accumulate(ends[by_time])
     breaks = np.flatnonzero(begins[1:] > ends[:-1]) + 1

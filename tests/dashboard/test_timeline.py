@@ -89,3 +89,28 @@ def test_a_window_holds_what_lies_in_it_and_no_more_than_can_be_drawn() -> None:
     assert (len(rows), more) == (timeline.MOST_SPANS, True)
     low, high = timeline.first_window(found)
     assert 0 < low < high < 5.0
+
+
+def steady(numbers: range, at_s: float, batch_s: float = 2e-3) -> list[Span]:
+    """Micro-batches of these numbers through one stage, one after the other from `at_s` on."""
+    return [
+        Span(0, "decode", n, at_s + place * batch_s, at_s + (place + 1) * batch_s, 1, 1, ())
+        for place, n in enumerate(numbers)
+    ]
+
+
+def test_the_first_window_lies_within_one_repeat_not_in_the_pause_between_two() -> None:
+    found = Table.of(Timeline((*steady(range(100), 0.0), *steady(range(100, 200), 5.0))))
+    low, high = timeline.first_window(found)
+    assert high - low == pytest.approx(40 * 2e-3)
+    assert len(timeline.span_rows(found, low, high)[0]) == 40
+
+
+def test_the_first_window_shows_micro_batches_between_which_nothing_was_dropped() -> None:
+    kept = [span for n in range(0, 64 * 16, 128) for span in steady(range(n, n + 64), n * 2e-3)]
+    low, high = timeline.first_window(Table.of(Timeline(tuple(kept))))
+    assert high - low == pytest.approx(40 * 2e-3)
+
+
+def test_a_recording_shorter_than_the_first_window_is_shown_whole() -> None:
+    assert timeline.first_window(Table.of(Timeline(tuple(steady(range(3), 1.0))))) == pytest.approx((1.0, 1.006))
