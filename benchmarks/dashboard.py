@@ -8,15 +8,13 @@ of a page's time is Streamlit's own. Needs Chromium, as the browser tests do.
 
 import argparse
 import json
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +41,10 @@ from stageline.runtime.bench.records import (
 from stageline.runtime.bench.store import Store
 from stageline.runtime.trace import Span
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+from chromium import READY, launched, served  # as the browser tests do
+
 RUNS, REQUESTS, SPANS, ROUNDS = 2000, 1_000_000, 100_000, 5
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 LOADS = (Load("SingleStream", 1), *(Load("Concurrency", n) for n in (2, 4, 8)), Load("Server", rate_per_s=20.0))
 
 
@@ -132,46 +128,17 @@ def filled(path: Path, runs: int, requests: int, spans: int) -> tuple[Store, Run
     return store, large, traced
 
 
-def dashboard(store: Path) -> AbstractContextManager[tuple[str, psutil.Process]]:
-    """The dashboard as a user starts it: its address and its process."""
-    return served(stageline("dashboard", "--store", str(store)), "--port")
+def dashboard(store: Path) -> AbstractContextManager[tuple[str, int]]:
+    """The dashboard as a user starts it: its address and its process id."""
+    return served(stageline("dashboard", "--store", str(store)))
 
 
-def bare(folder: Path, lines: Sequence[str]) -> AbstractContextManager[tuple[str, psutil.Process]]:
-    """A Streamlit page of these lines and nothing else: its address and its process."""
+def bare(folder: Path, lines: Sequence[str]) -> AbstractContextManager[tuple[str, int]]:
+    """A Streamlit page of these lines and nothing else: its address and its process id."""
     script = folder / "bare.py"
     script.write_text("\n".join(["import streamlit as st", "st.title('Bare')", *lines]) + "\n")
     options = ("--server.headless=true", "--browser.gatherUsageStats=false", "--server.fileWatcherType=none")
     return served([sys.executable, "-m", "streamlit", "run", str(script), *options], "--server.port")
-
-
-@contextmanager
-def served(command: Sequence[str], port_option: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A command that serves pages, running: its address and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([*command, port_option, str(port)], stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-READY = """() => {
-  const app = document.querySelector('[data-test-script-state]');
-  const charts = [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')];
-  return app && app.getAttribute('data-test-script-state') === 'notRunning'
-    && document.querySelector('[data-testid="stMain"] h1') !== null
-    && document.querySelectorAll('[data-testid="stSkeleton"], [data-testid="stAppSkeleton"]').length === 0
-    && charts.every(one => one.querySelector('canvas, svg.marks') !== null);
-}"""
 
 
 def ready_s(context: Any, url: str) -> float:
@@ -196,12 +163,12 @@ BARE = {
 }
 
 
-def timed(browser: Any, name: str, url: str, process: psutil.Process) -> dict[str, float]:
+def timed(browser: Any, name: str, url: str, process_id: int) -> dict[str, float]:
     """Open a page in a new browser profile and print what it takes, first and later, and the server's memory."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})  # nothing cached
     first, *later = (ready_s(context, url) for _ in range(ROUNDS))
     context.close()
-    memory, median = process.memory_info().rss, statistics.median(later)
+    memory, median = psutil.Process(process_id).memory_info().rss, statistics.median(later)
     print(f"{name:46}{first:7.2f} s first{median:7.2f} s later{memory / 1e6:7.0f} MB", flush=True)
     return {"first_s": first, "later_s": median, "server_bytes": memory}
 
@@ -223,7 +190,7 @@ def pictures(store: Path, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     with dashboard(store) as (url, _), sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        browser = launched(playwright)
         for name, place, width, height, theme in PICTURES:
             context = browser.new_context(
                 viewport={"width": width, "height": height}, color_scheme="dark" if theme == "dark" else "light"
@@ -271,14 +238,14 @@ def main() -> None:
         }
         found: dict[str, Any] = {}
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+            browser = launched(playwright)
             for name, lines in BARE.items():
-                with bare(Path(scratch), lines) as (url, process):
-                    found[name] = timed(browser, name, url, process)
-            with dashboard(path) as (url, process):
-                before = process.memory_info().rss
+                with bare(Path(scratch), lines) as (url, process_id):
+                    found[name] = timed(browser, name, url, process_id)
+            with dashboard(path) as (url, process_id):
+                before = psutil.Process(process_id).memory_info().rss
                 for name, place in pages.items():
-                    found[name] = timed(browser, name, url + place, process)
+                    found[name] = timed(browser, name, url + place, process_id)
             browser.close()
         result = {
             "runs": options.runs, "requests": options.requests, "spans": SPANS, "rounds": ROUNDS,
