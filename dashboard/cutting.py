@@ -57,14 +57,15 @@ def most_stages(manifest: Manifest, place: str, load_: Load) -> int:
 
 
 def planner_for(bundle: Bundle, place: str, stages: int, load_: Load, profile: Profile | None) -> Planner:
-    """Plans for `stages` equal devices at `place`; on this machine each has as many processors as were profiled."""
+    """Plans for `stages` equal devices at `place`; on this machine with as many processors for each, and with such
+    weights, as were profiled."""
     if place != THIS_MACHINE:
         cluster = parse_devices(f"{stages}x{place}")
         known = catalogue()[place].tflops
         dtype = bundle.manifest.dtype if bundle.manifest.dtype in known else "float16"
         return Planner(bundle, cluster, load_, dtype)
     assert profile is not None
-    return Planner(bundle, _processors(stages, profile), load_, profile=profile)
+    return Planner(bundle, _processors(stages, profile), load_, profile.machine.weights or "float32", profile=profile)
 
 
 def _processors(stages: int, profile: Profile) -> Cluster:

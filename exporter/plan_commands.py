@@ -11,9 +11,10 @@ import typer
 from stageline.exporter.show import human_bytes, table
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines import WeightDtype
 from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster
 from stageline.runtime.planning.measuring import measure
-from stageline.runtime.planning.planner import Answer, Load, Planner, device_names
+from stageline.runtime.planning.planner import Answer, Load, Planner, device_names, weights_of
 from stageline.runtime.planning.problem import Objective
 from stageline.runtime.planning.profile import Machine, Profile, load, save
 from stageline.runtime.planning.simulate import (
@@ -41,14 +42,25 @@ def register(app: typer.Typer) -> None:
 def profile_command(
     bundle: BundleArgument,
     threads: Annotated[str, typer.Option(metavar="N,N", help="Numbers of threads to measure.")] = "1,2",
+    weights: Annotated[
+        WeightDtype | None,
+        typer.Option(help="Quantise matrix products, as a pipeline opened so does. As they are unless given."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a bundle's parts on this machine and store the times in the bundle, for `stageline plan`.
 
+    Times with other --weights are stored beside those that are there.
+
     Example: stageline profile minilm.bundle
     """
     opened = Bundle.open(bundle)
-    profile = measure(opened, _numbers(threads, "--threads"), progress=lambda step: print(step, file=sys.stderr))
+    profile = measure(
+        opened,
+        _numbers(threads, "--threads"),
+        progress=lambda step: print(step, file=sys.stderr),
+        weights=weights,
+    )
     file = save(opened, profile)
     if as_json:
         print(profile.model_dump_json(indent=2))
@@ -75,7 +87,8 @@ def plan_command(
     slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time (models with a cache).")] = 8,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of a cache row.")] = None,
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16", "int8"] | None, typer.Option(help="Of the weights on the devices.")
+        Literal["float32", "float16", "bfloat16", "int8", "int4"] | None,
+        typer.Option(help="Of the weights on the devices; cpu: int8, int4 as `stageline profile --weights` measured."),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="The most devices that may share one stage.")] = 1,
     overlap: Annotated[bool, typer.Option(help="Whether devices copy while they compute.")] = True,
@@ -93,7 +106,8 @@ def plan_command(
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     found = read_cluster(cluster) if cluster is not None else parse_devices(str(devices))
-    profile, warning = _profile(opened, found)
+    kept = dtype or ("float32" if found.local else manifest.dtype)
+    profile, warning = _profile(opened, found, kept)
     if profile is not None and devices is not None:
         found = parse_devices(devices, profile.handover_s)
     for limit in [manifest.max_positions] if manifest.max_positions else []:
@@ -104,7 +118,7 @@ def plan_command(
         opened,
         found,
         Load(batch, length, slots, room),
-        dtype or ("float32" if found.local else manifest.dtype),
+        kept,
         overlap,
         profile,
         tuple(_numbers(layers, "--layers")) if layers is not None else None,
@@ -216,9 +230,9 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _profile(bundle: Bundle, cluster: Cluster) -> tuple[Profile | None, str | None]:
+def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[Profile | None, str | None]:
     """The profile that processors of this machine need, and its warning."""
-    return load(bundle.path, Machine.here()) if cluster.local else (None, None)
+    return load(bundle.path, Machine.here(weights_of(dtype))) if cluster.local else (None, None)
 
 
 def _sizes(

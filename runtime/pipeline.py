@@ -189,7 +189,8 @@ class Pipeline:
             from stageline.runtime.rebalance.rebalancer import Rebalancer  # imports the planner
 
             past = cache.capacity // 4 if cache is not None else 0
-            pipeline._rebalancer = Rebalancer(pipeline._serving, past, pipeline.recut if rebalance == "auto" else None)
+            recut = pipeline.recut if rebalance == "auto" else None
+            pipeline._rebalancer = Rebalancer(pipeline._serving, past, recut, weights=weights)
         return pipeline
 
     # Batches.

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.models.tensors import TensorEntry
+from stageline.runtime.engines.base import WeightDtype
+from stageline.runtime.engines.nbits import FEWEST, bytes_per_weight
 from stageline.runtime.manifest import Manifest, TensorSpec
 from stageline.runtime.stitch import Plan, ir_dtype
 
@@ -41,7 +43,7 @@ class Shape:
 class UseCost:
     """What a use costs for one micro-batch. `flops` are those of matrix products, convolutions and attention,
     `elementwise` the elements that all other operators give. `weight_read_bytes` counts a table by the rows looked up;
-    `activation_bytes` is read and written by operators, as if none were fused; `parameter_bytes` as they lie on disk.
+    `activation_bytes` is read and written by operators, as if none were fused.
     """
 
     flops: int
@@ -65,16 +67,22 @@ def use_costs(
     parts: Sequence[ir.Model],
     shape: Shape,
     cache_itemsize: int = 4,
+    weights: WeightDtype | None = None,
 ) -> list[UseCost]:
-    """The cost of each use in order: prologue, blocks, epilogue. A cache holds elements of `cache_itemsize` bytes."""
+    """The cost of each use in order: prologue, blocks, epilogue. A cache holds elements of `cache_itemsize` bytes.
+
+    Weights count as they lie on disk or, with `weights`, as engines hold them that are opened so: matrices quantised,
+    all else in float32.
+    """
     graphs = [_Graph(part, [w.name for w in manifest.parts[n].weights], shape) for n, part in enumerate(parts)]
     costs = []
     for use in manifest.uses:
         graph, caches = graphs[use.part], manifest.parts[use.part].caches
-        held = {name: tensors[name] for name in use.weights.values()}
         itemsize = {
-            local: held[name].size_bytes / max(1, math.prod(held[name].shape)) for local, name in use.weights.items()
+            local: _itemsize(tensors[name], local in graph.matrices, weights) for local, name in use.weights.items()
         }
+        # By the tensor's name: one that is used twice counts once.
+        held_bytes = {name: itemsize[local] * math.prod(tensors[name].shape) for local, name in use.weights.items()}
         token_bytes = cache_itemsize * sum(cache.heads * (cache.key_size + cache.value_size) for cache in caches)
         costs.append(
             UseCost(
@@ -83,12 +91,19 @@ def use_costs(
                 round(sum(itemsize[name] * count for name, count in graph.weight_reads.items())),
                 graph.activation_bytes,
                 token_bytes * shape.batch * (shape.past + shape.length),
-                sum(math.prod(entry.shape) for entry in held.values()),
-                sum(entry.size_bytes for entry in held.values()),
+                sum(math.prod(tensors[name].shape) for name in held_bytes),
+                round(sum(held_bytes.values())),
                 token_bytes,
             )
         )
     return costs
+
+
+def _itemsize(entry: TensorEntry, matrix: bool, weights: WeightDtype | None) -> float:
+    """Bytes of an element: on disk, or in an engine opened with `weights`."""
+    if weights is None:
+        return entry.size_bytes / max(1, math.prod(entry.shape))
+    return bytes_per_weight(weights) if matrix else 4.0
 
 
 class _Graph:
@@ -99,6 +114,7 @@ class _Graph:
         self.dims: dict[ir.Value, _Dims | None] = {}
         self.weight_of: dict[ir.Value, str] = {v: str(v.name) for v in model.graph.inputs if v.name in set(weights)}
         self.weight_reads: dict[str, int] = {}  # elements
+        self.matrices: set[str] = set()  # weights that engines quantise if asked to
         self.flops = self.elementwise = self.activation_bytes = 0
         for node in model.graph.all_nodes():
             self._visit(node)
@@ -149,9 +165,16 @@ class _Graph:
                 looked_up = node.op_type.startswith("Gather") and value is first
                 count = self.elements(node.outputs[0]) if looked_up else self.elements(value)
                 self.weight_reads[self.weight_of[value]] = count
+                if self._quantised(node, value):
+                    self.matrices.add(self.weight_of[value])
             elif value.const_value is None:
                 self.activation_bytes += self.bytes_of(value)
         self.activation_bytes += sum(self.bytes_of(value) for value in node.outputs)
+
+    def _quantised(self, node: ir.Node, weight: ir.Value) -> bool:
+        """Whether engines quantise the weight if asked to: a matrix that the first input is multiplied by."""
+        multiplies = node.op_type in ("MatMul", "Gemm") and weight is node.inputs[1]
+        return multiplies and len(self.of(weight) or ()) == 2 and self.elements(weight) >= FEWEST
 
 
 def _inferred(node: ir.Node, inputs: Sequence[_Dims | None]) -> _Dims | None:

@@ -10,11 +10,13 @@ least of all passes counts: processors of a virtual machine may be one for a whi
 """
 
 import itertools
+import math
 import statistics
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,7 +30,8 @@ from stageline.runtime.bundle import Bundle
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
 from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
-from stageline.runtime.engines.base import CacheSize
+from stageline.runtime.engines.base import CacheSize, WeightDtype
+from stageline.runtime.engines.nbits import MOST_BYTES, bytes_per_weight
 from stageline.runtime.manifest import Manifest
 from stageline.runtime.planning.cost import Shape, use_costs
 from stageline.runtime.planning.host import driver_times_s
@@ -64,31 +67,32 @@ def measure(
     grids: Sequence[Grid] | None = None,
     progress: Callable[[str], None] = lambda step: None,
     passes: int = 3,
+    weights: WeightDtype | None = None,
 ) -> Profile:
-    """Time the bundle's parts for each number of threads that this machine has processors for, so many times."""
+    """Time the bundle's parts for each number of threads that this machine has processors for, so many times, in
+    engines opened with `weights`."""
     cores = allowed_cores()
     grids = default_grids(bundle.manifest) if grids is None else grids
     able = [count for count in threads if count <= len(cores)]
     if not able:
         raise StagelineError(f"no wanted number of threads fits {len(cores)} processors")
-    parts = bundle.parts()
-    reads = [cost.weight_read_bytes for cost in use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1))]
+    model = _Model.of(bundle, weights)
     found: dict[tuple[int, ...], list[Point]] = {}
     beside: dict[tuple[int, ...], list[Contention]] = {}
     for number, count in itertools.product(range(passes), able):
-        for first, end in ranges(bundle):
+        for first, end in ranges(bundle, weights):
             progress(f"pass {number + 1} of {passes}: {count} threads, blocks {first} to {end - 1}")
             with _worker(cores[:count]) as worker:
-                submit = partial(worker.submit, _range_points, bundle, parts, reads, first, end, cores[:count], grids)
+                submit = partial(worker.submit, _range_points, model, first, end, cores[:count], grids)
                 points, _ = undisturbed(lambda submit=submit: submit().result())  # type: ignore[misc]
             for point in points:
                 found.setdefault((count, point.batch, point.length, point.past, first, end), []).append(point)
         progress(f"pass {number + 1} of {passes}: stages of {count} threads beside each other")
-        for one in _contention(bundle, parts, reads, count, cores, grids):
+        for one in _contention(model, count, cores, grids):
             beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
     return Profile(
-        machine=Machine.here(),
+        machine=Machine.here(weights),
         handover_s=_handover_s(cores),
         host_step_s=step_s,
         host_row_s=row_s,
@@ -115,7 +119,7 @@ def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
     return best
 
 
-def ranges(bundle: Bundle) -> list[tuple[int, int]]:
+def ranges(bundle: Bundle, weights: WeightDtype | None = None) -> list[tuple[int, int]]:
     """The ranges of blocks to measure: parts of the model from both ends and its middle, and each kind of block alone
     where there are several, or few blocks.
 
@@ -128,10 +132,45 @@ def ranges(bundle: Bundle) -> list[tuple[int, int]]:
     kinds = {uses[block + 1].part: (block, block + 1) for block in reversed(middle)}
     found = list(kinds.values()) if len(kinds) > 1 or n < _FEW_BLOCKS else []
     found += [(0, quarter), (n - quarter, n)]
-    if sum(entry.size_bytes for entry in bundle.tensors.values()) <= _WHOLE_LIMIT_BYTES:
+    if _opens_whole(bundle, weights):
         found += [(0, n), (0, half), (n - half, n)]
         found += [(quarter, n - quarter)] if n >= _FEW_BLOCKS else []
     return [(first, end) for first, end in dict.fromkeys(found) if end <= n]
+
+
+def _opens_whole(bundle: Bundle, weights: WeightDtype | None) -> bool:
+    """Whether ranges longer than a quarter are opened: quantised, the weights of a stage must fit into one graph."""
+    tensors = bundle.tensors.values()
+    if weights is None:
+        return sum(entry.size_bytes for entry in tensors) <= _WHOLE_LIMIT_BYTES
+    return sum(math.prod(entry.shape) for entry in tensors) * bytes_per_weight(weights) <= MOST_BYTES
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is measured. `reads`: the bytes of weights that each use reads; `weights`: what engines quantise them to."""
+
+    bundle: Bundle
+    parts: Sequence[ir.Model]
+    reads: tuple[int, ...]
+    weights: WeightDtype | None
+
+    @classmethod
+    def of(cls, bundle: Bundle, weights: WeightDtype | None) -> "_Model":
+        parts = bundle.parts()
+        costs = use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1), weights=weights)
+        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), weights)
+
+    def open(self, first: int, end: int, cores: tuple[int, ...], cache: CacheSize | None, scratch: Path) -> Engine:
+        """The engine of a stage of blocks `first` to `end` - 1, on the thread that runs it."""
+        manifest = self.bundle.manifest
+        counts = [count for count in (first, end - first, manifest.blocks - end) if count]
+        number = 1 if first else 0
+        model, stage = stitch(Plan.of(manifest, self.parts, counts), number, self.bundle.tensors, self.bundle.path)
+        file = scratch / f"{first}-{end}.onnx"
+        file.write_bytes(ir.to_proto(model).SerializeToString())
+        opening = StageFile(number, file, self.bundle.path, stage.caches)
+        return engine_factory("onnxruntime")(opening, CpuDevice(cores), cache, self.weights)
 
 
 def _worker(cores: tuple[int, ...]) -> ThreadPoolExecutor:
@@ -140,9 +179,7 @@ def _worker(cores: tuple[int, ...]) -> ThreadPoolExecutor:
 
 
 def _range_points(
-    bundle: Bundle,
-    parts: Sequence[ir.Model],
-    reads: Sequence[int],
+    model: _Model,
     first: int,
     end: int,
     cores: tuple[int, ...],
@@ -150,14 +187,17 @@ def _range_points(
 ) -> list[Point]:
     """The times of one range for all shapes; called on the thread that runs the engines."""
     shapes = [shape for grid in grids for shape in grid.shapes()]
-    cache = _cache_size(bundle.manifest, shapes)
-    rest = _rest_of_model(reads, first, end)
+    manifest = model.bundle.manifest
+    cache = _cache_size(manifest, shapes)
+    rest = _rest_of_model(model.reads, first, end)
     points = []
     with tempfile.TemporaryDirectory() as scratch:
-        before = _open(bundle, parts, 0, first, cores, cache, Path(scratch)) if first else None
-        engine = _open(bundle, parts, first, end, cores, cache, Path(scratch))
+        # What feeds the range is not timed: with weights as they are it opens sooner, however long it is.
+        feeder = replace(model, weights=None)
+        before = feeder.open(0, first, cores, cache, Path(scratch)) if first else None
+        engine = model.open(first, end, cores, cache, Path(scratch))
         for shape in shapes:
-            values = _model_inputs(bundle.manifest, shape)
+            values = _model_inputs(manifest, shape)
             if before is not None:
                 values.update(_run(before, values, before.output_names, cache))
             seconds, runs = _median_s(partial(_run, engine, values, engine.output_names, cache), rest)
@@ -173,32 +213,26 @@ def _range_points(
     return points
 
 
-def _contention(
-    bundle: Bundle,
-    parts: Sequence[ir.Model],
-    reads: Sequence[int],
-    threads: int,
-    cores: Sequence[int],
-    grids: Sequence[Grid],
-) -> list[Contention]:
+def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequence[Grid]) -> list[Contention]:
     """What equal stages on `threads` processors each take longer when all of them run than when one does."""
-    count = min(len(cores) // threads, _MOST_BESIDE, bundle.manifest.blocks)
+    manifest = model.bundle.manifest
+    count = min(len(cores) // threads, _MOST_BESIDE, manifest.blocks)
     if count < 2:
         return []
-    bounds = [bundle.manifest.blocks * number // count for number in range(count + 1)]
+    bounds = [manifest.blocks * number // count for number in range(count + 1)]
     shares = share_cores(count, cores[: count * threads])
     shapes = [shape for grid in grids for shape in grid.corners()]
-    cache = _cache_size(bundle.manifest, shapes)
+    cache = _cache_size(manifest, shapes)
     workers = [_worker(share) for share in shares]
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         engines = [
-            worker.submit(_open, bundle, parts, first, end, share, cache, Path(scratch)).result()
+            worker.submit(model.open, first, end, share, cache, Path(scratch)).result()
             for worker, (first, end), share in zip(workers, itertools.pairwise(bounds), shares, strict=True)
         ]
-        rests = [_rest_of_model(reads, first, end) for first, end in itertools.pairwise(bounds)]
+        rests = [_rest_of_model(model.reads, first, end) for first, end in itertools.pairwise(bounds)]
         for shape in shapes:
-            values = _model_inputs(bundle.manifest, shape)
+            values = _model_inputs(manifest, shape)
             runs: list[Callable[[], object]] = []
             for worker, engine in zip(workers, engines, strict=True):
                 run = partial(_run, engine, dict(values), engine.output_names, cache)
@@ -238,24 +272,6 @@ def _cache_size(manifest: Manifest, shapes: Sequence[Shape]) -> CacheSize | None
     if not manifest.cached:
         return None
     return CacheSize(max(s.batch for s in shapes), max(s.past + s.length for s in shapes), "float32")
-
-
-def _open(
-    bundle: Bundle,
-    parts: Sequence[ir.Model],
-    first: int,
-    end: int,
-    cores: tuple[int, ...],
-    cache: CacheSize | None,
-    scratch: Path,
-) -> Engine:
-    """The engine of a stage of blocks `first` to `end` - 1."""
-    counts = [count for count in (first, end - first, bundle.manifest.blocks - end) if count]
-    number = 1 if first else 0
-    model, stage = stitch(Plan.of(bundle.manifest, parts, counts), number, bundle.tensors, bundle.path)
-    file = scratch / f"{first}-{end}.onnx"
-    file.write_bytes(ir.to_proto(model).SerializeToString())
-    return engine_factory("onnxruntime")(StageFile(number, file, bundle.path, stage.caches), CpuDevice(cores), cache)
 
 
 def _run(

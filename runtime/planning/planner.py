@@ -5,21 +5,23 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import get_args
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cluster import Cluster, Kind
 from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
 from stageline.runtime.planning.partition import best_plan, runner_up
 from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, PlannedStage, Problem
-from stageline.runtime.planning.profile import Profile
+from stageline.runtime.planning.profile import Profile, command
 from stageline.runtime.planning.shortage import smallest_shortage
 from stageline.runtime.planning.simulate import Setting, SimulatedStage
 from stageline.runtime.planning.timings import Timings
 
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
 _MOST_STAGES = 16  # that are tried one by one for a model with caches
 _LENGTH_STEP, _PAST_STEP = 8, 64  # tokens: times of simulated steps are told for multiples of these
 
@@ -71,7 +73,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for `bundle` on `cluster` in `dtype`; `profile` tells the times on this machine's processors."""
+    """Plans for `bundle` on `cluster` in `dtype`; `profile` tells the times on this machine's processors.
+
+    Where `cluster` has such, int8 and int4 count as the engine on processors holds them: the matrices of products, with
+    scales and zero points; all else stays in float32.
+    """
 
     bundle: Bundle
     cluster: Cluster
@@ -85,7 +91,10 @@ class Planner:
     @cached_property
     def costs(self) -> Callable[[Shape], tuple[UseCost, ...]]:
         """The cost of each use for a micro-batch, remembered; weights are counted in the planner's dtype."""
-        manifest, parts = self.bundle.manifest, self.bundle.parts()
+        manifest, parts, weights = self.bundle.manifest, self.bundle.parts(), self._weights
+        if weights is not None:
+            return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, weights=weights)))
+        cache_itemsize = 2 if weights_of(self.dtype) else 4
 
         @cache
         def of(shape: Shape) -> tuple[UseCost, ...]:
@@ -95,10 +104,14 @@ class Planner:
                     weight_read_bytes=round(cost.weight_read_bytes * self._scale(cost)),
                     parameter_bytes=round(cost.parameter_bytes * self._scale(cost)),
                 )
-                for cost in use_costs(manifest, self.bundle.tensors, parts, shape, min(4, _ITEMSIZE[self.dtype] * 2))
+                for cost in use_costs(manifest, self.bundle.tensors, parts, shape, cache_itemsize)
             )
 
         return of
+
+    @property
+    def _weights(self) -> WeightDtype | None:
+        return weights_of(self.dtype) if self.cluster.local else None
 
     def _scale(self, cost: UseCost) -> float:
         return _ITEMSIZE[self.dtype] * cost.parameters / cost.parameter_bytes if cost.parameter_bytes else 1.0
@@ -107,7 +120,8 @@ class Planner:
     def _timings(self) -> Callable[[int], Timings]:
         if self.profile is None:
             raise StagelineError(
-                f"times on this machine's processors are not known; run: stageline profile {self.bundle.path}"
+                "times on this machine's processors are not known; run: "
+                f"{command(self.bundle.path, weights_of(self.dtype))}"
             )
         profile = self.profile
         return cache(lambda threads: Timings(profile, self.bundle.manifest, threads, self.costs))
@@ -123,6 +137,8 @@ class Planner:
         cached_tokens = self.load.slots * self.load.context if manifest.cached else 0
         first, last = manifest.uses[0], manifest.uses[-1]
         tied = set(first.weights.values()) & set(last.weights.values())
+        if self._weights is not None:  # the table that is looked up stays beside the quantised matrix
+            tied = set()
         return Problem(
             devices=tuple(self._device(kind, shape, costs, beside) for kind in self.cluster.kinds),
             links=self.cluster.links,
@@ -327,6 +343,11 @@ class Planner:
 
     def _with(self, load: Load) -> "Planner":
         return replace(self, load=load)
+
+
+def weights_of(dtype: str) -> WeightDtype | None:
+    """What an engine is to quantise weights to so that they are of `dtype`; None: nothing."""
+    return next((known for known in get_args(WeightDtype) if known == dtype), None)
 
 
 def _rounded(shape: Shape) -> Shape:

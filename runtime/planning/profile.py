@@ -16,6 +16,7 @@ from typing import Literal
 import pydantic
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.planning.cost import Shape
 
 FOLDER = "profiles"
@@ -26,16 +27,18 @@ class _Data(pydantic.BaseModel):
 
 
 class Machine(_Data):
-    """What measurements hold for."""
+    """What measurements hold for; `weights`: what the engine quantised those of matrix products to, None for as they
+    are."""
 
     cpu: str
     processors: int
     engine: str
     engine_version: str
+    weights: WeightDtype | None = None
 
     @classmethod
-    def here(cls) -> "Machine":
-        """This machine with the engine onnxruntime."""
+    def here(cls, weights: WeightDtype | None = None) -> "Machine":
+        """This machine with the engine onnxruntime and such weights."""
         try:
             info = Path("/proc/cpuinfo").read_text()
         except OSError:
@@ -45,15 +48,31 @@ class Machine(_Data):
         ]
         name, model, stepping = (found[1] if found else "?" for found in fields)
         cpu = f"{name} (model {model}, stepping {stepping})"
-        return cls(cpu=cpu, processors=os.cpu_count() or 1, engine="onnxruntime", engine_version=version("onnxruntime"))
+        return cls(
+            cpu=cpu,
+            processors=os.cpu_count() or 1,
+            engine="onnxruntime",
+            engine_version=version("onnxruntime"),
+            weights=weights,
+        )
 
     @property
     def file(self) -> str:
         """The profile's file name."""
         return re.sub(r"[^a-z0-9]+", "-", str(self).lower()).strip("-") + ".json"
 
+    @property
+    def weights_told(self) -> str:
+        """The weights in words."""
+        return f"{self.weights} weights" if self.weights else "weights as they are"
+
+    def same_but_weights(self, other: "Machine") -> bool:
+        """Whether both are one machine with one engine, whatever the weights."""
+        return self.model_copy(update={"weights": other.weights}) == other
+
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.processors} processors, {self.engine} {self.engine_version}"
+        quantised = f", {self.weights_told}" if self.weights else ""
+        return f"{self.cpu}, {self.processors} processors, {self.engine} {self.engine_version}{quantised}"
 
 
 class Point(_Data):
@@ -123,27 +142,43 @@ def save(bundle: Bundle, profile: Profile) -> Path:
     return aside.replace(file)
 
 
-def load(folder: Path, machine: Machine) -> tuple[Profile, str | None]:
-    """The profile of `machine` in the bundle's folder, or another's with a warning that names both machines.
+def command(folder: Path, weights: WeightDtype | None) -> str:
+    """What to type to have such a profile."""
+    return f"stageline profile {folder}" + (f" --weights {weights}" if weights else "")
 
-    BundleError where there is none, or one that is not valid.
+
+def load(folder: Path, machine: Machine) -> tuple[Profile, str | None]:
+    """The profile of `machine` in the bundle's folder, or the nearest other one with a warning that names both.
+
+    The same machine with other weights is nearer than another machine with these: the parts' shares of the time, the
+    threads that were measured and what the host takes stay much the same. BundleError where there is none, or one that
+    is not valid.
     """
     files = sorted((folder / FOLDER).glob("*.json"))
+    wanted = command(folder, machine.weights)
     if not files:
-        raise BundleError(f"bundle {folder} has no profile of any machine; make one with: stageline profile {folder}")
+        raise BundleError(f"bundle {folder} has no profile of any machine; make one with: {wanted}")
     own = folder / FOLDER / machine.file
-    file = own if own in files else files[0]
+    profiles = map(_read, [own] if own in files else files)
+    profile = min(
+        profiles, key=lambda p: (not p.machine.same_but_weights(machine), p.machine.weights != machine.weights)
+    )
+    if profile.machine == machine:
+        return profile, None
+    if profile.machine.same_but_weights(machine):
+        told = f"the profile is of {profile.machine.weights_told}, not of {machine.weights_told}"
+    else:
+        told = f"the profile is of another machine ({profile.machine}), not of this one ({machine})"
+    return profile, f"{told}: times may be far off; run {wanted}"
+
+
+def _read(file: Path) -> Profile:
+    """BundleError where it is not valid."""
     try:
-        profile = Profile.model_validate_json(file.read_bytes())
+        return Profile.model_validate_json(file.read_bytes())
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise BundleError(
             f"{file} is no valid profile ({place}: {first['msg']}); run stageline profile again"
         ) from error
-    if profile.machine == machine:
-        return profile, None
-    return profile, (
-        f"the profile is of another machine ({profile.machine}), not of this one ({machine}): times may be far off; "
-        f"run stageline profile {folder}"
-    )

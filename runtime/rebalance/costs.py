@@ -5,6 +5,7 @@ from functools import cache
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.lanes import Amount
 from stageline.runtime.planning.catalogue import device_kind
 from stageline.runtime.planning.cost import Shape, use_costs
@@ -16,15 +17,16 @@ _ANY = "XeonPlatinum8480"  # only the proportions of a roofline count
 UseSeconds = Callable[[Shape], UseTimes]
 
 
-def use_seconds(bundle: Bundle, threads: int, on_processors: bool) -> UseSeconds:
-    """The time of each use for a micro-batch: from the profile of this machine with so many threads, if the bundle has
-    it and the stages run on processors; else from a roofline, right in its proportions only."""
-    parts = bundle.parts()
-    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape)))
+def use_seconds(bundle: Bundle, threads: int, on_processors: bool, weights: WeightDtype | None = None) -> UseSeconds:
+    """The time of each use for a micro-batch in engines opened with `weights`: from the profile of this machine with so
+    many threads, if the bundle has it and the stages run on processors; else from a roofline, right in its proportions
+    only. A profile of this machine with other weights is nearer to them than a roofline."""
+    parts, machine = bundle.parts(), Machine.here(weights)
+    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, weights=weights)))
     if on_processors:
         try:
-            profile, of_another = load(bundle.path, Machine.here())
-            if of_another is None:
+            profile, _ = load(bundle.path, machine)
+            if profile.machine.same_but_weights(machine):
                 timings = Timings(profile, bundle.manifest, threads, costs)
                 return cache(timings.of)
         except StagelineError:  # there is none, or none with so many threads

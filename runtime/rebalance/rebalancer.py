@@ -9,6 +9,7 @@ from typing import Literal
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.lanes import StageStats
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds, work_seconds
 from stageline.runtime.rebalance.policy import Advice, Policy, Settings, Window
@@ -34,9 +35,11 @@ class Rebalancer:
         past: int,
         recut: Callable[[Sequence[int]], object] | None,
         settings: Settings | None = None,
+        weights: WeightDtype | None = None,
     ) -> None:
-        """`recut` changes the cut; None: only advise. `past`: tokens that a decode step is taken to find in caches."""
-        self._serving, self._past, self._recut = serving, past, recut
+        """`recut` changes the cut; None: only advise. `past`: tokens that a decode step is taken to find in caches.
+        `weights`: what the engines were opened with."""
+        self._serving, self._past, self._recut, self._weights = serving, past, recut, weights
         self._settings = settings or Settings()
         self._policy = Policy(self._settings)
         self._advice: Advice | None = None
@@ -115,5 +118,5 @@ class Rebalancer:
         threads = len(stages[0].cores)
         if self._costs is None or self._costs[:2] != (bundle, threads):
             on_processors = all(stage.device == "cpu" for stage in stages)
-            self._costs = bundle, threads, use_seconds(bundle, threads, on_processors)
+            self._costs = bundle, threads, use_seconds(bundle, threads, on_processors, self._weights)
         return self._costs[2]

@@ -11,7 +11,9 @@ from stageline.dashboard import cutting, distribution, results, words
 from stageline.dashboard.settings import find_bundles
 from stageline.runtime.bench.records import Requests
 from stageline.runtime.bench.store import Store
+from stageline.runtime.planning.measuring import ranges
 from stageline.runtime.planning.planner import Load
+from stageline.runtime.planning.profile import Machine, Point, Profile
 
 DASHBOARD = Path(__file__).parents[2] / "dashboard"
 
@@ -119,6 +121,21 @@ def test_blocks_add_up_to_the_model(bundles: Path) -> None:
     stages = cutting.stage_rows(answer)
     assert max(row["compute_ms"] + row["wait_ms"] for row in stages) == pytest.approx(answer.plan.bottleneck_s * 1e3)
     assert {row["value"].split(".")[0] for row in cutting.crossing_rows(bundle, answer)} >= {"hidden"}
+
+
+def test_weights_count_in_the_dtype_that_was_profiled(bundles: Path) -> None:
+    bundle = cutting.open_unverified(bundles / "llama")
+    shapes = [(batch, length, past) for batch in (1, 4) for length, past in ((16, 0), (1, 32))]
+    points = [
+        Point(threads=1, batch=b, length=n, past=past, first=first, end=end, seconds=1e-3 * (end - first), runs=5)
+        for b, n, past in shapes
+        for first, end in ranges(bundle)
+    ]
+    for machine, dtype in ((Machine.here(), "float32"), (Machine.here("int8"), "int8")):
+        profile = Profile(machine=machine, handover_s=0.0, points=tuple(points))
+        planner = cutting.planner_for(bundle, cutting.THIS_MACHINE, 1, Load(slots=2, context=32), profile)
+        assert planner.dtype == dtype
+        assert planner.cut([3]).plan.bottleneck_s > 0
 
 
 def test_moving_a_cut_foretells_each_place_and_the_planner_takes_the_best(bundles: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from stageline.exporter.cli import main
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.planning.measuring import measure
-from stageline.runtime.planning.profile import Grid, Machine, load, save
+from stageline.runtime.planning.profile import Grid, Machine, Profile, load, save
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,47 @@ def test_plan_for_processors_of_this_machine(profiled: Path, capsys: pytest.Capt
     assert "stage  device  blocks  compute ms  copy ms  bubble" in lines
     assert "is the bottleneck" in lines
     assert "next best: --layers" in lines
+
+
+def test_profile_of_quantised_weights_is_stored_beside(
+    profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(profiled, tmp_path / "bundle"))
+    before, _ = load(path, Machine.here())
+    assert main(["profile", str(path), "--threads", "1", "--weights", "int8"]) == 0
+    told = capsys.readouterr().out
+    assert f"{Machine.here('int8')}\n" in told
+    assert "-int8-weights.json: " in told
+    profile, warning = load(path, Machine.here("int8"))
+    assert (profile.machine.weights, warning) == ("int8", None)
+    assert load(path, Machine.here()) == (before, None)
+    assert main(["plan", str(path), "--devices", "cpu:0", "--length", "16", "--dtype", "int8"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_plan_takes_the_times_of_its_weights(
+    profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(profiled, tmp_path / "bundle"))
+    as_they_are, _ = load(path, Machine.here())
+    twice_as_fast = [point.model_copy(update={"seconds": point.seconds / 2}) for point in as_they_are.points]
+    fields = {"machine": Machine.here("int8"), "points": twice_as_fast}
+    save(Bundle.open(path), Profile.model_validate({**dict(as_they_are), **fields}))
+    asked = ("plan", path, "--devices", "cpu:0", "--length", "16", "--batch", "4")
+    slow, fast = document(capsys, *asked), document(capsys, *asked, "--dtype", "int8")
+    assert (slow["warning"], fast["warning"]) == (None, None)
+    assert fast["tokens_per_s"] == pytest.approx(2 * slow["tokens_per_s"], rel=0.01)
+
+
+def test_profile_of_other_weights_is_used_with_a_warning_that_names_both(
+    profiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(profiled), "--devices", "cpu:0", "--length", "16", "--dtype", "int4"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "stageline: warning: the profile is of weights as they are, not of int4 weights: times may be far off; "
+        f"run stageline profile {profiled} --weights int4"
+    )
 
 
 def test_profile_of_another_machine_is_used_with_a_warning_that_names_both(
@@ -117,6 +158,8 @@ def test_layers_are_pinned(tiny_llama: Path, capsys: pytest.CaptureFixture[str])
         (("--devices", "L4", "--context", "4096"), "the model can place 512 tokens; 4096 are asked for"),
         (("--devices", "L4", "--slots", "100000000", "--dtype", "float16"), "no plan fits: at the best cut"),
         (("--devices", "cpu:0"), "has no profile of any machine; make one with: stageline profile"),
+        (("--devices", "cpu:0", "--dtype", "int8"), "--weights int8"),
+        (("--devices", "L4", "--dtype", "int4"), "has no rate for int4; known: bfloat16"),
         (("--devices", "L4", "--objective", "beauty"), "'--objective'"),
     ],
 )

@@ -1,10 +1,15 @@
 """The cost model against closed formulas and torch's own count."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
+from stageline.exporter.export import export
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines import WeightDtype
+from stageline.runtime.engines.nbits import to_nbits
 from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
 
 
@@ -77,3 +82,24 @@ def test_a_cut_is_crossed_by_the_hidden_state_and_the_mask(tiny_bundle: Path) ->
     hidden, mask = 2 * 5 * 32 * 4, 2 * 5  # the mask as truth values
     values = cut_values(bundle.manifest, bundle.parts())
     assert [values_bytes(crossing, Shape(2, 5)) for crossing in values] == [0, hidden + mask, hidden + mask]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_count_as_an_engine_holds_them(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, weights: WeightDtype
+) -> None:
+    """A Llama whose matrices are large enough, and whose head is its table, quantised once more."""
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 300}
+    bundle = export(make_checkpoint(tmp_path / "checkpoint", **llama, **sizes), tmp_path / "bundle").path
+    opened = Bundle.open(bundle)
+    (stage,) = opened.manifest.stages
+    model = ir.load(bundle / stage.file)
+    ir.external_data.set_base_dir(model.graph, bundle)
+    held = {name: value.const_value for name, value in to_nbits(model, weights).graph.initializers.items()}
+    assert any(name.endswith(f".{weights}.0") for name in held)
+    found = use_costs(opened.manifest, opened.tensors, opened.parts(), Shape(1, 1), weights=weights)
+    total = sum(cost.parameter_bytes for cost in found)
+    assert total == pytest.approx(sum(tensor.nbytes for tensor in held.values() if tensor is not None), rel=0.01)
+    assert found[-1].weight_read_bytes == pytest.approx(found[-1].parameter_bytes, rel=0.01)
+    assert found[0].weight_read_bytes == 128 * 4

@@ -1,9 +1,11 @@
 """Plans for a bundle: what is chosen, what it gives, and why nothing fits."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stageline.exporter.export import export
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.planning.cluster import Cluster, Kind, parse_devices
@@ -112,6 +114,28 @@ def test_stages_that_slow_each_other_down_are_planned_and_simulated_so(tiny_bund
     report = simulate_batches(planner.setting(both), [BatchRequest(0.0, 4, 16)] * 500, 4)
     # While the short stage takes 12.5 ms, the long one does 10 ms of its 20 ms.
     assert report.duration_s / 500 == pytest.approx(0.0125 + 0.01, rel=0.01)
+
+
+def test_quantised_weights_on_processors_take_what_the_engine_holds(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A head that is tied to the table of words is quantised beside it."""
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 300}
+    bundle = export(make_checkpoint(tmp_path / "checkpoint", **llama, **sizes), tmp_path / "bundle")
+    points = tuple(
+        Point(threads=1, batch=1, length=1, past=32, first=first, end=end, seconds=0.01 * (end - first), runs=5)
+        for first, end in ranges(bundle)
+    )
+    profile = Profile(machine=Machine.here(), handover_s=0.0, points=points)
+    cpu = Cluster((Kind("cpu", None, ("cpu:0",)),), ((Link(),),))
+    full, quantised = (
+        Planner(bundle, cpu, Load(slots=1, context=64), dtype, profile=profile).cut([2]).plan.figures[0].memory_bytes
+        for dtype in ("float32", "int8")
+    )
+    blocks, head = 2 * (4 * 128**2 + 3 * 128 * 256), 300 * 128
+    quantised_bytes = (32 + 4 + 1) / 32  # 32 values of a block share a float32 scale and a zero point
+    assert full - quantised == pytest.approx(4 * blocks - quantised_bytes * (blocks + head), abs=4)
 
 
 def test_pinned_layers_are_kept(llama: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.engines import Device, Engine, StageFile, WeightDtype, engine_factory
+from stageline.runtime.engines.base import CacheSize
+from stageline.runtime.planning import measuring
 from stageline.runtime.planning.cost import Shape, UseCost, use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.measuring import measure, ranges, undisturbed
@@ -23,7 +27,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
-def linear_profile(bundle: Bundle, grid: Grid) -> Profile:
+def linear_profile(bundle: Bundle, grid: Grid, weights: WeightDtype | None = None) -> Profile:
     """A machine on which everything takes a time that is bilinear in rows and tokens."""
     points = []
     for shape in grid.shapes():
@@ -36,7 +40,7 @@ def linear_profile(bundle: Bundle, grid: Grid) -> Profile:
             points.append(
                 Point(threads=1, batch=rows, length=shape.length, past=0, first=first, end=end, seconds=seconds, runs=5)
             )
-    return Profile(machine=Machine.here(), handover_s=1e-5, points=tuple(points))
+    return Profile(machine=Machine.here(weights), handover_s=1e-5, points=tuple(points))
 
 
 def timings(bundle: Bundle, profile: Profile) -> Timings:
@@ -110,9 +114,79 @@ def test_profile_of_another_machine_warns_and_names_both(bundle: Bundle) -> None
     assert str(Machine.here()) in warning
 
 
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_what_is_timed_is_opened_with_the_weights(
+    bundle: Bundle, weights: WeightDtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, WeightDtype | None]] = []
+
+    def factory(name: str) -> Callable[..., Engine]:
+        def opens(stage: StageFile, device: Device, cache: CacheSize | None, weights: WeightDtype | None) -> Engine:
+            opened.append((stage.file.stem, weights))
+            return engine_factory(name)(stage, device, cache, weights)
+
+        return opens
+
+    monkeypatch.setattr(measuring, "engine_factory", factory)
+    profile = measure(bundle, [1], [Grid((1,), (4,))], passes=1, weights=weights)
+    assert profile.machine == Machine.here(weights)
+    timed = {f"{first}-{end}" for first, end in ranges(bundle)}
+    assert {name for name, given in opened if given == weights} >= timed
+    feeding = {"0-1", "0-2"}  # what feeds a range is not timed
+    assert {name for name, given in opened if given != weights} <= feeding
+
+
+def test_profiles_of_other_weights_lie_side_by_side(bundle: Bundle) -> None:
+    kinds: tuple[WeightDtype | None, ...] = (None, "int8", "int4")
+    profiles = [linear_profile(bundle, Grid((1,), (4,)), weights) for weights in kinds]
+    assert len({save(bundle, profile) for profile in profiles}) == 3
+    for weights, profile in zip(kinds, profiles, strict=True):
+        assert load(bundle.path, Machine.here(weights)) == (profile, None)
+
+
+def test_profiles_from_before_weights_counted_stay_valid(bundle: Bundle) -> None:
+    machine = Machine(cpu="A CPU (model 1)", processors=2, engine="onnxruntime", engine_version="1.32.0")
+    assert machine.file == "a-cpu-model-1-2-processors-onnxruntime-1-32-0.json"
+    profile = linear_profile(bundle, Grid((1,), (4,)))
+    file = save(bundle, profile)
+    data = json.loads(file.read_text())
+    del data["machine"]["weights"]
+    file.write_text(json.dumps(data))
+    assert load(bundle.path, Machine.here()) == (profile, None)
+
+
+def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: Bundle) -> None:
+    profile = linear_profile(bundle, Grid((1,), (4,)))
+    here, wanted = Machine.here(), Machine.here("int8")
+    elsewhere = wanted.model_copy(update={"cpu": "Another CPU"})
+    for machine in (elsewhere.model_copy(update={"weights": None}), elsewhere):
+        save(bundle, profile.model_copy(update={"machine": machine}))
+        found, warning = load(bundle.path, wanted)
+        assert found.machine == machine  # the second, of the right weights, is nearer than the first
+        assert warning is not None
+        assert f"of another machine ({machine}), not of this one ({wanted})" in warning
+    save(bundle, profile)
+    found, warning = load(bundle.path, wanted)
+    assert found.machine == here
+    assert warning == (
+        "the profile is of weights as they are, not of int8 weights: times may be far off; "
+        f"run stageline profile {bundle.path} --weights int8"
+    )
+
+
+def test_a_model_too_large_for_one_quantised_graph_is_measured_in_quarters(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "MOST_BYTES", 1000)
+    assert (0, 3) in ranges(bundle)
+    assert set(ranges(bundle, "int8")) == {(0, 1), (1, 2), (2, 3)}
+
+
 def test_a_missing_or_broken_profile_is_told_in_one_line(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="has no profile of any machine; make one with: stageline profile"):
         load(bundle.path, Machine.here())
+    with pytest.raises(BundleError, match=r"make one with: stageline profile .* --weights int4"):
+        load(bundle.path, Machine.here("int4"))
     file = save(bundle, linear_profile(bundle, Grid((1,), (4,))))
     data = json.loads(file.read_text())
     data["points"][0]["seconds"] = -1

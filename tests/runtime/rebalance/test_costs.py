@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from stageline.runtime.bundle import Bundle
+from stageline.runtime.engines import WeightDtype
 from stageline.runtime.lanes import Amount
 from stageline.runtime.planning.cost import Shape
 from stageline.runtime.planning.measuring import ranges
@@ -19,13 +20,14 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
-def profiled(bundle: Bundle, machine: Machine) -> None:
-    """A profile of one thread: a token takes 2 us in the prologue, 1 us in each block, 4 us in the epilogue."""
+def profiled(bundle: Bundle, machine: Machine, block_s: float = 1e-6) -> None:
+    """A profile of one thread: a token takes `block_s` in each block, twice that in the prologue, four times in the
+    epilogue."""
     blocks = bundle.manifest.blocks
     points = [
         Point(
             threads=1, batch=batch, length=length, past=0, first=first, end=end, runs=5,
-            seconds=1e-6 * batch * length * (end - first + 2 * (first == 0) + 4 * (end == blocks)),
+            seconds=block_s * batch * length * (end - first + 2 * (first == 0) + 4 * (end == blocks)),
         )
         for batch, length in SHAPES
         for first, end in ranges(bundle)
@@ -40,6 +42,16 @@ def test_the_profile_of_this_machine_tells_the_times(bundle: Bundle) -> None:
     done = {"batch": Amount(runs=10, rows=20, tokens=120), "prefill": Amount(0, 0, 0), "decode": Amount(0, 0, 0)}
     work = work_seconds(told, done, past=0)  # ten micro-batches of two rows of six tokens
     assert work.use_s == pytest.approx([240e-6, 120e-6, 120e-6, 120e-6, 480e-6], rel=0.01)
+
+
+def test_the_profile_of_the_weights_that_run_tells_the_times_or_else_that_of_others(bundle: Bundle) -> None:
+    profiled(bundle, Machine.here(), 3e-6)
+    kinds: tuple[WeightDtype | None, ...] = (None, "int8")
+    for weights in kinds:
+        assert use_seconds(bundle, 1, True, weights)(Shape(1, 4)).use_s[1] == pytest.approx(12e-6, rel=0.01)
+    profiled(bundle, Machine.here("int8"), 1e-6)
+    assert use_seconds(bundle, 1, True, "int8")(Shape(1, 4)).use_s[1] == pytest.approx(4e-6, rel=0.01)
+    assert use_seconds(bundle, 1, True)(Shape(1, 4)).use_s[1] == pytest.approx(12e-6, rel=0.01)
 
 
 @pytest.mark.parametrize("why", ["no profile", "another machine", "other threads", "no processors"])

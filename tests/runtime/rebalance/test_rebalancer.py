@@ -14,6 +14,7 @@ from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle import recut
 from stageline.runtime.engines import ENGINES, Device, Engine, StageFile, Value, engine_factory
 from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.rebalance.costs import UseSeconds, use_seconds
 from stageline.runtime.rebalance.policy import Settings
 from stageline.runtime.rebalance.rebalancer import Rebalancer
 
@@ -121,6 +122,19 @@ def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCa
         after = pipeline.stats().rebalance
         assert after is not None
         assert after.advice is None
+
+
+def test_costs_are_those_of_the_weights_that_were_opened(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def told(*arguments: Any) -> UseSeconds:
+        asked.append(arguments[-1])
+        return use_seconds(*arguments)
+
+    monkeypatch.setattr("stageline.runtime.rebalance.rebalancer.use_seconds", told)
+    with opened(weights="int8", rebalance="advise") as pipeline:
+        keep_busy(pipeline, lambda: bool(asked))
+    assert set(asked) == {"int8"}
 
 
 def test_stages_that_do_not_open_are_told_and_it_serves_on(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
