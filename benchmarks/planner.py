@@ -9,10 +9,11 @@ It runs in parts of at most some minutes. What they find is kept in the JSON fil
 
 Batches are submitted all at once; of generation, the requests come at random times at parts of what the pipeline does
 when all come at once, and the prediction is simulated with the runtime's own scheduler. Predictions come from the
-profile alone. In each round of a case a reference is timed as well: how much slower it is than beside the profile is
-the drift of the machine, and no fault of the prediction. Each case waits until others take less than a tenth of a
-processor; what they disturb nevertheless is measured again, up to twice, and if that does not help left out of the
-summary. With `--more` a part measures only the cuts that are missing from the JSON file or were disturbed.
+profile alone. In each round of a case a reference is timed as well, on as many processors at once: how much slower it
+is than beside the profile is the drift of the machine, and no fault of the prediction. Each case waits until others
+take less than a tenth of a processor; what they disturb nevertheless is measured again, up to twice, and if that does
+not help left out of the summary. With `--more` a part measures only the cuts that are missing from the JSON file or
+were disturbed.
 
     python benchmarks/planner.py bundles/minilm bundles/smollm2 --json benchmarks/results/planner.json
     python benchmarks/planner.py bundles/smollm2 --part profile:1 --part poisson:2 --json planner.json
@@ -25,6 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +34,8 @@ from typing import Any
 
 import numpy as np
 from stageline.runtime.bundle import Bundle, recut
-from stageline.runtime.devices.cpu import allowed_cores, others_cpu_s, share_cores
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores
+from stageline.runtime.engines import StageFile, engine_factory
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.planning.cost import Shape, use_costs
@@ -49,6 +52,7 @@ from stageline.runtime.planning.simulate import (
     simulate_generation,
 )
 from stageline.runtime.planning.timings import Timings
+from stageline.runtime.signature import Signature
 
 PARTS = {  # threads of a stage
     "profile:1": 1, "batches:1": 1, "batches:2": 1, "poisson:2": 1,
@@ -80,6 +84,49 @@ def cuts(blocks: int) -> list[list[int]]:
     return [counts for counts in found if min(counts) > 0]
 
 
+class Reference:
+    """The whole model on each processor by itself, whose times tell how fast the machine is just now."""
+
+    def __init__(self, path: Path, feed: dict[str, Any]) -> None:
+        bundle = Bundle.open(path)
+        (stage,) = bundle.manifest.stages
+        file = StageFile(0, path / stage.file, path, stage.caches)
+        values = Signature.of(bundle.manifest).check_inputs(feed)[0]
+        self._workers = [ThreadPoolExecutor(1, initializer=partial(pin, (core,))) for core in allowed_cores()]
+        self._engines = [
+            worker.submit(engine_factory("onnxruntime"), file, CpuDevice((core,))).result()
+            for worker, core in zip(self._workers, allowed_cores(), strict=True)
+        ]
+        self._run = [partial(engine.run, values, engine.output_names[:1]) for engine in self._engines]
+
+    def times_s(self, least_s: float, fewest: int) -> tuple[float, ...]:
+        """The median of a run on 1, 2, ... processors at once, each for at least so long and so often."""
+        return tuple(self.time_s(count, least_s, fewest) for count in range(1, len(self._workers) + 1))
+
+    def time_s(self, processors: int, least_s: float, fewest: int) -> float:
+        """The same on so many."""
+
+        def median() -> float:
+            taken: list[float] = []
+            while sum(taken) < least_s or len(taken) < fewest:
+                began = perf_counter()
+                for future in [
+                    worker.submit(run)
+                    for worker, run in zip(self._workers[:processors], self._run[:processors], strict=True)
+                ]:
+                    future.result()
+                taken.append(perf_counter() - began)
+            return statistics.median(taken)
+
+        return undisturbed(median)[0]
+
+    def close(self) -> None:
+        """Free the engines."""
+        for worker, engine in zip(self._workers, self._engines, strict=True):
+            worker.submit(engine.close).result()
+            worker.shutdown()
+
+
 class Bench:
     """A bundle's copy to be cut, its profile, and what the reference took beside that."""
 
@@ -89,11 +136,12 @@ class Bench:
         self.vocabulary = self.bundle.manifest.vocabulary or 1000
         whole = shutil.copytree(path, path.with_name("reference"))
         recut(whole, 1)
-        self._reference = Pipeline.open(whole, threads=1)
+        self._reference = Reference(whole, self.feed(*REFERENCE))
         if known is None:
-            before_s = self._reference_s()
+            before = self._reference.times_s(REFERENCE_S, REFERENCE_RUNS)
             self.profile = measure(self.bundle, [threads], None, lambda step: print(f"# {step}", flush=True), passes)
-            self._before_s = (before_s + self._reference_s()) / 2
+            after = self._reference.times_s(REFERENCE_S, REFERENCE_RUNS)
+            self._before_s = [(one + other) / 2 for one, other in zip(before, after, strict=True)]
         else:
             self.profile, self._before_s = Profile.model_validate(known["profile"]), known["reference_s"]
         parts = self.bundle.parts()
@@ -104,25 +152,9 @@ class Bench:
         """What parts that measure need."""
         return {"reference_s": self._before_s, "profile": self.profile.model_dump(mode="json")}
 
-    def drift(self) -> float:
-        """What the reference takes now, over what it took beside the profile."""
-        return self._reference_s() / self._before_s
-
-    def slower(self) -> float:
-        """The same from few runs, as often as there are rounds of a case."""
-        return self._runs_s(SHORT_REFERENCE_S, 1) / self._before_s
-
-    def _reference_s(self) -> float:
-        return undisturbed(partial(self._runs_s, REFERENCE_S, REFERENCE_RUNS))[0]
-
-    def _runs_s(self, least_s: float, fewest: int) -> float:
-        feed = self.feed(*REFERENCE)
-        taken: list[float] = []
-        while sum(taken) < least_s or len(taken) < fewest:
-            began = perf_counter()
-            self._reference.run(feed)
-            taken.append(perf_counter() - began)
-        return statistics.median(taken)
+    def drift(self, processors: int, least_s: float = REFERENCE_S, fewest: int = REFERENCE_RUNS) -> float:
+        """What the reference takes now on so many processors at once, over what it took beside the profile."""
+        return self._reference.time_s(processors, least_s, fewest) / self._before_s[processors - 1]
 
     def feed(self, rows: int, tokens: int) -> dict[str, Any]:
         """A batch of random tokens."""
@@ -176,7 +208,7 @@ def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iter
                 count = max(4, min(400, round(RUN_S / lone_s * len(counts))))
                 told_s = simulate_batches(setting, [request] * count).duration_s
                 wait_for_calm()
-                real_s, drift, others = _batches_s(bench, pipeline, bench.feed(rows, tokens), count)
+                real_s, drift, others = _batches_s(bench, threads, pipeline, bench.feed(rows, tokens), count)
                 case = {
                     "layers": counts, "threads": threads, "rows": rows, "tokens": tokens,
                     "predicted_per_s": count / told_s, "measured_per_s": count / real_s,
@@ -191,7 +223,9 @@ def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iter
                 yield case
 
 
-def _batches_s(bench: Bench, pipeline: Pipeline, feed: dict[str, Any], count: int) -> tuple[float, float, float]:
+def _batches_s(
+    bench: Bench, processors: int, pipeline: Pipeline, feed: dict[str, Any], count: int
+) -> tuple[float, float, float]:
     """What so many batches take when they are submitted at once, the drift of the machine meanwhile, and the share of a
     processor that others took."""
 
@@ -202,7 +236,8 @@ def _batches_s(bench: Bench, pipeline: Pipeline, feed: dict[str, Any], count: in
         return perf_counter() - began
 
     pipeline.run(feed)
-    drifts, found = zip(*((bench.slower(), undisturbed(run)) for _ in range(ROUNDS)), strict=True)
+    rounds = ((bench.drift(processors, SHORT_REFERENCE_S, 1), undisturbed(run)) for _ in range(ROUNDS))
+    drifts, found = zip(*rounds, strict=True)
     taken, others = zip(*found, strict=True)
     return statistics.median(taken), statistics.median(drifts), statistics.median(others)
 
@@ -217,7 +252,7 @@ def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str
     for load in (None, *LOADS):  # None: all at once, which is the capacity
         arrivals = [0.0] * requests if load is None else poisson(load * capacity, requests, seed=4)
         wait_for_calm()
-        drift = bench.drift()
+        drift = bench.drift(len(allowed_cores()))
         texts = [TextRequest(t, PROMPT, OUTPUT) for t in arrivals]
         told = _figures(simulate_generation(setting, texts, SLOTS, CAPACITY, CHUNK))
         began, others_s = perf_counter(), others_cpu_s()

@@ -5,8 +5,8 @@ many processors as threads, for micro-batches of several shapes: the median of t
 all ranges, so that a disturbance of some seconds does not count. A range that begins later is fed with what the blocks
 before it give. Between runs as many bytes are read as the rest of the model has weights: in a pipeline they, too, push
 a stage's weights out of the processor's caches. Stages of equal length, each on its own processors, are then timed one
-at a time and all at once: what they take longer together is the price of the memory that processors share. Of that the
-least of all passes counts: processors of a virtual machine may be one for a while, and no counter tells of it.
+at a time and all at once: what they take longer together is the price of what processors share, memory or, in a virtual
+machine, a processor beneath them. Of that, too, the median of all passes counts.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from stageline.runtime.planning.profile import Contention, Grid, Machine, Point,
 from stageline.runtime.stitch import Plan, stitch
 
 _FEWEST_RUNS, _MOST_RUNS, _POINT_S = 2, 40, 0.1
-_BESIDE_ROUNDS, _MOST_BESIDE = 2, 4
+_BESIDE_ROUNDS, _MOST_BESIDE = 3, 4
 _WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
 _FEW_BLOCKS = 12
 _MOST_CACHE_BYTES = 128_000_000
@@ -96,9 +96,13 @@ def measure(
         handover_s=_handover_s(cores),
         host_step_s=step_s,
         host_row_s=row_s,
-        points=tuple(sorted(points, key=lambda point: point.seconds)[len(points) // 2] for points in found.values()),
-        contention=tuple(min(ones, key=lambda one: one.share) for ones in beside.values()),
+        points=tuple(_middle(points, lambda point: point.seconds) for points in found.values()),
+        contention=tuple(_middle(ones, lambda one: one.share) for ones in beside.values()),
     )
+
+
+def _middle(found: Sequence[T], of: Callable[[T], float]) -> T:
+    return sorted(found, key=of)[len(found) // 2]
 
 
 def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
@@ -238,11 +242,12 @@ def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequen
                 run = partial(_run, engine, dict(values), engine.output_names, cache)
                 values.update(worker.submit(run).result())
                 runs.append(run)
-            longer = [undisturbed(partial(_longer, workers, runs, rests))[0] for _ in range(_BESIDE_ROUNDS)]
-            share = max(0.0, min(longer)) / (count - 1)
-            found.append(
-                Contention(threads=threads, batch=shape.batch, length=shape.length, past=shape.past, share=share)
-            )
+            for _ in range(_BESIDE_ROUNDS):
+                longer, _ = undisturbed(partial(_longer, workers, runs, rests))
+                share = max(0.0, longer) / (count - 1)
+                found.append(
+                    Contention(threads=threads, batch=shape.batch, length=shape.length, past=shape.past, share=share)
+                )
         for worker, engine in zip(workers, engines, strict=True):
             worker.submit(engine.close).result()
             worker.shutdown()
