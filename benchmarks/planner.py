@@ -63,6 +63,7 @@ ROUNDS = 5  # batch runs of a case: the median counts
 REFERENCE_S, REFERENCE_RUNS, SHORT_REFERENCE_S = 1.0, 3, 0.2  # at least
 CALM, MOST_WAITS_S = 0.1, 20  # of a processor; before a case
 LOADS = (0.5, 0.8, 0.95)  # of the capacity
+FAR = 0.25  # an error that is told apart
 SLOTS, CAPACITY, CHUNK, PROMPT, OUTPUT = 8, 256, 64, 40, 24
 ENCODER_SHAPES = ((1, 32), (4, 128), (8, 64), (16, 32), (6, 100))
 DECODER_SHAPES = ((1, 16), (1, 48), (4, 32))
@@ -323,6 +324,19 @@ def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     }  # fmt: skip
 
 
+def tell(bundle: str, entry: dict[str, Any]) -> None:
+    """Print the errors of each part's batch cases, and of all."""
+    for part, cases in entry.get("parts", {}).items():
+        if part.startswith("batches") and cases:
+            sizes = [abs(case["error"]) for case in cases]
+            print(
+                f"{bundle}, {part}: {len(sizes)} cases, median error {statistics.median(sizes):.1%}, worst "
+                f"{max(sizes):.1%}, beyond {FAR:.0%}: {sum(size > FAR for size in sizes)}"
+            )
+    for name, value in entry.get("summary", {}).items():
+        print(f"{bundle}: {name.replace('_', ' ')} {f'{value:.1%}' if 'error' in name else value}")
+
+
 def undisturbed_cuts(found: Sequence[dict[str, Any]], shapes: int) -> list[dict[str, Any]]:
     """The cases of cuts that were measured for all shapes, and disturbed for none."""
     calm = [tuple(case["layers"]) for case in found if case["others"] < CALM]
@@ -372,6 +386,7 @@ def main() -> None:
     parser.add_argument("bundles", type=Path, nargs="+", help="exported bundles; they are copied, not changed")
     parser.add_argument("--part", choices=PARTS, action="append", help="run this part only; may be given again")
     parser.add_argument("--more", action="store_true", help="measure only what is missing or was disturbed")
+    parser.add_argument("--summary", action="store_true", help="measure nothing, tell what the JSON file has")
     parser.add_argument("--requests", type=int, default=60, help="of a Poisson run")
     parser.add_argument("--passes", type=int, default=3, help="of a profile")
     parser.add_argument("--json", type=Path, help="write the figures here; those of other parts stay")
@@ -389,11 +404,14 @@ def main() -> None:
     for source in arguments.bundles:
         cached = Bundle.open(source).manifest.cached
         entry = results["bundles"].setdefault(source.name, {})
-        for part in arguments.part or [part for part in PARTS if cached or not part.startswith("poisson")]:
+        for part in (
+            []
+            if arguments.summary
+            else arguments.part or [part for part in PARTS if cached or not part.startswith("poisson")]
+        ):
             print(f"{source.name}, {part}, {results['machine']}")
             run_part(source, part, entry, arguments, keep)
-        for name, value in entry.get("summary", {}).items():
-            print(f"{source.name}: {name.replace('_', ' ')} {f'{value:.1%}' if 'error' in name else value}")
+        tell(source.name, entry)
 
 
 if __name__ == "__main__":
