@@ -31,6 +31,8 @@ class EmulatedStage:
         _round(model, values)
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        # Or products of quantised weights would be fused into ones that quantise what they are multiplied by as well.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         proto = ir.to_proto(model)
         if proto.ByteSize() > _MOST_BYTES:
             raise EngineError(

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle import Bundle
 from stageline.runtime.engines import Array, StageFile
+from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.planning.planner import Load
 from stageline.runtime.signature import Signature
 from stageline.runtime.tensorrt.build import Wanted, build
 from stageline.runtime.tensorrt.emulate import EmulatedStage
 from stageline.runtime.tensorrt.flavour import TENSORRT_RTX
-from stageline.runtime.tensorrt.lower import QUANTISED, compute_dtype, lower
+from stageline.runtime.tensorrt.lower import QUANTISED, Lowered, compute_dtype, lower
 from stageline.runtime.tensorrt.quantise import Quantisation, to_quantised
 from stageline.runtime.tensorrt.records import Options
 from stageline.runtime.tensorrt.weights import QuantisedWeight, Scales
@@ -136,3 +137,29 @@ def test_stripped_and_quantised_is_refused(llama_bundle: Path) -> None:
     wanted = [Wanted(TENSORRT_RTX, "sm89", "int8")]
     with pytest.raises(EngineError, match="--stripped takes weights from the bundle as they are"):
         build(Bundle.open(llama_bundle), wanted, Load(length=8, slots=2, context=32), Options(stripped=True))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_emulated_products_are_those_of_the_quantised_weights_and_of_nothing_else_quantised(
+    kind: Quantisation, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(3)
+    array = rng.standard_normal((256, 192)).astype(np.float32)
+    zeros = ir.tensor(np.zeros((256, 192), np.float32), name="w")
+    model = ir.from_onnx_text("""<ir_version: 11, opset_import: ["": 23]>
+    stage (float[n, 192] x, float[256, 192] w) => (float[n, 256] y) {
+        wt = Transpose <perm = [1, 0]> (w)
+        y = MatMul(x, wt)
+    }""")
+    weight = model.graph.inputs.pop()
+    weight.const_value = zeros
+    model.graph.register_initializer(weight)
+    weight.const_value = on_disk(array, tmp_path)
+    weights = to_quantised(model, kind)
+    spec = TensorSpec(name="y", dtype="float32", shape=("n", 256))
+    lowered = Lowered(ir.to_proto(model).SerializeToString(), weights, (), (spec,), ())
+    x = rng.standard_normal((5, 192)).astype(np.float32) * 10 ** rng.uniform(-3, 3, (5, 1)).astype(np.float32)
+    got = EmulatedStage(lowered, 5, 1).run({"x": x})["y"]
+    values, scales = (part.read().astype(np.float64) for part in weights.values())
+    want = x @ (values * np.repeat(scales.reshape(256, -1), 192 // scales.reshape(256, -1).shape[1], 1)).T
+    assert (np.abs(got - want).max(axis=1) <= 1e-5 * np.abs(want).max(axis=1)).all()
