@@ -35,7 +35,7 @@ def test_engines_are_built_listed_and_kept(
     [
         (["--target", "ada"], 1, "unknown target 'ada'"),
         (["--target", "sm90"], 1, "only on such a GPU"),
-        (["--target", "sm89", "--precision", "fp8"], 2, "'fp8' cannot be built; choose fp32, fp16, bf16"),
+        (["--target", "sm89", "--precision", "fp4"], 2, "'fp4' cannot be built; choose fp32, fp16, bf16"),
         (["--target", "sm89", "--length", "17"], 1, "--length is 17, the model can place 16 tokens; lower it"),
         ([], 2, "Missing option '--target'"),
     ],
