@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,8 @@ def called(name: str) -> str:
 
 def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> list[Change]:
     """What `stageline bench compare` says of the key figures of one contender under one load."""
-    return [one for one in compare(before, after, threshold, KEY_FIGURES) if (one.contender, one.load) == key]
+    one, other = (replace(run, measurements=(measurement_of(run, key)[1],)) for run in (before, after))
+    return compare(one, other, threshold, KEY_FIGURES)
 
 
 def change_table(found: Sequence[Change]) -> list[dict[str, str]]:

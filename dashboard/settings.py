@@ -1,5 +1,6 @@
 """What the dashboard was started with: the store, and where bundles lie."""
 
+import functools
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
@@ -19,11 +20,16 @@ class Settings:
     @classmethod
     def given(cls) -> "Settings":
         """Of this process's command line, as stageline.dashboard's __main__ passes it on."""
-        parser = ArgumentParser()
-        parser.add_argument("--store", type=Path)
-        parser.add_argument("--bundles", type=Path, action="append")
-        known, _ = parser.parse_known_args(sys.argv[1:])
-        return cls(known.store, tuple(known.bundles or [Path.cwd() / "bundles", Path.cwd()]))
+        return _parsed(tuple(sys.argv[1:]), Path.cwd())
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(arguments: tuple[str, ...], here: Path) -> Settings:
+    parser = ArgumentParser()
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--bundles", type=Path, action="append")
+    known, _ = parser.parse_known_args(arguments)
+    return Settings(known.store, tuple(known.bundles or [here / "bundles", here]))
 
 
 def as_typed(path: Path | str) -> str:

@@ -41,8 +41,8 @@ class Table:
         )
 
     @cached_property
-    def bubbles(self) -> list[tuple[int, float, float]]:
-        """Stage, begin and end of each time in which a stage waited while micro-batches were under way."""
+    def bubbles(self) -> Floats:
+        """[bubbles, 3]: stage, begin and end of each."""
         return bubbles(self)
 
     @cached_property
@@ -107,28 +107,29 @@ def under_way(table: Table) -> list[tuple[float, float]]:
     )
 
 
-def bubbles(table: Table) -> list[tuple[int, float, float]]:
-    """Stage, begin and end of each time in which a stage waited while micro-batches were under way.
+def bubbles(table: Table) -> Floats:
+    """[bubbles, 3]: stage, begin and end of each time in which a stage waited while micro-batches were under way.
 
     Windows of micro-batches that the recorder dropped are no gaps: nothing is known of them.
     """
     busy = under_way(table)
     starts, stops = (np.array([pair[n] for pair in busy]) for n in (0, 1))
-    found = []
+    found = [np.zeros((0, 3))]
     for stage in table.stages:
         mine = np.flatnonzero(table.stage == stage)
         begins, ends = table.began_s[mine], np.maximum.accumulate(table.ended_s[mine])
         windows = table.micro_batch[mine] // WINDOW
         gaps = np.flatnonzero((begins[1:] > ends[:-1]) & (np.abs(np.diff(windows)) <= 1))
-        for gap in gaps:
-            low, high = float(ends[gap]), float(begins[gap + 1])
-            place = int(np.searchsorted(stops, low, side="right"))
-            while place < len(starts) and starts[place] < high:
-                begin, end = max(low, float(starts[place])), min(high, float(stops[place]))
-                if end > begin:
-                    found.append((stage, begin, end))
-                place += 1
-    return found
+        low, high = ends[gaps], begins[gaps + 1]
+        first = np.searchsorted(stops, low, side="right")  # of the stretches that each gap meets
+        many = np.maximum(np.searchsorted(starts, high) - first, 0)
+        gap = np.repeat(np.arange(len(gaps)), many)
+        met = np.arange(len(gap)) + np.repeat(first - np.cumsum(many) + many, many)
+        parts = np.column_stack(
+            [np.full(len(gap), stage), np.maximum(low[gap], starts[met]), np.minimum(high[gap], stops[met])]
+        )
+        found.append(parts[parts[:, 2] > parts[:, 1]])
+    return np.concatenate(found)
 
 
 def span_rows(table: Table, low_s: float, high_s: float) -> tuple[list[dict[str, Any]], bool]:
@@ -154,17 +155,17 @@ def span_rows(table: Table, low_s: float, high_s: float) -> tuple[list[dict[str,
 
 def bubble_rows(table: Table, low_s: float, high_s: float) -> list[dict[str, Any]]:
     """The bubbles of a window for the chart, the longest where there are too many."""
-    inside = [one for one in table.bubbles if one[2] > low_s and one[1] < high_s]
-    longest = sorted(inside, key=lambda one: one[1] - one[2])[:MOST_SPANS]
+    inside = table.bubbles[(table.bubbles[:, 2] > low_s) & (table.bubbles[:, 1] < high_s)]
+    longest = inside[np.argsort(inside[:, 1] - inside[:, 2], kind="stable")[:MOST_SPANS]]
     return [
         {
-            "stage": f"stage {stage}",
+            "stage": f"stage {stage:.0f}",
             "kind": "bubble",
             "begin_ms": begin * 1e3,
             "end_ms": end * 1e3,
             "ms": (end - begin) * 1e3,
         }
-        for stage, begin, end in longest
+        for stage, begin, end in longest.tolist()
     ]
 
 
@@ -185,13 +186,13 @@ class StageShare:
 
 def shares(table: Table) -> list[StageShare]:
     """Of each stage, over what was recorded."""
-    taken = table.ended_s - table.began_s
+    taken, waited = table.ended_s - table.began_s, table.bubbles[:, 2] - table.bubbles[:, 1]
     return [
         StageShare(
             stage,
             float(taken[(table.stage == stage) & ~table.copying].sum()),
             float(taken[(table.stage == stage) & table.copying].sum()),
-            sum(end - begin for which, begin, end in table.bubbles if which == stage),
+            float(waited[table.bubbles[:, 0] == stage].sum()),
         )
         for stage in table.stages
     ]

@@ -1,17 +1,31 @@
-"""What all charts share: rows as data, and Altair's border with typed code."""
+"""What all charts share. A chart is a Vega-Lite spec, plain data: to build and to check objects of a chart library cost
+each visit of a page more than all else that it computed. `tests/dashboard/test_charts.py` checks the specs instead."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import altair as alt
-
 Rows: TypeAlias = Sequence[dict[str, Any]]
-Chart: TypeAlias = Any
-"""An Altair chart, of one or several layers; Altair's own methods are not typed."""
+Spec: TypeAlias = dict[str, Any]
 GREY = "#8A8F98"
 """Of what is not there: waiting, bounds, the window of another chart. Readable on light and on dark ground."""
+TOP: Spec = {"orient": "top"}
+COLUMN: Spec = {"orient": "top", "columns": 1}
+"""Legends."""
+LOG: Spec = {"type": "log", "nice": False, "padding": 12}
+FROM_ZERO: Spec = {"zero": True}
+"""Scales."""
 
 
-def of(rows: Rows) -> Chart:
-    """A chart of these rows, to be given marks."""
-    return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
+def quantity(field: str, **more: Any) -> Spec:
+    """A channel of numbers."""
+    return {"field": field, "type": "quantitative", **more}
+
+
+def category(field: str, **more: Any) -> Spec:
+    """A channel of names."""
+    return {"field": field, "type": "nominal", **more}
+
+
+def values(rows: Rows) -> Spec:
+    """Rows as the data of a chart or of a layer."""
+    return {"values": list(rows)}

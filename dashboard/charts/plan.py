@@ -1,11 +1,7 @@
 """Charts of the Plan page: blocks, the effect of a cut, stages, the roofline."""
 
-from typing import Any
+from stageline.dashboard.charts.base import FROM_ZERO, GREY, LOG, TOP, Rows, Spec, category, quantity, values
 
-import altair as alt
-from stageline.dashboard.charts.base import GREY, Chart, Rows, of
-
-_LOG = alt.Scale(type="log", nice=False, padding=12)
 MEASURES = {
     "Time": ("ms", "time for a micro-batch (ms)"),
     "Parameters": ("parameters_m", "parameters (millions)"),
@@ -14,55 +10,58 @@ MEASURES = {
 """What the chart of blocks can show: column, axis title."""
 
 
-def blocks(rows: Rows, measure: str) -> Chart:
+def blocks(rows: Rows, measure: str) -> Spec:
     """A bar for each block, prologue and epilogue, coloured by stage."""
     column, title = MEASURES[measure]
     names = [row["name"] for row in rows]
     every = max(1, -(-len(names) // 24))
     shown = [name for n, name in enumerate(names) if n % every == 0 or n == len(names) - 1]
-    return (
-        of(rows)
-        .mark_bar(cornerRadiusEnd=2)
-        .encode(
-            x=alt.X("name:N", sort=names, title=None, axis=alt.Axis(values=shown, labelAngle=-45)),
-            y=alt.Y(f"{column}:Q", title=title),
-            color=alt.Color("stage:N", title=None, legend=alt.Legend(orient="top")),
-            tooltip=[
-                alt.Tooltip("name:N", title="part"),
-                alt.Tooltip("stage:N", title="stage"),
-                alt.Tooltip("ms:Q", title="time (ms)", format=".3f"),
-                alt.Tooltip("gflop:Q", title="operations (GFLOP)", format=",.3f"),
-                alt.Tooltip("parameters_m:Q", title="parameters (millions)", format=",.3f"),
-                alt.Tooltip("weights_mb:Q", title="weights (MB)", format=",.1f"),
-                alt.Tooltip("cache_mb:Q", title="cache (MB)", format=",.1f"),
+    return {
+        "data": values(rows),
+        "height": 260,
+        "mark": {"type": "bar", "cornerRadiusEnd": 2},
+        "encoding": {
+            "x": category("name", sort=names, title=None, axis={"values": shown, "labelAngle": -45}),
+            "y": quantity(column, title=title),
+            "color": category("stage", title=None, legend=TOP),
+            "tooltip": [
+                category("name", title="part"),
+                category("stage", title="stage"),
+                quantity("ms", title="time (ms)", format=".3f"),
+                quantity("gflop", title="operations (GFLOP)", format=",.3f"),
+                quantity("parameters_m", title="parameters (millions)", format=",.3f"),
+                quantity("weights_mb", title="weights (MB)", format=",.1f"),
+                quantity("cache_mb", title="cache (MB)", format=",.1f"),
             ],
-        )
-        .properties(height=260)
-    )
+        },
+    }
 
 
-def cut_curve(rows: Rows, at: int, best: int | None) -> Chart:
+def cut_curve(rows: Rows, at: int, best: int | None) -> Spec:
     """Predicted tokens a second for every place of one cut; a rule where it is, a ring where the planner would cut."""
-    x = alt.X("cut:Q", title="first block of the later stage", axis=alt.Axis(tickMinStep=1, format="d", grid=False))
-    y = alt.Y("tokens_per_s:Q", title="predicted tokens/s", scale=alt.Scale(zero=True))
-    tooltip = [
-        alt.Tooltip("cut:Q", title="cut before block"),
-        alt.Tooltip("tokens_per_s:Q", title="tokens/s", format=",.1f"),
-        alt.Tooltip("bubble:Q", title="bubble ratio", format=".1%"),
-    ]
-    base = of(rows)
-    layers: list[Any] = [
-        base.mark_line(point=alt.OverlayMarkDef(size=36)).encode(x=x, y=y, tooltip=tooltip),
-        base.transform_filter(f"datum.cut == {at}").mark_rule(color=GREY, strokeDash=[4, 3]).encode(x=x),
-        base.transform_filter(f"datum.cut == {at}").mark_point(size=170, filled=True).encode(x=x, y=y, tooltip=tooltip),
+    x = quantity("cut", title="first block of the later stage", axis={"tickMinStep": 1, "format": "d", "grid": False})
+    point = {
+        "x": x,
+        "y": quantity("tokens_per_s", title="predicted tokens/s", scale=FROM_ZERO),
+        "tooltip": [
+            quantity("cut", title="cut before block"),
+            quantity("tokens_per_s", title="tokens/s", format=",.1f"),
+            quantity("bubble", title="bubble ratio", format=".1%"),
+        ],
+    }
+    here = [{"filter": f"datum.cut == {at}"}]
+    layers: list[Spec] = [
+        {"mark": {"type": "line", "point": {"size": 36}}, "encoding": point},
+        {"transform": here, "mark": {"type": "rule", "color": GREY, "strokeDash": [4, 3]}, "encoding": {"x": x}},
+        {"transform": here, "mark": {"type": "point", "size": 170, "filled": True}, "encoding": point},
     ]
     if best is not None:
-        ring = base.transform_filter(f"datum.cut == {best}").mark_point(size=320, strokeWidth=2.5, color="#E69F00")
-        layers.append(ring.encode(x=x, y=y, tooltip=tooltip))
-    return alt.layer(*layers).properties(height=240)
+        ring = {"type": "point", "size": 320, "strokeWidth": 2.5, "color": "#E69F00"}
+        layers.append({"transform": [{"filter": f"datum.cut == {best}"}], "mark": ring, "encoding": point})
+    return {"data": values(rows), "height": 240, "layer": layers}
 
 
-def stages(rows: Rows) -> Chart:
+def stages(rows: Rows) -> Spec:
     """What each stage does with the time between two micro-batches: compute, copy, wait."""
     words = [("compute_ms", "computing"), ("copy_ms", "copying in"), ("wait_ms", "waiting (bubble)")]
     long = [
@@ -70,45 +69,46 @@ def stages(rows: Rows) -> Chart:
         for row in rows
         for order, (column, word) in enumerate(words)
     ]
-    return (
-        of(long)
-        .mark_bar(cornerRadius=2)
-        .encode(
-            y=alt.Y("stage:N", title=None, sort=[row["stage"] for row in rows]),
-            x=alt.X("ms:Q", title="time for a micro-batch (ms)", stack="zero"),
-            color=alt.Color("what:N", title=None, sort=[w for _, w in words], legend=alt.Legend(orient="top")),
-            order=alt.Order("order:Q"),
-            tooltip=[
-                alt.Tooltip("stage:N"),
-                alt.Tooltip("blocks:N"),
-                alt.Tooltip("what:N", title="what"),
-                alt.Tooltip("ms:Q", title="time (ms)", format=".3f"),
+    return {
+        "data": values(long),
+        "height": 120 + 40 * len(rows),
+        "mark": {"type": "bar", "cornerRadius": 2},
+        "encoding": {
+            "y": category("stage", title=None, sort=[row["stage"] for row in rows]),
+            "x": quantity("ms", title="time for a micro-batch (ms)", stack="zero"),
+            "color": category("what", title=None, sort=[word for _, word in words], legend=TOP),
+            "order": quantity("order"),
+            "tooltip": [
+                category("stage"),
+                category("blocks"),
+                category("what", title="what"),
+                quantity("ms", title="time (ms)", format=".3f"),
             ],
-        )
-        .properties(height=120 + 40 * len(rows))
-    )
+        },
+    }
 
 
-def roofline(roof: Rows, stage_points: Rows) -> Chart:
+def roofline(roof: Rows, stage_points: Rows) -> Spec:
     """Attained operations a second over intensity, both logarithmic, under the roof of the device."""
-    x = alt.X("intensity:Q", title="intensity (operations/byte)", scale=_LOG)
-    y = alt.Y("gflop_per_s:Q", title="rate (GFLOP/s)", scale=_LOG)
-    line = of(roof).mark_line(color=GREY, strokeWidth=2).encode(x=x, y=y)
-    points = (
-        of(stage_points)
-        .mark_point(size=180, filled=True, opacity=0.95)
-        .encode(
-            x=x,
-            y=y,
-            color=alt.Color("stage:N", title=None, legend=alt.Legend(orient="top")),
-            shape=alt.Shape("stage:N", title=None),
-            tooltip=[
-                alt.Tooltip("stage:N"),
-                alt.Tooltip("intensity:Q", title="operations/byte", format=",.1f"),
-                alt.Tooltip("gflop_per_s:Q", title="GFLOP/s", format=",.1f"),
-                alt.Tooltip("share:Q", title="of the roof", format=".0%"),
-                alt.Tooltip("bound:N", title="bound by"),
+    place = {
+        "x": quantity("intensity", title="intensity (operations/byte)", scale=LOG),
+        "y": quantity("gflop_per_s", title="rate (GFLOP/s)", scale=LOG),
+    }
+    line = {"data": values(roof), "mark": {"type": "line", "color": GREY, "strokeWidth": 2}, "encoding": place}
+    points = {
+        "data": values(stage_points),
+        "mark": {"type": "point", "size": 180, "filled": True, "opacity": 0.95},
+        "encoding": {
+            **place,
+            "color": category("stage", title=None, legend=TOP),
+            "shape": category("stage", title=None),
+            "tooltip": [
+                category("stage"),
+                quantity("intensity", title="operations/byte", format=",.1f"),
+                quantity("gflop_per_s", title="GFLOP/s", format=",.1f"),
+                quantity("share", title="of the roof", format=".0%"),
+                category("bound", title="bound by"),
             ],
-        )
-    )
-    return alt.layer(line, points).properties(height=280)
+        },
+    }
+    return {"height": 280, "layer": [line, points]}

@@ -2,79 +2,77 @@
 
 from collections.abc import Sequence
 
-import altair as alt
-from stageline.dashboard.charts.base import GREY, Chart, Rows, of
+from stageline.dashboard.charts.base import GREY, TOP, Rows, Spec, category, quantity, values
 
-_LEGEND = alt.Legend(orient="top", symbolStrokeWidth=0)
 KINDS = ("batch", "prefill", "decode", "copy")
 
 
-def gantt(spans: Rows, bubbles: Rows, stages: Sequence[str], window_ms: tuple[float, float]) -> Chart:
+def gantt(spans: Rows, bubbles: Rows, stages: Sequence[str], window_ms: tuple[float, float]) -> Spec:
     """A lane for each stage; wheel and drag zoom and move the time axis."""
-    zoom = alt.selection_interval(bind="scales", encodings=["x"], name="zoom")
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in spans)]
-    x = alt.X(
-        "begin_ms:Q",
-        title="time since the measurement began (ms)",
-        scale=alt.Scale(domain=list(window_ms), nice=False, zero=False),
-        axis=alt.Axis(format=",~r"),
-    )
-    y = alt.Y("stage:N", title=None, sort=list(stages), scale=alt.Scale(domain=list(stages), paddingInner=0.25))
+    place = {
+        "x": quantity(
+            "begin_ms",
+            title="time since the measurement began (ms)",
+            scale={"domain": list(window_ms), "nice": False, "zero": False},
+            axis={"format": ",~r"},
+        ),
+        "x2": {"field": "end_ms"},
+        "y": category("stage", title=None, sort=list(stages), scale={"domain": list(stages), "paddingInner": 0.25}),
+    }
     times = [
-        alt.Tooltip("ms:Q", title="took (ms)", format=",.3f"),
-        alt.Tooltip("begin_ms:Q", title="began at (ms)", format=",.3f"),
+        quantity("ms", title="took (ms)", format=",.3f"),
+        quantity("begin_ms", title="began at (ms)", format=",.3f"),
     ]
-    idle = (
-        of(bubbles)
-        .mark_rect(fill=GREY, fillOpacity=0.18, stroke=GREY, strokeDash=[3, 2], strokeWidth=1, clip=True)
-        .encode(
-            x=x,
-            x2="end_ms:Q",
-            y=y,
-            tooltip=[alt.Tooltip("stage:N"), alt.Tooltip("kind:N", title="waits"), *times],
-        )
-    )
-    work = (
-        of(spans)
-        .mark_rect(cornerRadius=2, clip=True, stroke="white", strokeWidth=0.4)
-        .encode(
-            x=x,
-            x2="end_ms:Q",
-            y=y,
-            color=alt.Color("kind:N", title=None, scale=alt.Scale(domain=kinds), legend=_LEGEND),
-            tooltip=[
-                alt.Tooltip("stage:N"),
-                alt.Tooltip("kind:N", title="what"),
-                alt.Tooltip("shape:N", title="micro-batch"),
-                alt.Tooltip("micro_batch:Q", title="number"),
-                alt.Tooltip("requests:N"),
+    idle = {
+        "data": values(bubbles),
+        "mark": {
+            "type": "rect", "fill": GREY, "fillOpacity": 0.18, "stroke": GREY, "strokeDash": [3, 2], "strokeWidth": 1,
+            "clip": True,
+        },
+        "encoding": {**place, "tooltip": [category("stage"), category("kind", title="waits"), *times]},
+    }  # fmt: skip
+    work = {
+        "data": values(spans),
+        "params": [{"name": "zoom", "select": {"type": "interval", "encodings": ["x"]}, "bind": "scales"}],
+        "mark": {"type": "rect", "cornerRadius": 2, "clip": True, "stroke": "white", "strokeWidth": 0.4},
+        "encoding": {
+            **place,
+            "color": category(
+                "kind", title=None, scale={"domain": kinds}, legend={"orient": "top", "symbolStrokeWidth": 0}
+            ),
+            "tooltip": [
+                category("stage"),
+                category("kind", title="what"),
+                category("shape", title="micro-batch"),
+                quantity("micro_batch", title="number"),
+                category("requests"),
                 *times,
             ],
-        )
-        .add_params(zoom)
-    )
-    return alt.layer(idle, work).properties(height=130 + 52 * len(stages))
+        },
+    }
+    return {"height": 130 + 52 * len(stages), "layer": [idle, work]}
 
 
-def utilisation(rows: Rows, window_s: tuple[float, float]) -> Chart:
+def utilisation(rows: Rows, window_s: tuple[float, float]) -> Spec:
     """Each stage over the whole recording; the band is the window that the Gantt shows."""
-    band = (
-        of([{"low": window_s[0], "high": window_s[1]}])
-        .mark_rect(fill=GREY, fillOpacity=0.25)
-        .encode(x="low:Q", x2="high:Q")
-    )
-    lines = (
-        of(rows)
-        .mark_line(strokeWidth=1.5, interpolate="step")
-        .encode(
-            x=alt.X("at_s:Q", title="time since the measurement began (s)", scale=alt.Scale(nice=False, zero=False)),
-            y=alt.Y("percent:Q", title="utilisation (%)", scale=alt.Scale(domain=[0, 100])),
-            color=alt.Color("stage:N", title=None, legend=alt.Legend(orient="top")),
-            tooltip=[
-                alt.Tooltip("stage:N"),
-                alt.Tooltip("at_s:Q", title="at (s)", format=",.2f"),
-                alt.Tooltip("percent:Q", title="utilisation (%)", format=".0f"),
+    band = {
+        "data": values([{"low": window_s[0], "high": window_s[1]}]),
+        "mark": {"type": "rect", "fill": GREY, "fillOpacity": 0.25},
+        "encoding": {"x": quantity("low"), "x2": {"field": "high"}},
+    }
+    lines = {
+        "data": values(rows),
+        "mark": {"type": "line", "strokeWidth": 1.5, "interpolate": "step"},
+        "encoding": {
+            "x": quantity("at_s", title="time since the measurement began (s)", scale={"nice": False, "zero": False}),
+            "y": quantity("percent", title="utilisation (%)", scale={"domain": [0, 100]}),
+            "color": category("stage", title=None, legend=TOP),
+            "tooltip": [
+                category("stage"),
+                quantity("at_s", title="at (s)", format=",.2f"),
+                quantity("percent", title="utilisation (%)", format=".0f"),
             ],
-        )
-    )
-    return alt.layer(band, lines).properties(height=190)
+        },
+    }
+    return {"height": 190, "layer": [band, lines]}

@@ -6,10 +6,10 @@ import json
 import time
 
 import streamlit as st
-from stageline.dashboard import distribution, results, words
+from stageline.dashboard import results, words
 from stageline.dashboard.charts import runs as charts
 from stageline.dashboard.views.common import empty, page
-from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, requests_of, run_of
+from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, spread_of
 from stageline.runtime.bench.records import Measurement, Run, RunLine
 
 _MOST = 6
@@ -98,26 +98,21 @@ def _ladders(measured: list[Measurement], names: list[str]) -> None:
         )  # fmt: skip
         what = str(picked or what)
     rows = [row for name, one in zip(names, measured, strict=True) for row in results.ladder_rows(name, one, what)]
-    st.altair_chart(charts.ladder(rows, _TIMES[what], names), width="stretch", key="chart-ladder")
+    st.vega_lite_chart(charts.ladder(rows, _TIMES[what], names), width="stretch", key="chart-ladder")
 
 
 def _requests(runs: list[Run], numbers: list[int], names: list[str]) -> None:
-    found = [requests_of(run, number) for run, number in zip(runs, numbers, strict=True)]
-    if not any(map(len, found)):
+    found = spread_of(runs, numbers, names)
+    if not any(found.counts):
         return
     left, right = st.columns(2, gap="large")
-    bounds = distribution.edges(found)
     with left:
         st.subheader("Distribution", anchor=False)
-        rows = [
-            row for name, one in zip(names, found, strict=True) for row in distribution.histogram(name, one, bounds)
-        ]
-        st.altair_chart(charts.histogram(rows, names), width="stretch", key="chart-histogram")
+        st.vega_lite_chart(charts.histogram(found.histogram, names), width="stretch", key="chart-histogram")
     with right:
         st.subheader("Over time", anchor=False)
-        rows = [row for name, one in zip(names, found, strict=True) for row in distribution.over_time(name, one)]
-        st.altair_chart(charts.over_time(rows, names), width="stretch", key="chart-over-time")
-    st.caption(f"Of {' and '.join(words.counted(len(one), 'request') for one in found)}.")
+        st.vega_lite_chart(charts.over_time(found.over_time, names), width="stretch", key="chart-over-time")
+    st.caption(f"Of {' and '.join(words.counted(count, 'request') for count in found.counts)}.")
 
 
 def _download(runs: list[Run]) -> None:

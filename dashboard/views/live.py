@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import streamlit as st
 from stageline.dashboard import live, words
 from stageline.dashboard.charts.live import lines
@@ -184,5 +183,5 @@ def _chart(
 ) -> None:
     st.markdown(f"**{head}**")
     rows = live.rows(found, now_s) or [{"ago_s": 0.0, "value": 0.0, "line": found[0][0]}]
-    chart = lines(pd.DataFrame(rows), unit, [name for name, _ in found], top)
-    st.altair_chart(chart, width="stretch", key=f"live {head}")
+    chart = lines(rows, unit, [name for name, _ in found], top)
+    st.vega_lite_chart(chart, width="stretch", key=f"live {head}")

@@ -129,7 +129,7 @@ def _curve(run: Run) -> None:
     slo = run.settings.slo.latency_s
     contenders = list(dict.fromkeys([OURS, *(row["contender"] for row in rows)]))
     chart = charts.curve(rows, unit, percentile, None if slo is None else slo * 1e3, contenders)
-    st.altair_chart(chart, width="stretch", key="chart-curve")
+    st.vega_lite_chart(chart, width="stretch", key="chart-curve")
     st.caption("Each point is a load; a line joins the loads of one sweep. Further right and lower is better.")
 
 
@@ -141,7 +141,7 @@ def _baselines(run: Run) -> None:
         st.code(f"stageline bench {as_typed(run.bundle)} --baseline onnxruntime", language="bash", wrap_lines=True)
         return
     unit = "tokens/s" if results.generates(run) else "texts/s"
-    st.altair_chart(charts.baselines(rows, unit), width="stretch", key="chart-baselines")
+    st.vega_lite_chart(charts.baselines(rows, unit), width="stretch", key="chart-baselines")
     loads = sorted({row["load"] for row in rows})
     others = [
         f"{row['told'].replace('stageline gives', row['contender'] + ':')}" for row in rows if row["contender"] != OURS
@@ -154,7 +154,7 @@ def _stages(run: Run) -> None:
     if full is None or not full.stages:
         return
     st.subheader("Where the time goes", anchor=False)
-    st.altair_chart(charts.stages(results.stage_rows(full)), width="stretch", key="chart-stages")
+    st.vega_lite_chart(charts.stages(results.stage_rows(full)), width="stretch", key="chart-stages")
     st.caption(f"Of each stage, load: {full.load}.")
     st.page_link(
         st.session_state["pages"]["timeline"],

@@ -178,11 +178,11 @@ def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, laye
             rows = cutting.moved(planner, layers, which)
             optimum = max(rows, key=lambda row: float(row["tokens_per_s"]))["cut"]
             chart = charts.cut_curve(rows, sum(layers[: which + 1]), optimum)
-            st.altair_chart(chart, width="stretch", key="chart-cut")
+            st.vega_lite_chart(chart, width="stretch", key="chart-cut")
             st.caption("The ring marks the best place of this cut, the dashed line where it is.")
     with right if len(layers) > 1 else left:
         st.subheader("Stages", anchor=False)
-        st.altair_chart(charts.stages(cutting.stage_rows(answer)), width="stretch", key="chart-stages")
+        st.vega_lite_chart(charts.stages(cutting.stage_rows(answer)), width="stretch", key="chart-stages")
     if layers != now:
         st.caption("Nothing is changed by looking. To cut the bundle so:")
         st.code(
@@ -202,7 +202,7 @@ def _blocks(planner: Planner, answer: Answer) -> None:
         label_visibility="collapsed",
     )
     rows = cutting.block_rows(planner, answer)
-    st.altair_chart(charts.blocks(rows, str(measure or "Time")), width="stretch", key="chart-blocks")
+    st.vega_lite_chart(charts.blocks(rows, str(measure or "Time")), width="stretch", key="chart-blocks")
 
 
 def _crossing(bundle: Bundle, answer: Answer) -> None:
@@ -225,7 +225,7 @@ def _crossing(bundle: Bundle, answer: Answer) -> None:
 def _roofline(planner: Planner, answer: Answer) -> None:
     st.subheader("Roofline", anchor=False)
     line = cutting.roofline(planner, answer)
-    st.altair_chart(charts.roofline(cutting.roof_points(line), line.stages), width="stretch", key="chart-roofline")
+    st.vega_lite_chart(charts.roofline(cutting.roof_points(line), line.stages), width="stretch", key="chart-roofline")
     bounds = ", ".join(f"{row['stage']} by {row['bound']}" for row in line.stages)
     source = "fitted to this machine's profile" if planner.profile else "published figures times an efficiency"
     st.caption(f"Bound: {bounds}. Roof: {source}.")

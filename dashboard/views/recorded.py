@@ -5,10 +5,12 @@ from pathlib import Path
 
 import streamlit as st
 from stageline.dashboard import results
+from stageline.dashboard.distribution import Spread, spread
 from stageline.dashboard.settings import Settings
+from stageline.dashboard.timeline import Table
 from stageline.dashboard.views.common import empty
 from stageline.models.errors import StagelineError
-from stageline.runtime.bench.records import Requests, Run, RunLine, Timeline
+from stageline.runtime.bench.records import Run, RunLine
 from stageline.runtime.bench.store import Store
 
 RECENT = 200
@@ -32,14 +34,15 @@ def run_of(run_id: str) -> Run:
     return _run(str(path), _changed(path), run_id)
 
 
-def requests_of(run: Run, measurement: int) -> Requests:
-    """The requests of a measurement, which no longer change."""
-    return _requests(str(store().path), run.id, run.created, measurement)
+def spread_of(runs: list[Run], measurements: list[int], names: list[str]) -> Spread:
+    """The requests of a measurement of each run, for charts. They no longer change; only what follows is kept."""
+    which = tuple((run.id, run.created, number) for run, number in zip(runs, measurements, strict=True))
+    return _spread(str(store().path), which, tuple(names))
 
 
-def timeline_of(run: Run, measurement: int) -> Timeline:
+def table_of(run: Run, measurement: int) -> Table:
     """The timeline of a measurement, which no longer changes."""
-    return _timeline(str(store().path), run.id, run.created, measurement)
+    return _table(str(store().path), run.id, run.created, measurement)
 
 
 def named_runs(key: str) -> list[str]:
@@ -56,10 +59,9 @@ def named_runs(key: str) -> list[str]:
 
 def choices(all_lines: list[RunLine], wanted: list[str]) -> dict[str, str]:
     """Ids of the newest runs that measured something, and of those wanted, with their labels."""
-    now_s = time.time()
-    known = {line.id: results.label(line, now_s) for line in all_lines if line.headlines}
-    recent = dict(list(known.items())[:RECENT])
-    return {**recent, **{run_id: known[run_id] for run_id in wanted if run_id in known}}
+    measured, now_s = [line for line in all_lines if line.headlines], time.time()
+    older = [line for line in measured[RECENT:] if line.id in wanted]
+    return {line.id: results.label(line, now_s) for line in (*measured[:RECENT], *older)}
 
 
 def no_runs() -> None:
@@ -95,11 +97,12 @@ def _run(path: str, changed: tuple[float, ...], run_id: str) -> Run:
     return Store(path).run(run_id)
 
 
-@st.cache_resource(max_entries=4, show_spinner="Reading requests")
-def _requests(path: str, run_id: str, created: float, measurement: int) -> Requests:
-    return Store(path).requests(run_id, measurement)
+@st.cache_resource(max_entries=32, show_spinner="Reading requests")
+def _spread(path: str, which: tuple[tuple[str, float, int], ...], names: tuple[str, ...]) -> Spread:
+    read = {one: Store(path).requests(one[0], one[2]) for one in which}
+    return spread(names, [read[one] for one in which])
 
 
-@st.cache_resource(max_entries=16, show_spinner="Reading the timeline")
-def _timeline(path: str, run_id: str, created: float, measurement: int) -> Timeline:
-    return Store(path).timeline(run_id, measurement)
+@st.cache_resource(max_entries=8, show_spinner="Reading the timeline")
+def _table(path: str, run_id: str, created: float, measurement: int) -> Table:
+    return Table.of(Store(path).timeline(run_id, measurement))

@@ -5,7 +5,7 @@ from stageline.dashboard import results, timeline, words
 from stageline.dashboard.charts import timeline as charts
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import empty, page
-from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, store, timeline_of
+from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, store, table_of
 from stageline.runtime.bench.records import Run
 
 
@@ -24,19 +24,21 @@ def show() -> None:
         run = run_of(run_id)
         place = _measurement(run)
     st.query_params["run"] = run_id
-    if place is None:
+    table = None if place is None else table_of(run, place)
+    if table is None or not table.spans:
         empty(
             "This run has no timeline",
             "Only a pipeline in the benchmark's own process is recorded; imported runs may lack it.",
             [f"stageline bench {as_typed(run.bundle)}"],
         )
         return
-    _gantt(_table(str(store().path), run.id, place), f"{run.id} {place}")
+    _gantt(table, f"{run.id} {place}")
 
 
 def _measurement(run: Run) -> int | None:
     """The number of the chosen measurement among those whose stages were recorded."""
-    known = [n for n, one in enumerate(run.measurements) if one.stages and timeline_of(run, n).spans]
+    recorded = store().timelines(run.id)
+    known = [n for n, one in enumerate(run.measurements) if one.stages and n in recorded]
     if not known:
         return None
     full = results.fullest(run)
@@ -45,11 +47,6 @@ def _measurement(run: Run) -> int | None:
         "Load", known, first, format_func=lambda n: str(run.measurements[n].load), key=f"load {run.id}", width=260
     )
     return int(chosen)
-
-
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _table(path: str, run_id: str, measurement: int) -> timeline.Table:
-    return timeline.Table.of(timeline_of(run_of(run_id), measurement))
 
 
 def _gantt(table: timeline.Table, name: str) -> None:
@@ -68,14 +65,14 @@ def _gantt(table: timeline.Table, name: str) -> None:
     spans, cut = timeline.span_rows(table, low, high)
     names = [f"stage {n}" for n in table.stages]
     rows = timeline.bubble_rows(table, low, high)
-    st.altair_chart(charts.gantt(spans, rows, names, (low * 1e3, high * 1e3)), width="stretch", key="chart-gantt")
+    st.vega_lite_chart(charts.gantt(spans, rows, names, (low * 1e3, high * 1e3)), width="stretch", key="chart-gantt")
     more = f" Only the first {timeline.MOST_SPANS:,} spans of this window are drawn; make it narrower." if cut else ""
     st.caption(
         f"Dashed grey: a bubble, the stage waits. Scroll to zoom, drag to move, point at a bar for its shapes.{more}"
     )
     st.markdown("**The whole recording**")
     overall = timeline.utilisation_rows(table)
-    st.altair_chart(charts.utilisation(overall, (low, high)), width="stretch", key="chart-whole")
+    st.vega_lite_chart(charts.utilisation(overall, (low, high)), width="stretch", key="chart-whole")
     st.caption("The grey band is the window above.")
 
 

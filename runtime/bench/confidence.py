@@ -1,5 +1,6 @@
 """Confidence: Student's t over repeats, and Welch's t for the difference of two."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ def difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, 
     return centre - reach, centre + reach
 
 
+@functools.lru_cache(maxsize=4096)
 def t_quantile(freedom: float) -> float:
     """How many standard errors to either side hold 95 % of Student's t with `freedom` degrees of freedom, at least 1.
 

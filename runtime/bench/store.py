@@ -5,6 +5,7 @@
     store.runs()          lines for a list, newest first; touches no requests
     store.run(id)         a run with its measurements
     store.requests(id, n) the requests of its measurement n, a million of them in a fraction of a second
+    store.timelines(id)   the measurements that have a timeline
     store.timeline(id, n)
 
 A run is written as it goes: `begin`, then `progress`, `add` for each measurement that is complete, and `end`. Requests
@@ -143,6 +144,19 @@ class Store:
         """The requests of a run's measurement, counted from 0; none where none were kept."""
         parts = [unpack(blob) for blob in self._blobs(run_id, measurement, "requests")]
         return Requests.join([Requests(**{name: part[name] for name, _ in COLUMNS}) for part in parts])  # type: ignore[arg-type]
+
+    def timelines(self, run_id: str) -> list[int]:
+        """The measurements of a run, counted from 0, that a timeline was stored of; without reading it."""
+        with self._reading() as db:
+            rows = (
+                []
+                if db is None
+                else db.execute(
+                    "SELECT DISTINCT measurement FROM blobs WHERE run = ? AND kind = 'timeline' ORDER BY measurement",
+                    [run_id],
+                ).fetchall()
+            )
+        return [number for (number,) in rows]
 
     def timeline(self, run_id: str, measurement: int) -> Timeline:
         """The recorded timeline of a run's measurement; empty where none was recorded."""
