@@ -108,8 +108,8 @@ def _engine(name: str, outcome: Outcome) -> Engine:
     return Engine(name, outcome.stage, kind.target, kind.precision, weights, record.plan.size_bytes, record.build_s)
 
 
-def parity(folder: Path) -> Iterator[Architecture]:
-    """Build every architecture of the parity list."""
+def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
+    """Build every architecture of the parity list for all that is wanted."""
     spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/exporter/test_parity.py")
     assert spec is not None
     assert spec.loader is not None
@@ -118,7 +118,6 @@ def parity(folder: Path) -> Iterator[Architecture]:
     for name, (model_type, values, saved_as) in tests.ARCHITECTURES.items():
         checkpoint = tests.synthesize(folder / name / "checkpoint", model_type, values, saved_as)
         bundle = export(checkpoint, folder / name / "bundle", stages=2)
-        wanted = [Wanted(TENSORRT_RTX, target, precision) for target in TARGETS for precision in PRECISIONS]
         outcomes = _build(bundle.path, wanted, Options())
         for kind in wanted:
             mine = [outcome for outcome in outcomes if outcome.wanted == kind]
@@ -203,12 +202,19 @@ def main() -> None:
     """Run what is asked for, print the tables, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["reference", "parity"], help="one half")
+    parser.add_argument("--target", action="append", help="of the architectures; each of all unless given")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the architectures")
     parser.add_argument("--json", type=Path, help="write the figures here; a half keeps the other half of the file")
     arguments = parser.parse_args()
     document: dict[str, Any] = {}
     if arguments.json is not None and arguments.json.exists():
         document = json.loads(arguments.json.read_text())
     document["tensorrt_rtx"] = TENSORRT_RTX.version
+
+    def keep() -> None:
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
     engines: list[Engine] = []
     agains: list[Again] = []
     architectures: list[Architecture] = []
@@ -220,11 +226,15 @@ def main() -> None:
                 agains.append(again)
             document |= {"engines": [asdict(e) for e in engines], "again": [asdict(a) for a in agains]}
         if arguments.only != "reference":
-            architectures = list(parity(folder))
-            document["architectures"] = [asdict(a) for a in architectures]
+            kinds = [Wanted(TENSORRT_RTX, t, p) for t in arguments.target or TARGETS for p in arguments.precision]
+            kept = {(a["name"], a["target"], a["precision"]): a for a in document.get("architectures", [])}
+            for found in parity(folder, kinds):
+                architectures.append(found)
+                kept[found.name, found.target, found.precision] = asdict(found)
+                document["architectures"] = list(kept.values())
+                keep()
+    keep()
     print("\n" + _show(engines, agains, architectures))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
