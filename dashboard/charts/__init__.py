@@ -1,1 +1,1 @@
-"""Charts: rows in, Vega-Lite specs out; a file for each family. Colours come from the theme, units stand on every axis."""
+"""Charts: rows in, Vega-Lite specs out; a file for each family. Colours are the theme's, units stand on every axis."""
