@@ -123,8 +123,8 @@ def filled(path: Path, runs: int, requests: int, spans: int) -> tuple[Store, Run
         store.put(replace(unlike[number % 8], id=f"made-up-{number:06d}", created=created, finished=created + 60.0))
     large, kept = some_run(0, now - 120.0, requests, (Load("Server", rate_per_s=500.0),))
     store.put(large, kept[:1])
-    traced, _ = some_run(0, now - 60.0, 3000)
-    store.put(traced, [], [some_spans(spans)])
+    traced, kept = some_run(0, now - 60.0, 3000, (Load("Server", rate_per_s=500.0), *LOADS))
+    store.put(traced, kept[:1], [some_spans(spans)])
     return store, large, traced
 
 

@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 from stageline.models.errors import StagelineError
 
-_EXTRA = ("streamlit", "altair")
-
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -34,7 +32,7 @@ def dashboard_command(
 
     Example: stageline dashboard --bundles bundles
     """
-    if any(importlib.util.find_spec(name) is None for name in _EXTRA):
+    if importlib.util.find_spec("streamlit") is None:
         raise StagelineError('this command needs the dashboard: pip install "stageline[dashboard]"')
     options = ["--host", host]
     options += ["--port", str(port)] if port else []

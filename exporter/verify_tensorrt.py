@@ -9,7 +9,7 @@ Where weights are quantised, an engine is judged by the same stage with these we
 they take it from the weights as they were is shown.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.signature import Signature
 from stageline.runtime.tensorrt.emulate import EmulatedStage
 from stageline.runtime.tensorrt.guard import checked_engine
-from stageline.runtime.tensorrt.lower import QUANTISED, Precision, lower, lower_exactly
+from stageline.runtime.tensorrt.lower import QUANTISED, Lowered, Precision, lower, lower_exactly
 from stageline.runtime.tensorrt.targets import gpu_here
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 6e-2, "int8": 1e-2, "fp8": 1e-2, "int4": 1e-2}
@@ -83,7 +83,8 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
             got = on_host(engine.run(fed.inputs, list(fed.outputs)), list(fed.outputs))
         finally:
             engine.close()
-        comparisons += _judged(fed, record.precision, got)
+        wanted = _wanted(fed, record.precision, lower_exactly(fed.file, record.precision, fed.length))
+        comparisons += _judged(fed, record.precision, got, wanted)
     return comparisons
 
 
@@ -101,28 +102,33 @@ def verify_emulated(
         exact = lower_exactly(fed.file, precision, fed.length)
         inside = sorted((_floats(lowered.proto) & _floats(exact.proto)) - set(fed.outputs)) if layers else []
         got = EmulatedStage(lowered, fed.rows, fed.length, inside).run(fed.inputs)
-        comparisons += _judged(fed, precision, got)
-        if inside:
-            wanted = EmulatedStage(exact, fed.rows, fed.length, inside).run(fed.inputs)
-            comparisons += [
-                compare(number, name, precision, got[name], wanted[name], fed.real, shown="inside")
-                for name in inside
-                if got[name].ndim and got[name].size
-            ]
+        wanted = _wanted(fed, precision, exact, inside)
+        comparisons += _judged(fed, precision, got, wanted)
+        comparisons += [
+            compare(number, name, precision, got[name], wanted[name], fed.real, shown="inside")
+            for name in inside
+            if got[name].ndim and got[name].size
+        ]
     return comparisons
 
 
-def _judged(fed: "_Fed", precision: Precision, got: Mapping[str, Array]) -> list[Comparison]:
-    number, wanted = fed.file.number, fed.outputs
-    shown: list[Comparison] = []
-    if precision in QUANTISED:
-        shown = [
-            compare(number, name, precision, got[name], want, fed.real, shown="quantised")
-            for name, want in fed.outputs.items()
-        ]
-        wanted = EmulatedStage(lower_exactly(fed.file, precision, fed.length), fed.rows, fed.length).run(fed.inputs)
-    judged = [compare(number, name, precision, got[name], wanted[name], fed.real) for name in fed.outputs]
-    return judged + shown
+def _wanted(fed: "_Fed", precision: Precision, exact: Lowered, inside: Sequence[str] = ()) -> Mapping[str, Array]:
+    """What the stage is to come close to, and the values `inside` it: it is run for these, or for quantised weights."""
+    if not inside and precision not in QUANTISED:
+        return fed.outputs
+    return EmulatedStage(exact, fed.rows, fed.length, inside).run(fed.inputs)
+
+
+def _judged(
+    fed: "_Fed", precision: Precision, got: Mapping[str, Array], wanted: Mapping[str, Array]
+) -> list[Comparison]:
+    number = fed.file.number
+    goals = wanted if precision in QUANTISED else fed.outputs
+    judged = [compare(number, name, precision, got[name], goals[name], fed.real) for name in fed.outputs]
+    shown = fed.outputs.items() if precision in QUANTISED else ()
+    return judged + [
+        compare(number, name, precision, got[name], want, fed.real, shown="quantised") for name, want in shown
+    ]
 
 
 def compare(

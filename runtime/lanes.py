@@ -4,8 +4,7 @@ What is put into one inbox is done in the order it was put there, by the one thr
 itself hands on to the next stage: the lanes know nothing of batches, requests or tokens.
 
 Stages on the same processors have one worker, which does first what is nearest to the end of the pipeline. Had each its
-own thread, the system would switch between them in the midst of runs, and now and then away from the one that holds
-Python's lock, for which the workers of all other processors then wait.
+own thread, the system would switch between them in the midst of runs, and each one's busy time would count the others'.
 
 On a GPU an engine's results are values that are not computed yet, and the worker goes on at once. What leaves the
 pipeline is waited for by another thread of the lane, the one that lands it.

@@ -28,6 +28,9 @@ from stageline.runtime.tensorrt.worker import Request, Result
 
 _BASE_BYTES, _WEIGHTS_TIMES = 600e6, 4
 """What a build takes: measured, 0.5 GB and 3.4 times the weights of the engine."""
+_GENERATIONS = {"sm75": "Turing", "sm80": "Ampere", "sm86": "Ampere"}
+_LACKING: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp8": ("sm75", "sm80", "sm86"), "int4": ("sm75",)}
+"""Targets that TensorRT does not compile such types for."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,11 @@ def build(
 def check(wanted: Wanted, options: Options) -> None:
     """EngineError where the flavour has no such engines."""
     flavour = wanted.flavour
-    if wanted.precision == "bf16" and wanted.target == "sm75":
-        raise EngineError("sm75 (Turing) does not compute in bf16; choose --precision fp16")
+    if wanted.target in _LACKING.get(wanted.precision, ()):
+        raise EngineError(
+            f"{wanted.target} ({_GENERATIONS[wanted.target]}) does not compute in {wanted.precision}; "
+            "choose --precision fp16"
+        )
     if options.stripped and wanted.precision in QUANTISED:
         raise EngineError(
             f"--stripped takes weights from the bundle as they are, and {wanted.precision} quantises them; leave it "

@@ -93,12 +93,12 @@ def build(
 
 
 def _read(lowered: Lowered) -> dict[str, Array]:
-    """The weights as TensorRT reads them: of 4 bits, two in a byte."""
-    read = {name: (weight.dtype, weight.read()) for name, weight in lowered.weights.items()}
-    return {
-        name: np.frombuffer(ir.tensor(array, dtype=dtype).tobytes(), np.uint8) if dtype.bitwidth < 8 else array
-        for name, (dtype, array) in read.items()
-    }
+    return {name: _packed(weight.read(), weight.dtype) for name, weight in lowered.weights.items()}
+
+
+def _packed(array: Array, dtype: ir.DataType) -> Array:
+    """The array as TensorRT reads it: values of 4 bits two in a byte."""
+    return array if dtype.bitwidth >= 8 else np.frombuffer(ir.tensor(array, dtype=dtype).tobytes(), np.uint8)
 
 
 def _pasts(cache: CacheSpec, capacity: int | None) -> Iterator[TensorSpec]:

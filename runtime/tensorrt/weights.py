@@ -50,15 +50,17 @@ class QuantisedWeight(Weight):
 
     def read(self) -> Array:
         """The quantised values, in the shape of the tensor."""
-        scales, groups = self.scales(), self._groups()
-        most = _LARGEST[self.dtype]
-        values = groups / np.expand_dims(scales, self.axis + 1)
+        groups, most = self._groups(), _LARGEST[self.dtype]
+        values = groups / np.expand_dims(self._scales(groups), self.axis + 1)
         values = np.clip(values if self.dtype == ir.DataType.FLOAT8E4M3FN else np.rint(values), -most, most)
         return np.ascontiguousarray(values.reshape(self.shape).astype(self.dtype.numpy()))
 
     def scales(self) -> NDArray[np.float32]:
         """float32, the shape of the tensor with its groups for the values along `axis`; such as float16 has too."""
-        scales = np.abs(self._groups()).max(axis=self.axis + 1) / np.float32(_LARGEST[self.dtype])
+        return self._scales(self._groups())
+
+    def _scales(self, groups: NDArray[np.float32]) -> NDArray[np.float32]:
+        scales = np.abs(groups).max(axis=self.axis + 1) / np.float32(_LARGEST[self.dtype])
         least = np.float32(ml_dtypes.finfo(np.float16).smallest_normal)  # type: ignore[no-untyped-call]
         return np.asarray(scales.clip(least, 65504).astype(np.float16), np.float32)
 

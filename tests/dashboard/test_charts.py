@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import altair as alt
 import pytest
 from stageline.dashboard.charts import live, plan, runs, timeline
 from stageline.dashboard.charts.base import Spec
-
-alt = pytest.importorskip("altair")
 
 
 def rows(**columns: list[Any]) -> list[dict[str, Any]]:

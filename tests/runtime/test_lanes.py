@@ -102,7 +102,9 @@ def test_stages_on_one_processor_have_one_worker_which_does_first_what_is_neares
     for number in range(3):
         lanes.put(0, lambda lane, engine, number=number: go(number, lane, engine))
     begin.set()
+    deadline = time.monotonic() + SECONDS
     while len(done) < 9:
+        assert time.monotonic() < deadline
         time.sleep(0.001)
     lanes.close()
     assert done == [(stage, number) for number in range(3) for stage in range(3)]

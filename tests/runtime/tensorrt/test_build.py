@@ -156,6 +156,8 @@ def test_two_builds_at_a_time_are_refused(bundle: Path) -> None:
 def test_what_cannot_be_built_is_said_before_anything_is_written(bundle: Path) -> None:
     with pytest.raises(EngineError, match=r"sm75 .Turing. does not compute in bf16"):
         built(bundle, Wanted(TENSORRT_RTX, "sm75", "bf16"))
+    with pytest.raises(EngineError, match=r"sm86 .Ampere. does not compute in fp8; choose --precision fp16"):
+        built(bundle, Wanted(TENSORRT_RTX, "sm86", "fp8"))
     with pytest.raises(EngineError, match="no version-compatible engines"):
         built(bundle, SM89, options=Options(version_compatible=True))
     assert not (bundle / FOLDER).exists()
