@@ -13,7 +13,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
@@ -22,56 +22,16 @@ import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.engines import Array, Engine, Value
 from stageline.runtime.generation.decoder import Decoder
-from stageline.runtime.generation.detokenize import TextStream
+from stageline.runtime.generation.job import Job, RunningChoice
 from stageline.runtime.generation.measure import GenerationStats, Meter
 from stageline.runtime.generation.moving import Change, move_caches
-from stageline.runtime.generation.request import (
-    Choice,
-    Completion,
-    FinishReason,
-    GenerationRequest,
-    Piece,
-    TokenLogprob,
-)
-from stageline.runtime.generation.sampling import Drawn, Row, sample
+from stageline.runtime.generation.request import Completion, GenerationRequest, Piece
+from stageline.runtime.generation.sampling import Drawn, sample
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.lanes import Lane, Lanes, StageStats
 from stageline.runtime.route import Step as Hop
 from stageline.runtime.trace import Kind
-
-
-@dataclass(eq=False, slots=True)
-class _Choice:
-    """One continuation of a job, with what is drawn from it and written of it."""
-
-    job: "_Job"
-    number: int
-    continuation: Continuation
-    row: Row
-    text: TextStream | None
-    most: int  # tokens
-    written: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    @property
-    def drawn(self) -> list[int]:
-        return self.continuation.tokens[self.continuation.prompt_length :]
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    request: GenerationRequest
-    prompt: list[int]
-    generation: Generation
-    release: Callable[[], None]
-    submitted_at: float
-    number: int = 0
-    choices: list[_Choice] = field(default_factory=list)
-    started_at: float | None = None
-    first_token_at: float | None = None
-    token_times: list[float] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -107,8 +67,8 @@ class Generator:
         self._lanes, self._hops = lanes, tuple(hops)
         groups = min(len(lanes), slots)
         self._scheduler = Scheduler(slots, capacity, groups, min(chunk, capacity), prefills=len(lanes))
-        self._choices: dict[Continuation, _Choice] = {}
-        self._jobs: dict[Generation, _Job] = {}
+        self._choices: dict[Continuation, RunningChoice] = {}
+        self._jobs: dict[Generation, Job] = {}
         self._meter = Meter(slots)
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._in_flight = self._arrivals = 0
@@ -122,7 +82,7 @@ class Generator:
     def submit(self, request: GenerationRequest, prompt: list[int], release: Callable[[], None]) -> Generation:
         """Start on a request whose prompt is `prompt`; `release` is called once when it has ended."""
         generation = Generation()
-        job = _Job(request, prompt, generation, release, perf_counter())
+        job = Job(request, prompt, generation, release, perf_counter())
         with self._lock:
             if self._closed:
                 release()
@@ -198,24 +158,12 @@ class Generator:
             self._meter.waiting, self._meter.running = len(self._scheduler.waiting) + held, self._scheduler.running
             self._meter.host_s += perf_counter() - began
 
-    def _arrived(self, job: _Job) -> None:
+    def _arrived(self, job: Job) -> None:
         self._jobs[job.generation] = job
         job.number, self._arrivals = self._arrivals, self._arrivals + 1
-        sampling, decoder = job.request.sampling, self.decoder
-        room = self.capacity - len(job.prompt) + 1  # the last token drawn is not put into the cache
-        leader = None
-        for number in range(sampling.n):
-            continuation = Continuation(list(job.prompt), len(job.prompt), leader)
-            leader = leader or continuation
-            choice = _Choice(
-                job,
-                number,
-                continuation,
-                Row(sampling, decoder.vocabulary, job.prompt, decoder.end_ids, number),
-                None if decoder.encoder is None else TextStream(decoder.encoder, sampling.stop, sampling.min_tokens),
-                room if sampling.max_tokens is None else min(room, sampling.max_tokens),
-            )
-            job.choices.append(choice)
+        job.begin(self.decoder, self.capacity)
+        for choice in job.choices:
+            continuation = choice.continuation
             self._choices[continuation] = choice
             if self._change is None or self._change.keep_caches:
                 self._scheduler.add(continuation)
@@ -224,7 +172,7 @@ class Generator:
         # Last, since it may be called at once.
         job.generation.future.add_done_callback(lambda future: self._events.put(partial(self._dropped, job)))
 
-    def _dropped(self, job: _Job) -> None:
+    def _dropped(self, job: Job) -> None:
         """The request's future is done: if that was not our doing, it was cancelled."""
         if job.generation in self._jobs:
             self._meter.cancelled += 1
@@ -333,37 +281,20 @@ class Generator:
             generation.push(new)
         for job in {choice.job for choice in choices}:
             if job.generation in self._jobs and all(choice.finish_reason for choice in job.choices):
-                self._end(job, _completion(job, now))
+                self._end(job, job.completion(now))
 
-    def _add(self, choice: _Choice, drawn: Drawn, now: float) -> Piece:
-        """Write the token down, and end the choice if it is its last."""
-        job, token = choice.job, drawn.token_id
-        sampling = job.request.sampling
-        choice.continuation.tokens.append(token)
-        count = len(choice.continuation.tokens) - choice.continuation.prompt_length
+    def _add(self, choice: RunningChoice, drawn: Drawn, now: float) -> Piece:
+        job = choice.job
+        piece = choice.add(drawn, self.decoder.end_ids)
         if choice.number == 0:
             self._meter.token(job.token_times[-1] if job.token_times else None, now, job.submitted_at)
             job.token_times.append(now)
         job.first_token_at = job.first_token_at or now
         self._meter.generated_tokens += 1
-        text = ""
-        if token in self.decoder.end_ids or token in sampling.stop_token_ids:
-            choice.finish_reason = "stop"
-        elif choice.text is not None:
-            text = choice.text.push([token])
-            if choice.text.stopped:
-                choice.finish_reason = "stop"
-        if choice.finish_reason is None and count >= choice.most:
-            choice.finish_reason = "length"
         if choice.finish_reason is not None:
-            if choice.text is not None and not choice.text.stopped:
-                text += choice.text.finish()
             self._scheduler.end(choice.continuation)
             del self._choices[choice.continuation]
-        choice.written.append(text)
-        logprobs = () if drawn.logprob is None else (drawn.logprob,)
-        choice.logprobs.extend(logprobs)
-        return Piece(choice.number, text, (token,), logprobs, choice.finish_reason)
+        return piece
 
     def _fail(self, continuation: Continuation, error: StagelineError) -> None:
         choice = self._choices.get(continuation)
@@ -371,7 +302,7 @@ class Generator:
             self._scheduler.end(continuation, keep=0)
             self._end(choice.job, error)
 
-    def _end(self, job: _Job, end: Completion | StagelineError) -> None:
+    def _end(self, job: Job, end: Completion | StagelineError) -> None:
         """Settle the request, and let go of it."""
         self._forget(job)
         future = job.generation.future
@@ -384,7 +315,7 @@ class Generator:
             self._meter.completed(end)
             future.set_result(end)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         for choice in job.choices:
             if self._choices.pop(choice.continuation, None) is not None:
                 self._scheduler.end(choice.continuation)
@@ -458,20 +389,3 @@ def _engine_error(what: str, error: BaseException) -> EngineError:
     told = EngineError(f"{what}: {type(error).__name__}: {line}")
     told.__cause__ = error
     return told
-
-
-def _completion(job: _Job, now: float) -> Completion:
-    began = job.submitted_at
-    assert job.first_token_at is not None
-    return Completion(
-        tuple(
-            Choice("".join(c.written), tuple(c.drawn), c.finish_reason or "length", tuple(c.logprobs))
-            for c in job.choices
-        ),
-        len(job.prompt),
-        job.choices[0].continuation.shared,
-        (job.started_at or now) - began,
-        job.first_token_at - began,
-        now - began,
-        tuple(at - began for at in job.token_times),
-    )
