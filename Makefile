@@ -58,9 +58,10 @@ types: $(VENV)/stamp
 	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
 	$(BIN)/mypy benchmarks examples
 
+# A file's tests run in one process: what they share is made once. (pytest 9.2 loses the groups of pytest-xdist 3.8.)
 # Times against theory get three goes, for the machine may be shared: what our figures get wrong is wrong every time.
 pytest: checkpoints
-	$(BIN)/pytest -m 'not gpu and not alone' -n 2 --dist loadgroup
+	$(BIN)/pytest -m 'not gpu and not alone' -n 2 --dist loadfile
 	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
 
 bench: checkpoints

@@ -15,7 +15,15 @@ from stageline.exporter.apart import check_apart
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.exporter.cut import Cut, NotProvenError, cut
 from stageline.exporter.fuse import fuse_norms
-from stageline.exporter.trace import ATTENTION, OPSET, NotFusedError, first_line, representatives, trace
+from stageline.exporter.trace import (
+    ATTENTION,
+    OPSET,
+    NotFusedError,
+    first_line,
+    representatives,
+    trace,
+    watched_attention,
+)
 from stageline.exporter.weights import Weights, find, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint, read_json_object
 from stageline.models.errors import ExportError
@@ -41,6 +49,19 @@ class Traced:
     cut: Cut
     how: str
     weights: Weights
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is traced, and for what."""
+
+    checkpoint: Checkpoint
+    config: Any
+    task: str
+    dtype: Dtype
+    head: SentencePooling | None
+    stages: int | Sequence[int]
+    progress: Callable[[str], None]
 
 
 def export(
@@ -72,8 +93,7 @@ def export(
     chosen: Dtype = dtype or majority_dtype(checkpoint)  # type: ignore[assignment]
     with new_folder(Path(bundle)) as folder:
         progress("tracing")
-        traced = trace_parts(checkpoint, config, task, chosen, head, progress)
-        check_stages(len(traced.cut.uses) - 2, stages)  # before weights of any size are placed
+        traced = _trace_parts(_Wanted(checkpoint, config, task, chosen, head, stages, progress))
         _write_parts(folder, traced.cut)
         progress("placing weights")
         files = place(traced.weights, traced.model, config, chosen, folder)
@@ -88,56 +108,39 @@ def export(
     return Bundle(target, manifest, _tensors(target, manifest))
 
 
-def trace_parts(
-    checkpoint: Checkpoint,
-    config: Any,
-    task: str,
-    dtype: str,
-    head: SentencePooling | None,
-    progress: Callable[[str], None],
-) -> Traced:
+def _trace_parts(wanted: _Wanted) -> Traced:
     """Trace and cut: with a KV cache if it generates text, with fused attention if the model allows it, stamping blocks
     if that is proven."""
     why = ""
-    if task == "text-generation":
+    if wanted.task == "text-generation":
         try:
-            return _trace_cached(checkpoint, config, task, dtype, progress)
+            return _trace_cached(wanted)
         except (cached.NotCachedError, ExportError) as error:  # what is wrong without a cache as well is told below
             why = f"; no KV cache, since {error}"
-            progress(f"tracing without a KV cache ({error})")
+            wanted.progress(f"tracing without a KV cache ({error})")
     try:
-        traced = _trace(checkpoint, config, task, dtype, head, progress, ATTENTION)
+        traced = _trace(wanted, ATTENTION)
     except (NotFusedError, KeyError, skeleton.AttentionError):
         # softcaps, sinks, or a table of attention classes of its own: the primitive operators are always right
-        traced = _trace(checkpoint, config, task, dtype, head, progress, "eager")
+        traced = _trace(wanted, "eager")
     return replace(traced, how=traced.how + why)
 
 
-def _trace_cached(
-    checkpoint: Checkpoint, config: Any, task: str, dtype: str, progress: Callable[[str], None]
-) -> Traced:
+def _trace_cached(wanted: _Wanted) -> Traced:
     try:
-        return _trace(checkpoint, config, task, dtype, None, progress, cached.ATTENTION)
+        return _trace(wanted, cached.ATTENTION)
     except (cached.NotCachedError, KeyError, skeleton.AttentionError):
         with cached.torch_attention():
             try:
-                return _trace(checkpoint, config, task, dtype, None, progress, "sdpa")
+                return _trace(wanted, "sdpa")
             except (KeyError, skeleton.AttentionError) as error:
                 raise cached.NotCachedError("it computes attention itself") from error
 
 
-def _trace(
-    checkpoint: Checkpoint,
-    config: Any,
-    task: str,
-    dtype: str,
-    head: SentencePooling | None,
-    progress: Callable[[str], None],
-    attention: str,
-) -> Traced:
-    torch_dtype = getattr(torch, dtype)
-    model = skeleton.build(config, task, torch_dtype, attention)
-    weights = find(checkpoint, model)
+def _trace(wanted: _Wanted, attention: str) -> Traced:
+    torch_dtype = getattr(torch, wanted.dtype)
+    model = skeleton.build(wanted.config, wanted.task, torch_dtype, attention)
+    weights = find(wanted.checkpoint, model)
     mode = skeleton.fake_mode()
     skeleton.fake_weights(model, mode, weights.names)
     wrapped: skeleton.Task | cached.CachedTask
@@ -146,7 +149,7 @@ def _trace(
         inputs = wrapped.inputs
     else:
         inputs = skeleton.inputs_of(model, torch_dtype)
-        wrapped = skeleton.Task(model, inputs, skeleton.outputs_of(task), head).eval()
+        wrapped = skeleton.Task(model, inputs, skeleton.outputs_of(wanted.task), wanted.head).eval()
     outputs = wrapped.output_names
 
     def samples() -> tuple[torch.Tensor, ...]:
@@ -154,16 +157,20 @@ def _trace(
             return tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in inputs)
 
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), watched_attention() as callers:
             if isinstance(wrapped, cached.CachedTask):
                 cached.check_masks(wrapped, samples())
             stack = watch(wrapped, samples())
+        if attention == ATTENTION and not callers:
+            # The model computes attention itself, so it wants the mask that goes with that: a bias, no truth table.
+            raise NotFusedError("attention of its own")
     except (NotFusedError, cached.NotCachedError, ExportError, KeyError):
         raise
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__} cannot be run on {', '.join(i.name for i in inputs)} alone: {first_line(error)}"
         ) from error
+    check_stages(len(stack), wanted.stages)  # before what takes time
     kind = kinds(stack)
     reason = stampable(stack)
     real = representatives(kind) if reason is None else frozenset(range(len(stack)))
@@ -175,7 +182,7 @@ def _trace(
         except NotProvenError as error:
             reason = str(error)
     if reason is not None:
-        progress(f"tracing all {len(stack)} blocks ({reason})")
+        wanted.progress(f"tracing all {len(stack)} blocks ({reason})")
     result = _cut(wrapped, inputs, samples(), stack, kind, frozenset(range(len(stack))), weights)
     how = f"full: all {len(stack)} blocks traced" + (f", since {reason}" if reason else "")
     return Traced(model, inputs, outputs, _renamed(result, weights), how, weights)
@@ -191,11 +198,6 @@ def _cut(
     weights: Weights,
 ) -> Cut:
     traced = trace(wrapped, inputs, samples, stack, kind, real)
-    if wrapped.model.config._attn_implementation == ATTENTION and not any(
-        n.op_type == "Attention" for n in traced.model.graph
-    ):
-        # The model computes attention itself, so it wants the mask that goes with that, a bias and not a truth table.
-        raise NotFusedError("attention of its own")
     if isinstance(wrapped, cached.CachedTask):
         check_apart(traced.model.graph)
     names = frozenset("model." + name for name in weights.names)

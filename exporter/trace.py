@@ -75,6 +75,22 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+@contextlib.contextmanager
+def watched_attention() -> Iterator[list[torch.nn.Module]]:
+    """The modules that call `attention` meanwhile."""
+    callers: list[torch.nn.Module] = []
+
+    def watched(module: torch.nn.Module, *tensors: Any, **options: Any) -> tuple[torch.Tensor, None]:
+        callers.append(module)
+        return attention(module, *tensors, **options)
+
+    AttentionInterface.register(ATTENTION, watched)
+    try:
+        yield callers
+    finally:
+        AttentionInterface.register(ATTENTION, attention)
+
+
 @dataclass(frozen=True)
 class Trace:
     """The marked graph, which blocks in it are real, and how many tokens in a row it holds for: beyond `longest` the

@@ -1,12 +1,16 @@
-"""A checkpoint and a bundle so small that making them costs a second."""
+"""Checkpoints and bundles that many tests read: tiny ones that are made up, and the reference ones."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 TINY_BERT: dict[str, Any] = {
     "model_type": "bert",
     "architectures": ["BertForSequenceClassification"],
@@ -64,23 +68,55 @@ def make_checkpoint() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT classifier of three blocks; do not change it."""
-    return _make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Gives the path of a name, at which a function makes something: once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(root / f"{name}.lock"):
+            if not (root / name).exists():
+                make(root / name)
+        return root / name
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(made_once: MadeOnce) -> Path:
+    """A BERT classifier of three blocks; do not change it."""
+    return made_once("tiny-checkpoint", _make_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, made_once: MadeOnce) -> Path:
     """`tiny_checkpoint` exported to two stages; do not change it, copy it."""
     from stageline.exporter.export import export
 
-    return export(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle", stages=2).path
+    return made_once("tiny-bundle", lambda folder: export(tiny_checkpoint, folder, stages=2))
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(made_once: MadeOnce) -> Path:
     """A Llama of six blocks that generates, exported to one stage; do not change it, copy it."""
     from stageline.exporter.export import export
 
-    folder = tmp_path_factory.mktemp("llama")
-    return export(_make_checkpoint(folder / "checkpoint", **TINY_LLAMA), folder / "bundle").path
+    checkpoint = made_once("tiny-llama-checkpoint", lambda folder: _make_checkpoint(folder, **TINY_LLAMA))
+    return made_once("tiny-llama", lambda folder: export(checkpoint, folder))
+
+
+@pytest.fixture(scope="session")
+def link_reference_bundle(made_once: MadeOnce) -> Callable[[str, Path], Path]:
+    """Links the files of a reference checkpoint's bundle, of one stage, into a folder: replace them there, do not write
+    into them. Skips the test where the checkpoint is not fetched."""
+    from stageline.exporter.export import export
+    from stageline.models.catalogue import default_root
+
+    def link(name: str, folder: Path) -> Path:
+        checkpoint = default_root() / name
+        if not checkpoint.is_dir():
+            pytest.skip(f"{name} is not here: stageline models fetch {name}")
+        made = made_once(name, lambda folder: export(checkpoint, folder))
+        return Path(shutil.copytree(made, folder, copy_function=os.link))
+
+    return link

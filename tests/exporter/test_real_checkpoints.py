@@ -1,5 +1,6 @@
 """The two real checkpoints, cut every way, against torch; and what they say makes sense."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from stageline.exporter.export import export
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle import Bundle, recut
 from stageline.runtime.pipeline import Pipeline
@@ -25,12 +25,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.checkpoints]
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(link_reference_bundle: Callable[[str, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     for name in ("minilm", "smollm2"):
-        if not (CHECKPOINTS / name).is_dir():
-            pytest.skip(f"{name} is not here: stageline models fetch {name}")
-        export(CHECKPOINTS / name, folder / name)
+        link_reference_bundle(name, folder / name)
     return folder
 
 

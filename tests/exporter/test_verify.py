@@ -1,6 +1,7 @@
 """The verifier finds agreement where it is, and each error in the stage that makes it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ def test_each_dtype_passes_at_its_tolerance(tmp_path: Path, dtype: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.checkpoints
 @pytest.mark.parametrize("name", ["minilm", "smollm2"])
-def test_the_real_checkpoints_pass_at_one_block_a_stage(name: str, tmp_path: Path) -> None:
-    if not (CHECKPOINTS / name).is_dir():
-        pytest.skip(f"{name} is not here: stageline models fetch {name}")
-    blocks = export(CHECKPOINTS / name, tmp_path / "b").manifest.blocks
-    recut(tmp_path / "b", blocks)
-    done = verify(tmp_path / "b", CHECKPOINTS / name, seed=3)
+def test_the_real_checkpoints_pass_at_one_block_a_stage(
+    name: str, link_reference_bundle: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    bundle = link_reference_bundle(name, tmp_path / "b")
+    recut(bundle, Bundle.open(bundle).manifest.blocks)
+    done = verify(bundle, CHECKPOINTS / name, seed=3)
     assert done.passed, [c for c in done.comparisons if not c.passed]

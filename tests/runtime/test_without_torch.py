@@ -13,7 +13,7 @@ from stageline.exporter import skeleton
 from stageline.exporter.export import export
 from stageline.models.synthetic import write_random
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bare environment")]  # it is made once
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {

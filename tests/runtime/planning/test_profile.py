@@ -27,6 +27,13 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times need not be good: each is taken once, however much others disturb it."""
+    monkeypatch.setattr(measuring, "_TRIES", 1)
+    monkeypatch.setattr(measuring, "_POINT_S", 0.01)
+
+
 def linear_profile(bundle: Bundle, grid: Grid, weights: WeightDtype | None = None) -> Profile:
     """A machine on which everything takes a time that is bilinear in rows and tokens."""
     points = []
@@ -90,6 +97,7 @@ def test_outside_the_measured_shapes_times_grow_as_the_work_does(bundle: Bundle)
     assert beyond.use_s[1] == pytest.approx(4 * edge.use_s[1], rel=0.05)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_what_is_measured_is_stored_and_read_back(bundle: Bundle) -> None:
     profile = measure(bundle, [1], [Grid((1, 2), (4,))])
     assert {(p.first, p.end) for p in profile.points} == {(0, 1), (1, 2), (2, 3), (0, 3)}
@@ -114,6 +122,7 @@ def test_profile_of_another_machine_warns_and_names_both(bundle: Bundle) -> None
     assert str(Machine.here()) in warning
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("weights", [None, "int8", "int4"])
 def test_what_is_timed_is_opened_with_the_weights(
     bundle: Bundle, weights: WeightDtype | None, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,7 @@
 """Lowered stages give what the bundle's stages give, in every precision, and keep what must stay exact exact."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from stageline.models.errors import EngineError
 from stageline.models.safetensors_file import read_header
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle import Bundle, recut
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
 from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.planning.planner import Load
@@ -77,15 +78,10 @@ def test_stages_of_tiny_models_are_close(which: str, precision: Precision, reque
 @pytest.mark.checkpoints
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), [("minilm", "fp16"), ("minilm", "bf16"), ("smollm2", "bf16")])
-def test_stages_of_real_models_are_close(name: str, precision: Precision, tmp_path: Path) -> None:
-    from stageline.exporter.export import export
-    from stageline.models.catalogue import CATALOGUE, default_root
-
-    assert name in CATALOGUE
-    checkpoint = default_root() / name
-    if not checkpoint.exists():
-        pytest.skip(f"{checkpoint} is not fetched")
-    compare(export(checkpoint, tmp_path / "bundle", stages=2).path, precision)
+def test_stages_of_real_models_are_close(
+    name: str, precision: Precision, link_reference_bundle: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    compare(recut(link_reference_bundle(name, tmp_path / "bundle"), 2).path, precision)
 
 
 def test_lowering_twice_gives_the_same_bytes(llama_bundle: Path) -> None:
