@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from stageline.exporter import cached, gguf, skeleton
-from stageline.exporter.apart import check_apart
+from stageline.exporter.apart import NotApartError, check_apart
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.exporter.cut import Cut, NotProvenError, cut
 from stageline.exporter.fuse import fuse_norms
@@ -129,6 +129,8 @@ def _trace_parts(wanted: _Wanted) -> Traced:
 def _trace_cached(wanted: _Wanted) -> Traced:
     try:
         return _trace(wanted, cached.ATTENTION)
+    except NotApartError:
+        raise
     except (cached.NotCachedError, KeyError, skeleton.AttentionError):
         with cached.torch_attention():
             try:

@@ -201,7 +201,7 @@ def test_list_and_show(three: Run, store: Store, capsys: pytest.CaptureFixture[s
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert document(capsys, "show", "real")["settings"]["seconds"] == 0.2
     assert main(["bench", "show"]) == 0
-    assert "c  bundle  done" in capsys.readouterr().out
+    assert "c  tiny-bundle  done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
