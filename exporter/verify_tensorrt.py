@@ -27,7 +27,7 @@ from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.signature import Signature
 from stageline.runtime.tensorrt.emulate import EmulatedStage
 from stageline.runtime.tensorrt.guard import checked_engine
-from stageline.runtime.tensorrt.lower import QUANTISED, Lowered, Precision, lower, lower_exactly
+from stageline.runtime.tensorrt.lower import QUANTISED, Precision, lower, lower_exactly
 from stageline.runtime.tensorrt.targets import gpu_here
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 6e-2, "int8": 1e-2, "fp8": 1e-2, "int4": 1e-2}
@@ -83,8 +83,7 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
             got = on_host(engine.run(fed.inputs, list(fed.outputs)), list(fed.outputs))
         finally:
             engine.close()
-        wanted = _wanted(fed, record.precision, lower_exactly(fed.file, record.precision, fed.length))
-        comparisons += _judged(fed, record.precision, got, wanted)
+        comparisons += _judged(fed, record.precision, got, _exactly(fed, record.precision))
     return comparisons
 
 
@@ -99,35 +98,40 @@ def verify_emulated(
         number = fed.file.number
         progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
         lowered = lower(fed.file, precision, fed.length, stripped=False)
-        exact = lower_exactly(fed.file, precision, fed.length)
-        inside = sorted((_floats(lowered.proto) & _floats(exact.proto)) - set(fed.outputs)) if layers else []
+        inside: list[str] = []
+        if layers:
+            exact = lower_exactly(fed.file, precision, fed.length)
+            inside = sorted((_floats(lowered.proto) & _floats(exact.proto)) - set(fed.outputs))
         got = EmulatedStage(lowered, fed.rows, fed.length, inside).run(fed.inputs)
-        wanted = _wanted(fed, precision, exact, inside)
-        comparisons += _judged(fed, precision, got, wanted)
+        exactly = _exactly(fed, precision, inside)
+        comparisons += _judged(fed, precision, got, exactly)
         comparisons += [
-            compare(number, name, precision, got[name], wanted[name], fed.real, shown="inside")
+            compare(number, name, precision, got[name], exactly[name], fed.real, shown="inside")
             for name in inside
             if got[name].ndim and got[name].size
         ]
     return comparisons
 
 
-def _wanted(fed: "_Fed", precision: Precision, exact: Lowered, inside: Sequence[str] = ()) -> Mapping[str, Array]:
-    """What the stage is to come close to, and the values `inside` it: it is run for these, or for quantised weights."""
+def _exactly(fed: "_Fed", precision: Precision, inside: Sequence[str] = ()) -> Mapping[str, Array]:
+    """What the stage gives in float32 with the weights of `precision`, and the values `inside` it."""
     if not inside and precision not in QUANTISED:
         return fed.outputs
-    return EmulatedStage(exact, fed.rows, fed.length, inside).run(fed.inputs)
+    lowered = lower_exactly(fed.file, precision, fed.length)
+    return EmulatedStage(lowered, fed.rows, fed.length, inside).run(fed.inputs)
 
 
 def _judged(
-    fed: "_Fed", precision: Precision, got: Mapping[str, Array], wanted: Mapping[str, Array]
+    fed: "_Fed", precision: Precision, got: Mapping[str, Array], exactly: Mapping[str, Array]
 ) -> list[Comparison]:
+    """Outputs against ONNX Runtime's; those of quantised weights against `exactly`, and what quantising adds beside."""
     number = fed.file.number
-    goals = wanted if precision in QUANTISED else fed.outputs
-    judged = [compare(number, name, precision, got[name], goals[name], fed.real) for name in fed.outputs]
-    shown = fed.outputs.items() if precision in QUANTISED else ()
+    if precision not in QUANTISED:
+        return [compare(number, name, precision, got[name], want, fed.real) for name, want in fed.outputs.items()]
+    judged = [compare(number, name, precision, got[name], exactly[name], fed.real) for name in fed.outputs]
     return judged + [
-        compare(number, name, precision, got[name], want, fed.real, shown="quantised") for name, want in shown
+        compare(number, name, precision, got[name], want, fed.real, shown="quantised")
+        for name, want in fed.outputs.items()
     ]
 
 

@@ -309,9 +309,9 @@ def test_a_trace_that_holds_for_short_rows_only(make_checkpoint: Callable[..., P
         "bos_token_id": 2,
         "eos_token_id": None,
     }
-    bundle = export(make_checkpoint(out / "c", **config), out / "b", task="feature-extraction")
+    bundle = export(make_checkpoint(out / "c", **config), out / "b")
     assert bundle.manifest.max_positions == 8
     with Pipeline.open(bundle.path) as pipeline:
-        assert pipeline.run({"input_ids": np.ones((2, 8), np.int64)})["last_hidden_state"].shape[:2] == (2, 8)
+        assert pipeline.run({"input_ids": np.ones((2, 8), np.int64)})["logits"].shape[:2] == (2, 8)
         with pytest.raises(RequestError, match="rows are 9 tokens long, the model can place 8; truncate them"):
             pipeline.run({"input_ids": np.ones((1, 9), np.int64)})

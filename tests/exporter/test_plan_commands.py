@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hasty import hasty_profiles
 from stageline.exporter.cli import main
 from stageline.runtime.bundle import Bundle
-from stageline.runtime.planning import measuring
+from stageline.runtime.planning.measuring import measure
 from stageline.runtime.planning.profile import Grid, Machine, Profile, load, save
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hasty() -> Iterator[None]:
-    """Profiles of here need not be good: a time is taken once, however much others disturb it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "_TRIES", 1)
-        patch.setattr(measuring, "_POINT_S", 0.01)
+    """The commands' profiles too."""
+    with hasty_profiles():
         yield
 
 
@@ -27,7 +26,7 @@ def profiled(hasty: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFa
     """A copy of the tiny bundle with a profile of this machine."""
     path = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("profiled") / "bundle"))
     bundle = Bundle.open(path)
-    save(bundle, measuring.measure(bundle, [1], [Grid((1, 4), (4, 16))]))
+    save(bundle, measure(bundle, [1], [Grid((1, 4), (4, 16))]))
     return path
 
 

@@ -2,11 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hasty import hasty_profiles
 from hypothesis import given
 from hypothesis import strategies as st
 from stageline.models.errors import BundleError
@@ -28,10 +29,9 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times need not be good: each is taken once, however much others disturb it."""
-    monkeypatch.setattr(measuring, "_TRIES", 1)
-    monkeypatch.setattr(measuring, "_POINT_S", 0.01)
+def hasty() -> Iterator[None]:
+    with hasty_profiles():
+        yield
 
 
 def linear_profile(bundle: Bundle, grid: Grid, weights: WeightDtype | None = None) -> Profile:
