@@ -31,7 +31,7 @@ from stageline.runtime.bench.inputs import Item, Lengths, make_items
 from stageline.runtime.bench.monitor import PERIOD_S, Monitor
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.trace import Kind, Recorder
+from stageline.runtime.stages.recorder import Kind, Recorder
 
 MODES = ("off", "metrics", "tracing")
 NEW = 16

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from stageline.dashboard.command import stageline
+from stageline.dashboard.children.command import stageline
 from stageline.runtime.bench.client import Answers
 from stageline.runtime.bench.figures import of_requests, over_repeats
 from stageline.runtime.bench.records import (
@@ -39,7 +39,7 @@ from stageline.runtime.bench.records import (
     ladder,
 )
 from stageline.runtime.bench.store import Store
-from stageline.runtime.trace import Span
+from stageline.runtime.stages.recorder import Span
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from chromium import READY, launched, served  # as the browser tests do

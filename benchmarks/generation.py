@@ -200,7 +200,7 @@ def main() -> None:
     streams = [int(n) for n in arguments.streams.split(",")]
     most = str(max(streams))
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as folder:
-        from stageline.runtime.bundle import recut
+        from stageline.runtime.bundle.recut import recut
 
         bundles = {}
         for stages in (1, 2):

@@ -11,7 +11,7 @@ import json
 import statistics
 from pathlib import Path
 
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.generation.request import Sampling
 from stageline.runtime.planning.host import bundle_decoder, step_s
 

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from stageline.exporter.verify import load_reference
+from stageline.exporter.verify.against_torch import load_reference
 from stageline.models.checkpoint import Checkpoint
-from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 

@@ -20,11 +20,11 @@ from time import perf_counter
 
 import numpy as np
 import onnx.parser
+from stageline.runtime.bundle.manifest import TensorSpec
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, start_worker
 from stageline.runtime.engines import Array, StageFile, Value, engine_factory
-from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.pipeline import Pipeline, PipelineStage
-from stageline.runtime.signature import Signature
 
 WIDTH = 384
 ROUNDS = 7  # the median of these is reported

@@ -20,7 +20,7 @@ from time import perf_counter
 
 import numpy as np
 import onnxruntime as ort
-from stageline.runtime.bundle import recut
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.devices.cpu import allowed_cores, start_worker
 from stageline.runtime.engines import Array
 from stageline.runtime.pipeline import Pipeline

@@ -33,13 +33,15 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores
 from stageline.runtime.engines import StageFile, engine_factory
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.planning.cost import Shape, use_costs
-from stageline.runtime.planning.measuring import measure, undisturbed
+from stageline.runtime.planning.cost import use_costs
+from stageline.runtime.planning.measure import measure, undisturbed
 from stageline.runtime.planning.profile import Machine, Profile
 from stageline.runtime.planning.simulate import (
     BatchRequest,
@@ -47,12 +49,11 @@ from stageline.runtime.planning.simulate import (
     Setting,
     SimulatedStage,
     TextRequest,
-    poisson,
     simulate_batches,
     simulate_generation,
 )
 from stageline.runtime.planning.timings import Timings
-from stageline.runtime.signature import Signature
+from stageline.runtime.workload import Shape, poisson
 
 PARTS = {  # threads of a stage
     "profile:1": 1, "batches:1": 1, "batches:2": 1, "poisson:2": 1,

@@ -48,7 +48,7 @@ class Tally:
 @contextmanager
 def service(bundle: str, clients: int) -> Iterator[tuple[str, int]]:
     """The address of a service that runs, and its process id; ended by SIGTERM."""
-    command = [sys.executable, "-c", "from stageline.exporter.cli import main; raise SystemExit(main())"]
+    command = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; raise SystemExit(main())"]
     options = ["--name", "model", "--port", "0", "--queue", str(2 * clients)]
     process = subprocess.Popen([*command, "serve", bundle, *options], stdout=subprocess.PIPE, text=True)
     try:

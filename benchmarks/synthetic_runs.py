@@ -20,7 +20,7 @@ from stageline.runtime.bench.records import (
     Timeline,
     ladder,
 )
-from stageline.runtime.trace import RequestSpan, Span
+from stageline.runtime.stages.recorder import RequestSpan, Span
 
 REPEATS = 3
 

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stageline.exporter.commands.show import human_bytes, table
 from stageline.exporter.export import export
-from stageline.exporter.show import human_bytes, table
-from stageline.runtime.bundle import Bundle, file_entry, recut, write_manifest
-from stageline.runtime.planning.planner import Load
-from stageline.runtime.tensorrt.build import Outcome, Wanted, build
-from stageline.runtime.tensorrt.flavour import TENSORRT_RTX
-from stageline.runtime.tensorrt.lower import QUANTISED, Precision
-from stageline.runtime.tensorrt.records import Options
+from stageline.runtime.builder.build import Outcome, Wanted, build
+from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX
+from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision
+from stageline.runtime.engines.tensorrt.records import Options
+from stageline.runtime.workload import Load
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("portable", "sm80", "sm89", "sm120")

@@ -23,15 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from stageline.exporter.show import table
-from stageline.exporter.verify import load_reference
-from stageline.exporter.verify_tensorrt import TOLERANCE
+from stageline.exporter.commands.show import table
+from stageline.exporter.verify.against_torch import load_reference
+from stageline.exporter.verify.engines import TOLERANCE
 from stageline.models.checkpoint import Checkpoint
-from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.builder.emulate import EmulatedStage
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array, StageFile
-from stageline.runtime.signature import Signature
-from stageline.runtime.tensorrt.emulate import EmulatedStage
-from stageline.runtime.tensorrt.lower import Precision, lower
+from stageline.runtime.engines.tensorrt.lower import Precision, lower
 
 PROMPTS, BATCH, LENGTH = 256, 32, 33
 PRECISION: Precision = "bf16"

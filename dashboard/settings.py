@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stageline.runtime.bundle import MANIFEST
+from stageline.runtime.bundle.folder import MANIFEST
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.pipeline import Pipeline
 
 SENTENCES = ["A cat sits on the mat.", "A kitten rests on a rug.", "Shares fell sharply on Monday."]

@@ -15,8 +15,8 @@ from stageline.exporter.blocks import Call
 from stageline.exporter.fuse import fuse_rotary
 from stageline.exporter.trace import MARK, Trace
 from stageline.models.errors import ExportError
-from stageline.runtime.manifest import TensorSpec, Use
-from stageline.runtime.stitch import size_read
+from stageline.runtime.bundle.graph import size_read
+from stageline.runtime.bundle.manifest import TensorSpec, Use
 
 CONSTANT, SIZES, SHARED, CHAIN = range(4)
 # Operators on sizes that give a scalar or a short list of sizes, so that repeating them in a block costs nothing.

@@ -31,9 +31,10 @@ from stageline.models.new_folder import new_folder
 from stageline.models.safetensors_file import read_header
 from stageline.models.sentence import SentencePooling, pooling
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle import Bundle, check_stages, file_entry, plan_stages, write_manifest, write_stages
-from stageline.runtime.manifest import VERSION, CacheSpec, FileEntry, Manifest, Part, TensorSpec, Text
-from stageline.runtime.stitch import CACHE_ATTENTION, cache_of
+from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
+from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of
+from stageline.runtime.bundle.manifest import VERSION, CacheSpec, FileEntry, Manifest, Part, TensorSpec, Text
+from stageline.runtime.bundle.recut import check_stages, plan_stages, write_stages
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 _NAMES_A_LIMIT = 1_000_000  # tokenizers without a limit state a huge one

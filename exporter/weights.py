@@ -14,8 +14,8 @@ from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError, ExportError
 from stageline.models.safetensors_file import header_sha256, write_streaming
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle import HASH_LIMIT_BYTES, file_sha256
-from stageline.runtime.manifest import FileEntry
+from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
+from stageline.runtime.bundle.manifest import FileEntry
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from stageline.models.catalogue import CATALOGUE, default_root
 from stageline.runtime.devices.cpu import allowed_cores
-from stageline.runtime.tensorrt.targets import PORTABLE, RTX_TARGETS
+from stageline.runtime.engines.tensorrt.targets import PORTABLE, RTX_TARGETS
 
 
 @dataclass(frozen=True)

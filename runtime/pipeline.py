@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args, overload
 
 from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.batches import Batches
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.admission import Slots
+from stageline.runtime.batching.batches import Batches
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import (
     Array,
@@ -29,18 +31,16 @@ from stageline.runtime.engines import (
     default_device,
     engine_factory,
 )
-from stageline.runtime.generation.decoder import Decoder
+from stageline.runtime.executor import Serving, Switched, generation_hops
 from stageline.runtime.generation.generator import Generator
-from stageline.runtime.generation.measure import GenerationStats
+from stageline.runtime.generation.meter import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
-from stageline.runtime.lanes import Lanes, PipelineStage, StageStats
-from stageline.runtime.opening import Cut, Opener, check_same_model
-from stageline.runtime.route import route
-from stageline.runtime.serving import Serving, Switched, generation_hops
-from stageline.runtime.signature import Signature
-from stageline.runtime.slots import Slots
-from stageline.runtime.trace import Recorder
+from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.stages.lanes import Lanes, PipelineStage, StageStats
+from stageline.runtime.stages.opening import Cut, Opener, check_same_model
+from stageline.runtime.stages.recorder import Recorder
+from stageline.runtime.stages.route import route
 
 if TYPE_CHECKING:
     from stageline.runtime.generation.chat import ChatTemplate

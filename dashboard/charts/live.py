@@ -1,7 +1,7 @@
 """The Live page's charts: lines over the last minutes."""
 
 from stageline.dashboard.charts.base import TOP, Rows, Spec, category, quantity, values
-from stageline.dashboard.live import KEPT_S
+from stageline.dashboard.figures.live import KEPT_S
 
 
 def lines(rows: Rows, title: str, names: list[str], top: float | None = None, form: str = ",.1f") -> Spec:

@@ -6,8 +6,9 @@ import json
 import time
 
 import streamlit as st
-from stageline.dashboard import results, words
 from stageline.dashboard.charts import runs as charts
+from stageline.dashboard.figures import runs as results
+from stageline.dashboard.figures import words
 from stageline.dashboard.views.common import empty, page
 from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, spread_of
 from stageline.runtime.bench.records import Measurement, Run, RunLine

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
-from stageline.dashboard import words
+from stageline.dashboard.figures import words
 from stageline.dashboard.views.common import page
 from stageline.runtime.doctor import Diagnosis, diagnose
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
-from stageline.dashboard import live, words
 from stageline.dashboard.charts.live import lines
-from stageline.dashboard.serving import Load, Services
+from stageline.dashboard.children.services import Load, Services
+from stageline.dashboard.figures import live, words
 from stageline.dashboard.settings import Settings, find_bundles
 from stageline.dashboard.views.common import empty, labels, page, told
 

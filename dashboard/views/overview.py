@@ -4,8 +4,9 @@ import time
 from typing import Literal
 
 import streamlit as st
-from stageline.dashboard import results, words
 from stageline.dashboard.charts import runs as charts
+from stageline.dashboard.figures import runs as results
+from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import page
 from stageline.dashboard.views.recorded import RECENT, lines, named_runs, no_runs, run_of

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import streamlit as st
-from stageline.dashboard import cutting, words
 from stageline.dashboard.charts import plan as charts
+from stageline.dashboard.figures import plan as cutting
+from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import choose_bundle, page
-from stageline.runtime.bundle import MANIFEST, Bundle
-from stageline.runtime.planning.planner import Answer, Load, Planner
+from stageline.runtime.bundle.folder import MANIFEST, Bundle
+from stageline.runtime.planning.planner import Answer, Planner
 from stageline.runtime.planning.profile import FOLDER, Profile
+from stageline.runtime.workload import Load
 
 
 @page("Plan", "Where a model is cut into stages, what that gives, and what another cut would give.")

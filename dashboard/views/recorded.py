@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 
 import streamlit as st
-from stageline.dashboard import results
-from stageline.dashboard.distribution import Spread, spread
+from stageline.dashboard.figures import runs as results
+from stageline.dashboard.figures.distribution import Spread, spread
+from stageline.dashboard.figures.timeline import Table
 from stageline.dashboard.settings import Settings
-from stageline.dashboard.timeline import Table
 from stageline.dashboard.views.common import empty
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.records import Run, RunLine

@@ -5,17 +5,19 @@ import shlex
 from pathlib import Path
 
 import streamlit as st
-from stageline.dashboard import launch, results, words
-from stageline.dashboard.launch import Launcher, Order
+from stageline.dashboard.children import benchmarks as launch
+from stageline.dashboard.children.benchmarks import Launcher, Order
+from stageline.dashboard.figures import runs as results
+from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import choose_bundle, page, told
 from stageline.dashboard.views.recorded import store
 from stageline.models.errors import StagelineError, StoreError
 from stageline.runtime.bench.figures import MEANINGS
-from stageline.runtime.bench.prepare import MLPERF
+from stageline.runtime.bench.options import MLPERF
 from stageline.runtime.bench.records import Figure, Run
-from stageline.runtime.bundle import read_manifest
-from stageline.runtime.manifest import Manifest
+from stageline.runtime.bundle.folder import read_manifest
+from stageline.runtime.bundle.manifest import Manifest
 
 _REFRESH_S = 1.0
 

@@ -1,8 +1,9 @@
 """The page Timeline: a Gantt of the stages of a recorded run."""
 
 import streamlit as st
-from stageline.dashboard import results, timeline, words
 from stageline.dashboard.charts import timeline as charts
+from stageline.dashboard.figures import runs as results
+from stageline.dashboard.figures import timeline, words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import empty, page
 from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, store, table_of

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from stageline.runtime.bench.client import Answers
 from stageline.runtime.bench.records import ANSWERED, Figure, Requests, Slo
-from stageline.runtime.lanes import StageStats
-from stageline.runtime.trace import Span
+from stageline.runtime.stages.lanes import StageStats
+from stageline.runtime.stages.recorder import Span
 
 Better = Literal["higher", "lower"] | None
 PERCENTILES = (50, 90, 95, 99)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import BATCH, LENGTH
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
-from stageline.runtime.signature import BATCH, LENGTH, Signature
 
 _ITEMS = 512  # different requests; a load goes round them
 

@@ -11,7 +11,7 @@ from stageline.runtime.bench.contenders import Contender
 from stageline.runtime.bench.energy import Meters, host_memory_bytes
 from stageline.runtime.bench.figures import StageUse
 from stageline.runtime.bench.records import Series
-from stageline.runtime.lanes import StageStats
+from stageline.runtime.stages.lanes import StageStats
 
 PERIOD_S = 0.5
 _MOST = 2000  # samples of a measurement; beyond that every other one is dropped

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 from stageline.runtime.bench.confidence import interval
-from stageline.runtime.trace import RequestSpan, Span
+from stageline.runtime.stages.recorder import RequestSpan, Span
 
 Scenario = Literal["SingleStream", "Offline", "Server", "Concurrency", "Rate", "Recorded"]
 """MLPerf's three: one request after the other; all at once; Poisson arrivals at a rate. A closed loop of so many at a

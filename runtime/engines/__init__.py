@@ -53,7 +53,7 @@ def _onnxruntime_cuda() -> EngineFactory:
 
 
 def _tensorrt() -> EngineFactory:
-    from stageline.runtime.engines.tensorrt import open_tensorrt  # imports TensorRT when it has found a plan
+    from stageline.runtime.engines.tensorrt.engine import open_tensorrt
 
     return open_tensorrt
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.devices.base import Array, Device, Value
-from stageline.runtime.manifest import CacheSpec
 
 CacheDtype = Literal["float32", "float16"]
 WeightDtype = Literal["int4", "int8"]

@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from stageline.models.errors import EngineError
+from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
-from stageline.runtime.engines.float32 import has_halves, to_float32
-from stageline.runtime.engines.group_query import has_caches, padded, past_names, present_names, to_group_query
-from stageline.runtime.engines.nbits import to_nbits
-from stageline.runtime.manifest import CacheSpec
+from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.float32 import has_halves, to_float32
+from stageline.runtime.engines.lowering.group_query import has_caches, padded, to_group_query
+from stageline.runtime.engines.lowering.nbits import to_nbits
 
 _BINDINGS = 64  # row ranges whose caches stay bound
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from stageline.models.errors import EngineError
+from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.devices.base import Array, Value
 from stageline.runtime.devices.cuda.arrays import CudaArray, size_bytes
 from stageline.runtime.devices.cuda.device import CudaDevice
@@ -18,10 +19,10 @@ from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
-from stageline.runtime.engines.float32 import to_float32
-from stageline.runtime.engines.group_query import has_caches, padded, past_names, present_names, to_group_query
-from stageline.runtime.engines.nbits import to_nbits
-from stageline.runtime.manifest import CacheSpec
+from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.float32 import to_float32
+from stageline.runtime.engines.lowering.group_query import has_caches, padded, to_group_query
+from stageline.runtime.engines.lowering.nbits import to_nbits
 
 _CACHE = np.dtype("float16")  # the operator has no float32 kernel on GPUs
 _TYPES: dict[str, np.dtype[Any]] = {

@@ -21,17 +21,17 @@ from time import perf_counter
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.engines import Array, Engine, Value
-from stageline.runtime.generation.decoder import Decoder
-from stageline.runtime.generation.job import Job, RunningChoice
-from stageline.runtime.generation.measure import GenerationStats, Meter
-from stageline.runtime.generation.moving import Change, move_caches
+from stageline.runtime.generation.changeover import Change, move_caches
+from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, GenerationRequest, Piece
+from stageline.runtime.generation.running import Job, RunningChoice
 from stageline.runtime.generation.sampling import Drawn, sample
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.generation.stream import Generation
-from stageline.runtime.lanes import Lane, Lanes, StageStats
-from stageline.runtime.route import Step as Hop
-from stageline.runtime.trace import Kind
+from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.stages.lanes import Lane, Lanes, StageStats
+from stageline.runtime.stages.recorder import Kind
+from stageline.runtime.stages.route import Step as Hop
 
 
 @dataclass(eq=False, slots=True)

@@ -12,31 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle.crossing import Plan
+from stageline.runtime.bundle.graph import ir_dtype
+from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.engines.nbits import FEWEST, bytes_per_weight
-from stageline.runtime.manifest import Manifest, TensorSpec
-from stageline.runtime.stitch import Plan, ir_dtype
+from stageline.runtime.engines.lowering.nbits import FEWEST, bytes_per_weight
+from stageline.runtime.workload import Shape
 
 _FREE_SIZE = 64  # of a dimension that is neither batch, length nor picks, as in stitch.size_bytes
 _VIEWS = frozenset({"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size", "Constant", "Range"})
 _OF_WEIGHTS = frozenset({"Transpose", "Cast", *_VIEWS})  # done once, when an engine opens
 _Dims = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A micro-batch: rows, new tokens in each, tokens that each has in the cache before, places whose logits are wanted
-    (None: all new tokens where nothing is past, else one)."""
-
-    batch: int
-    length: int
-    past: int = 0
-    picks: int | None = None
-
-    def sizes(self) -> dict[str, int]:
-        """The free dimensions by name."""
-        picks = self.picks if self.picks is not None else 1 if self.past else self.length
-        return {"batch": self.batch, "length": self.length, "picks": picks}
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from time import perf_counter
 
 import numpy as np
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import Array, Device, Value
-from stageline.runtime.generation.decoder import Decoder
+from stageline.runtime.executor import generation_hops
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.request import GenerationRequest, Sampling
-from stageline.runtime.lanes import Lanes, PipelineStage
-from stageline.runtime.opening import Cut
-from stageline.runtime.serving import generation_hops
+from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.stages.lanes import Lanes, PipelineStage
+from stageline.runtime.stages.opening import Cut
 
 _ROUNDS, _ROWS, _TOKENS, _CAPACITY = 3, 8, 200, 1024
 

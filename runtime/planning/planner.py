@@ -8,39 +8,23 @@ from functools import cache, cached_property
 from typing import get_args
 
 from stageline.models.errors import StagelineError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cluster import Cluster, Kind
-from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
+from stageline.runtime.planning.cost import UseCost, cut_values, use_costs, values_bytes
 from stageline.runtime.planning.partition import best_plan, runner_up
 from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, PlannedStage, Problem
 from stageline.runtime.planning.profile import Profile, command
 from stageline.runtime.planning.shortage import smallest_shortage
 from stageline.runtime.planning.simulate import Setting, SimulatedStage
 from stageline.runtime.planning.timings import Timings
+from stageline.runtime.workload import Load, Shape
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
 _MOST_STAGES = 16  # that are tried one by one for a model with caches
 _LENGTH_STEP, _PAST_STEP = 8, 64  # tokens: times of simulated steps are told for multiples of these
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the pipeline is to run. With caches: `slots` rows of `context` tokens, decoded in as many groups as there
-    are stages, half of the context past on average. Without: micro-batches of `batch` rows of `length` tokens."""
-
-    batch: int = 8
-    length: int = 128
-    slots: int = 8
-    context: int = 2048
-
-    def shape(self, cached: bool, stages: int | None) -> Shape:
-        """The micro-batch that decides."""
-        if not cached:
-            return Shape(self.batch, self.length)
-        return Shape(-(-self.slots // (stages or 1)), 1, max(1, self.context // 2), 1)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Literal
 
 import pydantic
 from stageline.models.errors import BundleError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.planning.cost import Shape
+from stageline.runtime.workload import Shape
 
 FOLDER = "profiles"
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from stageline.models.errors import StagelineError
-from stageline.runtime.generation.measure import Percentiles
+from stageline.runtime.batching.micro_batch import default_rows
+from stageline.runtime.generation.meter import Percentiles
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
-from stageline.runtime.microbatch import default_rows
-from stageline.runtime.planning.cost import Shape
+from stageline.runtime.workload import Shape
 
 _MOST_LOAD = 0.95  # of what a pipeline does when all requests come at once
 Seconds = Callable[[Shape], float]
@@ -96,12 +96,6 @@ class Report:
     in_system: float
     energy_j: float
     cost: float
-
-
-def poisson(rate_per_s: float, count: int, seed: int) -> list[float]:
-    """`count` arrival times of a Poisson process. Another rate with the same seed stretches the same pattern."""
-    draw = random.Random(seed)
-    return list(itertools.accumulate(draw.expovariate(1.0) / rate_per_s for _ in range(count)))
 
 
 def simulate_batches(

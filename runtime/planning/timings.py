@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from stageline.models.errors import StagelineError
-from stageline.runtime.manifest import Manifest
+from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.planning.catalogue import Rates
-from stageline.runtime.planning.cost import Shape, UseCost
+from stageline.runtime.planning.cost import UseCost
 from stageline.runtime.planning.profile import Point, Profile
+from stageline.runtime.workload import Shape
 
 Floats = npt.NDArray[np.float64]
 Key = tuple[int, int, int]

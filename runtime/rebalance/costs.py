@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from stageline.models.errors import StagelineError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.lanes import Amount
 from stageline.runtime.planning.catalogue import device_kind
-from stageline.runtime.planning.cost import Shape, use_costs
+from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.profile import Machine, load
 from stageline.runtime.planning.timings import Timings, UseTimes
-from stageline.runtime.trace import Kind
+from stageline.runtime.stages.lanes import Amount
+from stageline.runtime.stages.recorder import Kind
+from stageline.runtime.workload import Shape
 
 _ANY = "XeonPlatinum8480"  # only the proportions of a roofline count
 UseSeconds = Callable[[Shape], UseTimes]

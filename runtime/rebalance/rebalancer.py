@@ -8,12 +8,12 @@ from time import monotonic
 from typing import Literal
 
 from stageline.models.errors import StagelineError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.lanes import StageStats
+from stageline.runtime.executor import Serving
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds, work_seconds
 from stageline.runtime.rebalance.policy import Advice, Policy, Settings, Window
-from stageline.runtime.serving import Serving
+from stageline.runtime.stages.lanes import StageStats
 
 log = logging.getLogger("stageline.rebalance")
 

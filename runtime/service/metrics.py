@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from stageline.runtime.generation.measure import GenerationStats
+from stageline.runtime.generation.meter import GenerationStats
 from stageline.runtime.pipeline import PipelineStats
 from stageline.runtime.service.limits import OPEN_TO_ALL, route_of
 from stageline.runtime.service.model import Model

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from stageline.exporter.cli import main
+from stageline.exporter.commands.cli import main
 from stageline.exporter.export import export
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import CHROMIUM, READY, launched, served
-from stageline.dashboard.command import stageline
+from stageline.dashboard.children.command import stageline
 from stageline.runtime.bench.store import Store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

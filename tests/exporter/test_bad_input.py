@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from stageline.exporter.cli import main
+from stageline.exporter.commands.cli import main
 from stageline.exporter.export import export
 from stageline.models.errors import RequestError, StagelineError
 from stageline.models.safetensors_file import read_header
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.pipeline import Pipeline
 
 Run = Callable[..., str]
@@ -180,7 +180,7 @@ def test_a_disk_that_fills(checkpoint: Path, out: Path, told: Run) -> None:
 
 @pytest.mark.slow
 def test_a_killed_export_leaves_nothing_that_opens(checkpoint: Path, out: Path, told: Run) -> None:
-    command = [sys.executable, "-c", "from stageline.exporter.cli import main; main()"]
+    command = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; main()"]
     command += ["export", str(checkpoint), "-o", str(out / "b"), "--stages", "3"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as export:
         while not list(out.glob(".b.*")) and export.poll() is None:

@@ -10,7 +10,7 @@ import transformers
 from stageline.exporter.cached import NotCachedError, _window_of
 from stageline.exporter.export import export
 from stageline.models.errors import RequestError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.pipeline import Pipeline
 from transformers.masking_utils import (
     and_masks,

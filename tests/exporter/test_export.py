@@ -10,7 +10,8 @@ from stageline.exporter import skeleton
 from stageline.exporter.export import export
 from stageline.models.errors import BundleError, ExportError
 from stageline.models.synthetic import write_random, write_sparse
-from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.pipeline import Pipeline
 
 TINY: dict[str, Any] = {

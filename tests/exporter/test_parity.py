@@ -10,10 +10,11 @@ import transformers
 from stageline.exporter import skeleton
 from stageline.exporter.export import export
 from stageline.models.synthetic import write_random
-from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.signature import Signature
 
 TOLERANCE = 1e-5  # the promise is 1e-4; with weights this small, positions that are all wrong move outputs by 1e-3 only
 _SMALL = {

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.bundle import Bundle, recut
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.signature import Signature
 
 CHECKPOINTS = Path(__file__).parents[2] / "models/checkpoints"
 TEXTS = [

@@ -15,15 +15,15 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from fake_cuda import FakeDriver, HazardError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.builder.profiles import narrowed, profiles_of, shapes
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import FileEntry
 from stageline.runtime.engines.base import StageFile
-from stageline.runtime.manifest import FileEntry
-from stageline.runtime.planning.planner import Load
-from stageline.runtime.tensorrt.guard import weight_digests
-from stageline.runtime.tensorrt.lower import Lowered, Precision, lower
-from stageline.runtime.tensorrt.profiles import narrowed, profiles_of, shapes
-from stageline.runtime.tensorrt.records import EngineRecord, EnginesManifest, Options
-from stageline.runtime.tensorrt.store import FOLDER, MANIFEST
+from stageline.runtime.engines.tensorrt.guard import weight_digests
+from stageline.runtime.engines.tensorrt.lower import Lowered, Precision, lower
+from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest, Options
+from stageline.runtime.engines.tensorrt.store import FOLDER, MANIFEST
+from stageline.runtime.workload import Load
 
 SCRATCH_BYTES = 4096
 VERSION = "1.7.1.116"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from stageline.runtime.planning import measuring
+from stageline.runtime.planning import measure as measuring
 
 
 @contextmanager

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.errors import BundleError, EngineError, QueueFullError, RequestError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import Manifest, Stage, TensorSpec
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array, Device, StageFile, engine_factory
-from stageline.runtime.manifest import Manifest, Stage, TensorSpec
 from stageline.runtime.pipeline import Pipeline, PipelineStage
-from stageline.runtime.signature import Signature
 
 SECONDS = 5  # for what must happen; nothing takes that long
 

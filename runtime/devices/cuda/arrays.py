@@ -10,16 +10,27 @@ the stream in which the maker's values are read back):
 When the last reference to the value goes, the buffer returns to its pool, which waits for ready, done and read.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
+from stageline.models.errors import EngineError
 from stageline.runtime.devices.base import Array
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.events import Event
+from stageline.runtime.devices.cuda.gpu import Gpu
 from stageline.runtime.devices.cuda.pools import Buffer
 
-if TYPE_CHECKING:
-    from stageline.runtime.devices.cuda.device import CudaDevice
+
+class ArrayDevice(Protocol):
+    """What an array needs of the device that made it."""
+
+    gpu: Gpu
+
+    def read(self, array: "CudaArray") -> "Reading":
+        """Begin to copy `array` to host memory."""
+
+    def failed(self, error: CudaError) -> EngineError:
+        """The error that callers see in place of `error`."""
 
 
 class CudaArray:
@@ -29,7 +40,7 @@ class CudaArray:
 
     def __init__(
         self,
-        device: "CudaDevice",
+        device: ArrayDevice,
         buffer: Buffer,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
@@ -55,7 +66,7 @@ class Reading:
     __slots__ = ("_device", "_dtype", "_shape", "event", "pinned")
 
     def __init__(
-        self, device: "CudaDevice", pinned: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any], event: Event
+        self, device: ArrayDevice, pinned: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any], event: Event
     ) -> None:
         self._device, self.pinned, self._shape, self._dtype, self.event = device, pinned, shape, dtype, event
 

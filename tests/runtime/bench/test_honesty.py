@@ -17,21 +17,21 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
-from stageline.runtime.batches import WINDOW
+from stageline.runtime.batching.batches import WINDOW
 from stageline.runtime.bench import figures
 from stageline.runtime.bench.client import Answers, Client
 from stageline.runtime.bench.contenders import PipelineContender
 from stageline.runtime.bench.figures import StageUse
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import Slo
+from stageline.runtime.bundle.manifest import TensorSpec
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
-from stageline.runtime.generation.decoder import Decoder
+from stageline.runtime.executor import GRAPH_INPUTS
 from stageline.runtime.generation.generator import Generator
-from stageline.runtime.manifest import TensorSpec
+from stageline.runtime.generation.text_model import Decoder
 from stageline.runtime.pipeline import Pipeline, PipelineStage
-from stageline.runtime.route import route
-from stageline.runtime.serving import GRAPH_INPUTS
-from stageline.runtime.signature import Signature
+from stageline.runtime.stages.route import route
 
 pytestmark = pytest.mark.alone
 WITHIN = 0.03

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from real_gpu import need_gpus
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.builder.build import Wanted, build
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import engine_factory
+from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName
+from stageline.runtime.engines.tensorrt.records import Options
+from stageline.runtime.engines.tensorrt.targets import PORTABLE, gpu_here
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.planning.planner import Load
-from stageline.runtime.tensorrt.build import Wanted, build
-from stageline.runtime.tensorrt.flavour import FLAVOURS, FlavourName
-from stageline.runtime.tensorrt.records import Options
-from stageline.runtime.tensorrt.targets import PORTABLE, gpu_here
+from stageline.runtime.workload import Load
 
 pytestmark = pytest.mark.gpu
 

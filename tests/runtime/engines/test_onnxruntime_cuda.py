@@ -15,7 +15,7 @@ from fake_cuda import FakeDriver
 from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
 from stageline.models.errors import EngineError, RequestError
-from stageline.runtime.bundle import recut
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 

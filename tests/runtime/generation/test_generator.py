@@ -17,7 +17,8 @@ import pytest
 import torch
 from stageline.exporter.export import export
 from stageline.models.errors import CheckpointError, DeadlineError, EngineError, QueueFullError, RequestError
-from stageline.runtime.bundle import Bundle, file_entry, recut, write_manifest
+from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import ENGINES, Array, Device, Engine, StageFile, engine_factory
 from stageline.runtime.generation.request import Completion, GenerationRequest, Piece, Sampling
 from stageline.runtime.generation.stream import Generation

@@ -7,10 +7,11 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from stageline.exporter.export import export
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
-from stageline.runtime.engines.nbits import to_nbits
-from stageline.runtime.planning.cost import Shape, UseCost, cut_values, use_costs, values_bytes
+from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.planning.cost import UseCost, cut_values, use_costs, values_bytes
+from stageline.runtime.workload import Shape
 
 
 @pytest.fixture(scope="module")

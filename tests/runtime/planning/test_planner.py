@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from stageline.exporter.export import export
 from stageline.models.errors import StagelineError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.planning.cluster import Cluster, Kind, parse_devices
-from stageline.runtime.planning.cost import Shape
-from stageline.runtime.planning.measuring import ranges
-from stageline.runtime.planning.planner import Load, Planner, device_names
+from stageline.runtime.planning.measure import ranges
+from stageline.runtime.planning.planner import Planner, device_names
 from stageline.runtime.planning.problem import Link
 from stageline.runtime.planning.profile import Contention, Machine, Point, Profile
 from stageline.runtime.planning.simulate import BatchRequest, simulate_batches
+from stageline.runtime.workload import Load, Shape
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,17 @@ from hasty import hasty_profiles
 from hypothesis import given
 from hypothesis import strategies as st
 from stageline.models.errors import BundleError
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines import Device, Engine, StageFile, WeightDtype, engine_factory
 from stageline.runtime.engines.base import CacheSize
-from stageline.runtime.planning import measuring
-from stageline.runtime.planning.cost import Shape, UseCost, use_costs
+from stageline.runtime.planning import measure as measuring
+from stageline.runtime.planning.cost import UseCost, use_costs
 from stageline.runtime.planning.host import driver_times_s
-from stageline.runtime.planning.measuring import measure, ranges, undisturbed
+from stageline.runtime.planning.measure import measure, ranges, undisturbed
 from stageline.runtime.planning.profile import Contention, Grid, Machine, Point, Profile, load, save
 from stageline.runtime.planning.timings import Timings, fitted_rates, non_negative
+from stageline.runtime.workload import Shape
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_the_share_that_stages_take_longer_beside_each_other_is_interpolated(bun
 
 def test_the_least_disturbed_try_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     others_s, tries = iter([0.0, 9.0, 10.0, 10.0]), iter(["disturbed", "calm"])
-    monkeypatch.setattr("stageline.runtime.planning.measuring.others_cpu_s", lambda: next(others_s))
+    monkeypatch.setattr("stageline.runtime.planning.measure.others_cpu_s", lambda: next(others_s))
     assert undisturbed(lambda: next(tries))[0] == "calm"
 
 

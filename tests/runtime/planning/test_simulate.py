@@ -2,18 +2,17 @@
 
 import pytest
 from stageline.models.errors import StagelineError
-from stageline.runtime.planning.cost import Shape
 from stageline.runtime.planning.simulate import (
     BatchRequest,
     Report,
     Setting,
     SimulatedStage,
     TextRequest,
-    poisson,
     replicas_needed,
     simulate_batches,
     simulate_generation,
 )
+from stageline.runtime.workload import Shape, poisson
 
 
 def equal_stages(count: int, seconds: float = 0.01, **changes: float) -> Setting:

@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stageline.runtime.bundle import Bundle
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
-from stageline.runtime.lanes import Amount
-from stageline.runtime.planning.cost import Shape
-from stageline.runtime.planning.measuring import ranges
+from stageline.runtime.planning.measure import ranges
 from stageline.runtime.planning.profile import Machine, Point, Profile, save
 from stageline.runtime.rebalance.costs import use_seconds, work_seconds
+from stageline.runtime.stages.lanes import Amount
+from stageline.runtime.workload import Shape
 
 SHAPES = [(batch, length) for batch in (1, 4) for length in (4, 8)]
 

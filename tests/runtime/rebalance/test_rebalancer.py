@@ -11,7 +11,7 @@ import pytest
 from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
 from stageline.models.errors import EngineError, RequestError
-from stageline.runtime.bundle import recut
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import ENGINES, Device, Engine, StageFile, Value, engine_factory
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from real_gpu import FLOAT, Scale, need_gpus
 from stageline.models.errors import RequestError
+from stageline.runtime.bundle.manifest import TensorSpec
+from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices.cuda import open_gpus
 from stageline.runtime.devices.cuda.arrays import CudaArray
 from stageline.runtime.devices.cuda.device import CudaDevice
@@ -15,10 +17,8 @@ from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.gpu import Gpu
 from stageline.runtime.devices.cuda.graphs import Replay
 from stageline.runtime.devices.cuda.launch import Launch
-from stageline.runtime.lanes import PipelineStage
-from stageline.runtime.manifest import TensorSpec
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.signature import Signature
+from stageline.runtime.stages.lanes import PipelineStage
 
 pytestmark = pytest.mark.gpu
 

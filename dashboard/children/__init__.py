@@ -1,0 +1,1 @@
+"""Processes that the dashboard starts: benchmarks and services."""

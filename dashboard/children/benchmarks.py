@@ -1,0 +1,156 @@
+"""Benchmarks started from a page: `stageline bench` as a child that outlives the page, one at a time."""
+
+import os
+import subprocess
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from stageline.dashboard.children.command import stageline
+from stageline.models.errors import StagelineError
+from stageline.runtime.bench.options import new_id
+from stageline.runtime.bench.records import RunLine
+from stageline.runtime.bench.store import Store
+from stageline.runtime.bundle.folder import read_manifest
+from stageline.runtime.bundle.recut import recut
+
+_NEWEST = 50  # lines among which a running one is looked for
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to measure. Empty texts and tuples leave an option out; `stages` None: as the bundle is cut."""
+
+    bundle: Path
+    stages: int | None = None
+    scenarios: tuple[str, ...] = ()
+    concurrency: str = ""
+    rates: str = ""
+    seconds: float = 5.0
+    repeats: int = 3
+    new_tokens: int | None = None
+    slo: str = ""
+    baselines: tuple[str, ...] = ()
+    checkpoint: str = ""
+    engine: str = "onnxruntime"
+    threads: int | None = None
+    weights: str | None = None
+
+    def arguments(self) -> list[str]:
+        """Of `stageline bench`, the bundle first."""
+        found = [str(self.bundle), "--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
+        options = {
+            "--scenario": ",".join(self.scenarios),
+            "--concurrency": self.concurrency.replace(" ", ""),
+            "--rate": self.rates.replace(" ", ""),
+            "--new-tokens": self.new_tokens,
+            "--slo": self.slo.replace(" ", ""),
+            "--checkpoint": self.checkpoint,
+            "--engine": self.engine if self.engine != "onnxruntime" else None,
+            "--threads": self.threads,
+            "--weights": self.weights,
+        }
+        found += [word for name, value in options.items() if value for word in (name, str(value))]
+        return found + [word for name in self.baselines for word in ("--baseline", name)]
+
+
+@dataclass
+class _Child:
+    process: "subprocess.Popen[bytes]"
+    said: IO[bytes]
+
+
+class Launcher:
+    """Starts benchmarks for all browsers of a dashboard. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._children: dict[str, _Child] = {}
+
+    def start(self, store: Store, order: Order) -> str:
+        """Begin a run and give its id. StagelineError where one is under way: two would disturb each other."""
+        with self._lock:
+            under_way = self._starting() or next((line.id for line in running(store)), None)
+            if under_way:
+                raise StagelineError(f"run {under_way} is under way; wait for its end or cancel it: one at a time")
+            bundle = order.bundle if order.stages is None else cut_copy(order.bundle, order.stages)
+            run_id = new_id()
+            said = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has ended
+            arguments = [str(bundle), *order.arguments()[1:], "--run-id", run_id, "--store", str(store.path)]
+            process = subprocess.Popen(
+                stageline("bench", "run", *arguments, "--name", order.bundle.name),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                start_new_session=True,
+            )
+            self._children[run_id] = _Child(process, said)
+            return run_id
+
+    def starting(self) -> str | None:
+        """The run whose child lives, if any."""
+        with self._lock:
+            return self._starting()
+
+    def failure(self, run_id: str) -> str | None:
+        """Why the child of a run ended badly, its last line; None where it did not, or is not ours."""
+        with self._lock:
+            child = self._children.get(run_id)
+            if child is None or child.process.poll() in (None, 0):
+                return None
+            child.said.seek(0)
+            lines = child.said.read().decode(errors="replace").strip().splitlines()
+            return (lines or [f"it ended with status {child.process.returncode}"])[-1].removeprefix("stageline: ")
+
+    def interrupt(self, run_id: str) -> None:
+        """End a child that has not begun its run yet; one that has is cancelled through the store."""
+        with self._lock:
+            child = self._children.get(run_id)
+            if child is not None and child.process.poll() is None:
+                child.process.terminate()
+
+    def _starting(self) -> str | None:
+        return next((run_id for run_id, child in self._children.items() if child.process.poll() is None), None)
+
+
+def running(store: Store) -> list[RunLine]:
+    """The runs of the store that are under way, whoever began them."""
+    return [line for line in store.runs(_NEWEST) if line.status == "running"]
+
+
+def cut_copy(bundle: Path, stages: int) -> Path:
+    """The bundle cut into `stages` even stages in the user's cache: its files linked, the bundle itself untouched.
+
+    StagelineError where they do not fit the model; OSError where nothing can be written there.
+    """
+    if len(read_manifest(bundle).stages) == stages:
+        return bundle
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(home) / "stageline" / "cuts" / f"{bundle.name}-{stages}-stages"
+    with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
+        copy = Path(scratch) / bundle.name
+        for file in bundle.rglob("*"):
+            if file.is_file():
+                target = copy / file.relative_to(bundle)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _linked(file, target)
+        recut(copy, stages)
+        old = Path(scratch) / "old"
+        if folder.exists():
+            folder.rename(old)
+        copy.rename(folder)
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _linked(file: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(file)
+    except OSError:  # another file system
+        target.write_bytes(file.read_bytes())

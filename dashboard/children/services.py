@@ -1,0 +1,122 @@
+"""Services that the dashboard started: `stageline serve` as children, one a bundle, ended with the dashboard."""
+
+import atexit
+import json
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stageline.dashboard.children.command import stageline
+from stageline.models.errors import StagelineError
+
+_START_S, _STOP_S = 120.0, 10.0
+_TEXT = "The pipeline is cut into stages, and each stage runs on a device of its own while the others do the same."
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running child and where it listens."""
+
+    bundle: Path
+    url: str
+    process: "subprocess.Popen[str]"
+
+
+class Services:
+    """At most one service a bundle, whichever browser asked for it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[Path, Service] = {}
+        atexit.register(self.close)
+
+    def running(self) -> list[Service]:
+        """Those that have not ended."""
+        with self._lock:
+            self._running = {b: s for b, s in self._running.items() if s.process.poll() is None}
+            return list(self._running.values())
+
+    def start(self, bundle: Path) -> Service:
+        """Serve `bundle`, or give the service that does already. StagelineError with its last line if it ends."""
+        with self._lock:
+            known = self._running.get(bundle)
+            if known is not None and known.process.poll() is None:
+                return known
+            service = _started(bundle)
+            self._running[bundle] = service
+            return service
+
+    def stop(self, bundle: Path) -> None:
+        """End the bundle's service, if there is one."""
+        with self._lock:
+            service = self._running.pop(bundle, None)
+        if service is not None:
+            _end(service.process)
+
+    def close(self) -> None:
+        """End all."""
+        for service in self.running():
+            self.stop(service.bundle)
+
+
+def _started(bundle: Path) -> Service:
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            stageline("serve", str(bundle), "--port", "0"), stdout=subprocess.PIPE, stderr=said, text=True
+        )
+        assert process.stdout is not None
+        watchdog = threading.Timer(_START_S, process.kill)
+        watchdog.start()
+        line = process.stdout.readline()
+        watchdog.cancel()
+        if " at http" not in line:
+            _end(process)
+            said.seek(0)
+            last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
+            raise StagelineError(f"{bundle.name} could not be served: {last.removeprefix('stageline: ')}")
+    return Service(bundle, line.split()[-1], process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Load:
+    """Requests to a service from a few threads, each sending the next when the last is answered, for a while."""
+
+    def __init__(self, url: str, model: str, generates: bool, streams: int, seconds: float) -> None:
+        self.until = time.monotonic() + seconds
+        path, body = (
+            ("completions", {"prompt": _TEXT, "max_tokens": 32}) if generates else ("embeddings", {"input": _TEXT})
+        )
+        self._url, self._body = f"{url.rstrip('/')}/v1/{path}", {"model": model, **body}
+        for _ in range(streams):
+            threading.Thread(target=self._send, name="load", daemon=True).start()
+
+    def left_s(self) -> float:
+        """Seconds until it ends; 0 when it has."""
+        return max(0.0, self.until - time.monotonic())
+
+    def stop(self) -> None:
+        """Send no further request."""
+        self.until = 0.0
+
+    def _send(self) -> None:
+        data: Any = json.dumps(self._body).encode()
+        while self.left_s():
+            request = urllib.request.Request(self._url, data, {"content-type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    answer.read()
+            except (OSError, ValueError):
+                time.sleep(0.5)  # the page tells that the service is gone

@@ -1,0 +1,1 @@
+"""What the pages show, computed from stored runs, plans and metrics."""

@@ -1,0 +1,254 @@
+"""What the Plan page shows: what each block costs, what crosses each cut, and what moving a cut would give."""
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stageline.dashboard.figures import words
+from stageline.models.errors import BundleError, CheckpointError, StagelineError
+from stageline.models.safetensors_file import read_header
+from stageline.runtime.builder.report import Report
+from stageline.runtime.bundle.folder import Bundle, read_manifest
+from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.engines.tensorrt.store import read_engines
+from stageline.runtime.planning.catalogue import Rates, catalogue
+from stageline.runtime.planning.cluster import Cluster, parse_devices
+from stageline.runtime.planning.cost import cut_values, values_bytes
+from stageline.runtime.planning.planner import Answer, Planner
+from stageline.runtime.planning.profile import Machine, Profile, load
+from stageline.runtime.workload import Load
+
+THIS_MACHINE = "this machine"
+MOST_STAGES = 8  # that the page offers sliders for
+
+
+def open_unverified(folder: Path) -> Bundle:
+    """The bundle for looking at: its manifest and the headers of its weights. Digests are checked when it runs."""
+    manifest = read_manifest(folder)
+    tensors = {}
+    for name in manifest.weight_files:
+        try:
+            tensors.update(read_header(folder / name))
+        except (CheckpointError, OSError) as error:
+            raise BundleError(f"bundle {folder}: {error}; export the bundle again") from error
+    return Bundle(folder, manifest, tensors)
+
+
+def profile_of(folder: Path) -> tuple[Profile | None, str | None]:
+    """The profile of this machine, or of another with a warning; None and what to do where there is none."""
+    try:
+        return load(folder, Machine.here())
+    except StagelineError as error:
+        return None, str(error)
+
+
+def places(profile: Profile | None) -> list[str]:
+    """Where the model can be planned for: this machine where it was profiled, and the catalogue's devices."""
+    return ([THIS_MACHINE] if profile else []) + list(catalogue())
+
+
+def most_stages(manifest: Manifest, place: str, load_: Load) -> int:
+    """How many stages can be planned there."""
+    most = min(manifest.blocks, MOST_STAGES, load_.slots if manifest.cached else MOST_STAGES)
+    return min(most, os.cpu_count() or 1) if place == THIS_MACHINE else most
+
+
+def planner_for(bundle: Bundle, place: str, stages: int, load_: Load, profile: Profile | None) -> Planner:
+    """Plans for `stages` equal devices at `place`; on this machine with as many processors for each, and with such
+    weights, as were profiled."""
+    if place != THIS_MACHINE:
+        cluster = parse_devices(f"{stages}x{place}")
+        known = catalogue()[place].tflops
+        dtype = bundle.manifest.dtype if bundle.manifest.dtype in known else "float16"
+        return Planner(bundle, cluster, load_, dtype)
+    assert profile is not None
+    return Planner(bundle, _processors(stages, profile), load_, profile.machine.weights or "float32", profile=profile)
+
+
+def _processors(stages: int, profile: Profile) -> Cluster:
+    share = max(1, (os.cpu_count() or 1) // stages)
+    threads = max((p.threads for p in profile.points if p.threads <= share), default=1)
+    names = ["cpu:" + "+".join(str(n * threads + i) for i in range(threads)) for n in range(stages)]
+    return parse_devices(",".join(names), profile.handover_s)
+
+
+def layers_of(manifest: Manifest) -> list[int]:
+    """How many blocks each stage of the bundle has now."""
+    return [stage.last_block - stage.first_block + 1 for stage in manifest.stages]
+
+
+def layers_between(cuts: Sequence[int], blocks: int) -> list[int] | None:
+    """The blocks of each stage when cuts are made before these blocks; None where two cuts leave nothing between."""
+    ends = [0, *sorted(cuts), blocks]
+    layers = [end - first for first, end in itertools.pairwise(ends)]
+    return layers if min(layers) > 0 else None
+
+
+def moved(planner: Planner, layers: Sequence[int], which: int) -> list[dict[str, Any]]:
+    """What every position of the cut after stage `which` would give, the other cuts staying where they are."""
+    both = layers[which] + layers[which + 1]
+    before = sum(layers[:which])
+    found = []
+    for share in range(1, both):
+        answer = planner.cut([*layers[:which], share, both - share, *layers[which + 2 :]])
+        found.append({"cut": before + share, "tokens_per_s": answer.tokens_per_s, "bubble": bubble_ratio(answer)})
+    return found
+
+
+def bubble_ratio(answer: Answer) -> float:
+    """The share of all stages' time in which they wait for the slowest, 0 to 1."""
+    return sum(figures.bubble for figures in answer.plan.figures) / len(answer.plan.figures)
+
+
+def block_rows(planner: Planner, answer: Answer) -> list[dict[str, Any]]:
+    """What each use costs: its stage, seconds for a micro-batch, parameters, bytes of weights and of the cache."""
+    costs, device = planner.costs(answer.shape), answer.problem.devices[0]
+    manifest = planner.bundle.manifest
+    cache_tokens = planner.load.slots * planner.load.context if manifest.cached else 0
+    last = len(costs) - 1
+    rows = []
+    for number, cost in enumerate(costs):
+        block = min(max(number - 1, 0), manifest.blocks - 1)
+        stage = next(n for n, s in enumerate(answer.plan.stages) if s.first <= block < s.end)
+        rows.append(
+            {
+                "order": number,
+                "name": "prologue" if number == 0 else "epilogue" if number == last else f"block {number - 1}",
+                "stage": f"stage {stage}",
+                "kind": f"kind {manifest.uses[number].part}",
+                "ms": device.use_s[number] * 1e3,
+                "parameters_m": cost.parameters / 1e6,
+                "weights_mb": cost.parameter_bytes / 1e6,
+                "cache_mb": cost.cache_token_bytes * cache_tokens / 1e6,
+                "memory_mb": (cost.parameter_bytes + cost.cache_token_bytes * cache_tokens) / 1e6,
+                "gflop": cost.flops / 1e9,
+            }
+        )
+    return rows
+
+
+def stage_rows(answer: Answer) -> list[dict[str, Any]]:
+    """The stages of a plan with what they cost."""
+    return [
+        {
+            "stage": f"stage {number}",
+            "blocks": f"{stage.first} to {stage.end - 1}" if stage.end - stage.first > 1 else str(stage.first),
+            "compute_ms": figures.compute_s * 1e3,
+            "copy_ms": figures.copy_s * 1e3,
+            "wait_ms": max(0.0, answer.plan.bottleneck_s - figures.occupied_s) * 1e3,
+            "bubble": figures.bubble,
+            "memory_mb": figures.memory_bytes / 1e6,
+        }
+        for number, (stage, figures) in enumerate(zip(answer.plan.stages, answer.plan.figures, strict=True))
+    ]
+
+
+def crossing_rows(bundle: Bundle, answer: Answer) -> list[dict[str, Any]]:
+    """What crosses each cut of the plan for its micro-batch."""
+    values = cut_values(bundle.manifest, bundle.parts())
+    return [
+        {
+            "cut": f"{number} → {number + 1}",
+            "value": spec.name,
+            "dtype": spec.dtype,
+            "shape": " × ".join(map(str, spec.shape)),
+            "bytes": values_bytes([spec], answer.shape),
+        }
+        for number, stage in enumerate(answer.plan.stages[1:])
+        for spec in values[stage.first]
+    ]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a device reaches, and where each stage stands: intensity in operations a byte, attained in GFLOP/s."""
+
+    rates: Rates
+    stages: list[dict[str, Any]]
+
+    @property
+    def ridge(self) -> float:
+        """The intensity from which on a stage is bound by computing."""
+        return self.rates.flops_per_s / self.rates.bytes_per_s
+
+
+def roofline(planner: Planner, answer: Answer) -> Roofline:
+    """The roofline of the plan's devices with its stages."""
+    costs, last = planner.costs(answer.shape), planner.bundle.manifest.blocks
+    rates = planner.rates(planner.cluster.kinds[0])
+    rows = []
+    for number, (stage, figures) in enumerate(zip(answer.plan.stages, answer.plan.figures, strict=True)):
+        uses = costs[0 if stage.first == 0 else stage.first + 1 : last + 2 if stage.end == last else stage.end + 1]
+        flops = sum(use.flops for use in uses)
+        moved_bytes = sum(use.weight_read_bytes + use.cache_read_bytes for use in uses)
+        intensity, attained = flops / max(1, moved_bytes), flops / figures.compute_s
+        roof = min(rates.flops_per_s, rates.bytes_per_s * intensity)
+        rows.append(
+            {
+                "stage": f"stage {number}",
+                "intensity": intensity,
+                "gflop_per_s": attained / 1e9,
+                "share": attained / roof,
+                "bound": "memory bandwidth" if intensity < rates.flops_per_s / rates.bytes_per_s else "computing",
+            }
+        )
+    return Roofline(rates, rows)
+
+
+def roof_points(line: Roofline) -> list[dict[str, float]]:
+    """The roof's corners, around all stages."""
+    low = min([line.ridge, *(row["intensity"] for row in line.stages)]) / 4
+    high = max([line.ridge, *(row["intensity"] for row in line.stages)]) * 4
+    xs = [low, line.ridge, high]
+    return [{"intensity": x, "gflop_per_s": min(line.rates.flops_per_s, line.rates.bytes_per_s * x) / 1e9} for x in xs]
+
+
+def kinds_of_blocks(manifest: Manifest) -> int:
+    """How many distinct kinds of block the model has."""
+    return len({use.part for use in manifest.uses[1:-1]})
+
+
+def parameters(bundle: Bundle) -> int:
+    """Of the whole model; a tensor that two parts read counts once."""
+    names = {name for use in bundle.manifest.uses for name in use.weights.values()}
+    return sum(math.prod(bundle.tensors[name].shape) for name in names)
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    """Of the whole model as it lies on disk."""
+    names = {name for use in bundle.manifest.uses for name in use.weights.values()}
+    return sum(bundle.tensors[name].size_bytes for name in names)
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """An engine in the bundle as a row of a table, and how many layers of each kind it has (none where its report
+    cannot be read)."""
+
+    row: dict[str, str]
+    kinds: dict[str, int]
+
+
+def engine_reports(folder: Path) -> list[EngineReport]:
+    """The engines that `stageline build` left in the bundle. BundleError where their manifest is not valid."""
+    found = []
+    for engine in read_engines(folder).engines:
+        try:
+            kinds = Report.model_validate_json((folder / engine.report.path).read_bytes()).kinds
+        except (OSError, ValueError):
+            kinds = {}
+        row = {
+            "stage": engine.stage.removesuffix(".onnx"),
+            "engine": f"{engine.flavour} {engine.version}",
+            "target": engine.target,
+            "precision": engine.precision,
+            "size": words.size(engine.plan.size_bytes),
+            "build": words.seconds(engine.build_s),
+            "layers": f"{sum(kinds.values()):,}" if kinds else "-",
+        }
+        found.append(EngineReport(row, dict(sorted(kinds.items(), key=lambda pair: -pair[1]))))
+    return found

@@ -1,0 +1,372 @@
+"""What the Overview and Compare pages show of recorded runs: headlines, curves, baselines, changes with confidence."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stageline.dashboard.figures import words
+from stageline.runtime.bench.compare import Change, compare
+from stageline.runtime.bench.confidence import difference
+from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo
+
+SWEEPS = ("Concurrency", "Rate")
+PERCENTILES = ("p50", "p90", "p95", "p99")
+
+
+def by_bundle(lines: Iterable[RunLine]) -> dict[str, list[RunLine]]:
+    """Runs of each bundle, newest first, by the bundle's folder; the bundle with the newest run first."""
+    found: dict[str, list[RunLine]] = {}
+    for line in lines:
+        found.setdefault(line.bundle, []).append(line)
+    return found
+
+
+def earlier(lines: Iterable[RunLine], line: RunLine) -> RunLine | None:
+    """The newest complete run of the same bundle before this one that measured any of its loads."""
+    mine = {(one.contender, one.load) for one in line.headlines}
+    return next(
+        (
+            one
+            for one in lines
+            if one.bundle == line.bundle
+            and one.created < line.created
+            and one.status == "done"
+            and mine & {(headline.contender, headline.load) for headline in one.headlines}
+        ),
+        None,
+    )
+
+
+def short(bundle: str) -> str:
+    """A bundle's folder by its last name."""
+    return Path(bundle).name or bundle
+
+
+def tag(run_id: str) -> str:
+    """The last part of an id, which tells runs apart on a page."""
+    return run_id.rpartition("-")[2][-8:]
+
+
+def label(line: RunLine | Run, now_s: float) -> str:
+    """A run in a list to choose from."""
+    named = f" {line.name}" if line.name and line.name != short(line.bundle) else ""
+    return f"{short(line.bundle)}{named}, {words.ago(line.created, now_s)}, {tag(line.id)}"
+
+
+def generates(run: Run) -> bool:
+    """Whether its requests draw tokens."""
+    return run.settings.output_tokens is not None
+
+
+def throughput_name(run: Run) -> str:
+    """The figure that says how much a run's pipeline does."""
+    return "tokens_per_s" if generates(run) else "samples_per_s"
+
+
+def ours(run: Run) -> list[Measurement]:
+    """The measurements of the bundle's own pipeline."""
+    return [one for one in run.measurements if one.contender == OURS]
+
+
+def mean(measurement: Measurement, name: str) -> float | None:
+    """A figure's mean; None where it is absent."""
+    figure = measurement.figures.get(name)
+    return None if figure is None or not math.isfinite(figure.mean) else figure.mean
+
+
+def fullest(run: Run, contender: str = OURS) -> Measurement | None:
+    """The measurement of a contender with the most throughput."""
+    name = throughput_name(run)
+    known = [one for one in run.measurements if one.contender == contender and mean(one, name) is not None]
+    return max(known, key=lambda one: mean(one, name) or 0.0, default=None)
+
+
+def calmest(run: Run) -> Measurement | None:
+    """Our measurement with the shortest median latency: one request at a time where that was measured."""
+    alone = [one for one in ours(run) if one.load.scenario == "SingleStream" or one.load.concurrency == 1]
+    known = [one for one in alone or ours(run) if mean(one, "latency_p50_s") is not None]
+    return min(known, key=lambda one: mean(one, "latency_p50_s") or math.inf, default=None)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline number: what, its value in words, its change against the run before and whether that is sure (its 95 %
+    interval leaves out zero), which way is better, what it was measured under."""
+
+    label: str
+    value: str
+    change: str | None
+    sure: bool
+    better: str | None
+    about: str
+
+
+def cards(run: Run, before: Run | None) -> list[Card]:
+    """Throughput first, then latency, then where time and energy go."""
+    full, calm = fullest(run), calmest(run)
+    unit = "tokens" if generates(run) else "texts"
+    wanted: list[tuple[str, Measurement | None, str, Callable[[float], str]]] = [
+        ("Throughput", full, throughput_name(run), lambda v: words.rate(v, unit)),
+        ("Latency p50", calm, "latency_p50_s", words.seconds),
+        ("Latency p99", calm, "latency_p99_s", words.seconds),
+        ("TTFT p50", calm, "ttft_p50_s", words.seconds),
+        ("TPOT p50", calm, "tpot_p50_s", words.seconds),
+        ("Bubble ratio", full, "bubble_ratio", words.share),
+        ("Memory", full, "host_memory_bytes", words.size),
+        ("Energy", full, "energy_per_token_j", lambda v: f"{words.figure(v * 1e3)} mJ/token"),
+    ]
+    found = []
+    for name, measurement, figure_name, shown in wanted:
+        figure = measurement.figures.get(figure_name) if measurement else None
+        if measurement is None or figure is None or not math.isfinite(figure.mean):
+            continue
+        same = _same(before, measurement)
+        old = same.figures.get(figure_name) if same else None
+        change = words.change(figure.mean / old.mean - 1) if old and old.mean else None
+        bounds = difference(old.values, figure.values) if old else None
+        sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+        about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}{_spread(figure, shown)}"
+        found.append(Card(name, shown(figure.mean), change, sure, figure.better, about))
+    return found
+
+
+def _spread(figure: Figure, shown: Callable[[float], str]) -> str:
+    if figure.low is None or figure.high is None:
+        return ""
+    return f"; 95 % confidence: {shown(max(0.0, figure.low))} to {shown(figure.high)}"
+
+
+def _same(run: Run | None, measurement: Measurement) -> Measurement | None:
+    """The measurement of the same contender under the same load in another run."""
+    key = (measurement.contender, str(measurement.load))
+    return next((one for one in run.measurements if (one.contender, str(one.load)) == key), None) if run else None
+
+
+def curve_rows(run: Run, percentile: str) -> list[dict[str, Any]]:
+    """Throughput and latency of each contender under each load; `line` says which points a line joins."""
+    name = throughput_name(run)
+    rows = []
+    for one in run.measurements:
+        x, y = mean(one, name), mean(one, f"latency_{percentile}_s")
+        if x is None or y is None:
+            continue
+        at = one.load.concurrency or one.load.rate_per_s or 0.0
+        rows.append(
+            {
+                "contender": one.contender,
+                "load": str(one.load),
+                "throughput": x,
+                "latency_ms": y * 1e3,
+                "order": at,
+                "sweep": one.load.scenario if one.load.scenario in SWEEPS else None,
+            }
+        )
+    return rows
+
+
+def baseline_rows(run: Run) -> list[dict[str, Any]]:
+    """Each contender's throughput under the fullest load that ours and it share, and how many times ours it is."""
+    name, own = throughput_name(run), {str(one.load): one for one in ours(run)}
+    rows = []
+    for contender in dict.fromkeys(one.contender for one in run.measurements):
+        shared = [
+            (mean(one, name), one)
+            for one in run.measurements
+            if one.contender == contender and str(one.load) in own and mean(one, name) is not None
+        ]
+        if not shared:
+            continue
+        value, best = max(shared, key=lambda pair: pair[0] or 0.0)
+        mine = mean(own[str(best.load)], name)
+        figure = best.figures[name]
+        times = None if contender == OURS or not mine or not value else mine / value
+        rows.append(
+            {
+                "contender": contender,
+                "load": str(best.load),
+                "throughput": value,
+                "low": value if figure.low is None else max(0.0, figure.low),
+                "high": value if figure.high is None else figure.high,
+                "told": "this bundle" if times is None else f"stageline gives {times:.2f} times as much",
+            }
+        )
+    return rows
+
+
+def stage_rows(measurement: Measurement) -> list[dict[str, Any]]:
+    """What each stage did with its time, in percent."""
+    rows = []
+    for stage in measurement.stages:
+        total = (stage.busy_s + stage.copy_s + stage.idle_s) or 1.0
+        for order, (what, seconds) in enumerate(
+            (("computing", stage.busy_s), ("copying in", stage.copy_s), ("waiting", stage.idle_s))
+        ):
+            rows.append(
+                {
+                    "stage": f"stage {stage.stage}",
+                    "device": stage.device,
+                    "blocks": stage.blocks,
+                    "what": what,
+                    "order": order,
+                    "percent": 100 * seconds / total,
+                    "seconds": seconds,
+                }
+            )
+    return rows
+
+
+KEY_FIGURES = (
+    "requests_per_s",
+    "tokens_per_s",
+    "goodput_per_s",
+    "latency_p50_s",
+    "latency_p99_s",
+    "ttft_p50_s",
+    "ttft_p99_s",
+    "tpot_p50_s",
+    "tpot_p99_s",
+    "failed_share",
+    "bubble_ratio",
+    "hop_overhead_s",
+    "queue_depth",
+    "host_memory_bytes",
+    "device_memory_bytes",
+    "power_w",
+    "energy_per_token_j",
+)
+"""The figures that comparisons show, in this order."""
+
+
+def shown(figure: Figure) -> str:
+    """A figure's mean in words."""
+    value = figure.mean
+    if not math.isfinite(value):
+        return "-"
+    if figure.unit == "s":
+        return words.seconds(value)
+    if figure.unit == "bytes":
+        return words.size(value)
+    if figure.unit == "":
+        return words.share(value)
+    return f"{words.figure(value)} {figure.unit}"
+
+
+def called(name: str) -> str:
+    """requests_per_s -> requests per s; latency_p99_s -> latency p99; TTFT and its like in capitals."""
+    bare = name.removesuffix("_bytes").removesuffix("_j").removesuffix("_w")
+    bare = bare if bare.endswith("_per_s") else bare.removesuffix("_s")
+    text = bare.replace("_per_s", " throughput").replace("_", " ")
+    for word in ("ttft", "tpot", "itl"):
+        text = text.replace(word, word.upper())
+    return text
+
+
+def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> list[Change]:
+    """What `stageline bench compare` says of the key figures of one contender under one load."""
+    one, other = (replace(run, measurements=(measurement_of(run, key)[1],)) for run in (before, after))
+    return compare(one, other, threshold, KEY_FIGURES)
+
+
+def change_table(found: Sequence[Change]) -> list[dict[str, str]]:
+    """Rows for a table: the change with its 95 % interval, and the verdict."""
+    return [
+        {
+            "figure": called(one.figure),
+            "before": shown(one.before),
+            "after": shown(one.after),
+            "change": words.change(one.change),
+            "95 % confidence": _between(one),
+            "verdict": one.verdict if one.sure is not None else f"{one.verdict}, not sure: too few repeats",
+        }
+        for one in found
+    ]
+
+
+def _between(one: Change) -> str:
+    return "-" if one.low is None or one.high is None else f"{words.change(one.low)} to {words.change(one.high)}"
+
+
+def told_apart(before: Run, after: Run) -> list[str]:
+    """What besides the figures differs between two runs: plan, settings, machine, versions, commit."""
+    found = []
+    pairs = [
+        ("plan", " + ".join(map(str, before.plan.blocks)), " + ".join(map(str, after.plan.blocks))),
+        ("devices", ", ".join(before.plan.devices), ", ".join(after.plan.devices)),
+        ("bundle", before.bundle_digest[:12], after.bundle_digest[:12]),
+        ("engine", before.settings.engine, after.settings.engine),
+        ("weights", str(before.settings.weights), str(after.settings.weights)),
+        ("threads", str(before.settings.threads), str(after.settings.threads)),
+        ("slots", str(before.settings.slots), str(after.settings.slots)),
+        ("inputs", before.settings.inputs, after.settings.inputs),
+        ("baselines", ", ".join(before.settings.baselines) or "none", ", ".join(after.settings.baselines) or "none"),
+        ("SLO", _bounds(before.settings.slo), _bounds(after.settings.slo)),
+        ("repeats", str(before.settings.repeats), str(after.settings.repeats)),
+        ("seconds a repeat", f"{before.settings.seconds:g}", f"{after.settings.seconds:g}"),
+        ("machine", before.environment.machine, after.environment.machine),
+        ("GPU", str(before.environment.gpu), str(after.environment.gpu)),
+        ("commit", str(before.environment.commit)[:12], str(after.environment.commit)[:12]),
+    ]
+    found += [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
+    versions = before.environment.versions, after.environment.versions
+    for package in sorted(set(versions[0]) | set(versions[1])):
+        old, new = (version.get(package, "absent") for version in versions)
+        if old != new:
+            found.append(f"{package}: {old} → {new}")
+    return found
+
+
+def _bounds(slo: Slo) -> str:
+    known = {"latency": slo.latency_s, "TTFT": slo.ttft_s, "TPOT": slo.tpot_s}
+    return ", ".join(f"{name} {words.seconds(bound)}" for name, bound in known.items() if bound is not None) or "none"
+
+
+def common_loads(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Contender and load of the measurements that all runs have, in the first one's order; ours first."""
+    kept = [{(one.contender, str(one.load)) for one in run.measurements} for run in runs]
+    first = [(one.contender, str(one.load)) for one in runs[0].measurements] if runs else []
+    shared = [key for key in first if all(key in keys for keys in kept)]
+    return sorted(shared, key=lambda key: key[0] != OURS)
+
+
+def measurement_of(run: Run, key: tuple[str, str]) -> tuple[int, Measurement]:
+    """A run's measurement of a contender under a load, with its number."""
+    return next((n, one) for n, one in enumerate(run.measurements) if (one.contender, str(one.load)) == key)
+
+
+def ladder_rows(name: str, measurement: Measurement, what: str) -> list[dict[str, Any]]:
+    """A ladder for the chart, up to where it rests on a request. `nines` spreads the slow end: 0 at p0, 1 at p90, 2 at
+    p99, 3 at p99.9."""
+    return [
+        {
+            "run": name,
+            "percentile": percentile,
+            "nines": min(4.0, -math.log10(max(1e-9, 1 - percentile / 100))),
+            "ms": value * 1e3,
+        }
+        for percentile, value in zip(LADDER, measurement.ladders.get(what, ()), strict=False)
+        if math.isfinite(value) and (1 - percentile / 100) * measurement.requests >= 1
+    ]
+
+
+def flat_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """All figures of runs, a row each, for a download."""
+    return [
+        {
+            "run": run.id,
+            "bundle": run.bundle,
+            "created": run.created,
+            "contender": one.contender,
+            "load": str(one.load),
+            "figure": name,
+            "unit": figure.unit,
+            "mean": figure.mean,
+            "low_95": figure.low,
+            "high_95": figure.high,
+            "repeats": len(figure.values),
+        }
+        for run in runs
+        for one in run.measurements
+        for name, figure in one.figures.items()
+    ]

@@ -1,0 +1,1 @@
+"""The `stageline` command: one module per command."""

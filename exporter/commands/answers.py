@@ -1,0 +1,213 @@
+"""What a pipeline says to texts, as plain data: one function a task."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stageline.models.checkpoint import read_json_object
+from stageline.models.errors import BundleError, EngineError, RequestError
+from stageline.models.tokenizer import TextEncoder
+from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.engines.base import Array
+from stageline.runtime.generation.request import GenerationRequest, Sampling
+from stageline.runtime.pipeline import Pipeline
+
+TOP = 5
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open pipeline and what turns text into its inputs; `folder` is the bundle's."""
+
+    folder: Path
+    manifest: Manifest
+    pipeline: Pipeline
+    encoder: TextEncoder
+
+    def run(self, encoded: Mapping[str, Array], output: str) -> Array:
+        """One output of the model for encoded texts."""
+        names = [spec.name for spec in self.pipeline.signature.inputs]
+        given = {name: value for name, value in encoded.items() if name in names}
+        values = self.pipeline.run(given, [output])[output]
+        mask = encoded["attention_mask"]
+        real = values[mask > 0] if values.ndim == 3 else values  # at padding anything may come
+        if np.isnan(real).any():
+            raise EngineError(
+                f"the model's {output} is not a number (NaN); its weights, or what it was made from, are broken"
+            )
+        return values
+
+
+def encoder_of(folder: Path, manifest: Manifest) -> TextEncoder:
+    """The bundle's tokenizer. BundleError where it has none."""
+    if manifest.text is None:
+        reads = ", ".join(spec.name for spec in manifest.inputs)
+        raise BundleError(
+            f"bundle {folder} has no tokenizer, so it takes no text; "
+            f"give it {reads} from Python: Pipeline.open(...).run(...)"
+        )
+    return TextEncoder.open(folder / manifest.text.tokenizer, manifest.text.max_length, manifest.text.pad_id)
+
+
+def sentence_similarity(session: Session, texts: Sequence[str]) -> Answer:
+    """The embedding of each text, and the cosine between each two."""
+    vectors = session.run(session.encoder.encode(texts), "sentence_embedding")
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+    return {"embeddings": vectors.tolist(), "similarity": (unit @ unit.T).tolist()}
+
+
+def feature_extraction(session: Session, texts: Sequence[str]) -> Answer:
+    """For each text its shape [length, width] and the first values of its first token."""
+    encoded = session.encoder.encode(texts)
+    hidden = session.run(encoded, "last_hidden_state")
+    lengths = encoded["attention_mask"].sum(axis=1)
+    return {
+        "features": [
+            {"shape": [int(length), hidden.shape[2]], "first": row[0, :TOP].tolist()}
+            for row, length in zip(hidden, lengths, strict=True)
+        ]
+    }
+
+
+def text_classification(session: Session, texts: Sequence[str]) -> Answer:
+    """The probability of each label for each text, the likeliest first."""
+    chances = _softmax(session.run(session.encoder.encode(texts), "logits"))
+    return {"labels": [_best(row, _labels(session, len(row)), len(row)) for row in chances]}
+
+
+def token_classification(session: Session, texts: Sequence[str]) -> Answer:
+    """The likeliest label of each token of each text."""
+    encoded = session.encoder.encode(texts)
+    logits = session.run(encoded, "logits")
+    names = _labels(session, logits.shape[2])
+    return {
+        "tokens": [
+            [
+                {"token": session.encoder.decode([token]), "label": names[int(scores.argmax())]}
+                for token, scores, real in zip(ids, rows, mask, strict=True)
+                if real
+            ]
+            for ids, rows, mask in zip(encoded["input_ids"], logits, encoded["attention_mask"], strict=True)
+        ]
+    }
+
+
+def fill_mask(session: Session, texts: Sequence[str]) -> Answer:
+    """The likeliest tokens at each mask of each text."""
+    mask_name, mask_id = _mask(session.folder / "tokenizer")
+    encoded = session.encoder.encode(texts)
+    for number, ids in enumerate(encoded["input_ids"]):
+        if mask_id not in ids:
+            raise RequestError(
+                f"text {number} ({texts[number]!r}) has no {mask_name}; write it where a word is missing"
+            )
+    logits = session.run(encoded, "logits")
+    return {
+        "masks": [
+            [_best(row, session.encoder) for row in _softmax(rows[ids == mask_id])]
+            for ids, rows in zip(encoded["input_ids"], logits, strict=True)
+        ]
+    }
+
+
+def text_generation(session: Session, texts: Sequence[str], new_tokens: int) -> Answer:
+    """The likeliest next tokens of each text, and its greedy continuation by at most `new_tokens`."""
+    if session.manifest.cached:
+        return _generated(session, texts, new_tokens)
+    encoded = session.encoder.encode(texts)
+    lengths = encoded["attention_mask"].sum(axis=1)
+    prompts = [ids[:length].tolist() for ids, length in zip(encoded["input_ids"], lengths, strict=True)]
+    chances = _softmax(_next_logits(session, prompts))
+    continuations = [_continue(session, prompt, new_tokens) for prompt in prompts]
+    return {
+        "next": [_best(row, session.encoder) for row in chances],
+        "continuations": [session.encoder.decode(ids) for ids in continuations],
+    }
+
+
+ANSWERS: dict[str, Callable[[Session, Sequence[str]], Answer]] = {
+    "sentence-similarity": sentence_similarity,
+    "feature-extraction": feature_extraction,
+    "text-classification": text_classification,
+    "token-classification": token_classification,
+    "fill-mask": fill_mask,
+}
+"""Task -> what answers it; text-generation, which takes a number of tokens too, stands apart."""
+
+
+def _generated(session: Session, texts: Sequence[str], new_tokens: int) -> Answer:
+    """`text_generation` of a bundle with caches, all texts at once."""
+    sampling = Sampling(max_tokens=max(1, new_tokens), logprobs=TOP)
+    futures = [session.pipeline.submit(GenerationRequest(text, sampling)) for text in texts]
+    choices = [future.result().choices[0] for future in futures]
+    return {
+        "next": [
+            [
+                {"token": session.encoder.decode([token]), "id": token, "probability": math.exp(logprob)}
+                for token, logprob in choice.logprobs[0].top
+            ]
+            for choice in choices
+        ],
+        "continuations": [choice.text if new_tokens else "" for choice in choices],
+    }
+
+
+def _continue(session: Session, prompt: list[int], new_tokens: int) -> list[int]:
+    """The likeliest token, again and again, the whole text anew each time: this model keeps no KV cache."""
+    assert session.manifest.text is not None
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + new_tokens, session.encoder.max_length):
+        token = int(_next_logits(session, [ids])[0].argmax())
+        if token in session.manifest.text.eos_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def _next_logits(session: Session, rows: list[list[int]]) -> Array:
+    """The logits [batch, vocabulary] after the last token of each row."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), lengths.max()), session.encoder.pad_id, np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    logits = session.run({"input_ids": ids, "attention_mask": mask}, "logits")
+    last: Array = logits[np.arange(len(rows)), lengths - 1]
+    return last
+
+
+def _best(chances: Array, names: Sequence[str] | TextEncoder, count: int = TOP) -> list[dict[str, Any]]:
+    """The `count` likeliest of `chances` [classes], each with its label or token and its probability."""
+    best = np.argsort(-chances)[:count]
+    if isinstance(names, TextEncoder):
+        return [{"token": names.decode([i]), "id": int(i), "probability": float(chances[i])} for i in best]
+    return [{"label": names[i], "probability": float(chances[i])} for i in best]
+
+
+def _labels(session: Session, count: int) -> Sequence[str]:
+    return session.manifest.labels or [f"LABEL_{i}" for i in range(count)]
+
+
+def _softmax(logits: Array) -> Array:
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    chances: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return chances
+
+
+def _mask(folder: Path) -> tuple[str, int]:
+    """The mask token of the tokenizer in `folder` and its id."""
+    stated = folder / "tokenizer_config.json"
+    mask = read_json_object(stated).get("mask_token") if stated.is_file() else None
+    name = mask.get("content") if isinstance(mask, dict) else mask
+    added = json.loads((folder / "tokenizer.json").read_bytes()).get("added_tokens", [])
+    for token in added:
+        if token["content"] == name:
+            return str(name), int(token["id"])
+    raise BundleError(
+        f"{stated} names no mask_token that tokenizer.json knows; add it to the checkpoint and export again"
+    )

@@ -1,0 +1,111 @@
+"""What the `stageline` command prints: tables in plain text, and numbers as people read them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stageline.runtime.bundle.graph import NOMINAL, size_bytes
+from stageline.runtime.bundle.manifest import Manifest, TensorSpec
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, numbers to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    right = [all(row[i][:1].isdigit() or row[i] in ("", "-") for row in rows) for i in range(len(head))]
+    lines = []
+    for row in (head, *rows):
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def human_bytes(count: int) -> str:
+    """1234567 -> 1.2 MB."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def bundle(manifest: Manifest, summary: Mapping[str, Any]) -> str:
+    """A bundle: what it is, its stages, and what crosses each cut."""
+    head = [
+        f"{manifest.architecture}, {manifest.task}, {manifest.dtype}: {manifest.blocks} blocks, "
+        f"{summary['parameters']:,} parameters, {human_bytes(summary['weight_bytes'])} of weights",
+        f"trace: {manifest.trace}",
+        "",
+        table(
+            ["stage", "blocks", "parameters", "weights"],
+            [
+                [str(n), f"{s.first_block}-{s.last_block}", f"{s.parameters:,}", human_bytes(s.weight_bytes)]
+                for n, s in enumerate(manifest.stages)
+            ],
+        ),
+    ]
+    crossing = [
+        [f"{n - 1} -> {n}", spec.name, spec.dtype, _shape(spec), human_bytes(size_bytes(spec.shape, spec.dtype))]
+        for n, specs in enumerate(cuts(manifest), start=1)
+        for spec in specs
+    ]
+    if crossing:
+        sizes = " x ".join(f"{name} {size}" for name, size in NOMINAL.items())
+        head += ["", table(["cut", "value", "dtype", "shape", f"at {sizes}"], crossing)]
+    return "\n".join(head)
+
+
+def cuts(manifest: Manifest) -> list[list[TensorSpec]]:
+    """For each cut what crosses it: values made before it and read after it. The model's inputs are left out, since
+    they are at hand everywhere."""
+    given = {spec.name for spec in manifest.inputs}
+    result = []
+    for number in range(1, len(manifest.stages)):
+        later = {spec.name: spec for stage in manifest.stages[number:] for spec in stage.inputs}
+        made = {spec.name for stage in manifest.stages[:number] for spec in stage.outputs}
+        result.append([spec for name, spec in later.items() if name in made - given])
+    return result
+
+
+def answer(task: str, texts: Sequence[str], result: Mapping[str, Any]) -> str:
+    """What a pipeline said to texts, one line or a few for each text."""
+    if task == "sentence-similarity":
+        return _similarity(texts, result)
+    lines: list[str] = []
+    for number, text in enumerate(texts):
+        lines.append(text)
+        if task == "feature-extraction":
+            found = result["features"][number]
+            lines.append(f"  {found['shape']}  {_numbers(found['first'])}")
+        elif task == "text-classification":
+            lines += [f"  {_percent(one)}  {one['label']}" for one in result["labels"][number]]
+        elif task == "token-classification":
+            lines += [f"  {one['token']}  {one['label']}" for one in result["tokens"][number]]
+        elif task == "fill-mask":
+            for place, tokens in enumerate(result["masks"][number]):
+                lines += [f"  mask {place}"] + [f"  {_percent(one)}  {one['token']!r}" for one in tokens]
+        else:
+            lines += [f"  {_percent(one)}  {one['token']!r}" for one in result["next"][number]]
+            lines.append(f"  continues: {result['continuations'][number]!r}")
+    return "\n".join(lines)
+
+
+def _similarity(texts: Sequence[str], result: Mapping[str, Any]) -> str:
+    if len(texts) == 1:
+        vector = result["embeddings"][0]
+        return f"{texts[0]}\n  [{len(vector)}]  {_numbers(vector[:5])}"
+    rows = [
+        [str(n), *(f"{cosine:.3f}" for cosine in row), text]
+        for n, (row, text) in enumerate(zip(result["similarity"], texts, strict=True))
+    ]
+    return table(["", *(str(n) for n in range(len(texts))), "text"], rows)
+
+
+def _percent(one: Mapping[str, Any]) -> str:
+    return f"{100 * one['probability']:5.1f} %"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values) + " ..."
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"[{', '.join(map(str, spec.shape))}]"

@@ -1,0 +1,1 @@
+"""Comparing a bundle or its engines with the checkpoint that it was made from."""

@@ -1,0 +1,199 @@
+"""Verifying a bundle: each stage alone, and all of them together, against torch on fresh random inputs.
+
+The reference is transformers with eager attention, in float32, loaded from the checkpoint. A stage is fed what torch
+has at its borders, so an error shows in the stage that makes it. An error is judged as a fraction of the largest value
+that torch has for the same token (at least of 1), since some tokens carry values a thousand times larger than others.
+The tolerances: float32 leaves room for another order of summation, the halves for weights rounded to 11 and 8 bits.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from stageline.exporter import gguf, skeleton
+from stageline.exporter.verify.inputs import random_inputs
+from stageline.models.checkpoint import Checkpoint
+from stageline.models.errors import ExportError
+from stageline.models.sentence import pooling
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import Manifest, TensorSpec
+from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
+from stageline.runtime.engines import Array, StageFile, engine_factory
+from stageline.runtime.pipeline import Pipeline
+from torch.utils import _pytree
+
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One value of one stage, or of the whole pipeline (`stage` is None), against torch's.
+
+    `max_error` and `mean_error` are absolute; `relative_error` is the largest one as a fraction of its token's scale.
+    """
+
+    stage: int | None
+    value: str
+    max_error: float
+    mean_error: float
+    relative_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the relative error is within the tolerance; NaN is not."""
+        return self.relative_error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons of a bundle. `lengths` are the real tokens in each row of the inputs, if any."""
+
+    dtype: str
+    tolerance: float
+    seed: int
+    lengths: tuple[int, ...]
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison passed."""
+        return all(comparison.passed for comparison in self.comparisons)
+
+
+def verify(
+    path: str | Path, against: str | Path, *, seed: int, progress: Callable[[str], None] = lambda step: None
+) -> Verification:
+    """Compare the bundle with the checkpoint it was made from, on random inputs drawn from `seed`.
+
+    StagelineError where either cannot be opened or they are of different models; an error that is too large is no
+    exception but a comparison that did not pass.
+    """
+    progress("opening the bundle")
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    inputs = random_inputs(manifest, seed)
+    progress("running torch")
+    reference = torch_values(Checkpoint.open(Path(against)), manifest, inputs)
+    mask = inputs.get("attention_mask")
+    tolerance = TOLERANCE[manifest.dtype]
+
+    def compare(stage: int | None, spec: TensorSpec, got: Array) -> Comparison:
+        return _compare(stage, spec, got, reference[spec.name], mask, tolerance)
+
+    comparisons = []
+    signature = Signature.of(manifest)
+    values: dict[str, Array] = signature.check_inputs(inputs)[0]
+    for number, stage in enumerate(manifest.stages):
+        progress(f"stage {number + 1} of {len(manifest.stages)}")
+        outputs = _run_stage(
+            bundle, number, {spec.name: reference.get(spec.name, values.get(spec.name)) for spec in stage.inputs}
+        )
+        values.update(outputs)
+        comparisons += [compare(number, spec, outputs[spec.name]) for spec in stage.outputs if spec.name in reference]
+    progress("the whole pipeline")
+    with Pipeline.open(path) as pipeline:
+        outputs = pipeline.run(inputs)
+    comparisons += [compare(None, spec, outputs[spec.name]) for spec in signature.outputs]
+    lengths = () if mask is None else tuple(int(n) for n in mask.sum(axis=1))
+    return Verification(manifest.dtype, tolerance, seed, lengths, tuple(comparisons))
+
+
+def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What torch has for these inputs at every cut (`hidden.K`) and for every output, by the manifest's names."""
+    model = load_reference(checkpoint, manifest)
+    head = pooling(checkpoint) if manifest.task == "sentence-similarity" else None
+    names = tuple(spec.name for spec in manifest.outputs)
+    task = skeleton.Task(model, skeleton.inputs_of(model, torch.float32), names, head).eval()
+    crossing = {spec.name for stage in manifest.stages for spec in stage.outputs}
+    wanted = {
+        (use.module, use.call): f"hidden.{block + 1}"
+        for block, use in enumerate(manifest.uses[1:-1])
+        if f"hidden.{block + 1}" in crossing
+    }
+    values: dict[str, Array] = {}
+    calls: dict[str, int] = {}
+
+    def hook(path: str) -> Any:
+        def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+            call = calls[path] = calls.get(path, -1) + 1
+            if (path, call) in wanted:
+                values[wanted[path, call]] = _pytree.tree_leaves(output)[0].numpy().copy()
+
+        return after
+
+    modules = dict(model.named_modules())
+    for path in dict.fromkeys(path for path, _ in wanted):
+        if path not in modules:
+            raise ExportError(
+                f"{checkpoint.path} has no module {path}, which the bundle was traced from; "
+                "give the checkpoint that the bundle was exported from"
+            )
+        modules[path].register_forward_hook(hook(path))
+    with torch.no_grad():
+        outputs = task(*(torch.from_numpy(inputs[name]) for name in task.input_names))
+    return {**values, **{name: output.numpy() for name, output in zip(names, outputs, strict=True)}}
+
+
+def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = "eager") -> Any:
+    """The reference model in float32, with the weights that transformers loads; `attention` is transformers' name."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    is_gguf = checkpoint.kind == "gguf"
+    config = skeleton.config_of(gguf.config(checkpoint) if is_gguf else checkpoint.config)
+    if config.model_type != manifest.architecture:
+        raise ExportError(
+            f"{checkpoint.path} is a {config.model_type}, the bundle was made from a {manifest.architecture}; "
+            "give the checkpoint that the bundle was exported from"
+        )
+    file = checkpoint.files[0]
+    source: dict[str, Any] = {"gguf_file": file.name} if is_gguf else {"config": config, "use_safetensors": True}
+    try:
+        model = skeleton.TASKS[manifest.task][1].from_pretrained(
+            file.parent if is_gguf else checkpoint.path,
+            **source,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"transformers cannot load {checkpoint.path}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return model.eval()
+
+
+def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None]) -> dict[str, Array]:
+    stage = bundle.manifest.stages[number]
+    engine = engine_factory("onnxruntime")(
+        StageFile(number, bundle.path / stage.file, bundle.path, stage.caches), CpuDevice(allowed_cores())
+    )
+    try:
+        given = {name: value for name, value in inputs.items() if value is not None}
+        names = [spec.name for spec in stage.outputs]
+        return on_host(engine.run(given, names), names)
+    finally:
+        engine.close()
+
+
+def _compare(
+    stage: int | None, spec: TensorSpec, got: Array, want: Array, mask: Array | None, tolerance: float
+) -> Comparison:
+    """Padding is left out: what a model computes there has no meaning and is not kept."""
+    if got.shape != want.shape:
+        raise ExportError(
+            f"{spec.name} has shape {list(got.shape)} in the bundle and {list(want.shape)} in torch; "
+            "give the checkpoint that the bundle was exported from"
+        )
+    if mask is not None and got.shape[:2] == mask.shape:
+        got, want = got[mask == 1], want[mask == 1]
+    error = np.abs(got.astype(np.float64) - want)
+    relative = error / np.abs(want).max(axis=-1, keepdims=True).clip(min=1)
+    return Comparison(stage, spec.name, float(error.max()), float(error.mean()), float(relative.max()), tolerance)

@@ -1,0 +1,194 @@
+"""Verifying TensorRT engines: each stage against ONNX Runtime in float32, fed what that has at the stage's border.
+
+Where no GPU is, the lowered stages can be run on processors instead, each value rounded to its type. An error is judged
+for a token, as a share of the largest value that ONNX Runtime has for it (at least of 1), and 9 of 10 tokens must be
+within the tolerance: a few are beyond any half precision. In SmolLM2 torch itself, in bfloat16, is off by more than
+a token's largest value at some (benchmarks/tensorrt_precision.py).
+
+Where weights are quantised, an engine is judged by the same stage with these weights computed in float32. How far
+they take it from the weights as they were is shown.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from stageline.exporter.verify.inputs import random_inputs
+from stageline.models.errors import EngineError
+from stageline.runtime.builder.emulate import EmulatedStage
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.devices import open_devices
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
+from stageline.runtime.engines import Array, StageFile, engine_factory
+from stageline.runtime.engines.tensorrt.guard import checked_engine
+from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision, lower, lower_exactly
+from stageline.runtime.engines.tensorrt.targets import gpu_here
+
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 6e-2, "int8": 1e-2, "fp8": 1e-2, "int4": 1e-2}
+"""float32 leaves room for TF32 products, the halves for 11 and 8 bits at every operator. With quantised weights float16
+is computed."""
+_SHARE = 0.9  # of the tokens must be within the tolerance
+Progress = Callable[[str], None]
+Shown = Literal["inside", "quantised"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One value of one stage. The errors are those of its tokens: the median, the largest of the better nine tenths,
+    the largest."""
+
+    stage: int
+    value: str
+    precision: Precision
+    median_error: float
+    p90_error: float
+    max_error: float
+    shown: Shown | None = None
+    """Why the value is only shown and not judged: it does not leave the stage, or the error is what quantised weights
+    add."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.shown is not None or self.p90_error <= TOLERANCE[self.precision]
+
+
+def verify_engines(path: Path, precision: Precision | None, *, seed: int, progress: Progress) -> list[Comparison]:
+    """Compare the engines that fit this machine's GPU, of `precision` (None: the last built), on inputs drawn from
+    `seed`.
+
+    EngineError where there is no GPU, or no engine for it.
+    """
+    gpu = gpu_here()
+    if gpu is None:
+        raise EngineError(
+            "verifying TensorRT engines runs them: it needs an NVIDIA GPU with a driver, and this machine has none; "
+            "--emulated compares the lowered stages on processors"
+        )
+    comparisons = []
+    bundle = Bundle.open(path)
+    for fed in _reference(bundle, seed):
+        number = fed.file.number
+        progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
+        record = checked_engine(bundle, number, gpu, precision).record
+        (device,) = open_devices(["cuda:0"], None)
+        engine = engine_factory("tensorrt")(fed.file, device)
+        try:
+            got = on_host(engine.run(fed.inputs, list(fed.outputs)), list(fed.outputs))
+        finally:
+            engine.close()
+        comparisons += _judged(fed, record.precision, got, _exactly(fed, record.precision))
+    return comparisons
+
+
+def verify_emulated(
+    path: Path, precision: Precision, *, layers: bool, seed: int, progress: Progress
+) -> list[Comparison]:
+    """Compare the stages as lowered for `precision`, run on processors, on inputs drawn from `seed`. With `layers`
+    every value inside them is compared as well, with the same value where the stage is lowered for float32."""
+    comparisons = []
+    bundle = Bundle.open(path)
+    for fed in _reference(bundle, seed):
+        number = fed.file.number
+        progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
+        lowered = lower(fed.file, precision, fed.length, stripped=False)
+        inside: list[str] = []
+        if layers:
+            exact = lower_exactly(fed.file, precision, fed.length)
+            inside = sorted((_floats(lowered.proto) & _floats(exact.proto)) - set(fed.outputs))
+        got = EmulatedStage(lowered, fed.rows, fed.length, inside).run(fed.inputs)
+        exactly = _exactly(fed, precision, inside)
+        comparisons += _judged(fed, precision, got, exactly)
+        comparisons += [
+            compare(number, name, precision, got[name], exactly[name], fed.real, shown="inside")
+            for name in inside
+            if got[name].ndim and got[name].size
+        ]
+    return comparisons
+
+
+def _exactly(fed: "_Fed", precision: Precision, inside: Sequence[str] = ()) -> Mapping[str, Array]:
+    """What the stage gives in float32 with the weights of `precision`, and the values `inside` it."""
+    if not inside and precision not in QUANTISED:
+        return fed.outputs
+    lowered = lower_exactly(fed.file, precision, fed.length)
+    return EmulatedStage(lowered, fed.rows, fed.length, inside).run(fed.inputs)
+
+
+def _judged(
+    fed: "_Fed", precision: Precision, got: Mapping[str, Array], exactly: Mapping[str, Array]
+) -> list[Comparison]:
+    """Outputs against ONNX Runtime's; those of quantised weights against `exactly`, and what quantising adds beside."""
+    number = fed.file.number
+    if precision not in QUANTISED:
+        return [compare(number, name, precision, got[name], want, fed.real) for name, want in fed.outputs.items()]
+    judged = [compare(number, name, precision, got[name], exactly[name], fed.real) for name in fed.outputs]
+    return judged + [
+        compare(number, name, precision, got[name], want, fed.real, shown="quantised")
+        for name, want in fed.outputs.items()
+    ]
+
+
+def compare(
+    stage: int,
+    name: str,
+    precision: Precision,
+    got: Array,
+    want: Array,
+    real: Array | None,
+    shown: Shown | None = None,
+) -> Comparison:
+    """Judge one value, [rows, length, ...] without the places where `real` is 0; NaN is as wrong as can be."""
+    if real is not None and want.shape[:2] == real.shape:
+        got, want = got[real == 1], want[real == 1]
+    scale = np.abs(want.astype(np.float64)).max(axis=-1, keepdims=True, initial=1)
+    errors = np.nan_to_num(np.abs(got.astype(np.float64) - want) / scale, nan=np.inf).max(axis=-1)
+    p90 = float(np.quantile(errors, _SHARE, method="lower"))
+    return Comparison(stage, name, precision, float(np.median(errors)), p90, float(errors.max()), shown)
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """A stage, its inputs, and what ONNX Runtime gives for them in float32. `real` [rows, length] is 0 at padding."""
+
+    file: StageFile
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+    real: Array | None
+    rows: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return next((array.shape[1] for array in self.inputs.values() if array.ndim == 2), 1)
+
+
+def _reference(bundle: Bundle, seed: int) -> list[_Fed]:
+    inputs = random_inputs(bundle.manifest, seed)
+    values = Signature.of(bundle.manifest).check_inputs(inputs)[0]
+    result = []
+    for number, stage in enumerate(bundle.manifest.stages):
+        file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
+        names = [spec.name for spec in stage.outputs]
+        engine = engine_factory("onnxruntime")(file, CpuDevice(allowed_cores()))
+        try:
+            outputs = on_host(engine.run(values, names), names)
+        finally:
+            engine.close()
+        rows = len(next(iter(inputs.values())))
+        result.append(_Fed(file, dict(values), outputs, inputs.get("attention_mask"), rows))
+        values.update(outputs)
+    return result
+
+
+def _floats(proto: bytes) -> set[str]:
+    """The floating values that a lowered graph computes."""
+    graph = ir.from_proto(onnx.ModelProto.FromString(proto)).graph
+    found = {str(v.name) for node in graph for v in node.outputs if v.dtype is not None and v.dtype.is_floating_point()}
+    return {name for name in found if not name.endswith(".present")}

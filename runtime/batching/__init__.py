@@ -1,0 +1,1 @@
+"""Batches through the stages: split into micro-batches, run, joined."""

@@ -1,0 +1,125 @@
+"""From what a user asks of a benchmark to a run that can begin: loads, bounds, lengths, arrivals, the bundle."""
+
+import math
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from stageline.models.errors import RequestError
+from stageline.runtime.bench.environment import here
+from stageline.runtime.bench.inputs import Lengths
+from stageline.runtime.bench.records import Load, Plan, Run, Scenario, Settings, Slo
+from stageline.runtime.bundle.folder import MANIFEST, Bundle, file_sha256
+from stageline.runtime.devices import spread
+from stageline.runtime.devices.cpu import allowed_cores, share_cores
+from stageline.runtime.engines import default_device, engine_factory
+
+MLPERF: tuple[Scenario, ...] = ("SingleStream", "Offline", "Server")
+_SLO = re.compile(r"(latency|ttft|tpot)=([0-9.]+)(ms|s)")
+
+
+def loads(
+    scenarios: Sequence[str],
+    server_rate: float | None,
+    concurrencies: Sequence[int],
+    rates: Sequence[float],
+    recorded: bool,
+) -> tuple[Load, ...]:
+    """The loads of a run, MLPerf's three where nothing is asked for. RequestError for a wrong one."""
+    found: list[Load] = []
+    for name in scenarios:
+        known = next((scenario for scenario in MLPERF if scenario.lower() == name.strip().lower()), None)
+        if known is None:
+            raise RequestError(f"unknown scenario {name.strip()!r}; known scenarios: {', '.join(MLPERF)}")
+        found.append(Load(known, rate_per_s=server_rate if known == "Server" else None))
+    for concurrency in concurrencies:
+        if concurrency < 1:
+            raise RequestError(f"concurrency {concurrency} is below 1; give whole numbers like 1,4,16")
+        found.append(Load("Concurrency", concurrency=concurrency))
+    for rate in (*rates, *([] if server_rate is None else [server_rate])):
+        if not 0 < rate < math.inf:
+            raise RequestError(f"rate {rate:g} is not above 0; give requests a second like 5,10,20")
+    found += [Load("Rate", rate_per_s=rate) for rate in rates]
+    if recorded:
+        found.append(Load("Recorded"))
+    return tuple(dict.fromkeys(found)) or tuple(Load(scenario) for scenario in MLPERF)
+
+
+def slo(text: str) -> Slo:
+    """Bounds like `ttft=200ms,tpot=50ms,latency=2s`. RequestError where they are not."""
+    bounds: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = _SLO.fullmatch(part)
+        try:
+            assert match is not None
+            value = float(match[2]) / (1000 if match[3] == "ms" else 1)
+            assert value > 0
+        except (AssertionError, ValueError):
+            raise RequestError(f"{part!r} is no bound; give some of ttft=200ms,tpot=50ms,latency=2s") from None
+        bounds[f"{match[1]}_s"] = value
+    return Slo(**bounds)
+
+
+def lengths(text: str) -> Lengths:
+    """`64` or `16-128`. RequestError where it is neither."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= fewest <= most:
+        raise RequestError(f"{text!r} is no length; give tokens like 64, or a range like 16-128")
+    return Lengths(fewest, most)
+
+
+def arrivals(file: Path) -> list[float]:
+    """Recorded arrivals: seconds, one a line, in any order; the first becomes 0. RequestError where they are not."""
+    try:
+        times = [float(line) for line in file.read_text(encoding="utf-8").split()]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RequestError(f"arrivals {file} cannot be read ({reason}); give a file of seconds, one a line") from error
+    if not times or not all(map(math.isfinite, times)):
+        raise RequestError(f"arrivals {file} holds no times; give a file of seconds, one a line")
+    return sorted(at - min(times) for at in times)
+
+
+def new_id() -> str:
+    """An id that sorts by time: 20260131-235959-a1b2c3."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+
+
+def new_run(
+    bundle: Bundle,
+    settings: Settings,
+    devices: Sequence[str] | None = None,
+    run_id: str | None = None,
+    name: str | None = None,
+) -> Run:
+    """A run of this bundle, on this machine, that begins now; `devices` as `Pipeline.open` takes them.
+
+    RequestError where the id is not fit for a file name, or no device is called so; EngineError for an engine that is
+    not known.
+    """
+    run_id = run_id or new_id()
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):
+        raise RequestError(f"run id {run_id!r} is not made of letters, digits, '.', '_' and '-'; give another")
+    manifest, place = bundle.manifest, bundle.path.resolve()
+    engine_factory(settings.engine)
+    names = spread(devices or [default_device(settings.engine)], len(manifest.stages))
+    shares = iter(share_cores(max(1, names.count("cpu")), allowed_cores()[: settings.threads]))
+    return Run(
+        run_id,
+        name or place.name,
+        time.time(),
+        str(place),
+        file_sha256(place / MANIFEST),
+        manifest.architecture,
+        manifest.task,
+        manifest.dtype,
+        settings,
+        Plan(
+            tuple(stage.last_block - stage.first_block + 1 for stage in manifest.stages),
+            tuple(f"cpu:{','.join(map(str, next(shares)))}" if own == "cpu" else own for own in names),
+        ),
+        here(),
+    )

@@ -1,0 +1,340 @@
+"""A benchmark run: every contender under every load, repeat by repeat in turn, written into the store as it goes.
+
+Contenders take turns within a load (A B A B ...), because machines drift. All are opened first and warmed up once; what
+that shows of their speed sets the number of requests of Offline and the rate of a Server load that names none.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+from stageline.models.errors import StagelineError
+from stageline.runtime.bench import figures
+from stageline.runtime.bench.client import Answers, Client
+from stageline.runtime.bench.contenders import Contender
+from stageline.runtime.bench.energy import Meters
+from stageline.runtime.bench.figures import StageUse
+from stageline.runtime.bench.inputs import Item
+from stageline.runtime.bench.monitor import Monitor, series
+from stageline.runtime.bench.records import (
+    ANSWERED,
+    OURS,
+    Load,
+    Measurement,
+    Progress,
+    Requests,
+    Run,
+    StageFigures,
+    Timeline,
+    ladder,
+)
+from stageline.runtime.bench.store import Store
+from stageline.runtime.stages.lanes import StageStats
+from stageline.runtime.stages.recorder import Recorder
+from stageline.runtime.workload import poisson
+
+SERVER_SHARE = 0.7
+"""A Server load that names no rate gets this share of what the first contender did in its warm-up."""
+SPANS = 20_000
+"""Kept of a measurement's timeline."""
+_BEAT_S = 1.0
+Openers = Mapping[str, Callable[[], Contender]]
+
+
+def bench(
+    run: Run,
+    store: Store,
+    openers: Openers,
+    items: Sequence[Item],
+    *,
+    arrivals_s: Sequence[float] = (),
+    stop: threading.Event | None = None,
+    told: Callable[[Progress], None] = lambda progress: None,
+    recorded: Callable[[Recorder], None] = lambda recorder: None,
+) -> Run:
+    """Make `run`, which is in the store already (`Store.begin`), to its end, and give it as it is stored then.
+
+    `arrivals_s` are for a Recorded load. Setting `stop`, or `Store.cancel`, ends it early as cancelled, with what was
+    measured. A failure of a contender ends it as failed, with what was measured, and is raised. `recorded` is given
+    what was recorded of the pipeline under each load.
+    """
+    stop = stop or threading.Event()
+    state = _State(run, store, stop, told)
+    try:
+        with _Beating(state):
+            _measure(run, state, openers, items, arrivals_s, recorded)
+    except BaseException as error:
+        with suppress(StagelineError):  # a store that failed already
+            state.finish(str(error) if isinstance(error, StagelineError) else f"{type(error).__name__}: {error}")
+        raise
+    state.finish(None)
+    return store.run(run.id)
+
+
+@dataclass
+class _State:
+    """How far the run is, for whoever follows it."""
+
+    run: Run
+    store: Store
+    stop: threading.Event
+    told: Callable[[Progress], None]
+    progress: Progress = field(default_factory=Progress)
+    done: int = 0
+    total: int = 1
+    trouble: StagelineError | None = None
+    driven: tuple[Client, int, float] | None = None
+    """Who is driven now, how many answers it had, and since when."""
+
+    def at(self, step: str, live: Mapping[str, float]) -> None:
+        """Say what is done now; `live` are the latest figures of that."""
+        self.progress = Progress(self.done / self.total, step, dict(live))
+        self.told(self.progress)
+
+    def beat(self) -> None:
+        """Write it into the store, with the speed so far, and look whether somebody cancels."""
+        driven = self.driven  # another thread's
+        if driven is not None:
+            client, answered, since = driven
+            speed = (client.answered - answered) / (perf_counter() - since)
+            self.progress = replace(self.progress, live={**self.progress.live, "requests_per_s": speed})
+            self.told(self.progress)
+        if self.store.progress(self.run.id, self.progress):
+            self.stop.set()
+
+    def finish(self, error: str | None) -> None:
+        status = "failed" if error else "cancelled" if self.stop.is_set() else "done"
+        self.progress = replace(self.progress, share=1.0 if status == "done" else self.progress.share, step=status)
+        self.store.progress(self.run.id, self.progress)
+        self.store.end(self.run.id, status, error)  # type: ignore[arg-type]
+        self.told(self.progress)
+
+
+class _Beating:
+    """A thread that beats every second while the block runs; a store that fails stops the run, with its error."""
+
+    def __init__(self, state: _State) -> None:
+        self._state, self._over = state, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._state.trouble is not None:
+            raise self._state.trouble
+
+    def _beat(self) -> None:
+        while not self._over.wait(_BEAT_S):
+            try:
+                self._state.beat()
+            except StagelineError as error:
+                self._state.trouble = error
+                self._state.stop.set()
+                return
+
+
+@dataclass
+class _Lap:
+    """A contender under one load: its repeats so far."""
+
+    contender: Contender
+    client: Client
+    began_at: float
+    recorder: Recorder | None
+    answers: list[Answers] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
+    uses: list[StageUse] = field(default_factory=list)
+    samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+
+
+def _measure(
+    run: Run,
+    state: _State,
+    openers: Openers,
+    items: Sequence[Item],
+    arrivals_s: Sequence[float],
+    recorded: Callable[[Recorder], None],
+) -> None:
+    settings, meters = run.settings, Meters()
+    contenders: list[Contender] = []
+    state.total = len(openers) * (1 + len(settings.loads) * settings.repeats)
+    try:
+        for name, opener in openers.items():
+            if state.stop.is_set():
+                return
+            state.at(f"opening {name}", {})
+            contenders.append(opener())
+        clients = [Client(contender, items, state.stop) for contender in contenders]
+        speeds: list[float] = []
+        for contender, client in zip(contenders, clients, strict=True):
+            state.at(f"{contender.name}: warming up", {})
+            speeds.append(_warm_up(client, settings.warm_up_s, settings.slots or 4))
+            state.done += 1
+        for load in settings.loads:
+            if state.stop.is_set():
+                return
+            if load.scenario == "Server" and load.rate_per_s is None:
+                load = Load("Server", rate_per_s=float(f"{SERVER_SHARE * speeds[0]:.3g}"))
+            laps = [_lap(contender, client) for contender, client in zip(contenders, clients, strict=True)]
+            try:
+                for repeat in range(settings.repeats):
+                    for lap, speed in zip(laps, speeds, strict=True):
+                        if not state.stop.is_set():
+                            _repeat(lap, load, repeat, speed, run, state, meters, arrivals_s)
+            finally:
+                for lap in laps:
+                    if lap.answers:
+                        _store(lap, load, run, state, meters, recorded)
+    finally:
+        for contender in contenders:
+            contender.close()
+        meters.close()
+
+
+def _warm_up(client: Client, seconds: float, concurrency: int) -> float:
+    """Requests a second that the contender answers, several at a time."""
+    answers = client.closed_loop(concurrency, seconds)
+    return float((answers.requests.status == ANSWERED).sum()) / answers.seconds if answers.seconds else 0.0
+
+
+def _lap(contender: Contender, client: Client) -> _Lap:
+    recorder = Recorder(SPANS) if contender.name == OURS and contender.pipeline is not None else None
+    return _Lap(contender, client, perf_counter(), recorder)
+
+
+def _repeat(
+    lap: _Lap,
+    load: Load,
+    repeat: int,
+    speed: float,
+    run: Run,
+    state: _State,
+    meters: Meters,
+    arrivals_s: Sequence[float],
+) -> None:
+    settings, pipeline = run.settings, lap.contender.pipeline
+    live = _live(lap.figures[-1]) if lap.figures else {}
+    state.at(f"{lap.contender.name}: {load}, repeat {repeat + 1} of {settings.repeats}", live)
+    if pipeline is not None:
+        pipeline.record(lap.recorder)
+    with Monitor(lap.contender, lap.client, meters, lap.began_at) as monitor:
+        state.driven = lap.client, lap.client.answered, perf_counter()
+        answers = _drive(lap.client, load, repeat, speed, run, arrivals_s)
+        state.driven = None
+    if pipeline is not None:
+        pipeline.record(None)
+    cut_short = state.stop.is_set()
+    if cut_short and (lap.answers or not (answers.requests.status == ANSWERED).any()):
+        return  # a repeat that was interrupted counts only where there is no other
+    found = {**figures.of_requests(answers, settings.rows, settings.slo), **monitor.figures}
+    if monitor.use is not None:
+        lap.uses.append(monitor.use)
+        bubble = figures.bubble_ratio(monitor.use, figures.active_s(answers))
+        if bubble is not None:
+            found["bubble_ratio"] = bubble
+    if lap.recorder is not None:
+        hop = figures.hop_overhead_s([s for s in lap.recorder.spans() if s.began_s >= answers.began_at])
+        if hop is not None:
+            found["hop_overhead_s"] = hop
+    tokens = int(answers.requests.tokens_in.sum()) + int(answers.requests.tokens_out.sum())
+    if "energy_j" in found and tokens:
+        found["energy_per_token_j"] = found["energy_j"] / tokens
+    lap.answers.append(answers)
+    lap.figures.append(found)
+    lap.samples += monitor.samples
+    state.done += 1
+    state.at(state.progress.step, _live(found))
+
+
+def _live(found: Mapping[str, float]) -> dict[str, float]:
+    names = ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s", "ttft_p50_s", "tpot_p50_s")
+    return {name: found[name] for name in names if name in found}
+
+
+def _drive(client: Client, load: Load, repeat: int, speed: float, run: Run, arrivals_s: Sequence[float]) -> Answers:
+    seconds, seed = run.settings.seconds, run.settings.seed
+    if load.scenario in ("SingleStream", "Concurrency"):
+        return client.closed_loop(load.concurrency or 1, seconds, repeat)
+    if load.scenario == "Offline":
+        return client.open_loop([0.0] * max(1, round(speed * seconds)), repeat)
+    if load.scenario == "Recorded":
+        return client.open_loop(arrivals_s, repeat)
+    assert load.rate_per_s is not None
+    count = max(1, math.ceil(load.rate_per_s * seconds))
+    return client.open_loop(poisson(load.rate_per_s, count, seed + repeat), repeat)
+
+
+def _store(
+    lap: _Lap,
+    load: Load,
+    run: Run,
+    state: _State,
+    meters: Meters,
+    recorded: Callable[[Recorder], None],
+) -> None:
+    requests = Requests.join([answers.requests for answers in lap.answers])
+    good = requests.status == ANSWERED
+    ladders = {
+        "latency_s": ladder(requests.latency_s[good]),
+        "ttft_s": ladder(requests.first_token_s[good]),
+        "tpot_s": ladder(requests.tpot_s[good]),
+    }
+    seconds = sum(answers.seconds for answers in lap.answers)
+    notes = list(meters.notes)
+    if lap.contender.pipeline is None:
+        notes.append("no figures of stages, queue and bubbles: this is not a pipeline in this process")
+    if (requests.status != ANSWERED).any():
+        notes.append(f"{int((~good).sum())} of {len(requests)} requests were not answered")
+    measurement = Measurement(
+        lap.contender.name,
+        load,
+        seconds,
+        len(requests),
+        figures.over_repeats(lap.figures),
+        {name: values for name, values in ladders.items() if values},
+        _stage_figures(lap, run, seconds),
+        series(lap.samples),
+        tuple(notes),
+    )
+    state.store.add(run.id, measurement, requests, _timeline(lap))
+    if lap.recorder is not None:
+        recorded(lap.recorder)
+
+
+def _stage_figures(lap: _Lap, run: Run, seconds: float) -> tuple[StageFigures, ...]:
+    if not lap.uses or lap.contender.pipeline is None:
+        return ()
+    stages = lap.contender.pipeline.stats().stages
+    ours = len(run.plan.blocks) == len(stages)
+    found = []
+    for number, stage in enumerate(stages):
+        busy_s = sum(use.busy_s[number] for use in lap.uses)
+        copy_s = sum(use.copy_s[number] for use in lap.uses)
+        blocks = run.plan.blocks[number] if ours else sum(run.plan.blocks)
+        runs = sum(use.runs[number] for use in lap.uses)
+        idle_s = max(0.0, seconds - busy_s - copy_s)
+        found.append(StageFigures(number, blocks, device_name(stage), runs, busy_s, copy_s, idle_s))
+    return tuple(found)
+
+
+def device_name(stage: StageStats) -> str:
+    """A stage's device as lists show it: its processors, or the GPU's name."""
+    return f"cpu:{','.join(map(str, stage.cores))}" if stage.device == "cpu" else stage.device
+
+
+def _timeline(lap: _Lap) -> Timeline:
+    """What was recorded, in seconds since the measurement began."""
+    if lap.recorder is None:
+        return Timeline()
+    zero = lap.began_at
+    spans, requests = lap.recorder.spans(), lap.recorder.requests()
+    return Timeline(
+        tuple(replace(span, began_s=span.began_s - zero, ended_s=span.ended_s - zero) for span in spans),
+        tuple(replace(span, began_s=span.began_s - zero, ended_s=span.ended_s - zero) for span in requests),
+    )

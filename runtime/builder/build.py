@@ -1,0 +1,343 @@
+"""Building a bundle's engines: what is there already is kept, what is missing is built, each in a process of its
+own."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from stageline.models.errors import BundleError, EngineError
+from stageline.runtime.builder.processes import Answer, Workers
+from stageline.runtime.builder.profiles import narrowed, profiles_of
+from stageline.runtime.builder.worker import Request, Result
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import FileEntry
+from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.engines.base import StageFile
+from stageline.runtime.engines.tensorrt.flavour import Flavour
+from stageline.runtime.engines.tensorrt.guard import is_current, weight_digests
+from stageline.runtime.engines.tensorrt.lower import QUANTISED, Lowered, Precision, lower
+from stageline.runtime.engines.tensorrt.records import EngineRecord, Options, Profile
+from stageline.runtime.engines.tensorrt.store import FOLDER, EngineStore, locked
+from stageline.runtime.workload import Load
+
+_BASE_BYTES, _WEIGHTS_TIMES = 600e6, 4
+"""What a build takes: measured, 0.5 GB and 3.4 times the weights of the engine."""
+_GENERATIONS = {"sm75": "Turing", "sm80": "Ampere", "sm86": "Ampere"}
+_LACKING: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp8": ("sm75", "sm80", "sm86"), "int4": ("sm75",)}
+"""Targets that TensorRT does not compile such types for."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One kind of engine to build for every stage. `flavour` builds it; `target` is never `here`."""
+
+    flavour: Flavour
+    target: str
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one engine: `record` is None where it could not be built, and `error` says why. `built` is False
+    where it was there already."""
+
+    stage: int
+    wanted: Wanted
+    record: EngineRecord | None
+    built: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far the build of an engine is: TensorRT's own name of the phase, and its steps."""
+
+    stage: int
+    wanted: Wanted
+    phase: str
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    number: int
+    wanted: Wanted
+    lowered: Lowered
+    key: str
+    weights_sha256: str | None
+    profiles: tuple[Profile, ...]
+    file: str
+    """Path of the plan in the bundle."""
+
+
+def build(
+    bundle: Bundle,
+    wanted: Sequence[Wanted],
+    load: Load,
+    options: Options,
+    *,
+    jobs: int | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Build the engines of all stages that are not there, `jobs` at a time (None: as many as processors and memory
+    allow), and return what became of each, stage by stage. `progress` and `done` are called on other threads.
+
+    An engine is kept once it is built, whatever happens to the others. What TensorRT refuses is an outcome; BundleError
+    where the disk is full or another build is running.
+    """
+    for kind in wanted:
+        check(kind, options)
+    with locked(bundle.path) as store:
+        todo: list[_Job] = []
+        outcomes: list[Outcome] = []
+        for job in _jobs(bundle, wanted, load, options):
+            found = job if isinstance(job, Outcome) else _present(store, bundle, job)
+            if isinstance(found, _Job):
+                todo.append(found)
+            else:
+                outcomes.append(found)
+                done(found)
+        if todo:
+            building = _Building(store, bundle, load, options, progress)
+            outcomes += building.build_all(todo, jobs or _at_a_time(todo), done)
+    order = {kind: place for place, kind in enumerate(wanted)}
+    return sorted(outcomes, key=lambda outcome: (outcome.stage, order[outcome.wanted]))
+
+
+def check(wanted: Wanted, options: Options) -> None:
+    """EngineError where the flavour has no such engines."""
+    flavour = wanted.flavour
+    if wanted.target in _LACKING.get(wanted.precision, ()):
+        raise EngineError(
+            f"{wanted.target} ({_GENERATIONS[wanted.target]}) does not compute in {wanted.precision}; "
+            "choose --precision fp16"
+        )
+    if options.stripped and wanted.precision in QUANTISED:
+        raise EngineError(
+            f"--stripped takes weights from the bundle as they are, and {wanted.precision} quantises them; leave it "
+            "out, or choose --precision fp16"
+        )
+    if options.version_compatible and not flavour.version_compatible:
+        raise EngineError(f"{flavour.title} builds no version-compatible engines: it has no lean runtime; leave it out")
+
+
+def stale(bundle: Bundle, store: EngineStore) -> set[str]:
+    """The plan files of engines of stages that the bundle no longer has."""
+    return {record.plan.path for record in store.manifest.engines if not is_current(record, bundle.manifest)}
+
+
+def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Load, options: Options) -> list["_Job | Outcome"]:
+    manifest, digests = bundle.manifest, _digests(bundle)
+    result: list[_Job | Outcome] = []
+    for number, stage in enumerate(manifest.stages):
+        file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
+
+        @cache
+        def lowered(precision: Precision, file: StageFile = file) -> Lowered:
+            return lower(file, precision, load.context, options.stripped)
+
+        for kind in wanted:
+            try:
+                graph = lowered(kind.precision)
+                profiles = narrowed(profiles_of(manifest, load), graph.inputs)
+            except EngineError as error:
+                result.append(Outcome(number, kind, None, False, str(error)))
+                continue
+            sources = dict.fromkeys(str(weight.tensor.name) for weight in graph.weights.values())
+            weights = None if options.stripped else digests(tuple(sources))
+            key = _key(kind, graph, weights, profiles, options)
+            blocks = f"{stage.first_block:03}-{stage.last_block:03}"
+            name = f"{FOLDER}/{blocks}.{kind.target}.{kind.precision}.{key[:8]}.plan"
+            result.append(_Job(number, kind, graph, key, weights, profiles, name))
+    return result
+
+
+def _key(kind: Wanted, lowered: Lowered, weights: str | None, profiles: tuple[Profile, ...], options: Options) -> str:
+    """The digest of all that a plan depends on. The lowered graph stands for the stage's graph, the precision, the
+    caches' capacity, and this code."""
+    document = {
+        "graph": hashlib.sha256(lowered.proto).hexdigest(),
+        "weights": weights,
+        "flavour": kind.flavour.name,
+        "version": kind.flavour.version,
+        "target": kind.target,
+        "profiles": [profile.model_dump() for profile in profiles],
+        "options": options.model_dump(),
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(bundle: Bundle) -> Callable[[tuple[str, ...]], str]:
+    """Gives the digest of the values of named tensors; each is read once."""
+
+    @cache
+    def of_tensor(name: str) -> bytes:
+        entry = bundle.tensors[name]
+        digest = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
+        with entry.file.open("rb") as file:
+            file.seek(entry.offset)
+            left = entry.size_bytes
+            while left and (data := file.read(min(left, 1 << 24))):
+                digest.update(data)
+                left -= len(data)
+        return digest.digest()
+
+    @cache
+    def of_tensors(names: tuple[str, ...]) -> str:
+        with ThreadPoolExecutor(len(allowed_cores())) as pool:
+            digests = list(pool.map(of_tensor, names))
+        together = hashlib.sha256()
+        for name, digest in zip(names, digests, strict=True):
+            together.update(name.encode() + b"\0" + digest)
+        return together.hexdigest()
+
+    return of_tensors
+
+
+def _present(store: EngineStore, bundle: Bundle, job: _Job) -> "_Job | Outcome":
+    """The engine if it is there and whole, with what is known of its weights brought up to date; else the job."""
+    for record in store.manifest.engines:
+        if record.key == job.key and is_current(record, bundle.manifest) and _whole(bundle.path, record.plan):
+            files = weight_digests(bundle.manifest)
+            if record.weight_files != files:
+                record = record.model_copy(update={"weight_files": files})
+                store.put(record)
+            return Outcome(job.number, job.wanted, record, False)
+    return job
+
+
+def _whole(bundle: Path, entry: FileEntry) -> bool:
+    file = bundle / entry.path
+    if not file.is_file() or file.stat().st_size != entry.size_bytes:
+        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == entry.sha256
+
+
+class _Building:
+    """The builds under way for one bundle."""
+
+    def __init__(
+        self, store: EngineStore, bundle: Bundle, load: Load, options: Options, progress: Callable[[Step], None]
+    ) -> None:
+        self.store, self.bundle, self.load, self.options, self.progress = store, bundle, load, options, progress
+        self.workers = Workers()
+        self.lock = threading.Lock()  # around the store
+
+    def build_all(self, todo: Sequence[_Job], jobs: int, done: Callable[[Outcome], None]) -> list[Outcome]:
+        def one(job: _Job) -> Outcome:
+            outcome = self.build(job)
+            done(outcome)
+            return outcome
+
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(one, job) for job in todo]
+            try:
+                return [future.result() for future in as_completed(futures)]
+            except BaseException:  # the disk is full, or somebody pressed ^C
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.workers.stop()
+                raise
+
+    def build(self, job: _Job) -> Outcome:
+        """Build one engine and keep it. BundleError where it cannot be written."""
+        report = job.file.removesuffix(".plan") + ".json"
+        timings = f"{job.file}.timings" if job.wanted.flavour.keeps_timings else None
+        written = [path for path in (job.file, report, timings) if path is not None]
+        try:
+            answer = self.workers.run(self.request(job, *written), lambda step: self.progress(_step(job, step)))
+            if "error" in answer:
+                return Outcome(job.number, job.wanted, None, False, str(answer["error"]))
+            if "os_error" in answer:
+                raise self.not_written(str(answer["os_error"]))
+            result = Result.model_validate(answer["result"])
+            record = self.record(job, result, report)
+            with self.lock:
+                self.store.keep(job.file)
+                self.store.keep(report)
+                self.store.put(record)
+                if timings is not None and result.timings is not None:
+                    self.store.put_timings(timings, _timings(job.wanted), result.timings)
+        except OSError as error:
+            raise self.not_written(error.strerror or str(error)) from error
+        finally:
+            for path in written:
+                self.store.aside(path).unlink(missing_ok=True)
+        return Outcome(job.number, job.wanted, record, True)
+
+    def request(self, job: _Job, plan: str, report: str, timings: str | None = None) -> Request:
+        stage = self.bundle.manifest.stages[job.number]
+        return Request(
+            stage=StageFile(job.number, self.bundle.path / stage.file, self.bundle.path, stage.caches),
+            flavour=job.wanted.flavour.name,
+            target=job.wanted.target,
+            precision=job.wanted.precision,
+            capacity=self.load.context,
+            profiles=job.profiles,
+            options=self.options,
+            plan=self.store.aside(plan),
+            report=self.store.aside(report),
+            timings=self.store.aside(timings) if timings is not None else None,
+            known_timings=self.known_timings(job.wanted),
+        )
+
+    def record(self, job: _Job, result: Result, report: str) -> EngineRecord:
+        stage, caches = self.bundle.manifest.stages[job.number], job.lowered.caches
+        graph = next(entry for entry in self.bundle.manifest.files if entry.path == stage.file)
+        return EngineRecord(
+            stage=stage.file,
+            plan=result.plan.model_copy(update={"path": job.file}),
+            report=result.report.model_copy(update={"path": report}),
+            key=job.key,
+            graph_sha256=str(graph.sha256),
+            weights_sha256=job.weights_sha256,
+            weight_files=weight_digests(self.bundle.manifest),
+            flavour=job.wanted.flavour.name,
+            version=str(job.wanted.flavour.version),
+            target=job.wanted.target,
+            precision=job.wanted.precision,
+            options=self.options,
+            profiles=job.profiles,
+            inputs=job.lowered.inputs,
+            outputs=job.lowered.outputs,
+            weights=job.lowered.weight_specs if self.options.stripped else (),
+            capacity=self.load.context if caches else None,
+            caches=caches,
+            build_s=result.build_s,
+        )
+
+    def known_timings(self, wanted: Wanted) -> Path | None:
+        """The timing cache that was kept, if it is as it was written."""
+        entry = next((kept for kept in self.store.manifest.timings if kept.path == _timings(wanted)), None)
+        return self.bundle.path / entry.path if entry is not None and _whole(self.bundle.path, entry) else None
+
+    def not_written(self, reason: str) -> BundleError:
+        return BundleError(
+            f"cannot write engines into {self.bundle.path}: {reason}; what was built before is kept: run the same "
+            "command again to go on"
+        )
+
+
+def _step(job: _Job, told: Answer) -> Step:
+    return Step(job.number, job.wanted, str(told["phase"]), int(str(told["step"])), int(str(told["steps"])))
+
+
+def _timings(wanted: Wanted) -> str:
+    """The timing cache of a flavour, version and target."""
+    return f"{FOLDER}/{wanted.flavour.name}-{wanted.flavour.version}.{wanted.target}.timings"
+
+
+def _at_a_time(todo: Sequence[_Job]) -> int:
+    """How many builds fit the processors and the memory there is."""
+    sizes = [sum(weight.size_bytes for weight in job.lowered.weights.values()) for job in todo]
+    most = _BASE_BYTES + _WEIGHTS_TIMES * max(sizes)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(allowed_cores()), len(todo), int(available // most)))

@@ -1,0 +1,55 @@
+"""Worker processes that build engines, seen from the process that started them."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+
+from stageline.runtime.builder.worker import Request
+
+Answer = Mapping[str, object]
+
+
+class Workers:
+    """The workers under way. `run` may be called from many threads, `stop` from any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+
+    def run(self, request: Request, told: Callable[[Answer], None]) -> Answer:
+        """Build in a process of its own: `told` gets each step, and the last that the worker says is returned. A worker
+        that dies without a word gives {"error": how it ended}."""
+        command = [sys.executable, "-m", "stageline.runtime.builder.worker", request.model_dump_json()]
+        with tempfile.TemporaryFile() as errors:
+            with self._lock:
+                if self._stopped:
+                    return {"error": "the build was stopped"}
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+                self._running.add(process)
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    document: Answer = json.loads(line)
+                    if "phase" not in document:
+                        return document
+                    told(document)
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+                with process:  # closes the pipe, which ends a worker that is still at it, and waits
+                    pass
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()
+        how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+        return {"error": f"the builder ended with {how}" + (f": {said[-1]}" if said else "")}
+
+    def stop(self) -> None:
+        """End all workers, and let none start."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()

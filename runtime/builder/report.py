@@ -1,0 +1,91 @@
+"""What an engine is made of: from the engine inspector where a driver can load it, else from the network definition."""
+
+import json
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from stageline.runtime.builder.network import Network
+from stageline.runtime.bundle.manifest import TensorSpec
+from stageline.runtime.engines.tensorrt.lower import Lowered
+
+
+class Layer(BaseModel):
+    """One layer: its kind, the types that it computes in, and the shapes that it gives (-1: free)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: str
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Report(BaseModel):
+    """`source` says how much to make of it: of a network the layers are those given to TensorRT, before it fuses
+    them, and `memory_bytes`, the scratch memory of each profile, is not known."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: Literal["engine", "network"]
+    layers: tuple[Layer, ...]
+    kinds: dict[str, int]
+    dtypes: dict[str, int]
+    weight_bytes: int
+    memory_bytes: tuple[int, ...] | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def of_network(network: Network, lowered: Lowered) -> Report:
+    """The report of a network that was parsed."""
+    layers = []
+    for place in range(network.definition.num_layers):
+        layer = network.definition.get_layer(place)
+        outputs = [layer.get_output(at) for at in range(layer.num_outputs)]
+        layers.append(
+            Layer(
+                name=layer.name,
+                kind=layer.type.name,
+                dtypes=tuple(tensor.dtype.name for tensor in outputs),
+                shapes=tuple(tuple(tensor.shape) for tensor in outputs),
+            )
+        )
+    return _report("network", layers, lowered, None)
+
+
+def of_engine(trt: Any, engine: Any, lowered: Lowered) -> Report:
+    """The report of an engine that was loaded: the layers after fusion, and the memory of each profile."""
+    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    layers = []
+    for layer in told.get("Layers", []):
+        if isinstance(layer, str):  # built with layer names only
+            layers.append(Layer(name=layer, kind="", dtypes=(), shapes=()))
+            continue
+        outputs = layer.get("Outputs", [])
+        layers.append(
+            Layer(
+                name=layer.get("Name", ""),
+                kind=layer.get("LayerType", ""),
+                dtypes=tuple(str(output.get("Format/Datatype", "")) for output in outputs),
+                shapes=tuple(tuple(output.get("Dimensions", ())) for output in outputs),
+            )
+        )
+    profiles = range(engine.num_optimization_profiles)
+    memory = tuple(int(engine.get_device_memory_size_for_profile_v2(profile)) for profile in profiles)
+    return _report("engine", layers, lowered, memory)
+
+
+def _report(
+    source: Literal["engine", "network"], layers: list[Layer], lowered: Lowered, memory: tuple[int, ...] | None
+) -> Report:
+    return Report(
+        source=source,
+        layers=tuple(layers),
+        kinds=dict(Counter(layer.kind for layer in layers).most_common()),
+        dtypes=dict(Counter(dtype for layer in layers for dtype in layer.dtypes).most_common()),
+        weight_bytes=sum(weight.size_bytes for weight in lowered.weights.values()),
+        memory_bytes=memory,
+        inputs=lowered.inputs,
+        outputs=lowered.outputs,
+    )

@@ -1,0 +1,130 @@
+"""A process that builds one engine: `python -m stageline.runtime.builder.worker REQUEST`, the request a JSON document.
+
+A process of its own, because TensorRT's builder keeps memory, may crash, and cannot be interrupted. It prints a JSON
+line for each step of the build and one with the result; when nobody reads them any more, it ends.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from stageline.models.errors import StagelineError
+from stageline.runtime.builder import network
+from stageline.runtime.builder.report import Report, of_engine, of_network
+from stageline.runtime.bundle.folder import file_sha256
+from stageline.runtime.bundle.manifest import FileEntry
+from stageline.runtime.engines.base import StageFile
+from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName
+from stageline.runtime.engines.tensorrt.lower import Precision, lower
+from stageline.runtime.engines.tensorrt.records import Options, Profile
+from stageline.runtime.engines.tensorrt.targets import gpu_here
+
+_EVERY_S = 0.1
+
+
+class Request(BaseModel):
+    """One engine to build. `plan`, `report` and `timings` are paths to write to; `known_timings` one to read, if
+    any."""
+
+    stage: StageFile
+    flavour: FlavourName
+    target: str
+    precision: Precision
+    capacity: int
+    profiles: tuple[Profile, ...]
+    options: Options
+    plan: Path
+    report: Path
+    timings: Path | None = None
+    known_timings: Path | None = None
+
+
+class Result(BaseModel):
+    """What was written. `path` of the entries is that of the request."""
+
+    plan: FileEntry
+    report: FileEntry
+    timings: FileEntry | None
+    build_s: float
+
+
+def build(request: Request, progress: network.Progress) -> Result:
+    """Build the engine and write its plan and report. EngineError with TensorRT's own reason, or OSError."""
+    begin = time.perf_counter()
+    trt = FLAVOURS[request.flavour].load()
+    stripped = request.options.stripped
+    lowered = lower(request.stage, request.precision, request.capacity, stripped)
+    parsed = network.parse(trt, lowered, stripped)
+    known = b""
+    if request.known_timings is not None:
+        known = request.known_timings.read_bytes()
+    plan, timings = network.build(
+        parsed,
+        lowered,
+        request.target,
+        request.capacity,
+        request.profiles,
+        request.options,
+        known if request.timings is not None else None,
+        progress,
+    )
+    entry = _written(request.plan, plan)
+    report = _report(trt, parsed, lowered, plan)
+    timed = _written(request.timings, timings) if request.timings is not None and timings is not None else None
+    return Result(
+        plan=entry,
+        report=_written(request.report, report.model_dump_json(indent=1).encode()),
+        timings=timed,
+        build_s=time.perf_counter() - begin,
+    )
+
+
+def _report(trt: Any, parsed: network.Network, lowered: Any, plan: Any) -> Report:
+    if gpu_here() is not None:
+        engine = trt.Runtime(parsed.logger).deserialize_cuda_engine(plan)
+        if engine is not None:  # built for another GPU than the one here
+            return of_engine(trt, engine, lowered)
+    return of_network(parsed, lowered)
+
+
+def _written(path: Path, data: Any) -> FileEntry:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def main() -> None:
+    """Build what the first argument asks for."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # TensorRT writes to stdout as well
+    last = [0.0]
+
+    def tell(document: dict[str, Any]) -> None:
+        try:
+            print(json.dumps(document), file=out, flush=True)
+        except OSError:  # nobody reads: the one who asked is gone
+            os._exit(1)
+
+    def progress(phase: str, step: int, steps: int) -> bool:
+        now = time.monotonic()
+        if now - last[0] >= _EVERY_S:
+            last[0] = now
+            tell({"phase": phase, "step": step, "steps": steps})
+        return True
+
+    try:
+        tell({"result": build(Request.model_validate_json(sys.argv[1]), progress).model_dump()})
+    except StagelineError as error:
+        tell({"error": str(error)})
+    except OSError as error:
+        tell({"os_error": error.strerror or str(error)})
+
+
+if __name__ == "__main__":
+    main()

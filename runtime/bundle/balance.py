@@ -1,0 +1,44 @@
+"""Blocks spread evenly over stages by the weights that they multiply."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from stageline.runtime.bundle.manifest import Manifest
+
+
+def part_costs(manifest: Manifest, parts: Sequence[ir.Model]) -> list[int]:
+    """A cost for each use in order (prologue, blocks, epilogue): the elements of weights it multiplies by a token."""
+    costs = []
+    for use in manifest.uses:
+        graph = parts[use.part].graph
+        looked_up = {node.inputs[0].name for node in graph if node.op_type == "Gather" and node.inputs[0] is not None}
+        weights = manifest.parts[use.part].weights
+        costs.append(sum(math.prod(map(int, w.shape)) for w in weights if w.name not in looked_up))
+    return costs
+
+
+def balance(costs: Sequence[int], stages: int) -> list[int]:
+    """Blocks for each stage such that the costliest stage is cheapest. `costs` begins with the prologue, which the
+    first stage bears, and ends with the epilogue, which the last bears. Exact, by dynamic programming over the cuts."""
+    blocks = len(costs) - 2
+    total = list(itertools.accumulate(costs[1:-1], initial=0))
+
+    def cost(first: int, end: int) -> int:
+        return total[end] - total[first] + (costs[0] if first == 0 else 0) + (costs[-1] if end == blocks else 0)
+
+    # best[end]: (costliest stage, sum of squares for evenness among equals, cuts) of the first `end` blocks
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for _ in range(stages):
+        best = {
+            end: min(
+                (max(worst, cost(first, end)), squares + cost(first, end) ** 2, (*cuts, end))
+                for first, (worst, squares, cuts) in best.items()
+                if first < end
+            )
+            for end in range(1, blocks + 1)
+            if any(first < end for first in best)
+        }
+    cuts = best[blocks][2]
+    return [end - first for first, end in zip((0, *cuts), cuts, strict=False)]

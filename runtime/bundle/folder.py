@@ -1,0 +1,161 @@
+"""A bundle on disk: opening, checking and re-cutting it. docs/bundle.md says the format in prose."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+import pydantic
+from stageline.models.errors import BundleError, CheckpointError
+from stageline.models.safetensors_file import header_sha256, read_header
+from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle.manifest import VERSION, FileEntry, Manifest
+
+MANIFEST = "manifest.json"
+HASH_LIMIT_BYTES = 2 * 1024**3
+"""Linked weight files are hashed at export only up to this many bytes in all: beyond it, reading them would take longer
+than the rest of the export. Their size and header are checked instead."""
+_MANIFEST_LIMIT_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder, its manifest, and where each weight lies."""
+
+    path: Path
+    manifest: Manifest
+    tensors: dict[str, TensorEntry] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Bundle":
+        """Open and check the bundle in folder `path`. BundleError where it is missing, changed, unsafe or of another
+        version. Every file with a digest is read and compared."""
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        listed = {entry.path: entry for entry in manifest.files}
+        used = [*(p.file for p in manifest.parts), *(s.file for s in manifest.stages), *manifest.weight_files]
+        used += [manifest.text.tokenizer] if manifest.text else []
+        for name in used:
+            if name not in listed:
+                raise BundleError(
+                    f"bundle {folder}: its manifest uses {name} but does not list it; export the bundle again"
+                )
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(lambda entry: _check_file(folder, entry), manifest.files):
+                pass
+        tensors: dict[str, TensorEntry] = {}
+        for name in manifest.weight_files:
+            try:
+                tensors.update(read_header(folder / name))
+            except CheckpointError as error:
+                raise BundleError(f"bundle {folder}: {error}") from error
+        return cls(folder, manifest, tensors)
+
+    def parts(self) -> list[ir.Model]:
+        """The part graphs. BundleError where one cannot be read any more."""
+        try:
+            return [ir.load(self.path / part.file) for part in self.manifest.parts]
+        except OSError as error:
+            raise BundleError(
+                f"bundle {self.path}: {error.filename} cannot be read ({error.strerror}); export the bundle again"
+            ) from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`, validated. BundleError in one line where it is not one."""
+    file = folder / MANIFEST
+    if not folder.exists():
+        raise BundleError(f"no bundle at {folder}; make one with: stageline export CHECKPOINT -o {folder}")
+    if not file.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}; make one with: stageline export CHECKPOINT -o BUNDLE"
+        )
+    if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
+        raise BundleError(f"{file} has {file.stat().st_size} bytes, more than any manifest; export the bundle again")
+    data = file.read_bytes()
+    try:
+        head = _Head.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        raise BundleError(f"{file} is not a manifest ({_first(error)}); export the bundle again") from error
+    if head.format != "stageline-bundle":
+        raise BundleError(f"{file} has format {head.format!r}, not 'stageline-bundle'; export the bundle again")
+    if head.version != VERSION:
+        advice = "install a newer stageline" if head.version > VERSION else "export it again"
+        raise BundleError(
+            f"bundle {folder} has version {head.version}; this stageline reads version {VERSION}: {advice}"
+        )
+    try:
+        return Manifest.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        raise BundleError(f"{file} is not valid ({_first(error)}); export the bundle again") from error
+
+
+class _Head(pydantic.BaseModel):
+    format: str
+    version: int
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(step) for step in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def _check_file(folder: Path, entry: FileEntry) -> None:
+    file = folder / entry.path
+    try:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"bundle {folder}: {entry.path} leads out of the bundle; export the bundle again")
+        size = file.stat().st_size
+        if size != entry.size_bytes:
+            raise BundleError(
+                f"bundle {folder}: {entry.path} has {size} bytes, the manifest says {entry.size_bytes}; "
+                "export the bundle again"
+            )
+        if entry.sha256 is not None and file_sha256(file) != entry.sha256:
+            raise BundleError(
+                f"bundle {folder}: {entry.path} was changed since it was exported (SHA-256 differs); "
+                "export the bundle again"
+            )
+        if entry.sha256 is None and (entry.header_sha256 is None or header_sha256(file) != entry.header_sha256):
+            raise BundleError(
+                f"bundle {folder}: the header of {entry.path} was changed since it was exported; "
+                "export the bundle again"
+            )
+    except FileNotFoundError as error:
+        raise BundleError(f"bundle {folder}: {entry.path} is missing; export the bundle again") from error
+    except CheckpointError as error:
+        raise BundleError(f"bundle {folder}: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(folder: Path, name: str) -> FileEntry:
+    """The manifest's entry for a file of the bundle."""
+    return FileEntry(path=name, size_bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest aside, then rename it over the old one."""
+    aside = folder / f".{MANIFEST}.{os.getpid()}"
+    with removed_on_failure([aside]):
+        aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True))
+        aside.replace(folder / MANIFEST)
+
+
+@contextmanager
+def removed_on_failure(paths: Sequence[Path]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,48 @@
+"""Small readings of ONNX graphs: dtypes, sizes, and the cache that an operator reads."""
+
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from stageline.runtime.bundle.manifest import CacheSpec
+
+NOMINAL = {"batch": 8, "length": 128}  # sizes at which the bytes that cross a cut are compared
+
+
+CACHE_ATTENTION = "CacheAttention"  # of the domain "stageline"; docs/bundle.md says what it computes
+
+
+def size_bytes(shape: Sequence[int | str], dtype: str) -> int:
+    """Bytes of a tensor at nominal sizes of its free dimensions."""
+    return math.prod(d if isinstance(d, int) else NOMINAL.get(d, 64) for d in shape) * ir_dtype(dtype).numpy().itemsize
+
+
+def ir_dtype(name: str) -> ir.DataType:
+    """The ONNX data type of a NumPy name."""
+    return ir.DataType[{"float32": "FLOAT", "float64": "DOUBLE"}.get(name, name.upper())]
+
+
+def cache_of(node: ir.Node, name: str) -> CacheSpec:
+    """The cache that a CacheAttention node reads and adds to."""
+    _, key, value, *_ = node.inputs
+    return CacheSpec(name=name, heads=static(key, 1), key_size=static(key, 3), value_size=static(value, 3))
+
+
+def static(value: ir.Value | None, axis: int) -> int:
+    """The size of a dimension that the graph fixes."""
+    assert value is not None
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size
+
+
+def size_read(node: ir.Node) -> str | None:
+    """The free dimension whose size a Shape node reads, or None where it reads anything else."""
+    if node.op_type != "Shape" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    shape = node.inputs[0].shape
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else len(shape)
+    read = list(shape)[start:end]
+    return read[0].value if len(read) == 1 and isinstance(read[0], ir.SymbolicDim) else None

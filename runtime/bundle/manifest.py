@@ -1,0 +1,148 @@
+"""The manifest: what a bundle holds, as data validated once at the door.
+
+docs/bundle.md says the format in prose. Paths are POSIX, relative to the bundle's folder, and never leave it.
+"""
+
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+VERSION = 2
+BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
+
+
+def _inside(path: str) -> str:
+    """A path that stays in the bundle, or ValueError."""
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
+        raise ValueError(f"path {path!r} leaves the bundle")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ValueName = Annotated[str, Field(min_length=1)]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Data):
+    """One file of the bundle. `sha256` is None for a linked weight file too large to be read at export
+    (stageline.runtime.bundle.folder.HASH_LIMIT_BYTES); then `header_sha256`, over its safetensors header, guards it."""
+
+    path: BundlePath
+    size_bytes: int = Field(ge=0)
+    sha256: Sha256 | None = None
+    header_sha256: Sha256 | None = None
+
+
+class TensorSpec(_Data):
+    """A named tensor at a graph's border. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free
+    dimension (`batch`, `length`, ...)."""
+
+    name: ValueName
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class CacheSpec(_Data):
+    """The keys and values of earlier tokens that one CacheAttention operator reads and adds to: for each row of the
+    batch `heads` x tokens x `key_size` and `value_size`. `name` is unique among the stages; in a part it is a count."""
+
+    name: ValueName
+    heads: int = Field(gt=0)
+    key_size: int = Field(gt=0)
+    value_size: int = Field(gt=0)
+
+
+class Part(_Data):
+    """One traced graph: the prologue, one distinct kind of block, or the epilogue.
+
+    The graph's inputs are `inputs` (activations, under local names) followed by `weights` (local names of tensors that
+    a use of this part binds to tensors of the weight files).
+    """
+
+    file: BundlePath
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: tuple[TensorSpec, ...]
+    caches: tuple[CacheSpec, ...] = ()
+
+
+class Use(_Data):
+    """One use of a part in the model's chain: prologue, block 0, block 1, ..., epilogue.
+
+    `reads` and `writes` map the part's input and output names to names of values in the whole model; `weights` maps its
+    weight names to tensor names in the weight files. `module` is the path of the torch module it was traced from (""
+    for prologue and epilogue), `call` counts earlier calls of the same module (ALBERT calls one module many times).
+    """
+
+    part: int = Field(ge=0)
+    reads: dict[str, ValueName]
+    writes: dict[str, ValueName]
+    weights: dict[str, str]
+    module: str = ""
+    call: int = Field(default=0, ge=0)
+
+
+class Stage(_Data):
+    """A contiguous run of blocks as one ONNX graph. The first stage also holds the prologue, the last the epilogue.
+
+    `inputs` and `outputs` are named by values of the whole model: an input is one of the model's inputs or an output of
+    an earlier stage. `weight_bytes` and `parameters` count what the stage reads.
+    """
+
+    file: BundlePath
+    first_block: int = Field(ge=0)
+    last_block: int = Field(ge=0)  # inclusive
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weight_bytes: int = Field(ge=0)
+    parameters: int = Field(ge=0)
+    caches: tuple[CacheSpec, ...] = ()
+
+
+class Text(_Data):
+    """How text becomes tensors. `max_length` counts tokens, special ones included."""
+
+    tokenizer: BundlePath
+    max_length: int = Field(gt=0)
+    pad_id: int = Field(ge=0)
+    eos_ids: tuple[int, ...] = ()
+
+
+class Manifest(_Data):
+    """Everything a runtime needs to know of a bundle."""
+
+    format: Literal["stageline-bundle"] = "stageline-bundle"
+    version: Literal[2] = 2
+    task: str  # as Hugging Face names it: feature-extraction, sentence-similarity, text-classification, ...
+    architecture: str  # the config's model_type
+    dtype: Literal["float32", "float16", "bfloat16"]
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    vocabulary: int | None = None  # token ids are below this
+    max_positions: int | None = None  # tokens in a row that the model can place
+    text: Text | None = None
+    parts: tuple[Part, ...]
+    uses: tuple[Use, ...] = Field(min_length=3)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    labels: tuple[str, ...] | None = None  # of a classifier
+    weight_files: tuple[BundlePath, ...]
+    files: tuple[FileEntry, ...]
+    trace: str  # "stamped" or "full", and why
+    made_by: dict[str, str]  # package -> version
+
+    @property
+    def cached(self) -> bool:
+        """Whether the model keeps keys and values of earlier tokens, so that it can generate."""
+        return any(part.caches for part in self.parts)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the model has."""
+        return len(self.uses) - 2

@@ -1,0 +1,74 @@
+"""Cutting a bundle into other stages, on disk and without torch."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from stageline.models.errors import BundleError, StagelineError
+from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle.balance import balance, part_costs
+from stageline.runtime.bundle.crossing import Plan
+from stageline.runtime.bundle.folder import Bundle, file_entry, removed_on_failure, write_manifest
+from stageline.runtime.bundle.manifest import FileEntry, Manifest, Stage
+from stageline.runtime.bundle.stitch import stitch
+
+
+def plan_stages(manifest: Manifest, parts: Sequence[ir.Model], stages: int | Sequence[int]) -> list[int]:
+    """How many blocks each stage gets: `stages` even ones by the cost of their weights, or the counts given.
+
+    StagelineError where it does not fit the model's blocks.
+    """
+    check_stages(manifest.blocks, stages)
+    return balance(part_costs(manifest, parts), stages) if isinstance(stages, int) else list(stages)
+
+
+def check_stages(blocks: int, stages: int | Sequence[int]) -> None:
+    """StagelineError where so many stages, or stages of so many blocks each, do not fit a model of `blocks` blocks."""
+    if isinstance(stages, int):
+        if not 1 <= stages <= blocks:
+            raise StagelineError(f"{stages} stages do not fit: the model has {blocks} blocks, so choose 1 to {blocks}")
+    elif min(stages, default=0) < 1 or sum(stages) != blocks:
+        raise StagelineError(
+            f"layers {','.join(map(str, stages))} do not fit: give each stage at least 1 block, {blocks} in all"
+        )
+
+
+def write_stages(
+    folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], parts: Sequence[ir.Model], counts: Sequence[int]
+) -> tuple[list[Stage], list[FileEntry]]:
+    """Stitch the stages that `counts` blocks each make and write them into `folder`, each aside and then renamed."""
+    plan = Plan.of(manifest, parts, counts)
+    stages, entries = [], []
+    for number in range(len(counts)):
+        model, stage = stitch(plan, number, tensors, folder)
+        aside = folder / f".{stage.file}.{os.getpid()}"
+        with removed_on_failure([aside]):
+            ir.save(model, aside)
+            aside.replace(folder / stage.file)
+        stages.append(stage)
+        entries.append(file_entry(folder, stage.file))
+    return stages, entries
+
+
+def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
+    """Cut the bundle anew into `stages` stages, or into stages of the given numbers of blocks; no torch is needed.
+
+    The old stages stay valid until the new manifest is in place.
+    """
+    bundle = Bundle.open(path)
+    parts = bundle.parts()
+    counts = plan_stages(bundle.manifest, parts, stages)
+    before = {stage.file for stage in bundle.manifest.stages}
+    try:
+        new, entries = write_stages(bundle.path, bundle.manifest, bundle.tensors, parts, counts)
+        files = [entry for entry in bundle.manifest.files if entry.path not in before]
+        manifest = bundle.manifest.model_copy(update={"stages": tuple(new), "files": (*files, *entries)})
+        write_manifest(bundle.path, manifest)
+    except OSError as error:
+        raise BundleError(
+            f"cannot write stages into {bundle.path}: {error.strerror}; the bundle is as it was"
+        ) from error
+    for name in before - {stage.file for stage in new}:
+        (bundle.path / name).unlink(missing_ok=True)
+    return Bundle(bundle.path, manifest, bundle.tensors)

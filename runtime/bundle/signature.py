@@ -1,0 +1,175 @@
+"""What a model takes and gives, and the check of a request against it, before anything is queued."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from stageline.models.errors import BundleError, RequestError
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, PICKS, Manifest, TensorSpec
+from stageline.runtime.devices.base import Array
+
+_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}  # what fills an input that the user left out
+_HALVES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A model's inputs and outputs. `vocabulary` bounds the values of `input_ids`, `max_positions` the length of a row.
+
+    Half-precision values cross the model's border as float32 (NumPy has no bfloat16). `derived` are inputs of the graph
+    that no user gives: `check_inputs` makes them from the others.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    vocabulary: int | None = None
+    max_positions: int | None = None
+    derived: tuple[TensorSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        for spec in self.outputs:
+            if spec.shape.count(BATCH) != 1:
+                raise BundleError(
+                    f"output {spec.name!r} has shape {_shape(spec.shape)}, which has no one dimension {BATCH!r}: "
+                    "its micro-batches cannot be joined. Export the model without this output"
+                )
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Signature":
+        """The signature of a bundle's model. One with caches takes whole rows here, and gives logits for all tokens."""
+        inputs, outputs = manifest.inputs, manifest.outputs
+        derived: tuple[TensorSpec, ...] = ()
+        if manifest.cached:
+            ids = next(spec for spec in inputs if spec.name == "input_ids")
+            derived = tuple(_for_all_tokens(spec) for spec in inputs if spec is not ids)
+            inputs = (ids, ids.model_copy(update={"name": "attention_mask"}))
+            outputs = tuple(_for_all_tokens(spec) for spec in outputs)
+        return cls(inputs, outputs, manifest.vocabulary, manifest.max_positions, derived)
+
+    @property
+    def graph_inputs(self) -> tuple[TensorSpec, ...]:
+        """What the stages are given: `inputs`, then `derived`."""
+        return self.inputs + self.derived
+
+    def check_outputs(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
+        """The wanted outputs in the model's order, all of them for None. RequestError for an unknown name."""
+        known = tuple(spec.name for spec in self.outputs)
+        if outputs is None:
+            return known
+        if not outputs:
+            raise RequestError(f"no output is asked for; outputs: {', '.join(known)}")
+        for name in outputs:
+            if name not in known:
+                raise RequestError(f"unknown output {name!r}; outputs: {', '.join(known)}")
+        return tuple(name for name in known if name in outputs)
+
+    def check_inputs(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, int]]:
+        """All inputs of the model in its own dtypes, and the size of each free dimension.
+
+        A missing `attention_mask` is filled with ones and missing `token_type_ids` with zeros. Arrays that fit already
+        are passed on, not copied. RequestError says in one line which input is wrong, how, and the way out.
+        """
+        known = [spec.name for spec in self.inputs]
+        for name in inputs:
+            if name not in known:
+                raise RequestError(f"unknown input {name!r}; inputs: {', '.join(known)}")
+        sizes: dict[str, int] = {}
+        given: dict[str, Array] = {}
+        for spec in self.inputs:
+            if spec.name in inputs:
+                given[spec.name] = _cast(spec, _array(spec, inputs[spec.name]))
+                _measure(spec, given[spec.name].shape, sizes)
+        for dimension, size in sizes.items():
+            if size == 0:
+                raise RequestError(f"dimension {dimension!r} is 0: there is nothing to run; leave empty requests out")
+        if self.max_positions is not None and sizes.get(LENGTH, 0) > self.max_positions:
+            raise RequestError(
+                f"rows are {sizes[LENGTH]} tokens long, the model can place {self.max_positions}; truncate them"
+            )
+        if "input_ids" in given and self.vocabulary is not None:
+            _check_ids(given["input_ids"], self.vocabulary)
+        filled = {spec.name: given[spec.name] if spec.name in given else _filled(spec, sizes) for spec in self.inputs}
+        if self.derived:
+            filled.update(_whole_rows(filled["attention_mask"]))
+        return filled, sizes
+
+
+def _for_all_tokens(spec: TensorSpec) -> TensorSpec:
+    return spec.model_copy(update={"shape": tuple(LENGTH if size == PICKS else size for size in spec.shape)})
+
+
+def _whole_rows(mask: Array) -> dict[str, Array]:
+    """What a model with caches is told of rows it sees whole: nothing is past, and all logits are wanted."""
+    rows, length = mask.shape
+    new: Array = (mask != 0).sum(axis=1)
+    if ((mask != 0) != (np.arange(length) < new[:, None])).any() or not new.all():
+        raise RequestError(
+            "attention_mask leaves out tokens before others, or a whole row; pad rows on the right, and not to nothing"
+        )
+    return {
+        "past_lengths": np.zeros(rows, np.int64),
+        "new_lengths": new.astype(np.int64),
+        "logits_at": np.tile(np.arange(length), (rows, 1)),
+    }
+
+
+def _array(spec: TensorSpec, value: object) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError:  # nested lists of different lengths
+        raise RequestError(f"input {spec.name!r} is no array: its rows differ in length; pad them to one") from None
+
+
+def _cast(spec: TensorSpec, array: Array) -> Array:
+    """The array in the dtype of the spec, if no value can change by it."""
+    wanted = np.dtype("float32" if spec.dtype in _HALVES else spec.dtype)
+    if array.dtype == wanted:
+        return array
+    if np.can_cast(array.dtype, wanted, "safe"):
+        return array.astype(wanted)
+    if wanted.kind in "iu" and array.dtype.kind in "iu":
+        limits = np.iinfo(wanted)
+        if array.size == 0 or (limits.min <= array.min() and array.max() <= limits.max):
+            return array.astype(wanted)
+        raise RequestError(f"input {spec.name!r} has values outside {wanted} ({array.min()} to {array.max()})")
+    raise RequestError(
+        f"input {spec.name!r} has dtype {array.dtype}, the model wants {wanted}; convert it with .astype('{wanted}')"
+    )
+
+
+def _measure(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    """Note the size of each free dimension in `sizes`; RequestError where the shape contradicts spec or notes."""
+    told = f"input {spec.name!r} has shape {_shape(shape)}, the model wants {_shape(spec.shape)}"
+    if len(shape) != len(spec.shape):
+        hint = "; give a single row as array[None]" if len(shape) + 1 == len(spec.shape) else ""
+        raise RequestError(f"{told}: {len(shape)} dimensions instead of {len(spec.shape)}{hint}")
+    for size, wanted in zip(shape, spec.shape, strict=True):
+        expected = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+        if size != expected:
+            source = f"{wanted!r} is {expected} elsewhere" if isinstance(wanted, str) else f"{expected} is fixed"
+            raise RequestError(f"{told}: {size} does not fit, {source}; pad or cut the rows to one size")
+
+
+def _check_ids(ids: Array, vocabulary: int) -> None:
+    if ids.min() >= 0 and ids.max() < vocabulary:
+        return
+    row, position = np.argwhere((ids < 0) | (ids >= vocabulary))[0]
+    raise RequestError(
+        f"input_ids row {row}, position {position} is {ids[row, position]}, outside the vocabulary "
+        f"(0 to {vocabulary - 1}); tokenize with the tokenizer of this bundle"
+    )
+
+
+def _filled(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    """What a missing input is taken to be; RequestError if it cannot be left out."""
+    try:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        return np.full(shape, _DEFAULTS[spec.name], spec.dtype)
+    except KeyError:
+        raise RequestError(
+            f"input {spec.name!r} is missing; the model wants {spec.dtype} {_shape(spec.shape)}"
+        ) from None
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

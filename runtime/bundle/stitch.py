@@ -1,0 +1,199 @@
+"""Stitching parts into stages: plain graph work on ONNX, in milliseconds, without torch.
+
+What crosses a cut is the hidden state and whatever else the later blocks read. Shared values (masks, rotary tables) are
+recomputed from something smaller where the prologue's graph allows it: the smallest set is a minimum cut of that graph.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from stageline.models.errors import BundleError
+from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle.crossing import Plan, _uses
+from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, ir_dtype, size_read
+from stageline.runtime.bundle.manifest import CacheSpec, Stage, TensorSpec, Use
+
+
+def stitch(plan: Plan, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
+    """Stage `number` of the plan as a model whose weights are references into the weight files of `folder`."""
+    first, last = plan.ranges[number]
+    builder = _Builder(plan, tensors, folder)
+    inputs = [builder.input(plan.specs[name]) for name in plan.inputs[number]]
+    if first > 0:
+        builder.recompute(_uses(plan.manifest, first, last))
+    for place, use in enumerate(_uses(plan.manifest, first, last)):
+        builder.use(
+            use,
+            f"{first + place - (first == 0)}/"
+            if use.module
+            else f"{'prologue' if use is plan.manifest.uses[0] else 'epilogue'}/",
+        )
+    outputs = [builder.output(plan.specs[name]) for name in plan.outputs[number]]
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=builder.nodes,
+        initializers=list(builder.initializers.values()),
+        opset_imports=builder.opsets,
+        name=f"stage-{number}",
+    )
+    model = ir.Model(graph, ir_version=plan.parts[0].ir_version, producer_name="stageline")
+    used = {name: tensors[name] for name in builder.weights}
+    stage = Stage(
+        file=f"stage.{first:03}-{last:03}.onnx",
+        first_block=first,
+        last_block=last,
+        inputs=tuple(plan.specs[name] for name in plan.inputs[number]),
+        outputs=tuple(plan.specs[name] for name in plan.outputs[number]),
+        weight_bytes=sum(entry.size_bytes for entry in used.values()),
+        parameters=sum(math.prod(entry.shape) for entry in used.values()),
+        caches=tuple(builder.caches),
+    )
+    return model, stage
+
+
+class _Builder:
+    """Grows one stage's graph use by use; `values` holds what the model's values are in it."""
+
+    def __init__(self, plan: Plan, tensors: Mapping[str, TensorEntry], folder: Path):
+        self.plan, self.tensors, self.folder = plan, tensors, folder
+        self.values: dict[str, ir.Value] = {}
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.weights: dict[str, ir.Value] = {}
+        self.opsets: dict[str, int] = {}
+        self.caches: list[CacheSpec] = []
+
+    def input(self, spec: TensorSpec) -> ir.Value:
+        value = ir.Value(name=spec.name, shape=ir.Shape(list(spec.shape)), type=ir.TensorType(ir_dtype(spec.dtype)))
+        self.values[spec.name] = value
+        return value
+
+    def output(self, spec: TensorSpec) -> ir.Value:
+        """The value itself under its model name: names inside a stage are prefixed, so they never clash."""
+        value = self.values[spec.name]
+        if value.is_graph_input() or value.name in self.initializers or value.name != spec.name:
+            node = ir.node("Identity", [value])
+            self.nodes.append(node)
+            value = node.outputs[0]
+            value.name = spec.name
+        value.shape, value.type = ir.Shape(list(spec.shape)), ir.TensorType(ir_dtype(spec.dtype))
+        return value
+
+    def use(self, use: Use, prefix: str) -> None:
+        """Add a part's nodes, reading and writing the model's values."""
+        model = self.plan.parts[use.part]
+        new: dict[ir.Value, ir.Value] = {}
+        self.opsets.update(model.graph.opset_imports)
+        for value in model.graph.inputs:
+            name = str(value.name)
+            new[value] = self.values[use.reads[name]] if name in use.reads else self.weight(use.weights[name], value)
+        self.copy(list(model.graph), new, prefix)
+        for value in model.graph.outputs:
+            self.values[use.writes[str(value.name)]] = new[value]
+        if model is self.plan.parts[self.plan.manifest.uses[0].part]:
+            for value, name in self.plan.prologue.names.items():
+                if value in new:
+                    self.values.setdefault(name, new[value])
+
+    def recompute(self, uses: Sequence[Use]) -> None:
+        """Add the prologue's nodes that give the shared values which these uses read, from what crosses the cut."""
+        manifest = self.plan.manifest
+        prologue = self.plan.prologue
+        wanted = [v for use in uses for v in use.reads.values() if v in prologue.outputs and v not in self.values]
+        sizes = {d for v in self.values.values() for d in _free(v)}
+        new: dict[ir.Value, ir.Value] = {v: self.values[n] for v, n in prologue.names.items() if n in self.values}
+        keep: set[ir.Node] = set()
+        todo = [prologue.outputs[name] for name in wanted]
+        while todo:
+            value = todo.pop()
+            node = value.producer()
+            if value in new or value.is_initializer() or (node is not None and node in keep):
+                continue
+            if node is None:
+                new[value] = self.weight(manifest.uses[0].weights[str(value.name)], value)
+                continue
+            keep.add(node)
+            if size_read(node) not in sizes:
+                todo += [source for source in node.inputs if source is not None]
+        self.opsets.update(self.plan.parts[manifest.uses[0].part].graph.opset_imports)
+        self.copy([node for node in prologue.graph if node in keep], new, "shared/")
+        for name in wanted:
+            self.values[name] = new[prologue.outputs[name]]
+
+    def copy(self, nodes: Sequence[ir.Node], new: dict[ir.Value, ir.Value], prefix: str) -> None:
+        """Copy nodes, renaming what they give; constants come along."""
+        for node in nodes:
+            source = node.inputs[0] if node.inputs else None
+            if source is not None and source not in new and (size := size_read(node)) is not None:
+                copy = self.size_of(size)
+            else:
+                mapped = [None if v is None else self.constant(v, new, prefix) for v in node.inputs]
+                copy = ir.Node(
+                    node.domain, node.op_type, mapped, list(node.attributes.values()), num_outputs=len(node.outputs)
+                )
+                if node.op_type == CACHE_ATTENTION:
+                    earlier = sum(c.name.startswith(f"cache.{prefix}") for c in self.caches)
+                    cache = cache_of(node, f"cache.{prefix}{earlier}")
+                    copy.attributes["cache"] = ir.AttrString("cache", cache.name)
+                    self.caches.append(cache)
+            copy.name = prefix + str(node.name)
+            for old, value in zip(node.outputs, copy.outputs, strict=True):
+                value.name, value.type, value.shape = prefix + str(old.name), old.type, old.shape
+                new[old] = value
+            self.nodes.append(copy)
+
+    def constant(self, value: ir.Value, new: dict[ir.Value, ir.Value], prefix: str) -> ir.Value:
+        if value not in new:
+            assert value.const_value is not None
+            name = prefix + str(value.name)
+            new[value] = self.initializers.setdefault(
+                name, ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+            )
+        return new[value]
+
+    def size_of(self, size: str) -> ir.Node:
+        for value in self.values.values():
+            for axis, dimension in enumerate(value.shape or ()):
+                if isinstance(dimension, ir.SymbolicDim) and dimension.value == size:
+                    return ir.node("Shape", [value], {"start": axis, "end": axis + 1})
+        raise BundleError(f"no tensor that crosses the cut has dimension {size!r}; export the bundle again")
+
+    def weight(self, name: str, local: ir.Value) -> ir.Value:
+        """The weight `name` as an initializer that refers to its file; cast where the file's dtype is another."""
+        if name in self.weights:
+            return self.weights[name]
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise BundleError(f"bundle {self.folder}: no weight file holds tensor {name!r}; export the bundle again")
+        assert local.shape is not None
+        if tuple(entry.shape) != tuple(local.shape):
+            raise BundleError(
+                f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)} where the graph wants "
+                f"{list(local.shape)}; export the bundle again"
+            )
+        dtype = ir_dtype(entry.dtype)
+        data = ir.ExternalTensor(
+            location=entry.file.relative_to(self.folder).as_posix(),
+            offset=entry.offset,
+            length=entry.size_bytes,
+            dtype=dtype,
+            shape=ir.Shape(entry.shape),
+            name=name,
+            base_dir=self.folder,
+        )
+        value = ir.Value(name=name, shape=ir.Shape(entry.shape), type=ir.TensorType(dtype), const_value=data)
+        self.initializers[name] = value
+        if local.dtype is not None and dtype != local.dtype:
+            cast = ir.node("Cast", [value], {"to": int(local.dtype)})
+            value = cast.outputs[0]
+            value.name, value.shape, value.type = f"{name}.{local.dtype.name.lower()}", local.shape, local.type
+            self.nodes.append(cast)
+        self.weights[name] = value
+        return value
+
+
+def _free(value: ir.Value) -> set[str]:
+    return {d.value for d in value.shape or () if isinstance(d, ir.SymbolicDim) and d.value}

@@ -1,0 +1,109 @@
+"""The two TensorRTs behind one interface: `tensorrt` for data centres, `tensorrt_rtx` for RTX GPUs.
+
+Their Python modules have the same classes. What differs is what they build for, and what their builders know.
+"""
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from stageline.models.errors import EngineError
+from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE, RTX_TARGETS, Gpu
+
+FlavourName = Literal["tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One TensorRT. `module` is what is imported, `extra` the extra of stageline that installs it."""
+
+    name: FlavourName
+    title: str
+    distribution: str
+    extra: str
+    builds_anywhere: bool
+    """Whether it builds for a GPU that is not there. If not, it builds for the GPU of this machine only."""
+    portable_means: str
+    keeps_timings: bool
+    version_compatible: bool
+
+    @property
+    def version(self) -> str | None:
+        """The version installed, without importing it. None where it is not installed."""
+        try:
+            return version(self.distribution)
+        except PackageNotFoundError:
+            return None
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be imported."""
+        return self.version is not None
+
+    def load(self) -> Any:
+        """The module. EngineError with the pip command where it is not installed or does not load."""
+        try:
+            return importlib.import_module(self.name)
+        except ModuleNotFoundError as error:
+            if error.name != self.name:
+                raise
+            raise self.missing() from error
+        except OSError as error:
+            raise EngineError(f"{self.title} is installed but does not load: {error}") from error
+
+    def missing(self) -> EngineError:
+        """What to say where this flavour is needed and not installed."""
+        return EngineError(f'{self.title} is not installed: pip install "stageline[{self.extra}]"')
+
+
+TENSORRT = Flavour(
+    name="tensorrt",
+    title="TensorRT",
+    distribution="tensorrt",
+    extra="gpu",
+    builds_anywhere=False,
+    portable_means="Ampere GPUs and later (hardware compatibility)",
+    keeps_timings=True,
+    version_compatible=True,
+)
+TENSORRT_RTX = Flavour(
+    name="tensorrt_rtx",
+    title="TensorRT-RTX",
+    distribution="tensorrt_rtx",
+    extra="rtx",
+    builds_anywhere=True,
+    portable_means="RTX GPUs of compute capability 8.0 and later",
+    keeps_timings=False,
+    version_compatible=False,
+)
+FLAVOURS: dict[FlavourName, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
+
+
+def choose(target: str, gpu: Gpu | None) -> Flavour:
+    """The flavour that builds for `target` on this machine, whose GPU is `gpu`: what `target` names if that is built
+    anywhere, else the TensorRT that is installed here. EngineError says what is missing."""
+    if target == HERE:
+        if gpu is None:
+            raise EngineError(
+                "target here: this machine has no NVIDIA GPU with a driver; name a target, such as --target portable"
+            )
+        # On a GPU that both know, the one for data centres builds and tunes on the GPU itself.
+        return TENSORRT if TENSORRT.installed or gpu.target not in RTX_TARGETS else _installed(TENSORRT_RTX)
+    if target in (PORTABLE, *RTX_TARGETS):
+        if TENSORRT_RTX.installed or gpu is None or target not in (PORTABLE, gpu.target) or not TENSORRT.installed:
+            return _installed(TENSORRT_RTX)
+        return TENSORRT
+    if gpu is None or gpu.target != target:
+        there = "has no NVIDIA GPU" if gpu is None else f"has {gpu}"
+        raise EngineError(
+            f"target {target}: TensorRT builds for it only on such a GPU, and this machine {there}; run "
+            f"stageline build there, or choose one of: {', '.join((PORTABLE, *RTX_TARGETS))}"
+        )
+    return _installed(TENSORRT)
+
+
+def _installed(flavour: Flavour) -> Flavour:
+    if not flavour.installed:
+        raise flavour.missing()
+    return flavour

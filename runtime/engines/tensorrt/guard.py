@@ -1,0 +1,153 @@
+"""Which engine of a bundle may be loaded here, and the check of its file, before TensorRT sees a byte of it.
+
+An engine file is code. Only one that the engines' manifest lists, whose digest is the listed one, and that was built
+for this GPU with this TensorRT from this stage, is handed out.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stageline.models.errors import EngineError
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import FileEntry, Manifest
+from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, Flavour
+from stageline.runtime.engines.tensorrt.lower import Precision
+from stageline.runtime.engines.tensorrt.records import EngineRecord
+from stageline.runtime.engines.tensorrt.store import read_engines
+from stageline.runtime.engines.tensorrt.targets import PORTABLE, Gpu
+
+
+@dataclass(frozen=True)
+class CheckedEngine:
+    """An engine that fits, and its plan: the very bytes whose digest was compared."""
+
+    record: EngineRecord
+    flavour: Flavour
+    plan: bytes
+
+
+def checked_engine(bundle: Bundle, number: int, gpu: Gpu, precision: Precision | None = None) -> CheckedEngine:
+    """The engine of stage `number` for `gpu`, of `precision` (None: of any, the one built last). One that was built
+    for the GPU's own target comes before a portable one.
+
+    EngineError, in one line, where there is none: what was built for what, and how to rebuild.
+    """
+    stage = bundle.manifest.stages[number]
+    records = [record for record in read_engines(bundle.path).engines if is_current(record, bundle.manifest)]
+    records = [record for record in records if record.stage == stage.file]
+    problems = [(record, _problem(record, bundle, gpu, precision)) for record in reversed(records)]
+    fitting = [record for record, problem in problems if problem is None]
+    if not fitting:
+        raise EngineError(_refusal(number, bundle, gpu, precision, problems))
+    record = min(fitting, key=lambda record: record.target == PORTABLE)
+    plan = read_checked(
+        bundle.path, record.plan, f"the engine of stage {number}", rebuild(bundle, record.target, record.precision)
+    )
+    return CheckedEngine(record, FLAVOURS[record.flavour], plan)
+
+
+def is_current(record: EngineRecord, manifest: Manifest) -> bool:
+    """Whether the engine was built from the graph of one of the bundle's stages as they are cut now."""
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    return any(stage.file == record.stage for stage in manifest.stages) and digests[record.stage] == record.graph_sha256
+
+
+def weight_digests(manifest: Manifest) -> dict[str, str]:
+    """What the manifest says of the weight files' contents."""
+    entries = {entry.path: entry for entry in manifest.files}
+    return {name: str(entries[name].sha256 or entries[name].header_sha256) for name in manifest.weight_files}
+
+
+def read_checked(bundle: Path, entry: FileEntry, what: str, advice: str) -> bytes:
+    """The bytes of a listed file, after its place, size and digest were compared with the manifest's."""
+    file = bundle / entry.path
+    if not file.resolve().is_relative_to(bundle.resolve()):
+        raise EngineError(f"{what}: {entry.path} leads out of the bundle. {advice}")
+    try:
+        size = file.stat().st_size
+        if size != entry.size_bytes:
+            how = "is truncated" if size < entry.size_bytes else "was changed"
+            raise EngineError(f"{what}: {entry.path} {how}: {size} bytes, {entry.size_bytes} were built. {advice}")
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise EngineError(f"{what}: {entry.path} is missing. {advice}") from error
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise EngineError(f"{what}: {entry.path} was changed since it was built (SHA-256 differs). {advice}")
+    return data
+
+
+def rebuild(bundle: Bundle, target: str, precision: Precision | None) -> str:
+    """The command that builds anew, as advice."""
+    return f"Rebuild: stageline build {bundle.path} --target {target}" + (
+        f" --precision {precision}" if precision else ""
+    )
+
+
+_Check = Callable[[EngineRecord, Bundle, Gpu, Precision | None], str | None]
+
+
+def _target(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+    return None if gpu.runs(record.target) else f"this GPU is {gpu.target} ({gpu.name})"
+
+
+def _version(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+    flavour = FLAVOURS[record.flavour]
+    here = flavour.version
+    if here is None:
+        return f'{flavour.title} is not installed: pip install "stageline[{flavour.extra}]"'
+    if here == record.version or (record.options.version_compatible and _forward(record.version, here)):
+        return None
+    return f"{flavour.title} {here} is installed here"
+
+
+def _weights(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+    if record.options.stripped or record.weight_files == weight_digests(bundle.manifest):
+        return None
+    return "the bundle's weights were changed since"
+
+
+def _precision(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+    return None if precision in (None, record.precision) else f"{precision} is asked for"
+
+
+_CHECKS: tuple[_Check, ...] = (_target, _version, _weights, _precision)
+"""In order: the engine that fails the last of them is the nearest to what is wanted."""
+
+
+def _problem(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> tuple[int, str] | None:
+    """The first check that the engine fails, and why."""
+    for place, check in enumerate(_CHECKS):
+        reason = check(record, bundle, gpu, precision)
+        if reason is not None:
+            return place, reason
+    return None
+
+
+def _refusal(
+    number: int,
+    bundle: Bundle,
+    gpu: Gpu,
+    precision: Precision | None,
+    problems: Iterable[tuple[EngineRecord, tuple[int, str] | None]],
+) -> str:
+    advice = rebuild(bundle, gpu.target, precision)
+    nearest: tuple[int, str] | None = None
+    for record, problem in problems:
+        if problem is not None and (nearest is None or problem[0] > nearest[0]):
+            flavour = FLAVOURS[record.flavour].title
+            built = (
+                f"stage {number} was built for {record.target} in {record.precision} with {flavour} {record.version}"
+            )
+            nearest = problem[0], f"{built}; {problem[1]}. {advice}"
+    if nearest is None:
+        return f"stage {number} has no TensorRT engine in {bundle.path}. {advice.replace('Rebuild', 'Build')}"
+    return nearest[1]
+
+
+def _forward(built: str, here: str) -> bool:
+    """Whether a version-compatible engine of version `built` runs on `here`: the same major version, not an older
+    one."""
+    was, now = (tuple(int(part) for part in version.split(".")[:3]) for version in (built, here))
+    return was[0] == now[0] and was <= now

@@ -1,0 +1,102 @@
+"""Lower a stage of a bundle to the ONNX graph that TensorRT parses, strongly typed, its weights apart from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import onnx_ir as ir
+from onnx_ir.passes.common import IdentityEliminationPass
+from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
+from stageline.runtime.engines.base import StageFile
+from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.float32 import has_halves, to_float32
+from stageline.runtime.engines.lowering.precision import fold_weight_casts, to_precision
+from stageline.runtime.engines.lowering.quantise import Quantisation, to_quantised
+from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
+from stageline.runtime.engines.lowering.weights import Weight, unread
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+"""int8, fp8 and int4 are those of weights; what is computed has float16."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+QUANTISED: tuple[Quantisation, ...] = get_args(Quantisation)
+
+
+def compute_dtype(precision: Precision) -> ir.DataType:
+    """The type of what is computed, and of caches."""
+    return {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}.get(precision, ir.DataType.FLOAT16)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A stage as TensorRT takes it. Floating inputs and outputs are float32; each of `caches` is two inputs and two
+    outputs (`past_names`, `present_names` of stageline.runtime.engines.lowering.group_query) in the precision's type.
+
+    `proto` is the graph as ONNX bytes. `weights` are the names of the weights, their values wherever the bundle has
+    them: initializers without data, or inputs of a stripped graph, which is never quantised.
+    """
+
+    proto: bytes
+    weights: Mapping[str, Weight]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    caches: tuple[CacheSpec, ...]
+
+    @property
+    def weight_specs(self) -> tuple[TensorSpec, ...]:
+        """Name, type and shape of each weight as the graph wants it."""
+        return tuple(
+            TensorSpec(name=name, dtype=str(weight.dtype.numpy()), shape=weight.shape)
+            for name, weight in self.weights.items()
+        )
+
+
+def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool) -> Lowered:
+    """Lower a stage of a bundle. Its caches hold `capacity` tokens a row; `stripped`: its weights are inputs.
+
+    The result depends on the arguments and the stage's graph only. EngineError where the graph cannot be lowered.
+    """
+    return _lower(stage, compute_dtype(precision), _quantisation(precision), capacity, stripped)
+
+
+def lower_exactly(stage: StageFile, precision: Precision, capacity: int) -> Lowered:
+    """The stage with the weights that `precision` gives it, computed in float32: what an engine is to come close to."""
+    return _lower(stage, ir.DataType.FLOAT, _quantisation(precision), capacity, stripped=False)
+
+
+def _quantisation(precision: Precision) -> Quantisation | None:
+    return next((kind for kind in QUANTISED if kind == precision), None)
+
+
+def _lower(
+    stage: StageFile, dtype: ir.DataType, quantisation: Quantisation | None, capacity: int, stripped: bool
+) -> Lowered:
+    model = ir.load(stage.file)
+    if has_halves(model):
+        to_float32(model)
+    fold_weight_casts(model)
+    caches = to_tensor_scatter(model, capacity)
+    IdentityEliminationPass()(model)
+    state = {n for cache in caches for n in (*past_names(cache.name), *present_names(cache.name))}
+    if dtype != ir.DataType.FLOAT:
+        to_precision(model, dtype, state)
+    inputs = tuple(_spec(value) for value in model.graph.inputs if value.name not in state)
+    outputs = tuple(_spec(value) for value in model.graph.outputs if value.name not in state)
+    weights = to_quantised(model, quantisation) if quantisation is not None else {}
+    for name, value in list(model.graph.initializers.items()):
+        if isinstance(value.const_value, ir.ExternalTensor) and name not in weights:
+            assert value.dtype is not None
+            weights[name] = weight = Weight(value.const_value, value.dtype)
+            if stripped:
+                del model.graph.initializers[name]
+                value.const_value = None
+                model.graph.inputs.append(value)
+            else:
+                value.const_value = unread(name, weight)
+    return Lowered(ir.to_proto(model).SerializeToString(), weights, inputs, outputs, caches)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.dtype is not None
+    assert value.shape is not None
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorSpec(name=str(value.name), dtype=str(value.dtype.numpy()), shape=shape)

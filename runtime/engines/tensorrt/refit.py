@@ -1,0 +1,47 @@
+"""The weights of a stripped engine: from the bundle when it is loaded, or from a new checkpoint while it runs.
+
+A stripped engine has no weights: they are inputs, each bound once to a buffer on the device. Filling the buffers is the
+refit, at load and, for a checkpoint of the same shapes, at any time between two steps. TensorRT's own stripped plans
+(STRIP_PLAN) need a CUDA driver to build: TensorRT-RTX 1.7 compiles the refit itself, for the GPU.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+from stageline.models.errors import EngineError
+from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle.graph import ir_dtype
+from stageline.runtime.engines.base import Array
+from stageline.runtime.engines.lowering.weights import Weight
+from stageline.runtime.engines.tensorrt.records import EngineRecord
+
+
+def weights_of(record: EngineRecord, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Array]]:
+    """For each of `record.weights` its name and values, in its type and shape, contiguous; one in memory at a time.
+
+    `tensors` says where tensors lie: the bundle's own (`Bundle.tensors`), or those of a checkpoint with the same
+    names and shapes, of any floating type. EngineError, before the first, where one is missing or of another shape.
+    """
+    for spec in record.weights:
+        entry = tensors.get(spec.name)
+        if entry is None:
+            raise EngineError(f"no tensor {spec.name!r} among the weights; give a checkpoint of the same architecture")
+        if entry.shape != spec.shape:
+            raise EngineError(
+                f"tensor {spec.name!r} has shape {list(entry.shape)}, the engine wants {list(spec.shape)}; "
+                "give a checkpoint of the same shapes, or build the engine again"
+            )
+    return ((spec.name, _weight(tensors[spec.name], spec.dtype).read()) for spec in record.weights)
+
+
+def _weight(entry: TensorEntry, dtype: str) -> Weight:
+    tensor = ir.ExternalTensor(
+        entry.file.name,
+        entry.offset,
+        entry.size_bytes,
+        ir_dtype(entry.dtype),
+        shape=ir.Shape(entry.shape),
+        name=entry.name,
+        base_dir=entry.file.parent,
+    )
+    return Weight(tensor, ir_dtype(dtype))

@@ -1,0 +1,131 @@
+"""Counters and distributions of generation: TTFT, TPOT, queue, slots, steps, host time, bubble ratio."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from stageline.runtime.generation.request import Completion
+from stageline.runtime.generation.scheduler import Step
+from stageline.runtime.stages.lanes import StageStats
+
+_KEPT = 10_000  # the latest times, of which percentiles are taken
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Of times, in seconds; all zero where there are none."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Percentiles":
+        """Linear interpolation between the two nearest."""
+        if not values:
+            return cls(0, 0.0, 0.0, 0.0, 0.0)
+        p50, p90, p99 = np.percentile(np.array(values), [50, 90, 99]).tolist()
+        return cls(len(values), float(np.mean(values)), p50, p90, p99)
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What generation did since the pipeline opened.
+
+    `host_s` is the time of the driver's thread (scheduling, sampling, detokenising). `bubble_ratio` is the share of
+    stage time that was idle while steps were under way: 1 - busy time / (stages x `active_s`).
+    """
+
+    slots: int
+    running: int
+    waiting: int
+    done: int
+    failed: int
+    cancelled: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    prefill_steps: int
+    decode_steps: int
+    active_s: float
+    host_s: float
+    bubble_ratio: float
+    queue_s: Percentiles
+    ttft_s: Percentiles
+    tpot_s: Percentiles
+
+
+class Meter:
+    """Written by the driver's thread alone; read by any, a number at a time."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.running = self.waiting = 0
+        self.finished = self.failed = self.cancelled = 0
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.steps = {"prefill": 0, "decode": 0}
+        self.active_s = self.host_s = 0.0
+        self.queue_s: deque[float] = deque(maxlen=_KEPT)
+        self.ttft_s: deque[float] = deque(maxlen=_KEPT)
+        self.tpot_s: deque[float] = deque(maxlen=_KEPT)
+        self._active_since: float | None = None
+        self._earlier_busy_s = self._earlier_stage_s = self._earlier_active_s = 0.0
+
+    def switched(self, stages: Sequence[StageStats]) -> None:
+        """Other stages go on from here; `stages` are those that end."""
+        self._earlier_busy_s += sum(stage.busy_s for stage in stages)
+        self._earlier_stage_s += len(stages) * (self.active_s - self._earlier_active_s)
+        self._earlier_active_s = self.active_s
+
+    def sent(self, now: float) -> None:
+        """A step was sent to the first stage."""
+        if self._active_since is None:
+            self._active_since = now
+
+    def done(self, step: Step, in_flight: int, now: float) -> None:
+        """A step came back; `in_flight` others have not."""
+        self.steps[step.kind] += 1
+        if self._active_since is not None:
+            self.active_s += now - self._active_since
+        self._active_since = now if in_flight else None
+
+    def token(self, before: float | None, now: float, submitted_at: float) -> None:
+        """A token of a request's first choice came; `before` is when the one before it did."""
+        if before is None:
+            self.ttft_s.append(now - submitted_at)
+        else:
+            self.tpot_s.append(now - before)
+
+    def completed(self, completion: Completion) -> None:
+        """A request has ended well."""
+        self.finished += 1
+        self.prompt_tokens += completion.prompt_tokens
+        self.cached_tokens += completion.cached_tokens
+
+    def stats(self, stages: Sequence[StageStats]) -> GenerationStats:
+        """A snapshot."""
+        busy_s = self._earlier_busy_s + sum(stage.busy_s for stage in stages)
+        stage_s = self._earlier_stage_s + len(stages) * (self.active_s - self._earlier_active_s)
+        bubble = 1 - busy_s / stage_s if stage_s else 0.0
+        return GenerationStats(
+            self.slots,
+            self.running,
+            self.waiting,
+            self.finished,
+            self.failed,
+            self.cancelled,
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.generated_tokens,
+            self.steps["prefill"],
+            self.steps["decode"],
+            self.active_s,
+            self.host_s,
+            min(1.0, max(0.0, bubble)),
+            Percentiles.of(list(self.queue_s)),
+            Percentiles.of(list(self.ttft_s)),
+            Percentiles.of(list(self.tpot_s)),
+        )

@@ -1,0 +1,105 @@
+"""A request while it is generated: its choices, what was drawn and written of each, and what it ends as."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from stageline.runtime.generation.detokenize import TextStream
+from stageline.runtime.generation.request import (
+    Choice,
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    TokenLogprob,
+)
+from stageline.runtime.generation.sampling import Drawn, Row
+from stageline.runtime.generation.scheduler import Continuation
+from stageline.runtime.generation.stream import Generation
+from stageline.runtime.generation.text_model import Decoder
+
+
+@dataclass(eq=False, slots=True)
+class RunningChoice:
+    """One continuation of a job, with what is drawn from it and written of it."""
+
+    job: "Job"
+    number: int
+    continuation: Continuation
+    row: Row
+    text: TextStream | None
+    most: int  # tokens
+    written: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def drawn(self) -> list[int]:
+        """The tokens drawn so far."""
+        return self.continuation.tokens[self.continuation.prompt_length :]
+
+    def add(self, drawn: Drawn, end_ids: tuple[int, ...]) -> Piece:
+        """Write a token down; its piece has a reason to finish if it is the last."""
+        token, sampling = drawn.token_id, self.job.request.sampling
+        self.continuation.tokens.append(token)
+        text = ""
+        if token in end_ids or token in sampling.stop_token_ids:
+            self.finish_reason = "stop"
+        elif self.text is not None:
+            text = self.text.push([token])
+            if self.text.stopped:
+                self.finish_reason = "stop"
+        if self.finish_reason is None and len(self.continuation.tokens) - self.continuation.prompt_length >= self.most:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self.text is not None and not self.text.stopped:
+            text += self.text.finish()
+        self.written.append(text)
+        logprobs = () if drawn.logprob is None else (drawn.logprob,)
+        self.logprobs.extend(logprobs)
+        return Piece(self.number, text, (token,), logprobs, self.finish_reason)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A request that was submitted. Times are those of `perf_counter`, in seconds."""
+
+    request: GenerationRequest
+    prompt: list[int]
+    generation: Generation
+    release: Callable[[], None]
+    submitted_at: float
+    number: int = 0
+    choices: list[RunningChoice] = field(default_factory=list)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    """Of the first choice."""
+
+    def begin(self, decoder: Decoder, capacity: int) -> None:
+        """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
+        sampling = self.request.sampling
+        room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache
+        most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        leader = None
+        for number in range(sampling.n):
+            continuation = Continuation(list(self.prompt), len(self.prompt), leader)
+            leader = leader or continuation
+            row = Row(sampling, decoder.vocabulary, self.prompt, decoder.end_ids, number)
+            encoder = decoder.encoder
+            text = None if encoder is None else TextStream(encoder, sampling.stop, sampling.min_tokens)
+            self.choices.append(RunningChoice(self, number, continuation, row, text, most))
+
+    def completion(self, now: float) -> Completion:
+        """What it ends as, once every choice has finished."""
+        assert self.first_token_at is not None
+        return Completion(
+            tuple(
+                Choice("".join(c.written), tuple(c.drawn), c.finish_reason or "length", tuple(c.logprobs))
+                for c in self.choices
+            ),
+            len(self.prompt),
+            self.choices[0].continuation.shared,
+            (self.started_at or now) - self.submitted_at,
+            self.first_token_at - self.submitted_at,
+            now - self.submitted_at,
+            tuple(at - self.submitted_at for at in self.token_times),
+        )

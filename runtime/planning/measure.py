@@ -1,0 +1,364 @@
+"""Measuring a bundle's parts on this machine: small stages in the engine, timed alone and beside each other.
+
+Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed, pinned to as
+many processors as threads, for micro-batches of several shapes: the median of the runs, and of three passes, each over
+all ranges, so that a disturbance of some seconds does not count. A range that begins later is fed with what the blocks
+before it give. Between runs as many bytes are read as the rest of the model has weights: in a pipeline they, too, push
+a stage's weights out of the processor's caches. Stages of equal length, each on its own processors, are then timed one
+at a time and all at once: what they take longer together is the price of what processors share, memory or, in a virtual
+machine, a processor beneath them. Of that, too, the median of all passes counts.
+"""
+
+import itertools
+import math
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+from stageline.models.errors import StagelineError
+from stageline.runtime.bundle.crossing import Plan
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.stitch import stitch
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
+from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
+from stageline.runtime.engines.base import CacheSize, WeightDtype
+from stageline.runtime.engines.lowering.nbits import MOST_BYTES, bytes_per_weight
+from stageline.runtime.planning.cost import use_costs
+from stageline.runtime.planning.host import driver_times_s
+from stageline.runtime.planning.profile import Contention, Grid, Machine, Point, Profile
+from stageline.runtime.workload import Shape
+
+_FEWEST_RUNS, _MOST_RUNS, _POINT_S = 2, 40, 0.1
+_BESIDE_ROUNDS, _MOST_BESIDE = 3, 4
+_WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
+_FEW_BLOCKS = 12
+_MOST_CACHE_BYTES = 128_000_000
+_HANDOVERS = 400
+_TRIES, _CALM = 3, 0.1  # of what others disturb: they took less than this share of a processor
+T = TypeVar("T")
+
+
+def default_grids(manifest: Manifest) -> list[Grid]:
+    """Whole rows; and, for a model with caches, steps of one token."""
+    longest = manifest.max_positions or 512
+
+    def up_to_longest(*lengths: int) -> tuple[int, ...]:
+        return tuple(sorted({min(length, longest) for length in lengths}))
+
+    if not manifest.cached:
+        return [Grid((1, 8), up_to_longest(16, 32, 64, 128))]
+    pasts = tuple(sorted({min(past, longest - 1) for past in (32, 256)}))
+    return [Grid((1, 4), up_to_longest(16, 64)), Grid((1, 4, 16), (1,), pasts)]
+
+
+def measure(
+    bundle: Bundle,
+    threads: Sequence[int] = (1, 2),
+    grids: Sequence[Grid] | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+    passes: int = 3,
+    weights: WeightDtype | None = None,
+) -> Profile:
+    """Time the bundle's parts for each number of threads that this machine has processors for, so many times, in
+    engines opened with `weights`."""
+    cores = allowed_cores()
+    grids = default_grids(bundle.manifest) if grids is None else grids
+    able = [count for count in threads if count <= len(cores)]
+    if not able:
+        raise StagelineError(f"no wanted number of threads fits {len(cores)} processors")
+    model = _Model.of(bundle, weights)
+    found: dict[tuple[int, ...], list[Point]] = {}
+    beside: dict[tuple[int, ...], list[Contention]] = {}
+    for number, count in itertools.product(range(passes), able):
+        for first, end in ranges(bundle, weights):
+            progress(f"pass {number + 1} of {passes}: {count} threads, blocks {first} to {end - 1}")
+            with _worker(cores[:count]) as worker:
+                submit = partial(worker.submit, _range_points, model, first, end, cores[:count], grids)
+                points, _ = undisturbed(lambda submit=submit: submit().result())  # type: ignore[misc]
+            for point in points:
+                found.setdefault((count, point.batch, point.length, point.past, first, end), []).append(point)
+        progress(f"pass {number + 1} of {passes}: stages of {count} threads beside each other")
+        for one in _contention(model, count, cores, grids):
+            beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
+    step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
+    return Profile(
+        machine=Machine.here(weights),
+        handover_s=_handover_s(cores),
+        host_step_s=step_s,
+        host_row_s=row_s,
+        points=tuple(_middle(points, lambda point: point.seconds) for points in found.values()),
+        contention=tuple(_middle(ones, lambda one: one.share) for ones in beside.values()),
+    )
+
+
+def _middle(found: Sequence[T], of: Callable[[T], float]) -> T:
+    return sorted(found, key=of)[len(found) // 2]
+
+
+def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
+    """What `work` gives, and the share of a processor that other processes took meanwhile.
+
+    Of up to three tries it is the first that they hardly disturb, or else the one that they disturb least.
+    """
+    best: tuple[T, float] | None = None
+    for _ in range(_TRIES):
+        began, others_s = perf_counter(), others_cpu_s()
+        found = work()
+        share = (others_cpu_s() - others_s) / (perf_counter() - began)
+        if best is None or share < best[1]:
+            best = found, share
+        if share < _CALM:
+            break
+    assert best is not None
+    return best
+
+
+def ranges(bundle: Bundle, weights: WeightDtype | None = None) -> list[tuple[int, int]]:
+    """The ranges of blocks to measure: parts of the model from both ends and its middle, and each kind of block alone
+    where there are several, or few blocks.
+
+    A block alone stays in the processor's caches from run to run, in a long stage it does not: a long model is measured
+    in long ranges, since its stages are long.
+    """
+    n, uses = bundle.manifest.blocks, bundle.manifest.uses
+    quarter, half = max(1, n // 4), max(1, n // 2)
+    middle = range(1, n - 1) if n > 2 else range(n)
+    kinds = {uses[block + 1].part: (block, block + 1) for block in reversed(middle)}
+    found = list(kinds.values()) if len(kinds) > 1 or n < _FEW_BLOCKS else []
+    found += [(0, quarter), (n - quarter, n)]
+    if _opens_whole(bundle, weights):
+        found += [(0, n), (0, half), (n - half, n)]
+        found += [(quarter, n - quarter)] if n >= _FEW_BLOCKS else []
+    return [(first, end) for first, end in dict.fromkeys(found) if end <= n]
+
+
+def _opens_whole(bundle: Bundle, weights: WeightDtype | None) -> bool:
+    """Whether ranges longer than a quarter are opened: quantised, the weights of a stage must fit into one graph."""
+    tensors = bundle.tensors.values()
+    if weights is None:
+        return sum(entry.size_bytes for entry in tensors) <= _WHOLE_LIMIT_BYTES
+    return sum(math.prod(entry.shape) for entry in tensors) * bytes_per_weight(weights) <= MOST_BYTES
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is measured. `reads`: the bytes of weights that each use reads; `weights`: what engines quantise them to."""
+
+    bundle: Bundle
+    parts: Sequence[ir.Model]
+    reads: tuple[int, ...]
+    weights: WeightDtype | None
+
+    @classmethod
+    def of(cls, bundle: Bundle, weights: WeightDtype | None) -> "_Model":
+        parts = bundle.parts()
+        costs = use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1), weights=weights)
+        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), weights)
+
+    def open(self, first: int, end: int, cores: tuple[int, ...], cache: CacheSize | None, scratch: Path) -> Engine:
+        """The engine of a stage of blocks `first` to `end` - 1, on the thread that runs it."""
+        manifest = self.bundle.manifest
+        counts = [count for count in (first, end - first, manifest.blocks - end) if count]
+        number = 1 if first else 0
+        model, stage = stitch(Plan.of(manifest, self.parts, counts), number, self.bundle.tensors, self.bundle.path)
+        file = scratch / f"{first}-{end}.onnx"
+        file.write_bytes(ir.to_proto(model).SerializeToString())
+        opening = StageFile(number, file, self.bundle.path, stage.caches)
+        return engine_factory("onnxruntime")(opening, CpuDevice(cores), cache, self.weights)
+
+
+def _worker(cores: tuple[int, ...]) -> ThreadPoolExecutor:
+    """One thread, pinned to `cores`: engines belong to the thread that opens them."""
+    return ThreadPoolExecutor(1, "profile", partial(pin, cores))
+
+
+def _range_points(
+    model: _Model,
+    first: int,
+    end: int,
+    cores: tuple[int, ...],
+    grids: Sequence[Grid],
+) -> list[Point]:
+    """The times of one range for all shapes; called on the thread that runs the engines."""
+    shapes = [shape for grid in grids for shape in grid.shapes()]
+    manifest = model.bundle.manifest
+    cache = _cache_size(manifest, shapes)
+    rest = _rest_of_model(model.reads, first, end)
+    points = []
+    with tempfile.TemporaryDirectory() as scratch:
+        # What feeds the range is not timed: with weights as they are it opens sooner, however long it is.
+        feeder = replace(model, weights=None)
+        before = feeder.open(0, first, cores, cache, Path(scratch)) if first else None
+        engine = model.open(first, end, cores, cache, Path(scratch))
+        for shape in shapes:
+            values = _model_inputs(manifest, shape)
+            if before is not None:
+                values.update(_run(before, values, before.output_names, cache))
+            seconds, runs = _median_s(partial(_run, engine, values, engine.output_names, cache), rest)
+            points.append(
+                Point(
+                    threads=len(cores), batch=shape.batch, length=shape.length, past=shape.past,
+                    first=first, end=end, seconds=seconds, runs=runs,
+                )
+            )  # fmt: skip
+        for opened in (engine, before):
+            if opened is not None:
+                opened.close()
+    return points
+
+
+def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequence[Grid]) -> list[Contention]:
+    """What equal stages on `threads` processors each take longer when all of them run than when one does."""
+    manifest = model.bundle.manifest
+    count = min(len(cores) // threads, _MOST_BESIDE, manifest.blocks)
+    if count < 2:
+        return []
+    bounds = [manifest.blocks * number // count for number in range(count + 1)]
+    shares = share_cores(count, cores[: count * threads])
+    shapes = [shape for grid in grids for shape in grid.corners()]
+    cache = _cache_size(manifest, shapes)
+    workers = [_worker(share) for share in shares]
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        engines = [
+            worker.submit(model.open, first, end, share, cache, Path(scratch)).result()
+            for worker, (first, end), share in zip(workers, itertools.pairwise(bounds), shares, strict=True)
+        ]
+        rests = [_rest_of_model(model.reads, first, end) for first, end in itertools.pairwise(bounds)]
+        for shape in shapes:
+            values = _model_inputs(manifest, shape)
+            runs: list[Callable[[], object]] = []
+            for worker, engine in zip(workers, engines, strict=True):
+                run = partial(_run, engine, dict(values), engine.output_names, cache)
+                values.update(worker.submit(run).result())
+                runs.append(run)
+            for _ in range(_BESIDE_ROUNDS):
+                longer, _ = undisturbed(partial(_longer, workers, runs, rests))
+                share = max(0.0, longer) / (count - 1)
+                found.append(
+                    Contention(threads=threads, batch=shape.batch, length=shape.length, past=shape.past, share=share)
+                )
+        for worker, engine in zip(workers, engines, strict=True):
+            worker.submit(engine.close).result()
+            worker.shutdown()
+    return found
+
+
+def _longer(
+    workers: Sequence[ThreadPoolExecutor],
+    runs: Sequence[Callable[[], object]],
+    rests: Sequence[Callable[[], object]],
+) -> float:
+    """By what share these take longer, each on its own worker, all at once than one at a time."""
+    alone_s = [
+        worker.submit(_median_until, run, rest, perf_counter() + _POINT_S).result()
+        for worker, run, rest in zip(workers, runs, rests, strict=True)
+    ]
+    stop_s = perf_counter() + max(_POINT_S, 3 * max(alone_s))
+    beside = [worker.submit(_median_until, run, _nothing, stop_s) for worker, run in zip(workers, runs, strict=True)]
+    return sum(one.result() for one in beside) / sum(alone_s) - 1
+
+
+def _nothing() -> None:
+    """Between runs beside each other: the others read."""
+
+
+def _cache_size(manifest: Manifest, shapes: Sequence[Shape]) -> CacheSize | None:
+    if not manifest.cached:
+        return None
+    return CacheSize(max(s.batch for s in shapes), max(s.past + s.length for s in shapes), "float32")
+
+
+def _run(
+    engine: Engine, values: Mapping[str, Array], outputs: Sequence[str], cache: CacheSize | None
+) -> dict[str, Array]:
+    given = engine.run(values, outputs) if cache is None else engine.step(values, outputs, 0)
+    return on_host(given, outputs)
+
+
+def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
+    """Full rows of random tokens or pixels."""
+    random = np.random.default_rng(0)
+    sizes = shape.sizes()
+    known = {"attention_mask": 1, "token_type_ids": 0, "past_lengths": shape.past, "new_lengths": shape.length}
+    values: dict[str, Array] = {}
+    for spec in manifest.inputs:
+        dims = [d if isinstance(d, int) else sizes.get(d, 64) for d in spec.shape]
+        if spec.name in known:
+            values[spec.name] = np.full(dims, known[spec.name], spec.dtype)
+        elif spec.name == "logits_at":
+            last = np.arange(shape.length - dims[1], shape.length)
+            values[spec.name] = np.broadcast_to(last, dims).astype(spec.dtype)
+        elif spec.dtype.startswith("int"):
+            values[spec.name] = random.integers(0, manifest.vocabulary or 2, dims).astype(spec.dtype)
+        else:
+            values[spec.name] = random.standard_normal(dims).astype("float32")
+    return values
+
+
+def _rest_of_model(reads: Sequence[int], first: int, end: int) -> Callable[[], object]:
+    """Reads as much as the uses outside blocks `first` to `end` - 1 read of weights, up to what no cache holds."""
+    count_bytes = sum(reads) - sum(reads[first + 1 : end + 1])
+    values = np.ones(min(count_bytes, _MOST_CACHE_BYTES) // 4 + 1, np.float32)
+    return values.max
+
+
+def _median_s(run: Callable[[], object], between: Callable[[], object]) -> tuple[float, int]:
+    run()
+    taken: list[float] = []
+    while len(taken) < _FEWEST_RUNS or (sum(taken) < _POINT_S and len(taken) < _MOST_RUNS):
+        between()
+        began = perf_counter()
+        run()
+        taken.append(perf_counter() - began)
+    return statistics.median(taken), len(taken)
+
+
+def _median_until(run: Callable[[], object], between: Callable[[], object], stop_s: float) -> float:
+    """The median of the runs that are over by then, at least of one."""
+    taken: list[float] = []
+    while True:
+        between()
+        began = perf_counter()
+        run()
+        ended = perf_counter()
+        if taken and ended > stop_s:
+            return statistics.median(taken)
+        taken.append(ended - began)
+
+
+def _handover_s(cores: Sequence[int]) -> float:
+    """Half of what a message takes to another pinned thread and back, the median."""
+    there: SimpleQueue[object] = SimpleQueue()
+    back: SimpleQueue[object] = SimpleQueue()
+
+    def echo() -> None:
+        for message in iter(there.get, None):
+            back.put(message)
+
+    taken: list[float] = []
+
+    def send() -> None:
+        for _ in range(_HANDOVERS):
+            began = perf_counter()
+            there.put(taken)
+            back.get()
+            taken.append((perf_counter() - began) / 2)
+        there.put(None)
+
+    workers: list[threading.Thread] = [start_worker("echo", cores[-1:], echo), start_worker("send", cores[:1], send)]  # type: ignore[arg-type]
+    for worker in workers:
+        worker.join()
+    return statistics.median(taken)

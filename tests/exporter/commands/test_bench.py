@@ -1,0 +1,302 @@
+"""`stageline bench`: what a run leaves in the store, what the commands print, and what they refuse in one line."""
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stageline.exporter.commands.cli import main
+from stageline.exporter.export import export
+from stageline.runtime.bench.records import Figure, Run
+from stageline.runtime.bench.store import Store
+
+QUICK = ("--seconds", "0.2", "--warm-up", "0.1", "--lengths", "2-8")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The one that the commands use."""
+    monkeypatch.setenv("STAGELINE_STORE", str(tmp_path / "bench.sqlite"))
+    return Store()
+
+
+@pytest.fixture(scope="module")
+def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint that generates, and its bundle of two stages."""
+    changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
+    folder = tmp_path_factory.mktemp("bench")
+    checkpoint = make_checkpoint(folder / "c", **changes, num_key_value_heads=2, bos_token_id=2, eos_token_id=3)
+    return checkpoint, export(checkpoint, folder / "b", stages=2).path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["bench", *map(str, arguments)]) in (1, 2)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    assert main(["bench", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_is_measured_printed_and_kept(
+    tiny_bundle: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    asked = (*QUICK, "--repeats", "2", "--baseline", "onnxruntime", "--slo", "latency=60s", "--trace", str(trace))
+    assert main(["bench", str(tiny_bundle), *asked]) == 0
+    told = capsys.readouterr()
+    (line,) = store.runs()
+    assert line.id in told.out
+    assert "stage 1 (1 blocks, cpu:" in told.out
+    assert "100% done" in told.err
+    run = store.run(line.id)
+    assert (run.status, run.progress.share, run.plan.blocks) == ("done", 1.0, (2, 1))
+    assert run.bundle == str(tiny_bundle.resolve())
+    assert {"numpy", "onnxruntime", "python"} <= set(run.environment.versions)
+    loads = [(m.contender, m.load.scenario) for m in run.measurements]
+    assert loads == [(c, s) for s in ("SingleStream", "Offline", "Server") for c in ("stageline", "onnxruntime")]
+    for number, measurement in enumerate(run.measurements):
+        requests = store.requests(run.id, number)
+        assert len(requests) == measurement.requests > 0
+        figures = measurement.figures
+        assert len(figures["requests_per_s"].values) == 2
+        assert figures["requests_per_s"].mean == pytest.approx(figures["goodput_per_s"].mean)
+        assert figures["tokens_per_s"].mean > figures["requests_per_s"].mean
+        assert figures["latency_p50_s"].mean <= figures["latency_p99_s"].mean <= figures["latency_max_s"].mean
+        ladder = measurement.ladders["latency_s"]
+        assert ladder[-1] == pytest.approx(float(requests.latency_s.max()))
+        assert list(ladder) == sorted(ladder)
+        if measurement.contender == "stageline":
+            assert [stage.blocks for stage in measurement.stages] == [2, 1]
+            assert 0 <= figures["bubble_ratio"].mean <= 1
+            timeline = store.timeline(run.id, number)
+            assert {span.stage for span in timeline.spans} == {0, 1}
+            assert min(span.began_s for span in timeline.spans) >= 0
+        else:
+            assert any("not a pipeline" in note for note in measurement.notes)
+    server = run.measurements[-1].load
+    assert server.rate_per_s is not None
+    assert server == run.measurements[-2].load
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_generation_is_measured_beside_torch_and_by_recorded_arrivals(
+    llama: tuple[Path, Path], store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "arrivals").write_text("10.0\n10.1\n10.05\n")
+    asked = (*QUICK, "--repeats", "1", "--new-tokens", "4", "--concurrency", "2", "--arrivals", tmp_path / "arrivals")
+    peers = ("--baseline", "torch", "--baseline", "onnxruntime", "--checkpoint", llama[0])
+    told = document(capsys, llama[1], *asked, *peers)
+    assert [m["load"]["scenario"] for m in told["measurements"]] == ["Concurrency"] * 3 + ["Recorded"] * 3
+    for number, measurement in enumerate(told["measurements"]):
+        requests = store.requests(told["id"], number)
+        assert set(requests.tokens_out.tolist()) == {4}
+        assert (requests.first_token_s <= requests.latency_s).all()
+        assert {"ttft_p99_s", "tpot_p50_s", "itl_p50_s", "tokens_out_per_s"} <= set(measurement["figures"])
+        if measurement["load"]["scenario"] == "Recorded":
+            assert requests.intended_s.tolist() == pytest.approx([0.0, 0.05, 0.1])
+
+
+def test_the_same_run_is_not_made_twice(tiny_bundle: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (tiny_bundle, *QUICK, "--repeats", "1", "--scenario", "offline", "--run-id", "mine")
+    assert main(["bench", *map(str, asked)]) == 0
+    assert "run mine is in" in refusal(capsys, *asked)
+    assert len(store.runs()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["signal", "store"])
+def test_a_run_that_is_cancelled_keeps_what_it_measured(tiny_bundle: Path, store: Store, by: str) -> None:
+    asked = ("--seconds", "0.5", "--warm-up", "0.2", "--repeats", "50", "--lengths", "4", "--scenario", "SingleStream")
+    command = [sys.executable, "-c", "import sys; from stageline.exporter.commands.cli import main; sys.exit(main())"]
+    process = subprocess.Popen([*command, "bench", str(tiny_bundle), *asked, "--run-id", "long"], env=os.environ)
+    try:
+        deadline = time.monotonic() + 60
+        while not store.runs() or store.runs()[0].progress.share < 0.06:  # the third repeat
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert store.runs()[0].progress.live["requests_per_s"] > 0
+        if by == "signal":
+            process.send_signal(signal.SIGINT)
+        else:
+            assert main(["bench", "cancel", "long"]) == 0
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.wait()
+    run = store.run("long")
+    assert run.status == "cancelled"
+    assert 1 <= len(run.measurements[0].figures["requests_per_s"].values) < 50
+
+
+def test_a_contender_that_does_not_open_ends_the_run_as_failed(
+    tiny_bundle: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(capsys, tiny_bundle, *QUICK, "--baseline", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in told
+    (line,) = store.runs()
+    assert line.status == "failed"
+    assert "cannot be reached" in str(line.error)
+
+
+# The commands on runs that are there.
+
+
+def run_of(run_id: str, created: float, speeds: tuple[float, ...], template: Run) -> Run:
+    figures = {
+        "requests_per_s": Figure.of("requests/s", "higher", speeds),
+        "latency_p99_s": Figure.of("s", "lower", [1 / speed for speed in speeds]),
+    }
+    return replace(
+        template, id=run_id, created=created, measurements=(replace(template.measurements[0], figures=figures),)
+    )
+
+
+@pytest.fixture
+def three(store: Store, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a, b (10 % slower than a, surely) and c (as a, but for noise), made from one that was measured."""
+    assert main(["bench", str(tiny_bundle), *QUICK, "--repeats", "1", "--scenario", "Offline", "--run-id", "real"]) == 0
+    template = store.run("real")
+    for number, (run_id, speeds) in enumerate({"a": (100, 101, 99), "b": (90, 91, 89), "c": (80, 101, 99)}.items()):
+        store.put(run_of(run_id, template.created + 1 + number, tuple(map(float, speeds)), template))
+    capsys.readouterr()
+    return template
+
+
+def test_compare_exits_with_1_on_a_sure_regression_alone(
+    three: Run, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "compare", "a", "b"]) == 1
+    told = capsys.readouterr().out
+    assert "-10.0%" in told
+    assert "2 of 2 figures regressed by more than 5 %" in told
+    assert main(["bench", "compare", "b", "a"]) == 0
+    assert "improved" in capsys.readouterr().out
+    assert main(["bench", "compare", "a", "b", "--threshold", "15"]) == 0
+    assert main(["bench", "compare", "a", "c"]) == 0  # 7 % slower on average, but that may be noise
+    capsys.readouterr()
+    found = document(capsys, "compare", "latest~2", "latest", "--figure", "requests_per_s")
+    (change,) = found["changes"]
+    assert change["change"] == pytest.approx(-0.0667, abs=1e-3)
+    assert change["low"] < 0 < change["high"]
+    assert (change["sure"], change["verdict"]) == (False, "same")
+
+
+def test_list_and_show(three: Run, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [line["id"] for line in document(capsys, "list")] == ["c", "b", "a", "real"]
+    assert main(["bench", "list", "--limit", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert document(capsys, "show", "real")["settings"]["seconds"] == 0.2
+    assert main(["bench", "show"]) == 0
+    assert "c  tiny-bundle  done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_a_run_is_exported_and_imported_whole(
+    kind: str, three: Run, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"run.{kind}"
+    assert main(["bench", "export", "real", "-o", str(file)]) == 0
+    other = Store(tmp_path / "other.sqlite")
+    assert main(["bench", "import", str(file), "--store", str(other.path)]) == 0
+    assert other.run("real") == three
+    before, after = store.requests("real", 0), other.requests("real", 0)
+    for name in ("repeat", "intended_s", "sent_s", "first_token_s", "latency_s", "tokens_in", "tokens_out", "status"):
+        np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+    if kind == "json":
+        assert other.timeline("real", 0) == store.timeline("real", 0)
+    if kind == "csv":
+        rows = list(csv.DictReader(itertools.islice(file.open(), 1, None)))
+        assert [float(row["latency_s"]) for row in rows] == pytest.approx(before.latency_s.tolist())
+    capsys.readouterr()
+    assert "run real is in" in refusal(capsys, "import", file)
+
+
+def test_a_deleted_run_is_gone(three: Run, store: Store) -> None:
+    assert main(["bench", "delete", "b"]) == 0
+    assert [line.id for line in store.runs()] == ["c", "a", "real"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("BUNDLE", "--scenario", "Batch"), "unknown scenario 'Batch'; known scenarios: SingleStream, Offline, Server"),
+        (("BUNDLE", "--concurrency", "1,x"), "'1,x' is not numbers like 1,2,4"),
+        (("BUNDLE", "--concurrency", "0"), "concurrency 0 is below 1"),
+        (("BUNDLE", "--rate", "-1"), "rate -1 is not above 0"),
+        (("BUNDLE", "--rate", "nan"), "rate nan is not above 0"),
+        (("BUNDLE", "--slo", "ttft=fast"), "'ttft=fast' is no bound; give some of ttft=200ms"),
+        (("BUNDLE", "--slo", "ttft=0s"), "'ttft=0s' is no bound"),
+        (("BUNDLE", "--lengths", "8-2"), "'8-2' is no length"),
+        (("BUNDLE", "--lengths", "64"), "64 tokens are asked for, at most 16 fit"),
+        (("BUNDLE", "--lengths", "4", "--texts", "x"), "give --texts or --lengths, not both"),
+        (("BUNDLE", "--texts", "nowhere.txt"), "texts nowhere.txt cannot be read (No such file or directory)"),
+        (("BUNDLE", "--arrivals", "nowhere.txt"), "arrivals nowhere.txt cannot be read"),
+        (("BUNDLE", "--new-tokens", "4"), "--new-tokens is for a bundle that generates"),
+        (("BUNDLE", "--baseline", "vllm"), "unknown baseline 'vllm'; known: torch, torch-compile, onnxruntime"),
+        (("BUNDLE", "--baseline", "torch"), "torch needs the checkpoint: give --checkpoint"),
+        (("BUNDLE", "--run-id", "../x"), "run id '../x' is not made of letters"),
+        (("BUNDLE", "--engine", "warp"), "unknown engine 'warp'"),
+        (("BUNDLE", "--device", "tpu:0"), "unknown device 'tpu:0'"),
+        (("BUNDLE", "--store", "/dev/null/s"), "store /dev/null/s cannot be used"),
+        (("nowhere",), "no bundle at nowhere"),
+        (("show", "nothing"), "has no run nothing; see stageline bench list"),
+        (("compare", "latest", "latest~1"), "has 0 runs, so there is no latest"),
+        (("compare", "a", "b", "--figure", "beauty"), "unknown figure 'beauty'; known: requests_per_s"),
+        (("export", "latest", "-o", "run.xls"), "has 0 runs, so there is no latest"),
+        (("import", "nowhere.json"), "nowhere.json does not exist"),
+        (("import", "nowhere.xls"), "ends with '.xls'; give a file that ends with .json, .csv or .parquet"),
+        (("cancel", "x"), "has no run x"),
+        ((), "Missing command; see stageline --help"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_line(
+    arguments: tuple[str, ...], told: str, tiny_bundle: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
+    assert told in refusal(capsys, *given)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_a_damaged_export_is_told(kind: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / f"run.{kind}"
+    for content in (b"", b"{}", b"\xff\xfe\x00", b"# stageline-run {}\n", b'{"format": "stageline-run"'):
+        file.write_bytes(content)
+        assert f"{file} is not an exported run" in refusal(capsys, "import", file)
+    if kind == "json":
+        file.write_text('{"format": "stageline-run", "version": 9}')
+        assert "version 9; this stageline reads version 1" in refusal(capsys, "import", file)
+    assert store.runs() == []
+
+
+def test_a_bundle_that_vanishes_while_it_is_measured_loses_nothing(
+    tiny_bundle: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+
+    def vanish() -> None:
+        while not store.runs():
+            time.sleep(0.01)
+        shutil.rmtree(copy)
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    status = main(["bench", str(copy), *QUICK, "--repeats", "1", "--scenario", "Offline", "--baseline", "onnxruntime"])
+    thread.join()
+    (line,) = store.runs()
+    assert (status, line.status) in ((0, "done"), (1, "failed"))  # as it was opened before or after
+    if status:
+        assert "copy" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,178 @@
+"""The command line: what each command prints, and that it starts without torch."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stageline.exporter.commands.cli import app, main
+from stageline.exporter.export import export
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
+    """The JSON document that a command prints with --json."""
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_export_tells_what_it_made(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--layers", "1,2"]) == 0
+    told = capsys.readouterr()
+    assert "2 stages, 3 blocks," in told.out
+    assert "stamped: 3 blocks" in told.out
+    assert told.err.splitlines()[:2] == ["reading the checkpoint", "tracing"]
+
+
+def test_export_as_json_is_one_document(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = document(capsys, "export", tiny_checkpoint, "-o", tmp_path / "b", "--dtype", "float16")
+    assert (told["stages"], told["blocks"]) == (1, 3)
+    assert told["weight_bytes"] == 2 * told["parameters"]
+
+
+def test_inspect_shows_stages_and_what_crosses_the_cut(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundle)]) == 0
+    told = capsys.readouterr().out
+    assert "0 -> 1  hidden.2" in told
+    assert "at batch 8 x length 128" in told
+    found = document(capsys, "inspect", bundle)
+    assert [(stage["first_block"], stage["last_block"]) for stage in found["stages"]] == [(0, 1), (2, 2)]
+    assert found["cuts"][0][0]["nominal_bytes"] == 8 * 128 * 32 * 4
+
+
+def test_recut_changes_the_stages_in_place(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(document(capsys, "recut", bundle, "--stages", "3")["stages"]) == 3
+    assert main(["recut", str(bundle), "--layers", "2,1"]) == 0
+    assert "0-1" in capsys.readouterr().out
+
+
+def test_verify_exits_by_its_verdict(
+    bundle: Path,
+    tiny_checkpoint: Path,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert document(capsys, "verify", bundle, "--against", tiny_checkpoint)["passed"] is True
+    other = make_checkpoint(tmp_path / "other", initializer_range=1.0, layer_norm_eps=0.5)
+    assert main(["verify", str(bundle), "--against", str(other)]) == 1
+    assert "DIFFERS from torch" in capsys.readouterr().out
+
+
+def test_run_classifies(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(bundle), "--text", "a cat sat", "--text", "dog"]) == 0
+    assert capsys.readouterr().out.count(" %  LABEL_") == 4
+    labels = document(capsys, "run", bundle, "--text", "a cat")["labels"][0]
+    assert sum(label["probability"] for label in labels) == pytest.approx(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "text", "told"),
+    [
+        ("BertModel", "a cat", "[4, 32]  "),
+        ("BertForMaskedLM", "a [MASK] sat", " %  '"),
+        ("BertForTokenClassification", "a cat", "  cat  LABEL_"),
+    ],
+)
+def test_run_answers_by_task(
+    architecture: str,
+    text: str,
+    told: str,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export(make_checkpoint(tmp_path / "c", architectures=[architecture]), tmp_path / "b")
+    assert main(["run", str(tmp_path / "b"), "--text", text]) == 0
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_run_continues_text_greedily(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": None, "bos_token_id": 2}
+    export(make_checkpoint(tmp_path / "c", **changes), tmp_path / "b", stages=3)
+    told = document(capsys, "run", tmp_path / "b", "--text", "a cat sat", "--text", "dog", "--max-new-tokens", "3")
+    assert [len(tokens) for tokens in told["next"]] == [5, 5]
+    assert len(told["continuations"]) == 2
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [entry["name"] for entry in document(capsys, "models", "list")] == ["minilm", "smollm2"]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_made_up_checkpoint_exports_for_its_task(
+    sparse: bool, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny_checkpoint / "config.json")
+    assert main(["models", "synthesize", config, "-o", str(tmp_path / "c"), *["--sparse"] * sparse]) == 0
+    assert export(tmp_path / "c", tmp_path / "b").manifest.task == "text-classification"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["recut", "b", "--stages", "0"], "'--stages'"),
+        (["recut", "b", "--stages", "two"], "'--stages'"),
+        (["recut", "b", "--layers", "2,x"], "'2,x' is not numbers of blocks like 8,7,9"),
+        (["recut", "b", "--layers", "2", "--stages", "1"], "not both"),
+        (["recut", "b"], "give --stages or --layers"),
+        (["export", "c"], "Missing option '-o'"),
+        (["nope"], "'nope'"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
+def test_every_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [[str(c.name)] for c in app.registered_commands]
+    commands += [
+        [str(group.name), str(c.name)]
+        for group in app.registered_groups
+        for c in group.typer_instance.registered_commands
+    ]
+    assert len(commands) >= 20
+    for command in ([], *commands):
+        assert main([*command, "--help"]) == 0
+        shown = ["bench"] if command == ["bench", "run"] else command  # run is what `stageline bench BUNDLE` means
+        assert f"Example: stageline {' '.join(shown)}".strip() in capsys.readouterr().out, command
+
+
+def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stageline.exporter.commands.cli.Bundle.open", interrupted)
+    assert main(["inspect", str(bundle)]) == 130
+
+
+def test_serving_commands_never_import_torch(bundle: Path) -> None:
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "onnxscript")))
+from stageline.exporter.cli import main
+b = sys.argv[1]
+for command in (["inspect", b], ["run", b, "--text", "a cat"], ["recut", b, "--stages", "3"], ["models", "list"]):
+    assert main(command) == 0, command
+assert main(["export", b, "-o", b + "2"]) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == 'stageline: this command needs the exporter: pip install "stageline[export]"\n'

@@ -1,0 +1,76 @@
+"""Verifying TensorRT: what is lowered wrongly is found, and without a GPU one line says what is missing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stageline.exporter.commands.cli import main
+from stageline.exporter.verify.engines import compare, verify_emulated
+from stageline.runtime.engines.tensorrt.lower import Precision
+from stageline.runtime.engines.tensorrt.targets import gpu_here
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("fp16", 1e-2), ("bf16", 6e-2)])
+def test_lowered_stages_agree_as_closely_as_their_precision_allows(
+    tiny_bundle: Path, precision: str, most: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify", str(tiny_bundle), "--engine", "tensorrt", "--emulated", "--precision", precision, "--json"]
+    assert main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["passed"]
+    assert {c["stage"] for c in told["comparisons"]} == {0, 1}
+    errors = [c["max_error"] for c in told["comparisons"]]
+    assert max(errors) <= most
+    assert precision == "fp32" or max(errors) > 0
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantised_stages_are_judged_by_their_own_weights_and_what_these_add_is_shown(
+    tiny_bundle: Path, precision: Precision
+) -> None:
+    done = verify_emulated(tiny_bundle, precision, layers=False, seed=1, progress=lambda step: None)
+    judged = {(c.stage, c.value): c for c in done if c.shown is None}
+    shown = {(c.stage, c.value): c for c in done if c.shown == "quantised"}
+    assert judged.keys() == shown.keys()
+    assert all(c.max_error < 1e-2 for c in judged.values())
+    assert max(c.median_error for c in shown.values()) > max(c.median_error for c in judged.values()) > 0
+
+
+def test_values_inside_are_shown_on_demand(tiny_bundle: Path) -> None:
+    done = verify_emulated(tiny_bundle, "bf16", layers=True, seed=1, progress=lambda step: None)
+    inside = [c for c in done if c.shown == "inside"]
+    assert len(inside) > 20
+    assert all(c.passed for c in inside)
+    assert 0 < max(c.median_error for c in inside) < 0.1
+
+
+def test_errors_are_those_of_tokens_and_padding_is_left_out() -> None:
+    rng = np.random.default_rng(0)
+    want = rng.standard_normal((4, 10, 8)).astype(np.float32)
+    real = np.ones((4, 10), np.int64)
+    real[1, 5:] = 0
+    got = want.copy()
+    got[1, 5:] = np.nan
+    assert compare(0, "h", "fp16", got, want, real).max_error == 0
+    got[0, 0] += 1  # one token of 35 may be off
+    assert compare(0, "h", "fp16", got, want, real).passed
+    got[0] += 1
+    failed = compare(0, "h", "fp16", got, want, real)
+    assert not failed.passed
+    assert failed.median_error == 0
+    assert not compare(0, "h", "fp16", np.full_like(want, np.nan), want, real).passed
+
+
+@pytest.mark.skipif(gpu_here() is not None, reason="there is a GPU")
+def test_without_a_gpu_one_line_says_what_is_missing(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tiny_bundle), "--engine", "tensorrt"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "needs an NVIDIA GPU with a driver, and this machine has none" in line
+
+
+def test_each_engine_wants_its_own_options(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tiny_bundle)]) == 2
+    assert "--against" in capsys.readouterr().err
+    assert main(["verify", str(tiny_bundle), "--engine", "tensorrt", "--layers"]) == 2
+    assert "--emulated" in capsys.readouterr().err

@@ -1,0 +1,267 @@
+"""Cache attention in ONNX Runtime against its definition in NumPy, whatever the heads, windows and lengths."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stageline.models.errors import EngineError
+from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.devices.cpu import CpuDevice
+from stageline.runtime.engines import Array, CacheDtype, CacheSize, Engine, StageFile, engine_factory
+
+SLOTS, CAPACITY = 4, 24
+Opened = Callable[..., Engine]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of attention, its heads and sizes."""
+
+    heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    @property
+    def scale(self) -> float:
+        return 1.3 / self.key_size**0.5  # not what an engine takes by itself
+
+
+KINDS = {
+    "multi-head": Kind(4, 4, 8, 8),
+    "grouped": Kind(4, 2, 16, 16),
+    "multi-query": Kind(6, 1, 8, 8),
+    "odd sizes": Kind(4, 2, 10, 10),
+    "narrow values": Kind(4, 2, 24, 13),
+    "wide values": Kind(2, 2, 6, 16),
+    "window": Kind(4, 2, 8, 8, window=3),
+    "window of one": Kind(4, 2, 8, 8, window=1),
+    "softcap": Kind(4, 2, 8, 8, softcap=1.5),
+    "sinks": Kind(4, 2, 8, 8, sinks=True),
+    "all of them": Kind(6, 2, 12, 9, window=4, softcap=2.0, sinks=True),
+}
+
+
+def graph_of(kind: Kind) -> ir.Model:
+    """A stage of two cache attentions on inputs of their own, with one set of row lengths."""
+
+    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    past, new = (value(name, ir.DataType.INT64, "batch") for name in ("past_lengths", "new_lengths"))
+    inputs, nodes, outputs, initializers = [past, new], [], [], []
+    for layer in range(2):
+        query = value(f"q{layer}", ir.DataType.FLOAT, "batch", kind.heads, "length", kind.key_size)
+        key = value(f"k{layer}", ir.DataType.FLOAT, "batch", kind.kv_heads, "length", kind.key_size)
+        values = value(f"v{layer}", ir.DataType.FLOAT, "batch", kind.kv_heads, "length", kind.value_size)
+        inputs += [query, key, values]
+        given_inputs = [query, key, values, past, new]
+        if kind.sinks:
+            sink = value(f"sinks{layer}", ir.DataType.FLOAT, kind.heads)
+            sink.const_value = ir.tensor(sinks_of(kind, layer), name=sink.name)
+            initializers.append(sink)
+            given_inputs.append(sink)
+        attributes: dict[str, float | int | str] = {"scale": kind.scale, "cache": f"layer{layer}"}
+        if kind.window is not None:
+            attributes["window"] = kind.window
+        if kind.softcap is not None:
+            attributes["softcap"] = kind.softcap
+        output = value(f"y{layer}", ir.DataType.FLOAT, "batch", "length", kind.heads, kind.value_size)
+        nodes.append(ir.node("CacheAttention", given_inputs, attributes, domain="stageline", outputs=[output]))
+        outputs.append(output)
+    graph = ir.Graph(
+        inputs, outputs, nodes=nodes, initializers=initializers, opset_imports={"": 23, "stageline": 1}, name="stage"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def sinks_of(kind: Kind, layer: int) -> Array:
+    return np.random.default_rng(layer).normal(0, 2, kind.heads).astype(np.float32)
+
+
+def opened(folder: Path, kind: Kind, dtype: CacheDtype | None = "float32") -> Engine:
+    file = folder / "stage.onnx"
+    ir.save(graph_of(kind), Path(file))
+    caches = tuple(
+        CacheSpec(name=f"layer{n}", heads=kind.kv_heads, key_size=kind.key_size, value_size=kind.value_size)
+        for n in range(2)
+    )
+    size = None if dtype is None else CacheSize(SLOTS, CAPACITY, dtype)
+    return engine_factory("onnxruntime")(StageFile(0, file, folder, caches), CpuDevice((0,)), size)
+
+
+@pytest.fixture(scope="module")
+def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """Gives an engine for a kind, without a cache or with one of a dtype."""
+    return cache(lambda *wanted: opened(tmp_path_factory.mktemp("stage"), *wanted))
+
+
+def attend(kind: Kind, layer: int, query: Array, key: Array, value: Array) -> Array:
+    """The definition, one row: the queries are the last tokens of query [tokens, heads, size] -> [tokens, heads, value
+    size], float64. Key and value hold all tokens there are."""
+    group = kind.heads // kind.kv_heads
+    result = np.zeros((len(query), kind.heads, kind.value_size))
+    first = len(key) - len(query)
+    for place in range(len(query)):
+        begin = 0 if kind.window is None else max(0, first + place + 1 - kind.window)
+        seen = slice(begin, first + place + 1)
+        for head in range(kind.heads):
+            scores = key[seen, head // group].astype(np.float64) @ query[place, head] * kind.scale
+            if kind.softcap is not None:
+                scores = kind.softcap * np.tanh(scores / kind.softcap)
+            against = [*scores, sinks_of(kind, layer)[head]] if kind.sinks else scores
+            weights = np.exp(scores - np.max(against)) / np.exp(against - np.max(against)).sum()
+            result[place, head] = weights @ value[seen, head // group]
+    return result
+
+
+@dataclass
+class Rows:
+    """What each slot holds, by the definition, and the same in an engine."""
+
+    kind: Kind
+    engine: Engine
+    rng: np.random.Generator
+    tolerance: float = 2e-5
+    held: list[list[tuple[Array, Array]]] = field(init=False)  # of each slot and layer the keys and values
+
+    def __post_init__(self) -> None:
+        keys, values = (np.zeros((0, self.kind.kv_heads, n)) for n in (self.kind.key_size, self.kind.value_size))
+        self.held = [[(keys, values)] * 2 for _ in range(SLOTS)]
+
+    def made(self, rows: int, length: int) -> dict[str, Array]:
+        kind, inputs = self.kind, {}
+        for layer in range(2):
+            for name, heads, size in (
+                ("q", kind.heads, kind.key_size),
+                ("k", kind.kv_heads, kind.key_size),
+                ("v", kind.kv_heads, kind.value_size),
+            ):
+                inputs[f"{name}{layer}"] = self.rng.standard_normal((rows, heads, length, size)).astype(np.float32) * 2
+        return inputs
+
+    def length(self, slot: int) -> int:
+        return len(self.held[slot][0][0])
+
+    def step(self, first: int, counts: Sequence[int], padding: int = 0) -> None:
+        """New tokens for the slots from `first` on, compared with the definition. What is padding is NaN."""
+        length = max(counts) + padding
+        inputs = self.made(len(counts), length)
+        for row, count in enumerate(counts):
+            for name in inputs:
+                inputs[name][row, :, count:] = np.nan
+        inputs["past_lengths"] = np.array([self.length(first + i) if n else 0 for i, n in enumerate(counts)])
+        inputs["new_lengths"] = np.array(counts)
+        outputs = self.engine.step(inputs, ["y0", "y1"], first)
+        for row, count in enumerate(counts):
+            for layer in range(2):
+                query, key, value = (
+                    inputs[f"{name}{layer}"][row, :, :count].swapaxes(0, 1).astype(np.float64) for name in "qkv"
+                )
+                keys, values = self.held[first + row][layer]
+                self.held[first + row][layer] = np.concatenate([keys, key]), np.concatenate([values, value])
+                expected = attend(self.kind, layer, query, *self.held[first + row][layer])
+                got = outputs[f"y{layer}"][row, :count]
+                np.testing.assert_allclose(got, expected, atol=self.tolerance, rtol=0)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.engine.copy_slot(source, target, tokens)
+        self.held[target] = [(keys[:tokens], values[:tokens]) for keys, values in self.held[source]]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, engine_of: Opened) -> None:
+    rows = Rows(KINDS[name], engine_of(KINDS[name]), np.random.default_rng(1))
+    rows.step(0, [7, 1, 4, 6])
+    rows.step(0, [1, 1, 1, 1])
+    rows.step(1, [5])
+    rows.step(1, [3, 8])
+    for _ in range(4):
+        rows.step(0, [1, 1, 1, 1])
+    rows.step(0, [12])
+    assert rows.length(0) == CAPACITY
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 999))
+def test_any_ranges_lengths_and_copies_give_the_definition(
+    data: st.DataObject, name: str, seed: int, engine_of: Opened
+) -> None:
+    rows = Rows(KINDS[name], engine_of(KINDS[name]), np.random.default_rng(seed))
+    for _ in range(data.draw(st.integers(1, 8))):
+        if data.draw(st.integers(0, 4)) == 0:
+            source, target = data.draw(st.permutations(range(SLOTS)))[:2]
+            rows.copy(source, target, data.draw(st.integers(0, rows.length(source))))
+            continue
+        first = data.draw(st.integers(0, SLOTS - 1))
+        last = data.draw(st.integers(first, SLOTS - 1))
+        room = [CAPACITY - rows.length(slot) for slot in range(first, last + 1)]
+        length = data.draw(st.integers(1, 9))
+        counts = [data.draw(st.integers(0, length)) if space >= length else 0 for space in room]
+        if any(counts):
+            rows.step(first, counts, padding=length - max(counts))
+
+
+def test_a_row_with_nothing_new_keeps_what_it_holds(engine_of: Opened) -> None:
+    rows = Rows(KINDS["grouped"], engine_of(KINDS["grouped"]), np.random.default_rng(2))
+    rows.step(0, [6, 6, 6])
+    rows.step(0, [9, 0, 4])
+    rows.step(0, [1, 0, 1])
+    rows.step(1, [2])
+
+
+def test_caches_go_from_engine_to_engine_with_all_they_hold(tmp_path: Path) -> None:
+    kind = KINDS["odd sizes"]
+    one, other = opened(tmp_path, kind), opened(tmp_path, kind)
+    rows = Rows(kind, one, np.random.default_rng(4))
+    rows.step(0, [6, 2, 0, 3])
+    given = one.give_caches()
+    buffers = dict(given)
+    other.take_caches({**given, "layer7.key": np.zeros(1)})
+    rows.engine = other
+    rows.step(0, [1, 1, 0, 1])
+    rows.copy(0, 2, 4)
+    back = other.give_caches()
+    assert all(back[name] is buffer for name, buffer in buffers.items())
+    one.take_caches(back)
+    rows.engine = one
+    rows.step(0, [1, 3, 1, 1])
+    with pytest.raises(EngineError, match=r"stage 0 is given no cache 'layer1\.value'"):
+        other.take_caches({name: buffer for name, buffer in back.items() if name != "layer1.value"})
+    with pytest.raises(EngineError, match=r"cache 'layer0\.key' of float16 \[4, 2, 24, 16\]: it keeps float32 \[4, "):
+        other.take_caches({name: buffer.astype("float16") for name, buffer in buffers.items()})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, engine_of: Opened) -> None:
+    kind = KINDS[name]
+    rows = Rows(kind, engine_of(kind, None), np.random.default_rng(3))
+    counts = [5, 11, 1]
+    inputs = rows.made(3, 11)
+    inputs |= {"past_lengths": np.zeros(3, np.int64), "new_lengths": np.array(counts)}
+    outputs = rows.engine.run(inputs, ["y0", "y1"])
+    stepped = engine_of(kind).step(inputs, ["y0", "y1"], 0)
+    for row, count in enumerate(counts):
+        for layer in range(2):
+            got = outputs[f"y{layer}"][row, :count]
+            query, key, value = (inputs[f"{n}{layer}"][row, :, :count].swapaxes(0, 1) for n in "qkv")
+            np.testing.assert_allclose(got, attend(kind, layer, query, key, value), atol=2e-5)
+            np.testing.assert_allclose(got, stepped[f"y{layer}"][row, :count], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grouped", "narrow values", "all of them"])
+def test_a_half_precision_cache_is_close(name: str, engine_of: Opened) -> None:
+    rows = Rows(KINDS[name], engine_of(KINDS[name], "float16"), np.random.default_rng(4), tolerance=1e-2)
+    rows.step(0, [7, 1, 4, 6])
+    rows.copy(0, 3, 5)
+    for _ in range(4):
+        rows.step(0, [1, 1, 0, 1])

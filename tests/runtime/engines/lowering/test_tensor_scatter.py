@@ -1,0 +1,165 @@
+"""Cache attention lowered for TensorRT, run by ONNX Runtime, against the engine that its definition is checked with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stageline.runtime.builder.emulate import EmulatedStage
+from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.devices.cpu import CpuDevice
+from stageline.runtime.engines import Array, CacheSize, Engine, StageFile, engine_factory
+from stageline.runtime.engines.tensorrt.lower import Precision, lower
+
+SLOTS, CAPACITY = 4, 24
+Pair = tuple[Engine, EmulatedStage]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of attention."""
+
+    heads: int
+    kv_heads: int
+    key_size: int
+    value_size: int
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+
+KINDS = {
+    "multi-head": Kind(4, 4, 8, 8),
+    "grouped": Kind(4, 2, 16, 16),
+    "multi-query": Kind(6, 1, 8, 8),
+    "odd sizes": Kind(4, 2, 10, 10),
+    "narrow values": Kind(4, 2, 24, 13),
+    "window": Kind(4, 2, 8, 8, window=3),
+    "window of one": Kind(4, 2, 8, 8, window=1),
+    "softcap": Kind(4, 2, 8, 8, softcap=1.5),
+    "sinks": Kind(4, 2, 8, 8, sinks=True),
+    "all of them": Kind(6, 2, 12, 9, window=4, softcap=2.0, sinks=True),
+}
+
+
+def graph_of(kind: Kind, folder: Path) -> StageFile:
+    """A stage of two cache attentions, the second one's window another, on inputs of their own."""
+
+    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    inputs = [value(name, ir.DataType.INT64, "batch") for name in ("past_lengths", "new_lengths")]
+    nodes, outputs, initializers = [], [], []
+    for layer in range(2):
+        shapes = {"q": (kind.heads, kind.key_size), "k": (kind.kv_heads, kind.key_size)}
+        shapes["v"] = (kind.kv_heads, kind.value_size)
+        made = [
+            value(f"{name}{layer}", ir.DataType.FLOAT, "batch", heads, "length", size)
+            for name, (heads, size) in shapes.items()
+        ]
+        read = [*made, *inputs[:2]]
+        inputs += made
+        if kind.sinks:
+            sink = value(f"sinks{layer}", ir.DataType.FLOAT, kind.heads)
+            array = np.random.default_rng(layer).normal(0, 2, kind.heads).astype(np.float32)
+            sink.const_value = ir.tensor(array, name=sink.name)
+            initializers.append(sink)
+            read.append(sink)
+        attributes: dict[str, float | int | str] = {"scale": 1.3 / kind.key_size**0.5, "cache": f"layer{layer}"}
+        if kind.window is not None:
+            attributes["window"] = kind.window + layer
+        if kind.softcap is not None:
+            attributes["softcap"] = kind.softcap
+        output = value(f"y{layer}", ir.DataType.FLOAT, "batch", "length", kind.heads, kind.value_size)
+        nodes.append(ir.node("CacheAttention", read, attributes, domain="stageline", outputs=[output]))
+        outputs.append(output)
+    opsets = {"": 23, "stageline": 1}
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=opsets, name="stage")
+    ir.save(ir.Model(graph, ir_version=10), folder / "stage.onnx")
+    sizes = {"heads": kind.kv_heads, "key_size": kind.key_size, "value_size": kind.value_size}
+    caches = tuple(CacheSpec(name=f"layer{n}", **sizes) for n in range(2))
+    return StageFile(0, folder / "stage.onnx", folder, caches)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind, Precision], Pair]:
+    """Gives, for a kind, ONNX Runtime's own engine and the stage lowered for TensorRT."""
+
+    @cache
+    def pair(kind: Kind, precision: Precision) -> Pair:
+        stage = graph_of(kind, tmp_path_factory.mktemp("stage"))
+        engine = engine_factory("onnxruntime")(stage, CpuDevice((0,)), CacheSize(SLOTS, CAPACITY, "float32"))
+        lowered = lower(stage, precision, CAPACITY, stripped=False)
+        return engine, EmulatedStage(lowered, SLOTS, CAPACITY)
+
+    return pair
+
+
+def step(
+    kind: Kind, pair: Pair, rng: np.random.Generator, held: list[int], first: int, counts: list[int], padding: int
+) -> float:
+    """Run the same step in both and return the largest difference. Padding is NaN; `held` grows."""
+    engine, lowered = pair
+    length = max(counts) + padding
+    inputs: dict[str, Array] = {}
+    for layer in range(2):
+        shapes = {"q": (kind.heads, kind.key_size), "k": (kind.kv_heads, kind.key_size)}
+        shapes["v"] = (kind.kv_heads, kind.value_size)
+        for name, (heads, size) in shapes.items():
+            array = rng.standard_normal((len(counts), heads, length, size)).astype(np.float32)
+            for row, count in enumerate(counts):
+                array[row, :, count:] = np.nan
+            inputs[f"{name}{layer}"] = array
+    # A row with nothing new says 0 for its past, whatever it holds, as the generator does.
+    inputs["past_lengths"] = np.array([held[first + row] if count else 0 for row, count in enumerate(counts)])
+    inputs["new_lengths"] = np.array(counts)
+    want, got = engine.step(inputs, ["y0", "y1"], first), lowered.run(inputs, first)
+    worst = 0.0
+    for row, count in enumerate(counts):
+        held[first + row] += count
+        for name in ("y0", "y1"):
+            worst = max(worst, float(np.abs(want[name][row, :count] - got[name][row, :count]).max(initial=0)))
+    return worst
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 999))
+def test_any_ragged_steps_give_what_onnxruntime_gives(
+    data: st.DataObject, name: str, seed: int, opened: Callable[[Kind, Precision], Pair]
+) -> None:
+    kind, rng = KINDS[name], np.random.default_rng(seed)
+    pair = opened(kind, "fp32")
+    held = [0] * SLOTS
+    for _ in range(data.draw(st.integers(1, 6))):
+        first = data.draw(st.integers(0, SLOTS - 1))
+        last = data.draw(st.integers(first, SLOTS - 1))
+        length = data.draw(st.integers(1, 7))
+        room = [CAPACITY - held[slot] for slot in range(first, last + 1)]
+        counts = [data.draw(st.integers(0, length)) if space >= length else 0 for space in room]
+        if any(counts):
+            assert step(kind, pair, rng, held, first, counts, length - max(counts)) <= 2e-5
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 1e-2), ("bf16", 6e-2)])
+@pytest.mark.parametrize("name", ["grouped", "window", "all of them"])
+def test_halves_are_close(
+    name: str, precision: Precision, tolerance: float, opened: Callable[[Kind, Precision], Pair]
+) -> None:
+    held = [0] * SLOTS
+    pair, rng = opened(KINDS[name], precision), np.random.default_rng(1)
+    worst = [step(KINDS[name], pair, rng, held, 0, counts, 1) for counts in ([7, 1, 0, 6], [0, 5, 5, 1], [1, 1, 1, 1])]
+    assert 0 < max(worst) <= tolerance
+
+
+def test_a_row_with_nothing_new_keeps_every_bit(opened: Callable[[Kind, Precision], Pair]) -> None:
+    kind = KINDS["grouped"]
+    pair, rng, held = opened(kind, "bf16"), np.random.default_rng(2), [0] * SLOTS
+    step(kind, pair, rng, held, 0, [6, 3, 2], 0)
+    before = {name: array[1].copy() for name, array in pair[1].caches.items()}
+    step(kind, pair, rng, held, 0, [2, 0, 5], 2)
+    assert all(np.array_equal(array[1], before[name]) for name, array in pair[1].caches.items())

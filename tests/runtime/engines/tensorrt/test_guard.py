@@ -1,0 +1,224 @@
+"""No engine is handed out that was not built for this GPU, by this TensorRT, from this bundle, or was changed since."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from stageline.models.errors import EngineError, StagelineError
+from stageline.runtime.bundle.folder import Bundle, file_entry
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.engines.tensorrt import flavour
+from stageline.runtime.engines.tensorrt.guard import checked_engine, weight_digests
+from stageline.runtime.engines.tensorrt.lower import Precision
+from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest, Options, Profile, Span
+from stageline.runtime.engines.tensorrt.store import EngineStore, read_engines
+from stageline.runtime.engines.tensorrt.targets import Gpu, check_target
+
+ADA, BLACKWELL, TURING = Gpu("RTX 4090", "sm89"), Gpu("RTX 5090", "sm120"), Gpu("RTX 2080", "sm75")
+VERSION = "1.7.1.116"
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX is installed in that version, TensorRT is not: the guard reads versions and loads nothing."""
+    monkeypatch.setattr(flavour, "version", lambda name: _version(name, VERSION))
+
+
+def _version(name: str, rtx: str) -> str:
+    if name != "tensorrt_rtx":
+        raise flavour.PackageNotFoundError(name)
+    return rtx
+
+
+def put(
+    path: Path,
+    target: str = "sm89",
+    stage: int = 1,
+    precision: Precision = "fp16",
+    flavour_name: flavour.FlavourName = "tensorrt_rtx",
+    options: Options | None = None,
+) -> EngineRecord:
+    """Put an engine of a stage into the bundle: 64 bytes that say what they are, since none is deserialised here."""
+    bundle = Bundle.open(path)
+    (path / "engines").mkdir(exist_ok=True)
+    name = f"engines/{stage}.{target}.{precision}.{flavour_name}.plan"
+    (path / name).write_bytes(f"{stage} {target} {precision}".encode().ljust(64))
+    cut = bundle.manifest.stages[stage]
+    graph = next(entry for entry in bundle.manifest.files if entry.path == cut.file)
+    record = EngineRecord(
+        stage=cut.file,
+        plan=file_entry(path, name),
+        report=file_entry(path, name),
+        key="0" * 64,
+        graph_sha256=str(graph.sha256),
+        weight_files=weight_digests(bundle.manifest),
+        flavour=flavour_name,
+        version=VERSION,
+        target=target,
+        precision=precision,
+        options=options or Options(),
+        profiles=(Profile(name="rows", sizes={"batch": Span(least=1, best=2, most=2)}),),
+        inputs=cut.inputs,
+        outputs=cut.outputs,
+        build_s=1,
+    )
+    EngineStore(path, read_engines(path)).put(record)
+    return record
+
+
+def refusal(path: Path, gpu: Gpu = ADA, precision: Precision | None = None) -> str:
+    with pytest.raises(EngineError) as caught:
+        checked_engine(Bundle.open(path), 1, gpu, precision)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_engine_that_fits_is_handed_out_with_its_bytes(bundle: Path) -> None:
+    record = put(bundle)
+    checked = checked_engine(Bundle.open(bundle), 1, ADA)
+    assert (checked.record, checked.flavour.name) == (record, "tensorrt_rtx")
+    assert checked.plan == (bundle / record.plan.path).read_bytes()
+
+
+def test_the_gpus_own_engine_comes_before_a_portable_one(bundle: Path) -> None:
+    put(bundle)
+    put(bundle, "portable")
+    assert checked_engine(Bundle.open(bundle), 1, ADA).record.target == "sm89"
+    assert checked_engine(Bundle.open(bundle), 1, BLACKWELL).record.target == "portable"
+    assert "this GPU is sm75 (RTX 2080)" in refusal(bundle, TURING)  # portable begins at compute capability 8.0
+
+
+def test_a_stage_without_an_engine_says_how_to_build_one(bundle: Path) -> None:
+    command = f"Build: stageline build {bundle} --target sm89"
+    assert refusal(bundle) == f"stage 1 has no TensorRT engine in {bundle}. {command}"
+    put(bundle, stage=0)
+    assert "stage 1 has no TensorRT engine" in refusal(bundle)
+
+
+def test_an_engine_for_another_target_is_refused(bundle: Path) -> None:
+    put(bundle)
+    assert refusal(bundle, BLACKWELL) == (
+        f"stage 1 was built for sm89 in fp16 with TensorRT-RTX {VERSION}; this GPU is sm120 (RTX 5090). "
+        f"Rebuild: stageline build {bundle} --target sm120"
+    )
+
+
+def test_an_engine_of_another_version_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(bundle)
+    monkeypatch.setattr(flavour, "version", lambda name: _version(name, "1.8.0.2"))
+    assert f"with TensorRT-RTX {VERSION}; TensorRT-RTX 1.8.0.2 is installed here. Rebuild: " in refusal(bundle)
+
+
+@pytest.mark.parametrize(("here", "runs"), [("1.8.0.2", True), ("1.6.9.9", False), ("2.0.0.0", False)])
+def test_a_version_compatible_engine_runs_on_later_ones_of_its_major_version(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, here: str, runs: bool
+) -> None:
+    put(bundle, options=Options(version_compatible=True))
+    monkeypatch.setattr(flavour, "version", lambda name: _version(name, here))
+    if runs:
+        assert checked_engine(Bundle.open(bundle), 1, ADA).plan
+    else:
+        assert f"TensorRT-RTX {here} is installed here" in refusal(bundle)
+
+
+def test_an_engine_of_a_flavour_that_is_not_installed_is_refused(bundle: Path) -> None:
+    put(bundle, flavour_name="tensorrt")
+    assert 'TensorRT is not installed: pip install "stageline[gpu]"' in refusal(bundle)
+
+
+def test_an_engine_of_another_precision_is_refused_when_one_is_asked_for(bundle: Path) -> None:
+    put(bundle)
+    assert "fp16 with TensorRT-RTX" in refusal(bundle, precision="bf16")
+    assert "bf16 is asked for" in refusal(bundle, precision="bf16")
+
+
+def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
+    bundle: Path, change_weight: Callable[[Path, int], str]
+) -> None:
+    put(bundle)
+    change_weight(bundle, 1)
+    assert "the bundle's weights were changed since" in refusal(bundle)
+    put(bundle, precision="bf16", options=Options(stripped=True))
+    assert checked_engine(Bundle.open(bundle), 1, ADA).record.options.stripped
+
+
+def test_a_flipped_byte_a_truncated_and_a_missing_file_each_say_so(bundle: Path) -> None:
+    record = put(bundle)
+    file = bundle / record.plan.path
+    data = bytearray(file.read_bytes())
+    data[9] ^= 1
+    file.write_bytes(data)
+    advice = f"Rebuild: stageline build {bundle} --target sm89 --precision fp16"
+    name = record.plan.path
+    told = f"the engine of stage 1: {name} was changed since it was built (SHA-256 differs). {advice}"
+    assert refusal(bundle) == told
+    file.write_bytes(data[:20])
+    assert refusal(bundle) == f"the engine of stage 1: {name} is truncated: 20 bytes, 64 were built. {advice}"
+    file.unlink()
+    assert refusal(bundle) == f"the engine of stage 1: {name} is missing. {advice}"
+
+
+def test_an_engine_that_leads_out_of_the_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+    file = bundle / put(bundle).plan.path
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert "leads out of the bundle" in refusal(bundle)
+
+
+def test_engines_of_another_cut_are_not_used(bundle: Path) -> None:
+    put(bundle)
+    recut(bundle, 1)
+    with pytest.raises(EngineError, match="stage 0 has no TensorRT engine"):
+        checked_engine(Bundle.open(bundle), 0, ADA)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "manifest.json is not valid"),
+        ('{"format": "stageline-engines", "version": 2}', "has version 2; this stageline reads version 1"),
+        ('{"format": "other", "version": 1}', "has format 'other'"),
+        ('{"format": "stageline-engines", "version": 1, "run": 1}', "is not valid (run:"),
+        ('{"format": "stageline-engines", "version": 1, "timings": [{"path": "../x", "size_bytes": 1}]}', "leaves"),
+    ],
+)
+def test_a_broken_manifest_of_engines_is_one_line_and_the_bundle_opens(bundle: Path, text: str, told: str) -> None:
+    (bundle / "engines").mkdir()
+    (bundle / "engines/manifest.json").write_text(text)
+    assert Bundle.open(bundle).manifest.stages
+    with pytest.raises(StagelineError) as caught:
+        read_engines(bundle)
+    assert told in str(caught.value)
+    assert "stageline build" in str(caught.value)
+
+
+def test_the_manifest_survives_being_written_and_read(bundle: Path) -> None:
+    records = (put(bundle), put(bundle, "portable", 0))
+    assert read_engines(bundle) == EnginesManifest(engines=records)
+
+
+def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flavour.choose("sm89", None).name == "tensorrt_rtx"
+    assert flavour.choose("portable", ADA).name == "tensorrt_rtx"
+    assert flavour.choose("here", ADA).name == "tensorrt_rtx"
+    for target, gpu, told in (
+        ("here", None, "no NVIDIA GPU with a driver"),
+        ("sm90", None, "builds for it only on such a GPU, and this machine has no NVIDIA GPU"),
+        ("sm90", ADA, r"this machine has RTX 4090 \(sm89\)"),
+        ("sm90", Gpu("H100", "sm90"), r"TensorRT is not installed: pip install \"stageline\[gpu\]\""),
+    ):
+        with pytest.raises(EngineError, match=told):
+            flavour.choose(target, gpu)
+    monkeypatch.setattr(flavour, "version", lambda name: "10.15.1")  # both are installed
+    assert flavour.choose("sm90", Gpu("H100", "sm90")).name == "tensorrt"
+    assert flavour.choose("here", ADA).name == "tensorrt"
+    assert flavour.choose("sm120", ADA).name == "tensorrt_rtx"
+    with pytest.raises(EngineError, match="unknown target 'ada'"):
+        check_target("ada")
+
+
+def test_without_tensorrt_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = replace(flavour.TENSORRT_RTX, name="tensorrt", distribution="tensorrt")
+    with pytest.raises(EngineError, match=r'TensorRT-RTX is not installed: pip install "stageline\[rtx\]"'):
+        absent.load()
