@@ -25,7 +25,7 @@ from typing import Any
 
 from stageline.runtime.bench.client import Client
 from stageline.runtime.bench.confidence import interval
-from stageline.runtime.bench.contenders import Outcome, PipelineContender
+from stageline.runtime.bench.contenders import PipelineContender, RequestOutcome
 from stageline.runtime.bench.energy import Meters, host_memory_bytes
 from stageline.runtime.bench.inputs import Item, Lengths, make_items
 from stageline.runtime.bench.monitor import PERIOD_S, Monitor
@@ -87,9 +87,9 @@ def parts(pipeline: Pipeline, contender: PipelineContender, items: list[Item]) -
 
         name, pipeline = "nothing", None
 
-        def submit(self, item: Item) -> "Future[Outcome]":
-            told: Future[Outcome] = Future()
-            told.set_result(Outcome(perf_counter()))
+        def submit(self, item: Item) -> "Future[RequestOutcome]":
+            told: Future[RequestOutcome] = Future()
+            told.set_result(RequestOutcome(perf_counter()))
             return told
 
         def close(self) -> None: ...

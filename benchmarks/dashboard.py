@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 import psutil
 from stageline.dashboard.children.command import stageline
-from stageline.runtime.bench.client import Answers
+from stageline.runtime.bench.client import DriveResult
 from stageline.runtime.bench.figures import of_requests, over_repeats
 from stageline.runtime.bench.records import (
     OURS,
     Environment,
+    Layout,
     Load,
     Measurement,
-    Plan,
     Requests,
     Run,
-    Settings,
+    RunSettings,
     Slo,
-    StageFigures,
+    StageUsage,
     Timeline,
     ladder,
 )
@@ -76,7 +76,7 @@ def some_run(
             repeats = [some_requests(requests // 3, seed * 31 + number * 7 + n + len(contender), n) for n in range(3)]
             seconds = [float(one.intended_s[-1] + one.latency_s[-1]) for one in repeats]
             figures = over_repeats(
-                [of_requests(Answers(0.0, s, one), 1, slo) for s, one in zip(seconds, repeats, strict=True)]
+                [of_requests(DriveResult(0.0, s, one), 1, slo) for s, one in zip(seconds, repeats, strict=True)]
             )
             every = Requests.join(repeats)
             ladders = {
@@ -84,20 +84,21 @@ def some_run(
                 "ttft_s": ladder(every.first_token_s),
                 "tpot_s": ladder(every.tpot_s),
             }
-            stages = tuple(StageFigures(n, 15, f"cpu:{n}", 900, 3.1 - n / 3, 0.02, 0.4 + n / 3) for n in range(2))
+            stages = tuple(StageUsage(n, 15, f"cpu:{n}", 900, 3.1 - n / 3, 0.02, 0.4 + n / 3) for n in range(2))
             mine = contender == OURS
             measurements.append(
                 Measurement(contender, load, sum(seconds), len(every), figures, ladders, stages if mine else ())
             )
             kept.append(every)
     bundle = f"bundles/{('smollm2', 'minilm')[seed % 2]}"
-    settings = Settings(
+    settings = RunSettings(
         loads, 3, 2.0, 1.0, seed, "made-up requests", 1, 24, slo, ("onnxruntime",), "onnxruntime", 2, None, 8
     )
     environment = Environment("a made-up machine", 2, 2**34, None, "Linux", {"stageline": "0.1.0"}, None)
     run = Run(
         uuid.uuid4().hex, "", created, bundle, f"{seed % 2:064d}", "model", "text-generation", "float32", settings,
-        Plan((18, 12), ("cpu:0", "cpu:1")), environment, "done", None, created + 60.0, measurements=tuple(measurements),
+        Layout((18, 12), ("cpu:0", "cpu:1")), environment, "done", None, created + 60.0,
+        measurements=tuple(measurements),
     )  # fmt: skip
     return run, kept
 
@@ -233,7 +234,7 @@ def main() -> None:
             "Compare, a million requests with themselves": f"/compare?runs={large.id},{large.id}",
             "Run a benchmark": "/run",
             "Live": "/live",
-            "Plan": "/plan",
+            "Layout": "/plan",
             "Environment": "/environment",
         }
         found: dict[str, Any] = {}

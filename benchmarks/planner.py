@@ -42,12 +42,12 @@ from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.measure import measure, undisturbed
-from stageline.runtime.planning.profile import Machine, Profile
+from stageline.runtime.planning.profile import Machine, MachineProfile
 from stageline.runtime.planning.simulate import (
     BatchRequest,
-    Report,
     Setting,
     SimulatedStage,
+    SimulationResult,
     TextRequest,
     simulate_batches,
     simulate_generation,
@@ -145,7 +145,7 @@ class Bench:
             after = self._reference.times_s(REFERENCE_S, REFERENCE_RUNS)
             self._before_s = [(one + other) / 2 for one, other in zip(before, after, strict=True)]
         else:
-            self.profile, self._before_s = Profile.model_validate(known["profile"]), known["reference_s"]
+            self.profile, self._before_s = MachineProfile.model_validate(known["profile"]), known["reference_s"]
         parts = self.bundle.parts()
         costs = cache(lambda shape: tuple(use_costs(self.bundle.manifest, self.bundle.tensors, parts, shape)))
         self._timings = cache(lambda count: Timings(self.profile, self.bundle.manifest, count, costs))
@@ -278,7 +278,7 @@ def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str
         yield {**case, "predicted": told, "measured": real}
 
 
-def _figures(report: Report) -> dict[str, float]:
+def _figures(report: SimulationResult) -> dict[str, float]:
     return {
         "tokens_per_s": report.tokens_per_s, "ttft_p50_s": report.ttft.p50, "ttft_p99_s": report.ttft.p99,
         "tpot_p50_s": report.tpot.p50, "tpot_p99_s": report.tpot.p99,

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from stageline.exporter.commands.show import human_bytes, table
 from stageline.exporter.export import export
-from stageline.runtime.builder.build import Outcome, Wanted, build
+from stageline.runtime.builder.build import BuildOutcome, Wanted, build
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX
 from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision
 from stageline.runtime.engines.tensorrt.records import Options
-from stageline.runtime.workload import Load
+from stageline.runtime.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("portable", "sm80", "sm89", "sm120")
@@ -102,7 +102,7 @@ def reference(name: str, folder: Path) -> tuple[list[Engine], Again]:
     return engines, Again(name, len(full), first_s, second_s, built, tensor, stage, rebuilt, len(third))
 
 
-def _engine(name: str, outcome: Outcome) -> Engine:
+def _engine(name: str, outcome: BuildOutcome) -> Engine:
     assert outcome.record is not None, outcome.error
     kind, record = outcome.wanted, outcome.record
     weights = "bundle's" if record.options.stripped else "inside"
@@ -136,10 +136,10 @@ def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
         shutil.rmtree(folder / name)
 
 
-def _build(path: Path, wanted: Sequence[Wanted], options: Options) -> list[Outcome]:
+def _build(path: Path, wanted: Sequence[Wanted], options: Options) -> list[BuildOutcome]:
     bundle = Bundle.open(path)
     limit = bundle.manifest.max_positions or 2048
-    load = Load(length=min(128, limit), context=min(2048, limit))
+    load = Workload(length=min(128, limit), context=min(2048, limit))
     return build(bundle, wanted, load, options, done=lambda outcome: print(".", end="", file=sys.stderr))
 
 

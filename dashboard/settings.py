@@ -11,25 +11,25 @@ from stageline.runtime.bundle.folder import MANIFEST
 
 
 @dataclass(frozen=True)
-class Settings:
+class DashboardSettings:
     """`store` None: the user's own. `bundles` are bundles or folders of bundles."""
 
     store: Path | None
     bundles: tuple[Path, ...]
 
     @classmethod
-    def given(cls) -> "Settings":
+    def given(cls) -> "DashboardSettings":
         """Of this process's command line, as stageline.dashboard's __main__ passes it on."""
         return _parsed(tuple(sys.argv[1:]), Path.cwd())
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed(arguments: tuple[str, ...], here: Path) -> Settings:
+def _parsed(arguments: tuple[str, ...], here: Path) -> DashboardSettings:
     parser = ArgumentParser()
     parser.add_argument("--store", type=Path)
     parser.add_argument("--bundles", type=Path, action="append")
     known, _ = parser.parse_known_args(arguments)
-    return Settings(known.store, tuple(known.bundles or [here / "bundles", here]))
+    return DashboardSettings(known.store, tuple(known.bundles or [here / "bundles", here]))
 
 
 def as_typed(path: Path | str) -> str:

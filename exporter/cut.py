@@ -48,7 +48,7 @@ class NotProvenError(Exception):
 
 
 @dataclass
-class Cut:
+class Parts:
     """Part graphs, and how the model uses them in order: prologue, blocks, epilogue."""
 
     parts: list[ir.Model] = field(default_factory=list)
@@ -70,7 +70,7 @@ class _Piece:
     outputs: list[ir.Value]
 
 
-def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozenset[str]) -> Cut:
+def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozenset[str]) -> Parts:
     """Cut the trace. `weight_names` are the initializers that come from the checkpoint; all others are constants.
 
     NotProvenError where stamping is not proven; ExportError where the graph cannot be cut at all.
@@ -296,8 +296,8 @@ def _assemble(
     blocks: dict[int, _Piece],
     epilogue: _Piece,
     names: dict[ir.Value, str],
-) -> Cut:
-    result = Cut()
+) -> Parts:
+    result = Parts()
     output_names = [str(v.name) for v in trace.model.graph.outputs]
     known: dict[str, int] = {}
 
@@ -366,7 +366,7 @@ def _stamp(use: Use, first: Call, call: Call, first_index: int, index: int) -> U
     )
 
 
-def _thread_hidden(result: Cut, blocks: dict[int, _Piece], stack: list[Call]) -> None:
+def _thread_hidden(result: Parts, blocks: dict[int, _Piece], stack: list[Call]) -> None:
     """In a trace with blocks left out, the hidden state skipped them; lead it through every block in order."""
     for index in range(len(stack)):
         use = result.uses[index + 1]

@@ -13,7 +13,7 @@ import torch
 from stageline.exporter import cached, gguf, skeleton
 from stageline.exporter.apart import NotApartError, check_apart
 from stageline.exporter.blocks import Call, kinds, stampable, watch
-from stageline.exporter.cut import Cut, NotProvenError, cut
+from stageline.exporter.cut import NotProvenError, Parts, cut
 from stageline.exporter.fuse import fuse_norms
 from stageline.exporter.trace import (
     ATTENTION,
@@ -33,7 +33,7 @@ from stageline.models.sentence import SentencePooling, pooling
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of
-from stageline.runtime.bundle.manifest import VERSION, CacheSpec, FileEntry, Manifest, Part, TensorSpec, Text
+from stageline.runtime.bundle.manifest import VERSION, CacheSpec, FileEntry, Manifest, Part, TensorSpec, TextSettings
 from stageline.runtime.bundle.recut import check_stages, plan_stages, write_stages
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -41,13 +41,13 @@ _NAMES_A_LIMIT = 1_000_000  # tokenizers without a limit state a huge one
 
 
 @dataclass(frozen=True)
-class Traced:
+class TracedModel:
     """What one trace of a model yields, before any weight is placed."""
 
     model: Any
     inputs: tuple[skeleton.Input, ...]
     outputs: tuple[str, ...]
-    cut: Cut
+    cut: Parts
     how: str
     weights: Weights
 
@@ -109,7 +109,7 @@ def export(
     return Bundle(target, manifest, _tensors(target, manifest))
 
 
-def _trace_parts(wanted: _Wanted) -> Traced:
+def _trace_parts(wanted: _Wanted) -> TracedModel:
     """Trace and cut: with a KV cache if it generates text, with fused attention if the model allows it, stamping blocks
     if that is proven."""
     why = ""
@@ -127,7 +127,7 @@ def _trace_parts(wanted: _Wanted) -> Traced:
     return replace(traced, how=traced.how + why)
 
 
-def _trace_cached(wanted: _Wanted) -> Traced:
+def _trace_cached(wanted: _Wanted) -> TracedModel:
     try:
         return _trace(wanted, cached.ATTENTION)
     except NotApartError:
@@ -140,7 +140,7 @@ def _trace_cached(wanted: _Wanted) -> Traced:
                 raise cached.NotCachedError("it computes attention itself") from error
 
 
-def _trace(wanted: _Wanted, attention: str) -> Traced:
+def _trace(wanted: _Wanted, attention: str) -> TracedModel:
     torch_dtype = getattr(torch, wanted.dtype)
     model = skeleton.build(wanted.config, wanted.task, torch_dtype, attention)
     weights = find(wanted.checkpoint, model)
@@ -181,14 +181,14 @@ def _trace(wanted: _Wanted, attention: str) -> Traced:
         try:
             result = _cut(wrapped, inputs, samples(), stack, kind, real, weights)
             how = f"stamped: {len(stack)} blocks from {len(set(kind))} kinds, proven on {len(real)} traced blocks"
-            return Traced(model, inputs, outputs, _renamed(result, weights), how, weights)
+            return TracedModel(model, inputs, outputs, _renamed(result, weights), how, weights)
         except NotProvenError as error:
             reason = str(error)
     if reason is not None:
         wanted.progress(f"tracing all {len(stack)} blocks ({reason})")
     result = _cut(wrapped, inputs, samples(), stack, kind, frozenset(range(len(stack))), weights)
     how = f"full: all {len(stack)} blocks traced" + (f", since {reason}" if reason else "")
-    return Traced(model, inputs, outputs, _renamed(result, weights), how, weights)
+    return TracedModel(model, inputs, outputs, _renamed(result, weights), how, weights)
 
 
 def _cut(
@@ -199,7 +199,7 @@ def _cut(
     kind: list[int],
     real: frozenset[int],
     weights: Weights,
-) -> Cut:
+) -> Parts:
     traced = trace(wrapped, inputs, samples, stack, kind, real)
     if isinstance(wrapped, cached.CachedTask):
         check_apart(traced.model.graph)
@@ -211,7 +211,7 @@ def _cut(
     return result
 
 
-def _renamed(result: Cut, weights: Weights) -> Cut:
+def _renamed(result: Parts, weights: Weights) -> Parts:
     """The cut with its uses bound to the names of the weight files' tensors and of the model's modules."""
     source = {"model." + name: tensor for name, tensor in weights.names.items()}
     result.uses = [
@@ -226,7 +226,7 @@ def _renamed(result: Cut, weights: Weights) -> Cut:
     return result
 
 
-def _write_parts(folder: Path, result: Cut) -> None:
+def _write_parts(folder: Path, result: Parts) -> None:
     (folder / "parts").mkdir()
     for index, part in enumerate(result.parts):
         ir.save(part, folder / _part_file(index, part))
@@ -253,7 +253,7 @@ def _manifest(
     config: Any,
     task: str,
     dtype: Dtype,
-    traced: Traced,
+    traced: TracedModel,
     folder: Path,
     weight_files: list[FileEntry],
     head: SentencePooling | None,
@@ -304,7 +304,7 @@ def _manifest(
 
 def _copy_tokenizer(
     checkpoint: Checkpoint, config: Any, folder: Path, max_positions: int | None, head: SentencePooling | None
-) -> tuple[Text | None, list[FileEntry]]:
+) -> tuple[TextSettings | None, list[FileEntry]]:
     """Bring the tokenizer and the small files beside it into the bundle, and say how text becomes tensors."""
     target = folder / "tokenizer"
     target.mkdir()
@@ -321,7 +321,7 @@ def _copy_tokenizer(
     end = config.eos_token_id
     ends = () if end is None else tuple(np.atleast_1d(end).tolist())
     pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
-    return Text(
+    return TextSettings(
         tokenizer="tokenizer/tokenizer.json",
         max_length=min(known, default=_NAMES_A_LIMIT),
         pad_id=max(0, pad),

@@ -15,7 +15,7 @@ from stageline.exporter.verify.against_torch import load_reference
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.sentence import pooling
 from stageline.runtime.bench.baselines import one_by_one
-from stageline.runtime.bench.contenders import EMBEDDING, CallContender, Outcome
+from stageline.runtime.bench.contenders import EMBEDDING, CallContender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import Array
@@ -57,7 +57,7 @@ class _Generating:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def __call__(self, items: Sequence[Item]) -> list[Outcome]:
+    def __call__(self, items: Sequence[Item]) -> list[RequestOutcome]:
         prompts = [item.rows[0] for item in items]
         most, new = max(map(len, prompts)), max(item.output_tokens or 0 for item in items)
         ids = torch.zeros((len(prompts), most), dtype=torch.long)
@@ -73,7 +73,7 @@ class _Generating:
             )  # fmt: skip
         at = times.at[1:]  # the first is the prompt's
         gaps = tuple(after - before for before, after in pairwise(at))
-        return [Outcome(perf_counter(), item.output_tokens or 0, at[0], gaps) for item in items]
+        return [RequestOutcome(perf_counter(), item.output_tokens or 0, at[0], gaps) for item in items]
 
 
 class _Times(BaseStreamer):  # type: ignore[misc]

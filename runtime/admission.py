@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from stageline.models.errors import QueueFullError, RequestError
 
 
-class Slots:
+class Admission:
     """`bound` slots. Each slot taken is given back once, by `give_back`."""
 
     def __init__(self, bound: int) -> None:

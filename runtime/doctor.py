@@ -38,7 +38,7 @@ class MigDevice:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuInfo:
     """An NVIDIA GPU. `mig`: its parts; empty unless MIG is on."""
 
     index: int
@@ -51,7 +51,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Driver:
+class NvidiaDriver:
     """The NVIDIA driver and the newest CUDA it runs; None and why in `problem` where there is none to be seen."""
 
     version: str | None
@@ -103,8 +103,8 @@ class Diagnosis:
     python: str
     system: str
     processor: Processor
-    driver: Driver
-    gpus: tuple[Gpu, ...]
+    driver: NvidiaDriver
+    gpus: tuple[GpuInfo, ...]
     engines: tuple[EngineStatus, ...]
     extras: tuple[Extra, ...]
     checkpoints: tuple[CheckpointStatus, ...]
@@ -154,7 +154,7 @@ def _engines(capabilities: tuple[str, ...]) -> tuple[EngineStatus, ...]:
     )
 
 
-def _clashes(driver: Driver) -> Iterator[str]:
+def _clashes(driver: NvidiaDriver) -> Iterator[str]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         yield (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, then "
@@ -196,25 +196,25 @@ def _text(file: str) -> str:
         return ""
 
 
-def _nvidia() -> tuple[Driver, tuple[Gpu, ...], tuple[str, ...]]:
+def _nvidia() -> tuple[NvidiaDriver, tuple[GpuInfo, ...], tuple[str, ...]]:
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
         there = Path("/proc/driver/nvidia/version").exists()
         told = "there is a driver, but it cannot be asked" if there else "not looked for"
-        return Driver(None, None, f"{told}: pip install nvidia-ml-py"), (), ()
+        return NvidiaDriver(None, None, f"{told}: pip install nvidia-ml-py"), (), ()
     return read_nvml(nvml)
 
 
-def read_nvml(nvml: Any) -> tuple[Driver, tuple[Gpu, ...], tuple[str, ...]]:
+def read_nvml(nvml: Any) -> tuple[NvidiaDriver, tuple[GpuInfo, ...], tuple[str, ...]]:
     """The driver, the GPUs, and a line for each GPU that does not answer, by a module with the functions of pynvml."""
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        return Driver(None, None, f"no NVIDIA driver ({error})"), (), ()
+        return NvidiaDriver(None, None, f"no NVIDIA driver ({error})"), (), ()
     try:
         cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()  # 13020 is 13.2
-        driver = Driver(nvml.nvmlSystemGetDriverVersion(), f"{cuda // 1000}.{cuda % 1000 // 10}", None)
+        driver = NvidiaDriver(nvml.nvmlSystemGetDriverVersion(), f"{cuda // 1000}.{cuda % 1000 // 10}", None)
         gpus, problems = [], []
         for index in range(nvml.nvmlDeviceGetCount()):
             try:
@@ -223,17 +223,17 @@ def read_nvml(nvml: Any) -> tuple[Driver, tuple[Gpu, ...], tuple[str, ...]]:
                 problems.append(f"GPU {index} does not answer: {error}")
         return driver, tuple(gpus), tuple(problems)
     except nvml.NVMLError as error:
-        return Driver(None, None, f"the NVIDIA driver does not answer ({error})"), (), ()
+        return NvidiaDriver(None, None, f"the NVIDIA driver does not answer ({error})"), (), ()
     finally:
         nvml.nvmlShutdown()
 
 
-def _gpu(nvml: Any, index: int) -> Gpu:
+def _gpu(nvml: Any, index: int) -> GpuInfo:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
-    return Gpu(index, name, uuid, f"{major}.{minor}", memory.total, memory.free, tuple(_mig(nvml, handle)))
+    return GpuInfo(index, name, uuid, f"{major}.{minor}", memory.total, memory.free, tuple(_mig(nvml, handle)))
 
 
 def _mig(nvml: Any, handle: Any) -> Iterator[MigDevice]:

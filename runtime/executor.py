@@ -19,9 +19,9 @@ from stageline.models.errors import RequestError
 from stageline.runtime.batching.batches import Batches
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.stages.lanes import Lanes
-from stageline.runtime.stages.opening import Cut
+from stageline.runtime.stages.opening import StageSet
 from stageline.runtime.stages.recorder import Recorder
-from stageline.runtime.stages.route import Step, route
+from stageline.runtime.stages.route import Hop, route
 
 GRAPH_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")  # of a model with caches
 
@@ -35,10 +35,10 @@ class Switched:
     pause_s: float
 
 
-class Serving:
+class Executor:
     """Owns lanes, batches and generator until `close()`. `cut` is what the lanes were opened from."""
 
-    def __init__(self, lanes: Lanes, cut: Cut, batches: Batches) -> None:
+    def __init__(self, lanes: Lanes, cut: StageSet, batches: Batches) -> None:
         self.lanes, self.cut, self.batches = lanes, cut, batches
         self.generator: Generator | None = None
         self.switches = 0
@@ -62,7 +62,7 @@ class Serving:
             self._check_open()
             yield
 
-    def switch(self, cut: Cut, keep_caches: bool) -> Switched:
+    def switch(self, cut: StageSet, keep_caches: bool) -> Switched:
         """Go on with other stages of the same model; returns when the old ones are closed. Call it in your `turn`.
 
         With `keep_caches` continuations go on where they are; without, those that have begun are finished on the old
@@ -107,7 +107,7 @@ class Serving:
             self._one.acquire()  # a switch under way closes the lanes that are left
             self._one.release()
 
-    def _change_over(self, new: Lanes, cut: Cut, keep_caches: bool) -> float:
+    def _change_over(self, new: Lanes, cut: StageSet, keep_caches: bool) -> float:
         """The pause in seconds. What fails leaves all on the old lanes."""
         changing = None
         try:
@@ -126,7 +126,7 @@ class Serving:
         self._serve_on(new, cut)
         return changing.result() if changing is not None else 0.0
 
-    def _serve_on(self, lanes: Lanes, cut: Cut) -> None:
+    def _serve_on(self, lanes: Lanes, cut: StageSet) -> None:
         self.earlier_s += self.lanes.open_s - lanes.open_s
         self.lanes, self.cut = lanes, cut
 
@@ -144,6 +144,6 @@ class Serving:
         )
 
 
-def generation_hops(cut: Cut) -> tuple[Step, ...]:
+def generation_hops(cut: StageSet) -> tuple[Hop, ...]:
     """The way of a step of generation through the stages, to the logits."""
     return route([(stage.inputs, stage.outputs) for stage in cut.stages], GRAPH_INPUTS, ["logits"])

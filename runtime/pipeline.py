@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args, overload
 
 from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.admission import Slots
+from stageline.runtime.admission import Admission
 from stageline.runtime.batching.batches import Batches
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.signature import Signature
@@ -31,14 +31,14 @@ from stageline.runtime.engines import (
     default_device,
     engine_factory,
 )
-from stageline.runtime.executor import Serving, Switched, generation_hops
+from stageline.runtime.executor import Executor, Switched, generation_hops
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.meter import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
-from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.stages.lanes import Lanes, PipelineStage, StageStats
-from stageline.runtime.stages.opening import Cut, Opener, check_same_model
+from stageline.runtime.stages.opening import Opener, StageSet, check_same_model
 from stageline.runtime.stages.recorder import Recorder
 from stageline.runtime.stages.route import route
 
@@ -106,11 +106,11 @@ class Pipeline:
         route(names, [spec.name for spec in signature.graph_inputs], signature.check_outputs(None))
         lanes = Lanes(stages, threads, devices)
         self._batches = Batches(signature, stages, lanes, queue, micro_batch)
-        self._serving = Serving(
-            lanes, Cut(tuple(stages), threads, None if devices is None else tuple(devices)), self._batches
+        self._serving = Executor(
+            lanes, StageSet(tuple(stages), threads, None if devices is None else tuple(devices)), self._batches
         )
         self._generator: Generator | None = None
-        self._generator_slots = Slots(queue)
+        self._generator_slots = Admission(queue)
         self._opener: Opener | None = None
         self._rebalancer: Rebalancer | None = None
 
@@ -178,7 +178,7 @@ class Pipeline:
             ends = manifest.text.eos_ids if manifest.text else ()
             logits = next(spec for spec in manifest.outputs if spec.name == "logits")
             try:
-                decoder = Decoder(int(logits.shape[-1]), ends, pipeline.encoder)
+                decoder = TextModel(int(logits.shape[-1]), ends, pipeline.encoder)
             except BaseException:  # a broken tokenizer
                 pipeline.close()
                 raise

@@ -22,7 +22,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What the pipeline is to run. With caches: `slots` rows of `context` tokens, decoded in as many groups as there
     are stages, half of the context past on average. Without: micro-batches of `batch` rows of `length` tokens."""
 

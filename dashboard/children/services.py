@@ -91,7 +91,7 @@ def _end(process: "subprocess.Popen[str]") -> None:
         process.wait()
 
 
-class Load:
+class Traffic:
     """Requests to a service from a few threads, each sending the next when the last is answered, for a while."""
 
     def __init__(self, url: str, model: str, generates: bool, streams: int, seconds: float) -> None:

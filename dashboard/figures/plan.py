@@ -11,7 +11,7 @@ from typing import Any
 from stageline.dashboard.figures import words
 from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import read_header
-from stageline.runtime.builder.report import Report
+from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines.tensorrt.store import read_engines
@@ -19,8 +19,8 @@ from stageline.runtime.planning.catalogue import Rates, catalogue
 from stageline.runtime.planning.cluster import Cluster, parse_devices
 from stageline.runtime.planning.cost import cut_values, values_bytes
 from stageline.runtime.planning.planner import Answer, Planner
-from stageline.runtime.planning.profile import Machine, Profile, load
-from stageline.runtime.workload import Load
+from stageline.runtime.planning.profile import Machine, MachineProfile, load
+from stageline.runtime.workload import Workload
 
 THIS_MACHINE = "this machine"
 MOST_STAGES = 8  # that the page offers sliders for
@@ -38,7 +38,7 @@ def open_unverified(folder: Path) -> Bundle:
     return Bundle(folder, manifest, tensors)
 
 
-def profile_of(folder: Path) -> tuple[Profile | None, str | None]:
+def profile_of(folder: Path) -> tuple[MachineProfile | None, str | None]:
     """The profile of this machine, or of another with a warning; None and what to do where there is none."""
     try:
         return load(folder, Machine.here())
@@ -46,18 +46,18 @@ def profile_of(folder: Path) -> tuple[Profile | None, str | None]:
         return None, str(error)
 
 
-def places(profile: Profile | None) -> list[str]:
+def places(profile: MachineProfile | None) -> list[str]:
     """Where the model can be planned for: this machine where it was profiled, and the catalogue's devices."""
     return ([THIS_MACHINE] if profile else []) + list(catalogue())
 
 
-def most_stages(manifest: Manifest, place: str, load_: Load) -> int:
+def most_stages(manifest: Manifest, place: str, load_: Workload) -> int:
     """How many stages can be planned there."""
     most = min(manifest.blocks, MOST_STAGES, load_.slots if manifest.cached else MOST_STAGES)
     return min(most, os.cpu_count() or 1) if place == THIS_MACHINE else most
 
 
-def planner_for(bundle: Bundle, place: str, stages: int, load_: Load, profile: Profile | None) -> Planner:
+def planner_for(bundle: Bundle, place: str, stages: int, load_: Workload, profile: MachineProfile | None) -> Planner:
     """Plans for `stages` equal devices at `place`; on this machine with as many processors for each, and with such
     weights, as were profiled."""
     if place != THIS_MACHINE:
@@ -69,7 +69,7 @@ def planner_for(bundle: Bundle, place: str, stages: int, load_: Load, profile: P
     return Planner(bundle, _processors(stages, profile), load_, profile.machine.weights or "float32", profile=profile)
 
 
-def _processors(stages: int, profile: Profile) -> Cluster:
+def _processors(stages: int, profile: MachineProfile) -> Cluster:
     share = max(1, (os.cpu_count() or 1) // stages)
     threads = max((p.threads for p in profile.points if p.threads <= share), default=1)
     names = ["cpu:" + "+".join(str(n * threads + i) for i in range(threads)) for n in range(stages)]
@@ -225,7 +225,7 @@ def weight_bytes(bundle: Bundle) -> int:
 
 
 @dataclass(frozen=True)
-class EngineReport:
+class EngineRow:
     """An engine in the bundle as a row of a table, and how many layers of each kind it has (none where its report
     cannot be read)."""
 
@@ -233,12 +233,12 @@ class EngineReport:
     kinds: dict[str, int]
 
 
-def engine_reports(folder: Path) -> list[EngineReport]:
+def engine_reports(folder: Path) -> list[EngineRow]:
     """The engines that `stageline build` left in the bundle. BundleError where their manifest is not valid."""
     found = []
     for engine in read_engines(folder).engines:
         try:
-            kinds = Report.model_validate_json((folder / engine.report.path).read_bytes()).kinds
+            kinds = EngineReport.model_validate_json((folder / engine.report.path).read_bytes()).kinds
         except (OSError, ValueError):
             kinds = {}
         row = {
@@ -250,5 +250,5 @@ def engine_reports(folder: Path) -> list[EngineReport]:
             "build": words.seconds(engine.build_s),
             "layers": f"{sum(kinds.values()):,}" if kinds else "-",
         }
-        found.append(EngineReport(row, dict(sorted(kinds.items(), key=lambda pair: -pair[1]))))
+        found.append(EngineRow(row, dict(sorted(kinds.items(), key=lambda pair: -pair[1]))))
     return found

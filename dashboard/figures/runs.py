@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stageline.dashboard.figures import words
-from stageline.runtime.bench.compare import Change, compare
+from stageline.runtime.bench.compare import FigureChange, compare
 from stageline.runtime.bench.confidence import difference
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo
 
@@ -263,13 +263,13 @@ def called(name: str) -> str:
     return text
 
 
-def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> list[Change]:
+def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> list[FigureChange]:
     """What `stageline bench compare` says of the key figures of one contender under one load."""
     one, other = (replace(run, measurements=(measurement_of(run, key)[1],)) for run in (before, after))
     return compare(one, other, threshold, KEY_FIGURES)
 
 
-def change_table(found: Sequence[Change]) -> list[dict[str, str]]:
+def change_table(found: Sequence[FigureChange]) -> list[dict[str, str]]:
     """Rows for a table: the change with its 95 % interval, and the verdict."""
     return [
         {
@@ -284,7 +284,7 @@ def change_table(found: Sequence[Change]) -> list[dict[str, str]]:
     ]
 
 
-def _between(one: Change) -> str:
+def _between(one: FigureChange) -> str:
     return "-" if one.low is None or one.high is None else f"{words.change(one.low)} to {words.change(one.high)}"
 
 

@@ -5,7 +5,7 @@ from functools import wraps
 from pathlib import Path
 
 import streamlit as st
-from stageline.dashboard.settings import Settings, find_bundles
+from stageline.dashboard.settings import DashboardSettings, find_bundles
 from stageline.models.errors import StagelineError
 
 
@@ -46,7 +46,7 @@ def empty(head: str, text: str, commands: Sequence[str] = ()) -> None:
 
 def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
     """The bundle chosen, also by the query parameter `bundle`; None, and an empty state, where there is none."""
-    places = (*Settings.given().bundles, *extra)
+    places = (*DashboardSettings.given().bundles, *extra)
     found = find_bundles(places)
     if not found:
         looked = ", ".join(f"`{place}`" for place in places)

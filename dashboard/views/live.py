@@ -6,9 +6,9 @@ from pathlib import Path
 
 import streamlit as st
 from stageline.dashboard.charts.live import lines
-from stageline.dashboard.children.services import Load, Services
+from stageline.dashboard.children.services import Services, Traffic
 from stageline.dashboard.figures import live, words
-from stageline.dashboard.settings import Settings, find_bundles
+from stageline.dashboard.settings import DashboardSettings, find_bundles
 from stageline.dashboard.views.common import empty, labels, page, told
 
 _REFRESH_S = 2.0
@@ -34,13 +34,13 @@ def _watcher(url: str) -> live.Watcher:
 
 
 @st.cache_resource
-def _loads() -> dict[str, Load]:
+def _loads() -> dict[str, Traffic]:
     return {}
 
 
 def _own_services() -> None:
     """Start and stop pipelines here."""
-    bundles = labels(find_bundles(Settings.given().bundles))
+    bundles = labels(find_bundles(DashboardSettings.given().bundles))
     running = _services().running()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         if bundles:
@@ -118,7 +118,7 @@ def _load(url: str, model: str, generates: bool) -> None:
         elif st.button(
             "Send requests for a minute", icon=":material/send:", key="load", help="From 4 streams at once."
         ):
-            _loads()[url] = Load(url, model, generates, 4, 60.0)
+            _loads()[url] = Traffic(url, model, generates, 4, 60.0)
 
 
 def _charts(samples: list[live.Sample], model: str) -> None:

@@ -10,8 +10,8 @@ from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import choose_bundle, page
 from stageline.runtime.bundle.folder import MANIFEST, Bundle
 from stageline.runtime.planning.planner import Answer, Planner
-from stageline.runtime.planning.profile import FOLDER, Profile
-from stageline.runtime.workload import Load
+from stageline.runtime.planning.profile import FOLDER, MachineProfile
+from stageline.runtime.workload import Workload
 
 
 @page("Plan", "Where a model is cut into stages, what that gives, and what another cut would give.")
@@ -56,7 +56,7 @@ def _opened(folder: str, changed: int) -> Bundle:
 
 
 @st.cache_resource(max_entries=32, show_spinner="Reading the profile")
-def _planner(folder: str, changed: tuple[int, ...], place: str, stages: int, load: Load) -> Planner:
+def _planner(folder: str, changed: tuple[int, ...], place: str, stages: int, load: Workload) -> Planner:
     bundle = _opened(folder, changed[0])
     return cutting.planner_for(bundle, place, stages, load, cutting.profile_of(Path(folder))[0])
 
@@ -80,7 +80,7 @@ def _facts(bundle: Bundle) -> None:
     )
 
 
-def _choices(bundle: Bundle, profile: Profile | None) -> tuple[str, Load]:
+def _choices(bundle: Bundle, profile: MachineProfile | None) -> tuple[str, Workload]:
     manifest = bundle.manifest
     with st.container(horizontal=True, vertical_alignment="bottom"):
         place = st.selectbox("Device of each stage", cutting.places(profile), key="device", width=220)
@@ -90,15 +90,15 @@ def _choices(bundle: Bundle, profile: Profile | None) -> tuple[str, Load]:
             context = st.number_input(
                 "Context (tokens)", 2, longest, min(512, longest), step=64, key=f"context of {longest}", width=200
             )
-            return place, Load(slots=int(slots), context=int(context))
+            return place, Workload(slots=int(slots), context=int(context))
         batch = st.number_input("Rows of a micro-batch", 1, 512, 8, key="batch", width=200)
         length = st.number_input(
             "Tokens of a row", 1, longest, min(128, longest), step=16, key=f"length of {longest}", width=200
         )
-        return place, Load(batch=int(batch), length=int(length))
+        return place, Workload(batch=int(batch), length=int(length))
 
 
-def _cuts(bundle: Bundle, place: str, load: Load) -> list[int] | None:
+def _cuts(bundle: Bundle, place: str, load: Workload) -> list[int] | None:
     """The blocks of each stage as the sliders say."""
     manifest = bundle.manifest
     most = cutting.most_stages(manifest, place, load)

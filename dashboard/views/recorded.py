@@ -7,7 +7,7 @@ import streamlit as st
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.figures.distribution import Spread, spread
 from stageline.dashboard.figures.timeline import Table
-from stageline.dashboard.settings import Settings
+from stageline.dashboard.settings import DashboardSettings
 from stageline.dashboard.views.common import empty
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.records import Run, RunLine
@@ -19,7 +19,7 @@ RECENT = 200
 
 def store() -> Store:
     """The store that the dashboard was started with."""
-    return Store(Settings.given().store)
+    return Store(DashboardSettings.given().store)
 
 
 def lines() -> list[RunLine]:

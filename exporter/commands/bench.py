@@ -18,7 +18,7 @@ from stageline.models.errors import RequestError, StagelineError
 from stageline.runtime.bench import files as exchange
 from stageline.runtime.bench import options as prepare
 from stageline.runtime.bench.compare import JUDGED, compare
-from stageline.runtime.bench.records import OURS, Progress, Run, Settings
+from stageline.runtime.bench.records import OURS, Progress, Run, RunSettings
 from stageline.runtime.bench.store import Store
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
@@ -32,7 +32,7 @@ _DEFAULT_NEW = 32
 _TORCH = {"torch", "transformers"}
 
 
-class _Group(TyperGroup):
+class _DefaultToRun(TyperGroup):
     """`stageline bench BUNDLE ...` is `stageline bench run BUNDLE ...`: what is no command's name is the run's."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_DefaultToRun, rich_markup_mode=None, pretty_exceptions_enable=False)
 StoreOption = Annotated[
     Path | None, typer.Option("--store", metavar="FILE", help="Of the runs; in the user's data folder unless given.")
 ]
@@ -160,7 +160,7 @@ def run_command(
         opened, baseline or [], checkpoint, threads=threads, slots=slots, engine=engine, device=device, weights=weights,
         model=model, api_key=api_key,
     )  # fmt: skip
-    settings = Settings(
+    settings = RunSettings(
         asked, repeats, seconds, warm_up, seed, told, rows, output, bounds, tuple(baseline or ()), engine, threads,
         weights, slots if generates else None,
     )  # fmt: skip

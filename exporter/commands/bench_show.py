@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from stageline.exporter.commands.show import human_bytes, table
-from stageline.runtime.bench.compare import Change
+from stageline.runtime.bench.compare import FigureChange
 from stageline.runtime.bench.records import Figure, Measurement, Run, RunLine
 
 _COLUMNS = {
@@ -90,7 +90,7 @@ def runs(lines: Sequence[RunLine]) -> str:
     return table(["run", "made (UTC)", "status", "bundle", "load", "requests/s", "p50", "p99"], rows)
 
 
-def changes(found: Sequence[Change]) -> str:
+def changes(found: Sequence[FigureChange]) -> str:
     """A comparison, a figure a line."""
     rows = [
         [

@@ -11,15 +11,15 @@ from typing import Annotated, Any
 import typer
 from stageline.exporter.commands.show import human_bytes, table
 from stageline.models.errors import StagelineError
-from stageline.runtime.builder.build import Outcome, Step, Wanted, build, stale
+from stageline.runtime.builder.build import BuildOutcome, BuildProgress, Wanted, build, stale
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName, choose
 from stageline.runtime.engines.tensorrt.lower import PRECISIONS, Precision
 from stageline.runtime.engines.tensorrt.records import Options
 from stageline.runtime.engines.tensorrt.store import locked
-from stageline.runtime.engines.tensorrt.targets import HERE, Gpu, check_target, gpu_here
+from stageline.runtime.engines.tensorrt.targets import HERE, TargetGpu, check_target, gpu_here
 from stageline.runtime.pipeline import DEFAULT_CAPACITY
-from stageline.runtime.workload import Load
+from stageline.runtime.workload import Workload
 
 _LENGTH = 128  # tokens of a chunk of a prompt unless given
 
@@ -82,7 +82,7 @@ def build_command(
         if limit is not None and value is not None and value > limit:
             raise StagelineError(f"{name} is {value}, the model can place {limit} tokens; lower it")
     most = limit or DEFAULT_CAPACITY
-    load = Load(batch, length or min(most, _LENGTH), slots, context or min(most, DEFAULT_CAPACITY))
+    load = Workload(batch, length or min(most, _LENGTH), slots, context or min(most, DEFAULT_CAPACITY))
     options = Options(
         stripped=stripped,
         weight_streaming=weight_streaming,
@@ -110,7 +110,7 @@ def build_command(
 
 
 def _wanted(targets: Sequence[str], precisions: Sequence[Precision], name: FlavourName | None) -> list[Wanted]:
-    gpu: Gpu | None = gpu_here()
+    gpu: TargetGpu | None = gpu_here()
     result = []
     for target in dict.fromkeys(targets):
         flavour = choose(check_target(target), gpu)
@@ -131,7 +131,7 @@ def _precisions(names: Sequence[str]) -> list[Precision]:
     return [known[name] for name in names]
 
 
-def _row(outcome: Outcome) -> list[str]:
+def _row(outcome: BuildOutcome) -> list[str]:
     head = [str(outcome.stage), outcome.wanted.target, outcome.wanted.precision]
     if outcome.record is None:
         return [*head, "-", "-", "FAILED", ""]
@@ -140,7 +140,7 @@ def _row(outcome: Outcome) -> list[str]:
     return [*head, human_bytes(record.plan.size_bytes), f"{record.build_s:.1f}", how, record.plan.path]
 
 
-def _document(outcome: Outcome) -> dict[str, Any]:
+def _document(outcome: BuildOutcome) -> dict[str, Any]:
     kind = outcome.wanted
     head = {"stage": outcome.stage, "target": kind.target, "precision": kind.precision, "flavour": kind.flavour.name}
     if outcome.record is None:
@@ -158,13 +158,13 @@ class _Bar:
         self.progress, self.task, self.lock = progress, task, threading.Lock()
         self.shares: dict[tuple[int, Wanted], float] = {}
 
-    def step(self, step: Step) -> None:
+    def step(self, step: BuildProgress) -> None:
         if self.progress is None:
             return
         what = f"stage {step.stage} {step.wanted.target} {step.wanted.precision}: {step.phase} {step.step}/{step.steps}"
         self.progress.update(self.task, description=what)
 
-    def done(self, outcome: Outcome) -> None:
+    def done(self, outcome: BuildOutcome) -> None:
         if self.progress is not None:
             self.progress.advance(self.task)
         elif outcome.built or outcome.error:

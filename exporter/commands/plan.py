@@ -16,16 +16,16 @@ from stageline.runtime.planning.cluster import Cluster, parse_devices, read_clus
 from stageline.runtime.planning.measure import measure
 from stageline.runtime.planning.planner import Answer, Planner, device_names, weights_of
 from stageline.runtime.planning.problem import Objective
-from stageline.runtime.planning.profile import Machine, Profile, load, save
+from stageline.runtime.planning.profile import Machine, MachineProfile, load, save
 from stageline.runtime.planning.simulate import (
     BatchRequest,
-    Report,
+    SimulationResult,
     TextRequest,
     replicas_needed,
     simulate_batches,
     simulate_generation,
 )
-from stageline.runtime.workload import Load, poisson
+from stageline.runtime.workload import Workload, poisson
 
 _CHUNK, _SIMULATED, _SEED = 128, 500, 0
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
@@ -117,7 +117,7 @@ def plan_command(
     planner = Planner(
         opened,
         found,
-        Load(batch, length, slots, room),
+        Workload(batch, length, slots, room),
         kept,
         overlap,
         profile,
@@ -230,14 +230,14 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[Profile | None, str | None]:
+def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[MachineProfile | None, str | None]:
     """The profile that processors of this machine need, and its warning."""
     return load(bundle.path, Machine.here(weights_of(dtype))) if cluster.local else (None, None)
 
 
 def _sizes(
     planner: Planner, objective: Objective, rate: float, ttft_p99_s: float, output: int
-) -> list[tuple[dict[str, Any], Report]]:
+) -> list[tuple[dict[str, Any], SimulationResult]]:
     """For each kind of device alone, and each number of them in a pipeline: how many pipelines serve the rate. The
     cheapest (or, without prices, the fewest devices) first."""
     found = []
@@ -265,10 +265,10 @@ def _own_links(cluster: Cluster) -> list[Any]:
     return [cluster.links[number][number] for number in range(len(cluster.kinds))]
 
 
-def _simulated(planner: Planner, answer: Answer, output: int) -> Callable[[float], Report]:
+def _simulated(planner: Planner, answer: Answer, output: int) -> Callable[[float], SimulationResult]:
     setting, asked = planner.setting(answer), planner.load
 
-    def run(rate: float) -> Report:
+    def run(rate: float) -> SimulationResult:
         arrivals = poisson(rate, _SIMULATED, _SEED)
         if not planner.bundle.manifest.cached:
             return simulate_batches(setting, [BatchRequest(t, 1, asked.length) for t in arrivals], 1, _SEED)
@@ -278,7 +278,7 @@ def _simulated(planner: Planner, answer: Answer, output: int) -> Callable[[float
     return run
 
 
-def _sizes_table(sizes: Sequence[tuple[dict[str, Any], Report]], rate: float, ttft_p99_ms: float) -> str:
+def _sizes_table(sizes: Sequence[tuple[dict[str, Any], SimulationResult]], rate: float, ttft_p99_ms: float) -> str:
     head = f"to serve {rate:g} requests/s, 99 of 100 first tokens within {ttft_p99_ms:g} ms ({_SIMULATED} simulated):"
     if not sizes:
         return f"{head}\nno number of pipelines of these devices keeps that; loosen it, or name faster devices"

@@ -32,7 +32,7 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TorchComparison:
     """One value of one stage, or of the whole pipeline (`stage` is None), against torch's.
 
     `max_error` and `mean_error` are absolute; `relative_error` is the largest one as a fraction of its token's scale.
@@ -59,7 +59,7 @@ class Verification:
     tolerance: float
     seed: int
     lengths: tuple[int, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[TorchComparison, ...]
 
     @property
     def passed(self) -> bool:
@@ -84,7 +84,7 @@ def verify(
     mask = inputs.get("attention_mask")
     tolerance = TOLERANCE[manifest.dtype]
 
-    def compare(stage: int | None, spec: TensorSpec, got: Array) -> Comparison:
+    def compare(stage: int | None, spec: TensorSpec, got: Array) -> TorchComparison:
         return _compare(stage, spec, got, reference[spec.name], mask, tolerance)
 
     comparisons = []
@@ -185,7 +185,7 @@ def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None]) 
 
 def _compare(
     stage: int | None, spec: TensorSpec, got: Array, want: Array, mask: Array | None, tolerance: float
-) -> Comparison:
+) -> TorchComparison:
     """Padding is left out: what a model computes there has no meaning and is not kept."""
     if got.shape != want.shape:
         raise ExportError(
@@ -196,4 +196,4 @@ def _compare(
         got, want = got[mask == 1], want[mask == 1]
     error = np.abs(got.astype(np.float64) - want)
     relative = error / np.abs(want).max(axis=-1, keepdims=True).clip(min=1)
-    return Comparison(stage, spec.name, float(error.max()), float(error.mean()), float(relative.max()), tolerance)
+    return TorchComparison(stage, spec.name, float(error.max()), float(error.mean()), float(relative.max()), tolerance)

@@ -39,7 +39,7 @@ Shown = Literal["inside", "quantised"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EngineComparison:
     """One value of one stage. The errors are those of its tokens: the median, the largest of the better nine tenths,
     the largest."""
 
@@ -59,7 +59,7 @@ class Comparison:
         return self.shown is not None or self.p90_error <= TOLERANCE[self.precision]
 
 
-def verify_engines(path: Path, precision: Precision | None, *, seed: int, progress: Progress) -> list[Comparison]:
+def verify_engines(path: Path, precision: Precision | None, *, seed: int, progress: Progress) -> list[EngineComparison]:
     """Compare the engines that fit this machine's GPU, of `precision` (None: the last built), on inputs drawn from
     `seed`.
 
@@ -89,7 +89,7 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
 
 def verify_emulated(
     path: Path, precision: Precision, *, layers: bool, seed: int, progress: Progress
-) -> list[Comparison]:
+) -> list[EngineComparison]:
     """Compare the stages as lowered for `precision`, run on processors, on inputs drawn from `seed`. With `layers`
     every value inside them is compared as well, with the same value where the stage is lowered for float32."""
     comparisons = []
@@ -123,7 +123,7 @@ def _exactly(fed: "_Fed", precision: Precision, inside: Sequence[str] = ()) -> M
 
 def _judged(
     fed: "_Fed", precision: Precision, got: Mapping[str, Array], exactly: Mapping[str, Array]
-) -> list[Comparison]:
+) -> list[EngineComparison]:
     """Outputs against ONNX Runtime's; those of quantised weights against `exactly`, and what quantising adds beside."""
     number = fed.file.number
     if precision not in QUANTISED:
@@ -143,14 +143,14 @@ def compare(
     want: Array,
     real: Array | None,
     shown: Shown | None = None,
-) -> Comparison:
+) -> EngineComparison:
     """Judge one value, [rows, length, ...] without the places where `real` is 0; NaN is as wrong as can be."""
     if real is not None and want.shape[:2] == real.shape:
         got, want = got[real == 1], want[real == 1]
     scale = np.abs(want.astype(np.float64)).max(axis=-1, keepdims=True, initial=1)
     errors = np.nan_to_num(np.abs(got.astype(np.float64) - want) / scale, nan=np.inf).max(axis=-1)
     p90 = float(np.quantile(errors, _SHARE, method="lower"))
-    return Comparison(stage, name, precision, float(np.median(errors)), p90, float(errors.max()), shown)
+    return EngineComparison(stage, name, precision, float(np.median(errors)), p90, float(errors.max()), shown)
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,15 @@ from functools import partial
 from time import perf_counter
 
 from stageline.models.errors import EngineError, RequestError, StagelineError
-from stageline.runtime.admission import Slots
-from stageline.runtime.batching.micro_batch import Piece, cut, join, take
+from stageline.runtime.admission import Admission
+from stageline.runtime.batching.micro_batch import RowSelection, cut, join, take
 from stageline.runtime.batching.window import Window
 from stageline.runtime.bundle.manifest import LENGTH, TensorSpec
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array, Engine, Value
 from stageline.runtime.stages.lanes import Lane, Lanes, PipelineStage
 from stageline.runtime.stages.recorder import Kind
-from stageline.runtime.stages.route import Step, route
+from stageline.runtime.stages.route import Hop, route
 
 WINDOW = 2  # micro-batches a stage: one that runs and one that is next
 
@@ -62,11 +62,11 @@ class _Way:
     lanes: Lanes
     names: list[tuple[tuple[str, ...], tuple[str, ...]]]
     window: "Window[_MicroBatch]"
-    routes: dict[tuple[str, ...], tuple[Step, ...]] = field(default_factory=dict)
+    routes: dict[tuple[str, ...], tuple[Hop, ...]] = field(default_factory=dict)
     unsettled: int = 0
     left: "Future[None] | None" = None
 
-    def route(self, signature: Signature, outputs: tuple[str, ...]) -> tuple[Step, ...]:
+    def route(self, signature: Signature, outputs: tuple[str, ...]) -> tuple[Hop, ...]:
         if outputs not in self.routes:
             self.routes[outputs] = route(self.names, [spec.name for spec in signature.graph_inputs], outputs)
         return self.routes[outputs]
@@ -79,8 +79,8 @@ class _Request:
     way: _Way
     sizes: dict[str, int]
     outputs: tuple[TensorSpec, ...]
-    steps: tuple[Step, ...]
-    pieces: list[Piece]
+    steps: tuple[Hop, ...]
+    pieces: list[RowSelection]
     parts: list[dict[str, Array]]
     left: int
     future: "Future[dict[str, Array]]" = field(default_factory=Future)
@@ -121,7 +121,7 @@ class Batches:
         self.signature = signature
         self._way = self._through(lanes, stages)
         self._micro_batch = micro_batch
-        self._slots = Slots(queue)
+        self._slots = Admission(queue)
         self._lock = threading.Lock()  # guards the next three lines, and the way
         self._unsettled: dict[Future[dict[str, Array]], _Request] = {}
         self._done = self._failed = self._cancelled = 0

@@ -20,7 +20,7 @@ FEWEST_TOKENS = 128  # in a micro-batch: below this a stage reads its weights fo
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSelection:
     """Which rows of the batch a micro-batch holds, and how many tokens of each (None: all)."""
 
     rows: slice | Array
@@ -53,7 +53,7 @@ def cut(
     stages: int,
     micro_rows: int | None,
     most_rows: int | None = None,
-) -> list[Piece]:
+) -> list[RowSelection]:
     """Even pieces of at most `micro_rows` rows each (None: by `default_rows`), and never more than `most_rows`, that
     cover the batch once."""
     rows = sizes.get(BATCH, 1)
@@ -65,22 +65,25 @@ def cut(
     count = math.ceil(rows / min(micro_rows, most_rows or rows))
     bounds = [rows * i // count for i in range(count + 1)]
     if lengths is None:
-        return [Piece(slice(start, end), None) for start, end in itertools.pairwise(bounds)]
+        return [RowSelection(slice(start, end), None) for start, end in itertools.pairwise(bounds)]
     if count == 1:
         longest = int(lengths.max())
-        return [Piece(slice(0, rows), longest if longest < sizes[LENGTH] else None)]
+        return [RowSelection(slice(0, rows), longest if longest < sizes[LENGTH] else None)]
     order = np.argsort(-lengths, kind="stable")
     chunks = [order[start:end] for start, end in itertools.pairwise(bounds)]
-    return [Piece(chunk, int(lengths[chunk[0]])) for chunk in chunks]
+    return [RowSelection(chunk, int(lengths[chunk[0]])) for chunk in chunks]
 
 
-def take(signature: Signature, inputs: Mapping[str, Array], piece: Piece) -> dict[str, Array]:
+def take(signature: Signature, inputs: Mapping[str, Array], piece: RowSelection) -> dict[str, Array]:
     """The inputs of one micro-batch, contiguous; views where they are contiguous already."""
     return {spec.name: np.asarray(inputs[spec.name][piece.index(spec)], order="C") for spec in signature.graph_inputs}
 
 
 def join(
-    outputs: Sequence[TensorSpec], sizes: Mapping[str, int], pieces: Sequence[Piece], parts: Sequence[dict[str, Array]]
+    outputs: Sequence[TensorSpec],
+    sizes: Mapping[str, int],
+    pieces: Sequence[RowSelection],
+    parts: Sequence[dict[str, Array]],
 ) -> dict[str, Array]:
     """The outputs of the whole batch from those of its micro-batches, in the rows' own order."""
     if len(pieces) == 1 and pieces[0].length is None:
@@ -88,7 +91,9 @@ def join(
     return {spec.name: _joined(spec, sizes, pieces, [part[spec.name] for part in parts]) for spec in outputs}
 
 
-def _joined(spec: TensorSpec, sizes: Mapping[str, int], pieces: Sequence[Piece], parts: Sequence[Array]) -> Array:
+def _joined(
+    spec: TensorSpec, sizes: Mapping[str, int], pieces: Sequence[RowSelection], parts: Sequence[Array]
+) -> Array:
     first = parts[0].shape
     shape = [
         sizes[size] if size in (BATCH, LENGTH) and size in sizes else own

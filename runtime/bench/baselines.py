@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from stageline.models.errors import EngineError
-from stageline.runtime.bench.contenders import EMBEDDING, CallContender, Contender, Outcome, PipelineContender
+from stageline.runtime.bench.contenders import EMBEDDING, CallContender, Contender, PipelineContender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.recut import recut
@@ -105,14 +105,14 @@ def _wanted(outputs: Sequence[str]) -> list[str]:
     return [EMBEDDING] if EMBEDDING in outputs else list(outputs)
 
 
-def one_by_one(run: Callable[[dict[str, Array]], object]) -> Callable[[Sequence[Item]], list[Outcome]]:
+def one_by_one(run: Callable[[dict[str, Array]], object]) -> Callable[[Sequence[Item]], list[RequestOutcome]]:
     """What a `CallContender` calls, of a function that computes one request."""
 
-    def call(items: Sequence[Item]) -> list[Outcome]:
+    def call(items: Sequence[Item]) -> list[RequestOutcome]:
         outcomes = []
         for item in items:
             run(item.inputs)
-            outcomes.append(Outcome(perf_counter()))
+            outcomes.append(RequestOutcome(perf_counter()))
         return outcomes
 
     return call

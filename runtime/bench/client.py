@@ -16,7 +16,7 @@ from threading import Event
 from time import perf_counter
 
 import numpy as np
-from stageline.runtime.bench.contenders import Contender, Outcome
+from stageline.runtime.bench.contenders import Contender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Requests
 
@@ -28,7 +28,7 @@ _GAPS = 1_000_000
 
 
 @dataclass
-class Answers:
+class DriveResult:
     """What a drive gave. `began_at` and `ended_at` (of `perf_counter`): first intended arrival and last end."""
 
     began_at: float
@@ -53,7 +53,7 @@ class Client:
         self.answered = 0
         """How many so far, for who looks on from another thread."""
 
-    def closed_loop(self, concurrency: int, seconds: float, repeat: int = 0) -> Answers:
+    def closed_loop(self, concurrency: int, seconds: float, repeat: int = 0) -> DriveResult:
         """`concurrency` requests at a time for so long; then what is under way is answered."""
         drive = _Drive(self, repeat)
         end = drive.began_at + seconds
@@ -65,7 +65,7 @@ class Client:
                 drive.send(ended_at)
         return drive.finish(0.0 if self._stop.is_set() else _drain_s(seconds))
 
-    def open_loop(self, arrivals_s: Sequence[float], repeat: int = 0) -> Answers:
+    def open_loop(self, arrivals_s: Sequence[float], repeat: int = 0) -> DriveResult:
         """A request at each of these times, ascending seconds from now, whatever becomes of those before."""
         drive = _Drive(self, repeat)
         for arrival_s in arrivals_s:
@@ -85,9 +85,9 @@ class _Drive:
 
     def __init__(self, client: Client, repeat: int) -> None:
         self._client, self._repeat = client, repeat
-        self._ended: SimpleQueue[tuple[int, Future[Outcome], float]] = SimpleQueue()
+        self._ended: SimpleQueue[tuple[int, Future[RequestOutcome], float]] = SimpleQueue()
         self._rows = np.zeros((1024, 7))  # intended, sent, first token, end, tokens in, tokens out, status
-        self._futures: dict[int, Future[Outcome]] = {}
+        self._futures: dict[int, Future[RequestOutcome]] = {}
         self._sent = 0
         self._failures = 0
         self._gaps: list[float] = []
@@ -132,7 +132,7 @@ class _Drive:
             self._client.answered += 1
         return at
 
-    def finish(self, drain_s: float) -> Answers:
+    def finish(self, drain_s: float) -> DriveResult:
         """Wait for what is under way, then cancel what is left, and give all of it."""
         deadline = perf_counter() + drain_s
         while self._futures and not self._client._stop.is_set() and (left := deadline - perf_counter()) > 0:
@@ -154,9 +154,9 @@ class _Drive:
             rows[:, 6].astype(np.uint8),
         )
         ended_at = float(rows[:, 3].max()) if self._sent else self.began_at
-        return Answers(self.began_at, ended_at, requests, self._gaps)
+        return DriveResult(self.began_at, ended_at, requests, self._gaps)
 
-    def _next(self, timeout_s: float) -> tuple[int, "Future[Outcome]", float]:
+    def _next(self, timeout_s: float) -> tuple[int, "Future[RequestOutcome]", float]:
         """What has ended; looks at `stop` now and then while it waits."""
         deadline = perf_counter() + timeout_s
         while True:
@@ -166,7 +166,7 @@ class _Drive:
             if self._client._stop.is_set() or perf_counter() >= deadline:
                 raise Empty
 
-    def _note(self, number: int, future: "Future[Outcome]") -> None:
+    def _note(self, number: int, future: "Future[RequestOutcome]") -> None:
         self._ended.put((number, future, perf_counter()))
 
 

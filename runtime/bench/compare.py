@@ -18,7 +18,7 @@ JUDGED = ("requests_per_s", "tokens_per_s", "goodput_per_s", "latency_p50_s", "l
 
 
 @dataclass(frozen=True)
-class Change:
+class FigureChange:
     """A figure of both runs. `change` is (after - before) / before, with its interval where there is one."""
 
     contender: str
@@ -45,7 +45,7 @@ class Change:
         return "improved" if better else "regressed"
 
 
-def compare(before: Run, after: Run, threshold: float, names: Sequence[str] = JUDGED) -> list[Change]:
+def compare(before: Run, after: Run, threshold: float, names: Sequence[str] = JUDGED) -> list[FigureChange]:
     """The changes of the named figures, of all measurements that both runs have. StoreError where they share none."""
     others = {_key(measurement): measurement for measurement in after.measurements}
     pairs = [(one, others[_key(one)]) for one in before.measurements if _key(one) in others]
@@ -66,12 +66,12 @@ def _key(measurement: Measurement) -> tuple[str, str]:
     return measurement.contender, str(measurement.load)
 
 
-def _change(one: Measurement, other: Measurement, name: str, threshold: float) -> Change:
+def _change(one: Measurement, other: Measurement, name: str, threshold: float) -> FigureChange:
     before, after = one.figures[name], other.figures[name]
     bounds = difference(before.values, after.values)
     low, high = (bound / abs(before.mean) for bound in bounds) if bounds else (None, None)
     change = (after.mean - before.mean) / abs(before.mean)
-    return Change(one.contender, str(one.load), name, before, after, change, low, high, threshold)
+    return FigureChange(one.contender, str(one.load), name, before, after, change, low, high, threshold)
 
 
 def _loads(run: Run) -> str:

@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestOutcome:
     """How a request went, times of `time.perf_counter`. `gaps_s`: the times between the tokens of its first choice."""
 
     done_at: float
@@ -45,7 +45,7 @@ class Contender(Protocol):
         """The pipeline whose stages can be watched, if it is one."""
         ...
 
-    def submit(self, item: Item) -> "Future[Outcome]":
+    def submit(self, item: Item) -> "Future[RequestOutcome]":
         """Send a request; does not wait for its end. A future that is cancelled may run on."""
         ...
 
@@ -65,11 +65,11 @@ class PipelineContender:
         """What a batch asks for; None: all of it."""
         self._pipeline = pipeline
 
-    def submit(self, item: Item) -> "Future[Outcome]":
+    def submit(self, item: Item) -> "Future[RequestOutcome]":
         """See `Contender`. A continuation has exactly the tokens that were asked for: end tokens are not drawn."""
-        told: Future[Outcome] = Future()
+        told: Future[RequestOutcome] = Future()
         if item.output_tokens is None:
-            _relay(self._pipeline.submit(item.inputs, self.outputs), told, lambda result, at: Outcome(at))
+            _relay(self._pipeline.submit(item.inputs, self.outputs), told, lambda result, at: RequestOutcome(at))
         else:
             sampling = Sampling(max_tokens=item.output_tokens, min_tokens=item.output_tokens)
             _relay(self._pipeline.submit(GenerationRequest(item.rows[0], sampling)), told, _completed)
@@ -92,18 +92,18 @@ class CallContender:
     def __init__(
         self,
         name: str,
-        call: Callable[[Sequence[Item]], Sequence[Outcome]],
+        call: Callable[[Sequence[Item]], Sequence[RequestOutcome]],
         most: int,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name, self._call, self._most, self._close = name, call, most, close
-        self._inbox: SimpleQueue[tuple[Item, Future[Outcome]] | None] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[Item, Future[RequestOutcome]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, item: Item) -> "Future[Outcome]":
+    def submit(self, item: Item) -> "Future[RequestOutcome]":
         """See `Contender`."""
-        told: Future[Outcome] = Future()
+        told: Future[RequestOutcome] = Future()
         self._inbox.put((item, told))
         return told
 
@@ -142,13 +142,15 @@ class CallContender:
                 return
 
 
-def _completed(completion: Completion, at: float) -> Outcome:
+def _completed(completion: Completion, at: float) -> RequestOutcome:
     times = completion.token_times_s
     gaps = tuple(after - before for before, after in pairwise(times))
-    return Outcome(at, completion.completion_tokens, at - completion.total_s + completion.ttft_s, gaps)
+    return RequestOutcome(at, completion.completion_tokens, at - completion.total_s + completion.ttft_s, gaps)
 
 
-def _relay(future: "Future[_T]", told: "Future[Outcome]", outcome: Callable[[_T, float], Outcome]) -> None:
+def _relay(
+    future: "Future[_T]", told: "Future[RequestOutcome]", outcome: Callable[[_T, float], RequestOutcome]
+) -> None:
     """Settle `told` when `future` is done, and cancel `future` where `told` is cancelled."""
 
     def ended(future: "Future[_T]") -> None:

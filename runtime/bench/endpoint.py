@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stageline.models.errors import RequestError
-from stageline.runtime.bench.contenders import Outcome
+from stageline.runtime.bench.contenders import RequestOutcome
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.pipeline import Pipeline
 
@@ -53,7 +53,7 @@ class Endpoint:
         self.model = model or names[0]
         self._pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="endpoint")
 
-    def submit(self, item: Item) -> "Future[Outcome]":
+    def submit(self, item: Item) -> "Future[RequestOutcome]":
         """See `Contender`."""
         return self._pool.submit(self._ask, item)
 
@@ -66,11 +66,11 @@ class Endpoint:
                     connection.sock.shutdown(socket.SHUT_RDWR)  # whoever reads from it is woken
         self._pool.shutdown(cancel_futures=True)
 
-    def _ask(self, item: Item) -> Outcome:
+    def _ask(self, item: Item) -> RequestOutcome:
         given: Any = list(item.texts) or [list(row) for row in item.rows]
         if item.output_tokens is None:
             self._json("POST", "/v1/embeddings", {"model": self.model, "input": given})
-            return Outcome(perf_counter())
+            return RequestOutcome(perf_counter())
         body = {
             "model": self.model,
             "prompt": given[0],
@@ -88,7 +88,7 @@ class Endpoint:
                 self._exact = False  # OpenAI's own API has no such parameter: a text may end early there
         return self._streamed(body)
 
-    def _streamed(self, body: dict[str, Any]) -> Outcome:
+    def _streamed(self, body: dict[str, Any]) -> RequestOutcome:
         response = self._send("POST", "/v1/completions", body)
         times: list[float] = []
         tokens, done = 0, False
@@ -115,7 +115,7 @@ class Endpoint:
             raise RequestError(f"{self.name} broke off in mid stream: its stream ended without [DONE]")
         ended = perf_counter()
         gaps = tuple(after - before for before, after in pairwise(times))
-        return Outcome(ended, tokens or len(times), times[0] if times else ended, gaps)
+        return RequestOutcome(ended, tokens or len(times), times[0] if times else ended, gaps)
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from stageline.runtime.bench.client import Answers
+from stageline.runtime.bench.client import DriveResult
 from stageline.runtime.bench.records import ANSWERED, Figure, Requests, Slo
 from stageline.runtime.stages.lanes import StageStats
 from stageline.runtime.stages.recorder import Span
@@ -66,7 +66,7 @@ class StageUse:
         )
 
 
-def of_requests(answers: Answers, rows: int, slo: Slo) -> dict[str, float]:
+def of_requests(answers: DriveResult, rows: int, slo: Slo) -> dict[str, float]:
     """The figures of one repeat that follow from its requests alone; those that have no value are left out."""
     requests, seconds = answers.requests, answers.seconds or float("inf")
     good = requests.status == ANSWERED
@@ -111,7 +111,7 @@ def within(requests: Requests, slo: Slo) -> npt.NDArray[np.bool_]:
     return kept
 
 
-def active_s(answers: Answers) -> float:
+def active_s(answers: DriveResult) -> float:
     """Seconds in which at least one request was under way."""
     began = answers.requests.intended_s + answers.requests.sent_s
     ended = answers.requests.intended_s + answers.requests.latency_s

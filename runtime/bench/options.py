@@ -10,7 +10,7 @@ from pathlib import Path
 from stageline.models.errors import RequestError
 from stageline.runtime.bench.environment import here
 from stageline.runtime.bench.inputs import Lengths
-from stageline.runtime.bench.records import Load, Plan, Run, Scenario, Settings, Slo
+from stageline.runtime.bench.records import Layout, Load, Run, RunSettings, Scenario, Slo
 from stageline.runtime.bundle.folder import MANIFEST, Bundle, file_sha256
 from stageline.runtime.devices import spread
 from stageline.runtime.devices.cpu import allowed_cores, share_cores
@@ -90,7 +90,7 @@ def new_id() -> str:
 
 def new_run(
     bundle: Bundle,
-    settings: Settings,
+    settings: RunSettings,
     devices: Sequence[str] | None = None,
     run_id: str | None = None,
     name: str | None = None,
@@ -117,7 +117,7 @@ def new_run(
         manifest.task,
         manifest.dtype,
         settings,
-        Plan(
+        Layout(
             tuple(stage.last_block - stage.first_block + 1 for stage in manifest.stages),
             tuple(f"cpu:{','.join(map(str, next(shares)))}" if own == "cpu" else own for own in names),
         ),

@@ -51,7 +51,7 @@ class Slo:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """How a run measures. `inputs` says in words what the requests ask; `rows` are the texts a request holds,
     `output_tokens` how many it draws (None for a model that does not generate)."""
 
@@ -72,7 +72,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Layout:
     """How the bundle is cut: blocks of each stage, and the processors or device it runs on."""
 
     blocks: tuple[int, ...]
@@ -112,7 +112,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class StageFigures:
+class StageUsage:
     """A stage during a measurement, all repeats together: times in seconds, busy + copy + idle = measured time."""
 
     stage: int
@@ -148,7 +148,7 @@ class Measurement:
     requests: int
     figures: dict[str, Figure]
     ladders: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    stages: tuple[StageFigures, ...] = ()
+    stages: tuple[StageUsage, ...] = ()
     series: Series = Series()
     notes: tuple[str, ...] = ()
 
@@ -210,8 +210,8 @@ class Run:
     model: str
     task: str
     dtype: str
-    settings: Settings
-    plan: Plan
+    settings: RunSettings
+    plan: Layout
     environment: Environment
     status: Status = "running"
     error: str | None = None

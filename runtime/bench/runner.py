@@ -13,7 +13,7 @@ from time import perf_counter
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench import figures
-from stageline.runtime.bench.client import Answers, Client
+from stageline.runtime.bench.client import Client, DriveResult
 from stageline.runtime.bench.contenders import Contender
 from stageline.runtime.bench.energy import Meters
 from stageline.runtime.bench.figures import StageUse
@@ -27,7 +27,7 @@ from stageline.runtime.bench.records import (
     Progress,
     Requests,
     Run,
-    StageFigures,
+    StageUsage,
     Timeline,
     ladder,
 )
@@ -147,7 +147,7 @@ class _Lap:
     client: Client
     began_at: float
     recorder: Recorder | None
-    answers: list[Answers] = field(default_factory=list)
+    answers: list[DriveResult] = field(default_factory=list)
     figures: list[dict[str, float]] = field(default_factory=list)
     uses: list[StageUse] = field(default_factory=list)
     samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)
@@ -257,7 +257,7 @@ def _live(found: Mapping[str, float]) -> dict[str, float]:
     return {name: found[name] for name in names if name in found}
 
 
-def _drive(client: Client, load: Load, repeat: int, speed: float, run: Run, arrivals_s: Sequence[float]) -> Answers:
+def _drive(client: Client, load: Load, repeat: int, speed: float, run: Run, arrivals_s: Sequence[float]) -> DriveResult:
     seconds, seed = run.settings.seconds, run.settings.seed
     if load.scenario in ("SingleStream", "Concurrency"):
         return client.closed_loop(load.concurrency or 1, seconds, repeat)
@@ -307,7 +307,7 @@ def _store(
         recorded(lap.recorder)
 
 
-def _stage_figures(lap: _Lap, run: Run, seconds: float) -> tuple[StageFigures, ...]:
+def _stage_figures(lap: _Lap, run: Run, seconds: float) -> tuple[StageUsage, ...]:
     if not lap.uses or lap.contender.pipeline is None:
         return ()
     stages = lap.contender.pipeline.stats().stages
@@ -319,7 +319,7 @@ def _stage_figures(lap: _Lap, run: Run, seconds: float) -> tuple[StageFigures, .
         blocks = run.plan.blocks[number] if ours else sum(run.plan.blocks)
         runs = sum(use.runs[number] for use in lap.uses)
         idle_s = max(0.0, seconds - busy_s - copy_s)
-        found.append(StageFigures(number, blocks, device_name(stage), runs, busy_s, copy_s, idle_s))
+        found.append(StageUsage(number, blocks, device_name(stage), runs, busy_s, copy_s, idle_s))
     return tuple(found)
 
 

@@ -22,9 +22,9 @@ from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.tensorrt.flavour import Flavour
 from stageline.runtime.engines.tensorrt.guard import is_current, weight_digests
 from stageline.runtime.engines.tensorrt.lower import QUANTISED, Lowered, Precision, lower
-from stageline.runtime.engines.tensorrt.records import EngineRecord, Options, Profile
+from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.store import FOLDER, EngineStore, locked
-from stageline.runtime.workload import Load
+from stageline.runtime.workload import Workload
 
 _BASE_BYTES, _WEIGHTS_TIMES = 600e6, 4
 """What a build takes: measured, 0.5 GB and 3.4 times the weights of the engine."""
@@ -43,7 +43,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BuildOutcome:
     """What became of one engine: `record` is None where it could not be built, and `error` says why. `built` is False
     where it was there already."""
 
@@ -55,7 +55,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Step:
+class BuildProgress:
     """How far the build of an engine is: TensorRT's own name of the phase, and its steps."""
 
     stage: int
@@ -72,7 +72,7 @@ class _Job:
     lowered: Lowered
     key: str
     weights_sha256: str | None
-    profiles: tuple[Profile, ...]
+    profiles: tuple[OptimizationProfile, ...]
     file: str
     """Path of the plan in the bundle."""
 
@@ -80,13 +80,13 @@ class _Job:
 def build(
     bundle: Bundle,
     wanted: Sequence[Wanted],
-    load: Load,
+    load: Workload,
     options: Options,
     *,
     jobs: int | None = None,
-    progress: Callable[[Step], None] = lambda step: None,
-    done: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Outcome]:
+    progress: Callable[[BuildProgress], None] = lambda step: None,
+    done: Callable[[BuildOutcome], None] = lambda outcome: None,
+) -> list[BuildOutcome]:
     """Build the engines of all stages that are not there, `jobs` at a time (None: as many as processors and memory
     allow), and return what became of each, stage by stage. `progress` and `done` are called on other threads.
 
@@ -97,9 +97,9 @@ def build(
         check(kind, options)
     with locked(bundle.path) as store:
         todo: list[_Job] = []
-        outcomes: list[Outcome] = []
+        outcomes: list[BuildOutcome] = []
         for job in _jobs(bundle, wanted, load, options):
-            found = job if isinstance(job, Outcome) else _present(store, bundle, job)
+            found = job if isinstance(job, BuildOutcome) else _present(store, bundle, job)
             if isinstance(found, _Job):
                 todo.append(found)
             else:
@@ -134,9 +134,9 @@ def stale(bundle: Bundle, store: EngineStore) -> set[str]:
     return {record.plan.path for record in store.manifest.engines if not is_current(record, bundle.manifest)}
 
 
-def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Load, options: Options) -> list["_Job | Outcome"]:
+def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Workload, options: Options) -> list["_Job | BuildOutcome"]:
     manifest, digests = bundle.manifest, _digests(bundle)
-    result: list[_Job | Outcome] = []
+    result: list[_Job | BuildOutcome] = []
     for number, stage in enumerate(manifest.stages):
         file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
 
@@ -149,7 +149,7 @@ def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Load, options: Options
                 graph = lowered(kind.precision)
                 profiles = narrowed(profiles_of(manifest, load), graph.inputs)
             except EngineError as error:
-                result.append(Outcome(number, kind, None, False, str(error)))
+                result.append(BuildOutcome(number, kind, None, False, str(error)))
                 continue
             sources = dict.fromkeys(str(weight.tensor.name) for weight in graph.weights.values())
             weights = None if options.stripped else digests(tuple(sources))
@@ -160,7 +160,9 @@ def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Load, options: Options
     return result
 
 
-def _key(kind: Wanted, lowered: Lowered, weights: str | None, profiles: tuple[Profile, ...], options: Options) -> str:
+def _key(
+    kind: Wanted, lowered: Lowered, weights: str | None, profiles: tuple[OptimizationProfile, ...], options: Options
+) -> str:
     """The digest of all that a plan depends on. The lowered graph stands for the stage's graph, the precision, the
     caches' capacity, and this code."""
     document = {
@@ -202,7 +204,7 @@ def _digests(bundle: Bundle) -> Callable[[tuple[str, ...]], str]:
     return of_tensors
 
 
-def _present(store: EngineStore, bundle: Bundle, job: _Job) -> "_Job | Outcome":
+def _present(store: EngineStore, bundle: Bundle, job: _Job) -> "_Job | BuildOutcome":
     """The engine if it is there and whole, with what is known of its weights brought up to date; else the job."""
     for record in store.manifest.engines:
         if record.key == job.key and is_current(record, bundle.manifest) and _whole(bundle.path, record.plan):
@@ -210,7 +212,7 @@ def _present(store: EngineStore, bundle: Bundle, job: _Job) -> "_Job | Outcome":
             if record.weight_files != files:
                 record = record.model_copy(update={"weight_files": files})
                 store.put(record)
-            return Outcome(job.number, job.wanted, record, False)
+            return BuildOutcome(job.number, job.wanted, record, False)
     return job
 
 
@@ -226,14 +228,19 @@ class _Building:
     """The builds under way for one bundle."""
 
     def __init__(
-        self, store: EngineStore, bundle: Bundle, load: Load, options: Options, progress: Callable[[Step], None]
+        self,
+        store: EngineStore,
+        bundle: Bundle,
+        load: Workload,
+        options: Options,
+        progress: Callable[[BuildProgress], None],
     ) -> None:
         self.store, self.bundle, self.load, self.options, self.progress = store, bundle, load, options, progress
         self.workers = Workers()
         self.lock = threading.Lock()  # around the store
 
-    def build_all(self, todo: Sequence[_Job], jobs: int, done: Callable[[Outcome], None]) -> list[Outcome]:
-        def one(job: _Job) -> Outcome:
+    def build_all(self, todo: Sequence[_Job], jobs: int, done: Callable[[BuildOutcome], None]) -> list[BuildOutcome]:
+        def one(job: _Job) -> BuildOutcome:
             outcome = self.build(job)
             done(outcome)
             return outcome
@@ -247,7 +254,7 @@ class _Building:
                 self.workers.stop()
                 raise
 
-    def build(self, job: _Job) -> Outcome:
+    def build(self, job: _Job) -> BuildOutcome:
         """Build one engine and keep it. BundleError where it cannot be written."""
         report = job.file.removesuffix(".plan") + ".json"
         timings = f"{job.file}.timings" if job.wanted.flavour.keeps_timings else None
@@ -255,7 +262,7 @@ class _Building:
         try:
             answer = self.workers.run(self.request(job, *written), lambda step: self.progress(_step(job, step)))
             if "error" in answer:
-                return Outcome(job.number, job.wanted, None, False, str(answer["error"]))
+                return BuildOutcome(job.number, job.wanted, None, False, str(answer["error"]))
             if "os_error" in answer:
                 raise self.not_written(str(answer["os_error"]))
             result = Result.model_validate(answer["result"])
@@ -271,7 +278,7 @@ class _Building:
         finally:
             for path in written:
                 self.store.aside(path).unlink(missing_ok=True)
-        return Outcome(job.number, job.wanted, record, True)
+        return BuildOutcome(job.number, job.wanted, record, True)
 
     def request(self, job: _Job, plan: str, report: str, timings: str | None = None) -> Request:
         stage = self.bundle.manifest.stages[job.number]
@@ -326,8 +333,8 @@ class _Building:
         )
 
 
-def _step(job: _Job, told: Answer) -> Step:
-    return Step(job.number, job.wanted, str(told["phase"]), int(str(told["step"])), int(str(told["steps"])))
+def _step(job: _Job, told: Answer) -> BuildProgress:
+    return BuildProgress(job.number, job.wanted, str(told["phase"]), int(str(told["step"])), int(str(told["steps"])))
 
 
 def _timings(wanted: Wanted) -> str:

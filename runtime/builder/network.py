@@ -12,7 +12,7 @@ from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.caches import past_names
 from stageline.runtime.engines.tensorrt.lower import Lowered
-from stageline.runtime.engines.tensorrt.records import Options, Profile
+from stageline.runtime.engines.tensorrt.records import OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE
 
 Progress = Callable[[str, int, int], bool]
@@ -56,7 +56,7 @@ def build(
     lowered: Lowered,
     target: str,
     capacity: int | None,
-    profiles: tuple[Profile, ...],
+    profiles: tuple[OptimizationProfile, ...],
     options: Options,
     timings: bytes | None,
     progress: Progress,
@@ -146,7 +146,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class ProgressMonitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
@@ -161,7 +161,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
         def phase_finish(self, phase: str) -> None:
             progress(phase, self.steps[phase], self.steps.pop(phase))
 
-    return Monitor()
+    return ProgressMonitor()
 
 
 def _reason(network: Network) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.manifest import BATCH, LENGTH, PICKS, Manifest, TensorSpec
-from stageline.runtime.engines.tensorrt.records import Profile, Span
-from stageline.runtime.workload import Load
+from stageline.runtime.engines.tensorrt.records import OptimizationProfile, SizeRange
+from stageline.runtime.workload import Workload
 
 
-def profiles_of(manifest: Manifest, load: Load) -> tuple[Profile, ...]:
+def profiles_of(manifest: Manifest, load: Workload) -> tuple[OptimizationProfile, ...]:
     """The profiles of a bundle's engines.
 
     A model without caches has one, `rows`: up to `load.batch` rows of up to what the model can place, chosen for full
@@ -19,21 +19,21 @@ def profiles_of(manifest: Manifest, load: Load) -> tuple[Profile, ...]:
     if not manifest.cached:
         longest = max(load.length, (manifest.text and manifest.text.max_length) or 0)
         longest = min(longest, manifest.max_positions or longest)
-        length = Span(least=1, best=min(load.length, longest), most=longest)
-        return (Profile(name="rows", sizes={BATCH: _up_to(load.batch), LENGTH: length}),)
+        length = SizeRange(least=1, best=min(load.length, longest), most=longest)
+        return (OptimizationProfile(name="rows", sizes={BATCH: _up_to(load.batch), LENGTH: length}),)
     batch, chunk = _up_to(load.slots), _up_to(min(load.length, load.context))
-    one, at_most_one = Span(least=1, best=1, most=1), Span(least=0, best=1, most=1)
+    one, at_most_one = SizeRange(least=1, best=1, most=1), SizeRange(least=0, best=1, most=1)
     return (
-        Profile(name="decode", sizes={BATCH: batch, LENGTH: one, PICKS: at_most_one}),
-        Profile(name="prefill", sizes={BATCH: batch, LENGTH: chunk, PICKS: at_most_one}),
-        Profile(name="rows", sizes={BATCH: batch, LENGTH: chunk, PICKS: chunk}),
+        OptimizationProfile(name="decode", sizes={BATCH: batch, LENGTH: one, PICKS: at_most_one}),
+        OptimizationProfile(name="prefill", sizes={BATCH: batch, LENGTH: chunk, PICKS: at_most_one}),
+        OptimizationProfile(name="rows", sizes={BATCH: batch, LENGTH: chunk, PICKS: chunk}),
     )
 
 
-def narrowed(profiles: Iterable[Profile], inputs: Iterable[TensorSpec]) -> tuple[Profile, ...]:
+def narrowed(profiles: Iterable[OptimizationProfile], inputs: Iterable[TensorSpec]) -> tuple[OptimizationProfile, ...]:
     """The profiles with the dimensions that a stage's inputs have; those that then say the same become one."""
     free = {size for spec in inputs for size in spec.shape if isinstance(size, str)}
-    result: dict[str, Profile] = {}
+    result: dict[str, OptimizationProfile] = {}
     for profile in profiles:
         for name in free - set(profile.sizes):
             raise EngineError(
@@ -47,11 +47,11 @@ def narrowed(profiles: Iterable[Profile], inputs: Iterable[TensorSpec]) -> tuple
     return tuple(result.values())
 
 
-def shapes(spec: TensorSpec, profile: Profile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def shapes(spec: TensorSpec, profile: OptimizationProfile) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The least, best and largest shape of an input in a profile."""
-    sizes = [profile.sizes[s] if isinstance(s, str) else Span(least=s, best=s, most=max(s, 1)) for s in spec.shape]
+    sizes = [profile.sizes[s] if isinstance(s, str) else SizeRange(least=s, best=s, most=max(s, 1)) for s in spec.shape]
     return tuple(s.least for s in sizes), tuple(s.best for s in sizes), tuple(s.most for s in sizes)
 
 
-def _up_to(most: int) -> Span:
-    return Span(least=1, best=most, most=most)
+def _up_to(most: int) -> SizeRange:
+    return SizeRange(least=1, best=most, most=most)

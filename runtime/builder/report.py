@@ -21,7 +21,7 @@ class Layer(BaseModel):
     shapes: tuple[tuple[int, ...], ...]
 
 
-class Report(BaseModel):
+class EngineReport(BaseModel):
     """`source` says how much to make of it: of a network the layers are those given to TensorRT, before it fuses
     them, and `memory_bytes`, the scratch memory of each profile, is not known."""
 
@@ -37,7 +37,7 @@ class Report(BaseModel):
     outputs: tuple[TensorSpec, ...]
 
 
-def of_network(network: Network, lowered: Lowered) -> Report:
+def of_network(network: Network, lowered: Lowered) -> EngineReport:
     """The report of a network that was parsed."""
     layers = []
     for place in range(network.definition.num_layers):
@@ -54,7 +54,7 @@ def of_network(network: Network, lowered: Lowered) -> Report:
     return _report("network", layers, lowered, None)
 
 
-def of_engine(trt: Any, engine: Any, lowered: Lowered) -> Report:
+def of_engine(trt: Any, engine: Any, lowered: Lowered) -> EngineReport:
     """The report of an engine that was loaded: the layers after fusion, and the memory of each profile."""
     told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     layers = []
@@ -78,8 +78,8 @@ def of_engine(trt: Any, engine: Any, lowered: Lowered) -> Report:
 
 def _report(
     source: Literal["engine", "network"], layers: list[Layer], lowered: Lowered, memory: tuple[int, ...] | None
-) -> Report:
-    return Report(
+) -> EngineReport:
+    return EngineReport(
         source=source,
         layers=tuple(layers),
         kinds=dict(Counter(layer.kind for layer in layers).most_common()),

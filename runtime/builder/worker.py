@@ -14,13 +14,13 @@ from typing import Any
 from pydantic import BaseModel
 from stageline.models.errors import StagelineError
 from stageline.runtime.builder import network
-from stageline.runtime.builder.report import Report, of_engine, of_network
+from stageline.runtime.builder.report import EngineReport, of_engine, of_network
 from stageline.runtime.bundle.folder import file_sha256
 from stageline.runtime.bundle.manifest import FileEntry
 from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName
 from stageline.runtime.engines.tensorrt.lower import Precision, lower
-from stageline.runtime.engines.tensorrt.records import Options, Profile
+from stageline.runtime.engines.tensorrt.records import OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.targets import gpu_here
 
 _EVERY_S = 0.1
@@ -35,7 +35,7 @@ class Request(BaseModel):
     target: str
     precision: Precision
     capacity: int
-    profiles: tuple[Profile, ...]
+    profiles: tuple[OptimizationProfile, ...]
     options: Options
     plan: Path
     report: Path
@@ -83,7 +83,7 @@ def build(request: Request, progress: network.Progress) -> Result:
     )
 
 
-def _report(trt: Any, parsed: network.Network, lowered: Any, plan: Any) -> Report:
+def _report(trt: Any, parsed: network.Network, lowered: Any, plan: Any) -> EngineReport:
     if gpu_here() is not None:
         engine = trt.Runtime(parsed.logger).deserialize_cuda_engine(plan)
         if engine is not None:  # built for another GPU than the one here

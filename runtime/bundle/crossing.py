@@ -18,7 +18,7 @@ _UNBOUNDED = math.inf
 
 
 @dataclass(frozen=True)
-class Plan:
+class Crossing:
     """Where the cuts are and what crosses them."""
 
     manifest: Manifest
@@ -30,7 +30,7 @@ class Plan:
     prologue: "Prologue"
 
     @classmethod
-    def of(cls, manifest: Manifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Plan":
+    def of(cls, manifest: Manifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
         """The plan for stages of `counts` blocks each."""
         ends = list(itertools.accumulate(counts))
         ranges = tuple((end - count, end - 1) for end, count in zip(ends, counts, strict=True))

@@ -105,7 +105,7 @@ class Stage(_Data):
     caches: tuple[CacheSpec, ...] = ()
 
 
-class Text(_Data):
+class TextSettings(_Data):
     """How text becomes tensors. `max_length` counts tokens, special ones included."""
 
     tokenizer: BundlePath
@@ -127,7 +127,7 @@ class Manifest(_Data):
     outputs: tuple[TensorSpec, ...]
     vocabulary: int | None = None  # token ids are below this
     max_positions: int | None = None  # tokens in a row that the model can place
-    text: Text | None = None
+    text: TextSettings | None = None
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)
     stages: tuple[Stage, ...] = Field(min_length=1)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from stageline.models.errors import BundleError, StagelineError
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.balance import balance, part_costs
-from stageline.runtime.bundle.crossing import Plan
+from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle, file_entry, removed_on_failure, write_manifest
 from stageline.runtime.bundle.manifest import FileEntry, Manifest, Stage
 from stageline.runtime.bundle.stitch import stitch
@@ -38,7 +38,7 @@ def write_stages(
     folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], parts: Sequence[ir.Model], counts: Sequence[int]
 ) -> tuple[list[Stage], list[FileEntry]]:
     """Stitch the stages that `counts` blocks each make and write them into `folder`, each aside and then renamed."""
-    plan = Plan.of(manifest, parts, counts)
+    plan = Crossing.of(manifest, parts, counts)
     stages, entries = [], []
     for number in range(len(counts)):
         model, stage = stitch(plan, number, tensors, folder)

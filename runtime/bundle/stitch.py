@@ -11,12 +11,12 @@ from pathlib import Path
 import onnx_ir as ir
 from stageline.models.errors import BundleError
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.crossing import Plan, _uses
+from stageline.runtime.bundle.crossing import Crossing, _uses
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, ir_dtype, size_read
 from stageline.runtime.bundle.manifest import CacheSpec, Stage, TensorSpec, Use
 
 
-def stitch(plan: Plan, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
+def stitch(plan: Crossing, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
     """Stage `number` of the plan as a model whose weights are references into the weight files of `folder`."""
     first, last = plan.ranges[number]
     builder = _Builder(plan, tensors, folder)
@@ -57,7 +57,7 @@ def stitch(plan: Plan, number: int, tensors: Mapping[str, TensorEntry], folder: 
 class _Builder:
     """Grows one stage's graph use by use; `values` holds what the model's values are in it."""
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, TensorEntry], folder: Path):
+    def __init__(self, plan: Crossing, tensors: Mapping[str, TensorEntry], folder: Path):
         self.plan, self.tensors, self.folder = plan, tensors, folder
         self.values: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []

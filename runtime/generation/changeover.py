@@ -9,11 +9,11 @@ from time import perf_counter
 from stageline.runtime.engines import Engine, Value
 from stageline.runtime.generation.scheduler import Continuation
 from stageline.runtime.stages.lanes import Lanes
-from stageline.runtime.stages.route import Step as Hop
+from stageline.runtime.stages.route import Hop
 
 
 @dataclass(eq=False, slots=True)
-class Change:
+class Changeover:
     """Go on with `lanes` and the way `hops` through them. `pause_s` is the time from asking until steps go on.
 
     With `keep_caches` no step is issued from now on, and those under way are waited for: no continuation notices.

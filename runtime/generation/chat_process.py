@@ -37,7 +37,7 @@ class TooLongError(Exception):
     """The template writes more than it may."""
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """{% generation %} marks the assistant's words for training; here it is only a scope, as in transformers."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -64,7 +64,7 @@ def _strftime_now(form: str) -> str:
 
 def _compile(sources: dict[str, str]) -> dict[str, Template]:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}

@@ -21,17 +21,17 @@ from time import perf_counter
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.engines import Array, Engine, Value
-from stageline.runtime.generation.changeover import Change, move_caches
+from stageline.runtime.generation.changeover import Changeover, move_caches
 from stageline.runtime.generation.meter import GenerationStats, Meter
-from stageline.runtime.generation.request import Completion, GenerationRequest, Piece
+from stageline.runtime.generation.request import Completion, Delta, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
 from stageline.runtime.generation.sampling import Drawn, sample
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.generation.stream import Generation
-from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.stages.lanes import Lane, Lanes, StageStats
 from stageline.runtime.stages.recorder import Kind
-from stageline.runtime.stages.route import Step as Hop
+from stageline.runtime.stages.route import Hop
 
 
 @dataclass(eq=False, slots=True)
@@ -60,7 +60,7 @@ class Generator:
     driver alone knows when no step is on its way through them. `go_on` exchanges the lanes: the driver then lets go of
     the ones it had, and whoever asked closes them."""
 
-    def __init__(self, lanes: Lanes, hops: Sequence[Hop], decoder: Decoder, slots: int, capacity: int, chunk: int):
+    def __init__(self, lanes: Lanes, hops: Sequence[Hop], decoder: TextModel, slots: int, capacity: int, chunk: int):
         """`hops`: the way of a step through all the stages, to `logits`. The stages' engines have caches of `slots` x
         `capacity`; a prompt goes through in chunks of `chunk` tokens."""
         self.decoder, self.capacity = decoder, capacity
@@ -72,7 +72,7 @@ class Generator:
         self._meter = Meter(slots)
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._in_flight = self._arrivals = 0
-        self._change: Change | None = None
+        self._change: Changeover | None = None
         self._closing = False
         self._closed = False
         self._lock = threading.Lock()  # between `submit` and `close`: no request comes after the last event
@@ -91,12 +91,12 @@ class Generator:
         return generation
 
     def go_on(self, lanes: Lanes, hops: Sequence[Hop], keep_caches: bool) -> "Future[float]":
-        """Change over to other lanes between two steps, as `Change` says; one change at a time.
+        """Change over to other lanes between two steps, as `Changeover` says; one change at a time.
 
         The future gives the pause in seconds; while it fails or is cancelled, the lanes are those of before. Its error
         is a RequestError where the pipeline was closed meanwhile, else what an engine raised.
         """
-        change = Change(lanes, hops, keep_caches)
+        change = Changeover(lanes, hops, keep_caches)
         with self._lock:
             if self._closed:
                 raise RequestError("the pipeline is closed")
@@ -178,7 +178,7 @@ class Generator:
             self._meter.cancelled += 1
             self._forget(job)
 
-    def _change_asked(self, change: Change) -> None:
+    def _change_asked(self, change: Changeover) -> None:
         if self._change is not None:  # its asker has given up
             change.held += self._change.held
         self._change = change
@@ -189,11 +189,11 @@ class Generator:
                     self._scheduler.waiting.remove(continuation)
                     change.held.append(continuation)
 
-    def _ready_for(self, change: Change) -> bool:
+    def _ready_for(self, change: Changeover) -> bool:
         idle = not self._scheduler.running and not self._scheduler.waiting
         return self._in_flight == 0 and (change.keep_caches or idle)
 
-    def _make(self, change: Change) -> None:
+    def _make(self, change: Changeover) -> None:
         """Exchange the lanes; no step is under way."""
         self._change = None
         if change.pause_s.set_running_or_notify_cancel():
@@ -269,7 +269,7 @@ class Generator:
         if len(wanted) < len(logits):
             logits = logits[[place for place, _ in wanted]]
         choices = [self._choices[continuation] for _, continuation in wanted]
-        pieces: dict[Generation, list[Piece]] = {}
+        pieces: dict[Generation, list[Delta]] = {}
         for choice, result in zip(choices, sample(logits, [choice.row for choice in choices]), strict=True):
             if choice.continuation.ended:
                 continue  # a choice beside it has failed
@@ -283,7 +283,7 @@ class Generator:
             if job.generation in self._jobs and all(choice.finish_reason for choice in job.choices):
                 self._end(job, job.completion(now))
 
-    def _add(self, choice: RunningChoice, drawn: Drawn, now: float) -> Piece:
+    def _add(self, choice: RunningChoice, drawn: Drawn, now: float) -> Delta:
         job = choice.job
         piece = choice.add(drawn, self.decoder.end_ids)
         if choice.number == 0:

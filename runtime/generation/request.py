@@ -132,7 +132,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """What one choice has new. Its texts joined are the choice's text; a piece may be empty where it ends the choice
     or where its tokens do not make whole characters yet. str() gives the text."""
 

@@ -7,15 +7,15 @@ from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.request import (
     Choice,
     Completion,
+    Delta,
     FinishReason,
     GenerationRequest,
-    Piece,
     TokenLogprob,
 )
 from stageline.runtime.generation.sampling import Drawn, Row
 from stageline.runtime.generation.scheduler import Continuation
 from stageline.runtime.generation.stream import Generation
-from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.generation.text_model import TextModel
 
 
 @dataclass(eq=False, slots=True)
@@ -37,7 +37,7 @@ class RunningChoice:
         """The tokens drawn so far."""
         return self.continuation.tokens[self.continuation.prompt_length :]
 
-    def add(self, drawn: Drawn, end_ids: tuple[int, ...]) -> Piece:
+    def add(self, drawn: Drawn, end_ids: tuple[int, ...]) -> Delta:
         """Write a token down; its piece has a reason to finish if it is the last."""
         token, sampling = drawn.token_id, self.job.request.sampling
         self.continuation.tokens.append(token)
@@ -55,7 +55,7 @@ class RunningChoice:
         self.written.append(text)
         logprobs = () if drawn.logprob is None else (drawn.logprob,)
         self.logprobs.extend(logprobs)
-        return Piece(self.number, text, (token,), logprobs, self.finish_reason)
+        return Delta(self.number, text, (token,), logprobs, self.finish_reason)
 
 
 @dataclass(eq=False, slots=True)
@@ -74,7 +74,7 @@ class Job:
     token_times: list[float] = field(default_factory=list)
     """Of the first choice."""
 
-    def begin(self, decoder: Decoder, capacity: int) -> None:
+    def begin(self, decoder: TextModel, capacity: int) -> None:
         """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
         sampling = self.request.sampling
         room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache

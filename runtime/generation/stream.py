@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from stageline.runtime.generation.request import Completion, Piece
+from stageline.runtime.generation.request import Completion, Delta
 
 
 class Generation:
@@ -20,12 +20,12 @@ class Generation:
     def __init__(self) -> None:
         self.future: Future[Completion] = Future()
         """Done with the request. Cancelling it cancels the request and frees its slots at the next step."""
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[Delta] = deque()
         self._news = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
         self.future.add_done_callback(lambda future: self.push(()))
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Delta]:
         try:
             while True:
                 with self._news:
@@ -38,7 +38,7 @@ class Generation:
         if not self.future.cancelled():
             self.future.result()
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
             while True:
                 await self._wait()
@@ -66,7 +66,7 @@ class Generation:
         """Stop generating; True unless it was done. Its slots are free at the next step."""
         return self.future.cancel()
 
-    def push(self, pieces: Sequence[Piece]) -> None:
+    def push(self, pieces: Sequence[Delta]) -> None:
         """Hand pieces to the reader, or wake it at the end."""
         with self._news:
             self._pieces.extend(pieces)
@@ -79,7 +79,7 @@ class Generation:
             except RuntimeError:  # the loop was closed: nobody reads any more
                 self.cancel()
 
-    def _taken(self) -> list[Piece]:
+    def _taken(self) -> list[Delta]:
         with self._news:
             taken = list(self._pieces)
             self._pieces.clear()

@@ -9,7 +9,7 @@ from stageline.models.tokenizer import TextEncoder
 
 
 @dataclass(frozen=True)
-class Decoder:
+class TextModel:
     """A model that generates: its tokens are below `vocabulary`, those of `end_ids` end a text."""
 
     vocabulary: int

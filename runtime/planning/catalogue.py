@@ -15,7 +15,7 @@ Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
-class Device(pydantic.BaseModel):
+class DeviceKind(pydantic.BaseModel):
     """A kind of device, as devices.toml or a cluster file gives it. `tflops` by dtype, dense; GB are decimal.
 
     `source` says where the figures are from; price, idle power and efficiencies are assumptions (see devices.toml).
@@ -37,7 +37,7 @@ class Device(pydantic.BaseModel):
     peer_latency_us: Annotated[float, pydantic.Field(ge=0)]
 
     @pydantic.model_validator(mode="after")
-    def _idle_below_busy(self) -> "Device":
+    def _idle_below_busy(self) -> "DeviceKind":
         if self.idle_w > self.busy_w:
             raise ValueError(f"idle_w {self.idle_w:g} is above busy_w {self.busy_w:g}")
         return self
@@ -75,14 +75,14 @@ class Rates:
 
 
 @cache
-def catalogue() -> dict[str, Device]:
+def catalogue() -> dict[str, DeviceKind]:
     """The devices of devices.toml by name."""
     data = tomllib.loads(files("stageline.runtime.planning").joinpath("devices.toml").read_text())
     defaults = data.pop("defaults")
-    return {name: Device.model_validate({**defaults, **entry}) for name, entry in data.items()}
+    return {name: DeviceKind.model_validate({**defaults, **entry}) for name, entry in data.items()}
 
 
-def device_kind(name: str) -> Device:
+def device_kind(name: str) -> DeviceKind:
     """The catalogue's device called `name`, upper and lower case alike. StagelineError that lists the known ones."""
     known = {kind.lower(): device for kind, device in catalogue().items()}
     if name.lower() not in known:

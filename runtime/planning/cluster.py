@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 from stageline.models.errors import StagelineError
-from stageline.runtime.planning.catalogue import Device, Positive, catalogue, device_kind
+from stageline.runtime.planning.catalogue import DeviceKind, Positive, catalogue, device_kind
 from stageline.runtime.planning.problem import Link
 
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -21,7 +21,7 @@ class Kind:
     """Devices that are alike. `device` is None for this machine's processors, of which each takes `threads`."""
 
     name: str
-    device: Device | None
+    device: DeviceKind | None
     names: tuple[str, ...]
     threads: int = 1
 
@@ -76,7 +76,7 @@ def parse_devices(text: str, handover_s: float = 0.0) -> Cluster:
     A link between kinds is as fast as the slower of their own; processors of this machine hand over in `handover_s`.
     """
     names: dict[tuple[str, int], list[str]] = {}
-    devices: dict[tuple[str, int], Device | None] = {}
+    devices: dict[tuple[str, int], DeviceKind | None] = {}
     for word in text.split(","):
         found = re.fullmatch(r"\s*(?:(\d+)x)?([A-Za-z0-9:+-]+)\s*", word)
         if found is None or found[1] == "0":
@@ -165,7 +165,7 @@ def _kinds(entry: Mapping[str, Any], path: Path, ordered: bool) -> list[Kind]:
         base = device_kind(str(kind)).model_dump() if kind is not None else _DEFAULTS
     except StagelineError as error:
         raise StagelineError(f"{path}: device {name!r}: {error}") from error
-    device = _valid(Device, {**base, **own}, path, f"device {name!r}: ")
+    device = _valid(DeviceKind, {**base, **own}, path, f"device {name!r}: ")
     names = [name if count == 1 else f"{name}:{number}" for number in range(count)]
     if ordered:
         return [Kind(name, device, (one,)) for one in names]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.crossing import Plan
+from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.graph import ir_dtype
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 from stageline.runtime.engines.base import WeightDtype
@@ -238,7 +238,7 @@ def cut_values(manifest: Manifest, parts: Sequence[ir.Model]) -> list[tuple[Tens
     """What a stage beginning with each block is sent: hidden state, shared values, inputs of the model."""
     found: list[tuple[TensorSpec, ...]] = [()]
     for first in range(1, manifest.blocks):
-        plan = Plan.of(manifest, parts, [first, manifest.blocks - first])
+        plan = Crossing.of(manifest, parts, [first, manifest.blocks - first])
         found.append(tuple(plan.specs[name] for name in plan.inputs[1]))
     return found
 

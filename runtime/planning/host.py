@@ -12,9 +12,9 @@ from stageline.runtime.engines import Array, Device, Value
 from stageline.runtime.executor import generation_hops
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.request import GenerationRequest, Sampling
-from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.stages.lanes import Lanes, PipelineStage
-from stageline.runtime.stages.opening import Cut
+from stageline.runtime.stages.opening import StageSet
 
 _ROUNDS, _ROWS, _TOKENS, _CAPACITY = 3, 8, 200, 1024
 
@@ -48,15 +48,15 @@ class Instant:
         """Nothing is held."""
 
 
-def bundle_decoder(bundle: Bundle) -> Decoder:
+def bundle_decoder(bundle: Bundle) -> TextModel:
     """The bundle's tokenizer and vocabulary; no token ends a text."""
     text, encoder = bundle.manifest.text, None
     if text is not None:
         encoder = TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)
-    return Decoder(bundle.manifest.vocabulary or 2, (), encoder)
+    return TextModel(bundle.manifest.vocabulary or 2, (), encoder)
 
 
-def step_s(decoder: Decoder, rows: int, stages: int, sampling: Sampling) -> float:
+def step_s(decoder: TextModel, rows: int, stages: int, sampling: Sampling) -> float:
     """Seconds between steps when `rows` continuations run through stages that take no time."""
     logits = np.random.default_rng(0).standard_normal((rows, 1, decoder.vocabulary), dtype=np.float32)
     names = ["input_ids", *(f"hidden.{n}" for n in range(1, stages)), "logits"]
@@ -65,7 +65,7 @@ def step_s(decoder: Decoder, rows: int, stages: int, sampling: Sampling) -> floa
         for n in range(stages)
     ]
     lanes = Lanes(opened, None)
-    hops = generation_hops(Cut(tuple(opened)))
+    hops = generation_hops(StageSet(tuple(opened)))
     generator = Generator(lanes, hops, decoder, rows, _CAPACITY, 128)
     try:
         began = perf_counter()

@@ -26,7 +26,7 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 from stageline.models.errors import StagelineError
-from stageline.runtime.bundle.crossing import Plan
+from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.bundle.stitch import stitch
@@ -37,7 +37,7 @@ from stageline.runtime.engines.base import CacheSize, WeightDtype
 from stageline.runtime.engines.lowering.nbits import MOST_BYTES, bytes_per_weight
 from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.host import driver_times_s
-from stageline.runtime.planning.profile import Contention, Grid, Machine, Point, Profile
+from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point
 from stageline.runtime.workload import Shape
 
 _FEWEST_RUNS, _MOST_RUNS, _POINT_S = 2, 40, 0.1
@@ -70,7 +70,7 @@ def measure(
     progress: Callable[[str], None] = lambda step: None,
     passes: int = 3,
     weights: WeightDtype | None = None,
-) -> Profile:
+) -> MachineProfile:
     """Time the bundle's parts for each number of threads that this machine has processors for, so many times, in
     engines opened with `weights`."""
     cores = allowed_cores()
@@ -93,7 +93,7 @@ def measure(
         for one in _contention(model, count, cores, grids):
             beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
-    return Profile(
+    return MachineProfile(
         machine=Machine.here(weights),
         handover_s=_handover_s(cores),
         host_step_s=step_s,
@@ -172,7 +172,7 @@ class _Model:
         manifest = self.bundle.manifest
         counts = [count for count in (first, end - first, manifest.blocks - end) if count]
         number = 1 if first else 0
-        model, stage = stitch(Plan.of(manifest, self.parts, counts), number, self.bundle.tensors, self.bundle.path)
+        model, stage = stitch(Crossing.of(manifest, self.parts, counts), number, self.bundle.tensors, self.bundle.path)
         file = scratch / f"{first}-{end}.onnx"
         file.write_bytes(ir.to_proto(model).SerializeToString())
         opening = StageFile(number, file, self.bundle.path, stage.caches)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from stageline.runtime.planning.paths import Chain, Floats, Pool, Question, Tables
+from stageline.runtime.planning.paths import BoundedPaths, Chain, Floats, Question, Tables
 from stageline.runtime.planning.problem import Objective, Plan, PlannedStage, Problem
 
 _CLOSE = 1e-12  # relative: two values nearer than this are one, summed in another order
@@ -76,7 +76,7 @@ class _Weights:
 
 def _best(tables: Tables, objective: Objective) -> Plan | None:
     problem = tables.problem
-    paths = Chain.in_order(tables) if problem.counts is None else Pool(tables)
+    paths = Chain.in_order(tables) if problem.counts is None else BoundedPaths(tables)
     best = _branch(tables, paths, _Weights.of(problem, objective))
     if best is None or objective != "throughput":
         return best
@@ -85,7 +85,7 @@ def _best(tables: Tables, objective: Objective) -> Plan | None:
     return _planned(problem, stages if answered else paths.shortest(question)) or best
 
 
-def _branch(tables: Tables, paths: Chain | Pool, weights: _Weights) -> Plan | None:
+def _branch(tables: Tables, paths: Chain | BoundedPaths, weights: _Weights) -> Plan | None:
     times = tables.stage_times()
     least = weights.plan + float(weights.device.min())
     best, value = None, np.inf

@@ -173,7 +173,7 @@ class Chain:
         return stages[::-1]
 
 
-class Pool:
+class BoundedPaths:
     """Paths that use up a number of devices of each kind.
 
     Most often the cheapest path takes fewer devices than there are: it is looked for first, as a chain in which each

@@ -16,11 +16,11 @@ from stageline.runtime.planning.cluster import Cluster, Kind
 from stageline.runtime.planning.cost import UseCost, cut_values, use_costs, values_bytes
 from stageline.runtime.planning.partition import best_plan, runner_up
 from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, PlannedStage, Problem
-from stageline.runtime.planning.profile import Profile, command
+from stageline.runtime.planning.profile import MachineProfile, command
 from stageline.runtime.planning.shortage import smallest_shortage
 from stageline.runtime.planning.simulate import Setting, SimulatedStage
 from stageline.runtime.planning.timings import Timings
-from stageline.runtime.workload import Load, Shape
+from stageline.runtime.workload import Shape, Workload
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
 _MOST_STAGES = 16  # that are tried one by one for a model with caches
@@ -65,10 +65,10 @@ class Planner:
 
     bundle: Bundle
     cluster: Cluster
-    load: Load
+    load: Workload
     dtype: str = "float32"
     overlap: bool = True
-    profile: Profile | None = None
+    profile: MachineProfile | None = None
     layers: tuple[int, ...] | None = None
     replicas: int = 1
 
@@ -325,7 +325,7 @@ class Planner:
                     yield f"{kind.count + more} x {kind.name} instead of {kind.count}"
                     break
 
-    def _with(self, load: Load) -> "Planner":
+    def _with(self, load: Workload) -> "Planner":
         return replace(self, load=load)
 
 

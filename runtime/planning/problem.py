@@ -124,7 +124,7 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
-class StageFigures:
+class StageCost:
     """What a stage costs for each micro-batch. `occupied_s` is the time from one micro-batch to the next that the stage
     alone would allow; `bubble` is the share of the bottleneck's time in which it waits, 0 to 1."""
 
@@ -144,7 +144,7 @@ class Plan:
     """
 
     stages: tuple[PlannedStage, ...]
-    figures: tuple[StageFigures, ...]
+    figures: tuple[StageCost, ...]
     bottleneck_s: float
     latency_s: float
     price_per_h: float
@@ -167,7 +167,7 @@ class Plan:
         return cls(
             tuple(stages),
             tuple(
-                StageFigures(
+                StageCost(
                     compute_s,
                     copy_s,
                     occupied_s,

@@ -98,7 +98,7 @@ class Contention(_Data):
     share: float = pydantic.Field(ge=0)
 
 
-class Profile(_Data):
+class MachineProfile(_Data):
     """What was measured on a machine. `handover_s` is that of a micro-batch from a worker to the next, `host_step_s`
     what the driver of generation takes for a step besides, and `host_row_s` for each row of it."""
 
@@ -132,7 +132,7 @@ class Grid:
         return [Shape(*corner) for corner in itertools.product(*ends)]
 
 
-def save(bundle: Bundle, profile: Profile) -> Path:
+def save(bundle: Bundle, profile: MachineProfile) -> Path:
     """Write the profile into the bundle, aside and then renamed; the path of its file."""
     folder = bundle.path / FOLDER
     folder.mkdir(exist_ok=True)
@@ -147,7 +147,7 @@ def command(folder: Path, weights: WeightDtype | None) -> str:
     return f"stageline profile {folder}" + (f" --weights {weights}" if weights else "")
 
 
-def load(folder: Path, machine: Machine) -> tuple[Profile, str | None]:
+def load(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
     """The profile of `machine` in the bundle's folder, or the nearest other one with a warning that names both.
 
     The same machine with other weights is nearer than another machine with these: the parts' shares of the time, the
@@ -172,10 +172,10 @@ def load(folder: Path, machine: Machine) -> tuple[Profile, str | None]:
     return profile, f"{told}: times may be far off; run {wanted}"
 
 
-def _read(file: Path) -> Profile:
+def _read(file: Path) -> MachineProfile:
     """BundleError where it is not valid."""
     try:
-        return Profile.model_validate_json(file.read_bytes())
+        return MachineProfile.model_validate_json(file.read_bytes())
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

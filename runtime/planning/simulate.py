@@ -76,7 +76,7 @@ class TextRequest:
 
 
 @dataclass(frozen=True)
-class Report:
+class SimulationResult:
     """What a run gave, from its first arrival to its last result.
 
     `ttft` is the time to the first token, `tpot` the time for each one after it (both of generation only), `wait` what
@@ -100,7 +100,7 @@ class Report:
 
 def simulate_batches(
     setting: Setting, requests: Sequence[BatchRequest], micro_rows: int | None = None, seed: int = 0
-) -> Report:
+) -> SimulationResult:
     """Requests cut into micro-batches of at most `micro_rows` rows, each done when all of its micro-batches are.
 
     None: as the pipeline cuts rows of one length.
@@ -129,7 +129,7 @@ def simulate_batches(
 
 def simulate_generation(
     setting: Setting, requests: Sequence[TextRequest], slots: int, capacity: int, chunk: int, seed: int = 0
-) -> Report:
+) -> SimulationResult:
     """Requests that share `slots` cache rows of `capacity` tokens, prompts read in chunks of `chunk` tokens.
 
     StagelineError where a request does not fit a cache row.
@@ -137,7 +137,7 @@ def simulate_generation(
     longest = max((request.prompt + request.output for request in requests), default=0)
     if longest > capacity:
         raise StagelineError(f"a request has {longest} tokens, a cache row holds {capacity}; give a larger context")
-    return _Generation(setting, slots, capacity, chunk, seed).run_all(requests)
+    return _GenerationRun(setting, slots, capacity, chunk, seed).run_all(requests)
 
 
 @dataclass(eq=False, slots=True)
@@ -267,7 +267,7 @@ class _Run:
         self.area += self.inside * (self.now - self.changed_s)
         self.inside, self.changed_s = self.inside + change, self.now
 
-    def report(self) -> Report:
+    def report(self) -> SimulationResult:
         """Let everything happen and tell what it gave."""
         self.go()
         stages = self.setting.stages
@@ -277,7 +277,7 @@ class _Run:
             stage.busy_w * busy_s + stage.idle_w * max(0.0, duration_s - busy_s)
             for stage, busy_s in zip(stages, self.busy_s, strict=True)
         )
-        return Report(
+        return SimulationResult(
             len(self.latencies),
             duration_s,
             len(self.latencies) / duration_s if duration_s else 0.0,
@@ -300,7 +300,7 @@ class _Text:
     first_token_s: float = field(default=0.0)
 
 
-class _Generation(_Run):
+class _GenerationRun(_Run):
     """The runtime's scheduler, its steps run by simulated stages."""
 
     def __init__(self, setting: Setting, slots: int, capacity: int, chunk: int, seed: int):
@@ -309,7 +309,7 @@ class _Generation(_Run):
         self.scheduler = Scheduler(slots, capacity, min(stages, slots), chunk, stages)
         self.texts: dict[Continuation, _Text] = {}
 
-    def run_all(self, requests: Sequence[TextRequest]) -> Report:
+    def run_all(self, requests: Sequence[TextRequest]) -> SimulationResult:
         for number, request in enumerate(requests):
             self.at(request.arrival_s, lambda n=number, r=request: self.arrive(n, r))  # type: ignore[misc]
         return self.report()
@@ -352,8 +352,8 @@ class _Generation(_Run):
 
 
 def replicas_needed(
-    simulated: Callable[[float], Report], rate_per_s: float, ttft_p99_s: float, most: int = 100_000
-) -> tuple[int, Report] | None:
+    simulated: Callable[[float], SimulationResult], rate_per_s: float, ttft_p99_s: float, most: int = 100_000
+) -> tuple[int, SimulationResult] | None:
     """The fewest equal pipelines that share `rate_per_s` with the 99th percentile of the time to the first token (or of
     the latency, where there are no tokens) within `ttft_p99_s`, and the report of one of them; None where `most` are
     not enough.
@@ -363,7 +363,7 @@ def replicas_needed(
     would not be kept for longer than the simulated time.
     """
 
-    def held(replicas: int) -> Report | None:
+    def held(replicas: int) -> SimulationResult | None:
         report = simulated(rate_per_s / replicas)
         p99_s = report.ttft.p99 or report.latency.p99
         return report if p99_s <= ttft_p99_s else None

@@ -20,7 +20,7 @@ from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cost import UseCost
-from stageline.runtime.planning.profile import Point, Profile
+from stageline.runtime.planning.profile import MachineProfile, Point
 from stageline.runtime.workload import Shape
 
 Floats = npt.NDArray[np.float64]
@@ -50,7 +50,7 @@ class UseTimes:
 class Timings:
     """The time of each use on the profile's machine with so many threads."""
 
-    def __init__(self, profile: Profile, manifest: Manifest, threads: int, costs: Costs):
+    def __init__(self, profile: MachineProfile, manifest: Manifest, threads: int, costs: Costs):
         points = [point for point in profile.points if point.threads == threads]
         if not points:
             known = ", ".join(map(str, sorted({point.threads for point in profile.points})))

@@ -20,7 +20,7 @@ from stageline.runtime.planning.problem import DeviceCost, Link, Problem
 
 
 @dataclass(frozen=True)
-class Settings:
+class PolicySettings:
     """`margin` and `least_gain` are shares: 0.1 is a tenth. A rest doubles where the switch before it was less than
     four rests ago, up to `longest_rest_s`."""
 
@@ -34,7 +34,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Window:
+class Observation:
     """What the stages of `layers` blocks did for some time: `busy_s` and `runs` of each. `use_s` is what each use
     (prologue, blocks, epilogue) is told to take for the same work, in whatever unit, `later_stage_s` what every stage
     but the first takes besides."""
@@ -79,14 +79,14 @@ class Advice:
 class Policy:
     """What was seen lately, and what follows. `observe` is called for each window in turn."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: PolicySettings) -> None:
         self.settings = settings
-        self._uneven: list[Window] = []
+        self._uneven: list[Observation] = []
         self._rest_s = settings.rest_s
         self._switched_at = -math.inf
         self._rests_until = -math.inf
 
-    def observe(self, now_s: float, window: Window) -> Advice | None:
+    def observe(self, now_s: float, window: Observation) -> Advice | None:
         """Advice, where the latest windows call for another cut."""
         settings = self.settings
         if self._uneven and self._uneven[-1].layers != window.layers:
@@ -110,9 +110,9 @@ class Policy:
         self._switched_at, self._rests_until, self._uneven = now_s, now_s + self._rest_s, []
 
 
-def summed(windows: Sequence[Window]) -> Window:
+def summed(windows: Sequence[Observation]) -> Observation:
     """Windows of one cut as one."""
-    return Window(
+    return Observation(
         windows[0].layers,
         tuple(map(sum, zip(*(w.busy_s for w in windows), strict=True))),
         tuple(map(sum, zip(*(w.runs for w in windows), strict=True))),
@@ -121,7 +121,7 @@ def summed(windows: Sequence[Window]) -> Window:
     )
 
 
-def better_cut(window: Window) -> Advice | None:
+def better_cut(window: Observation) -> Advice | None:
     """The best cut into as many stages, each on the device of the stage that it takes the place of; None where that is
     the cut of now."""
     ends = list(itertools.accumulate(window.layers))

@@ -10,9 +10,9 @@ from typing import Literal
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.executor import Serving
+from stageline.runtime.executor import Executor
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds, work_seconds
-from stageline.runtime.rebalance.policy import Advice, Policy, Settings, Window
+from stageline.runtime.rebalance.policy import Advice, Observation, Policy, PolicySettings
 from stageline.runtime.stages.lanes import StageStats
 
 log = logging.getLogger("stageline.rebalance")
@@ -31,16 +31,16 @@ class Rebalancer:
 
     def __init__(
         self,
-        serving: Serving,
+        serving: Executor,
         past: int,
         recut: Callable[[Sequence[int]], object] | None,
-        settings: Settings | None = None,
+        settings: PolicySettings | None = None,
         weights: WeightDtype | None = None,
     ) -> None:
         """`recut` changes the cut; None: only advise. `past`: tokens that a decode step is taken to find in caches.
         `weights`: what the engines were opened with."""
         self._serving, self._past, self._recut, self._weights = serving, past, recut, weights
-        self._settings = settings or Settings()
+        self._settings = settings or PolicySettings()
         self._policy = Policy(self._settings)
         self._advice: Advice | None = None
         self._costs: tuple[Bundle, int, UseSeconds] | None = None
@@ -81,7 +81,7 @@ class Rebalancer:
             return
         amounts = {kind: amount.since(before[0].amounts[kind]) for kind, amount in after[0].amounts.items()}
         told = work_seconds(self._use_seconds(cut.bundle, after), amounts, self._past)
-        window = Window(
+        window = Observation(
             cut.layers,
             tuple(now.busy_s - then.busy_s for then, now in zip(before, after, strict=True)),
             tuple(now.runs - then.runs for then, now in zip(before, after, strict=True)),

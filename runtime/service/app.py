@@ -16,7 +16,7 @@ from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service import chat, completions, embeddings, schema
 from stageline.runtime.service.errors import ApiError, as_json, from_stageline, from_validation
 from stageline.runtime.service.limits import Door, Exchange
-from stageline.runtime.service.metrics import Answers, Counted, ServiceCollector
+from stageline.runtime.service.metrics import AnswerCounter, Counted, ServiceCollector
 from stageline.runtime.service.model import Model
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -38,7 +38,7 @@ def create_app(
     of each pipeline. BundleError for a bundle that can neither generate nor embed.
     """
     models = {name: Model(name, pipeline) for name, pipeline in pipelines.items()}
-    answers = Answers()
+    answers = AnswerCounter()
     registry = CollectorRegistry()
     registry.register(ServiceCollector(list(models.values()), answers))
     ProcessCollector(registry=registry)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Self
 
-from stageline.runtime.generation.request import MAX_CHOICES, Completion, Piece
+from stageline.runtime.generation.request import MAX_CHOICES, Completion, Delta
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.service.errors import ApiError
 from stageline.runtime.service.model import Model
@@ -42,7 +42,7 @@ class Generations:
         finally:
             self.cancel()
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """The pieces of all of them as they come, each with the number of its prompt. Closing it cancels them."""
         sources = [aiter(generation) for generation in self._all]
         coming = {asyncio.ensure_future(anext(source, None)): number for number, source in enumerate(sources)}

@@ -15,7 +15,7 @@ ROUTES = OPEN_TO_ALL | {"/v1/chat/completions", "/v1/completions", "/v1/embeddin
 _GONE = 499  # the client went away before an answer began
 
 
-class Answers:
+class AnswerCounter:
     """How many requests were answered, by route and status."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Answers:
 class Counted:
     """Middleware that counts into `answers`."""
 
-    def __init__(self, app: ASGIApp, answers: Answers) -> None:
+    def __init__(self, app: ASGIApp, answers: AnswerCounter) -> None:
         self._app, self._answers = app, answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +49,7 @@ class Counted:
 class ServiceCollector(Collector):
     """Reads everything at the moment of the scrape."""
 
-    def __init__(self, models: Sequence[Model], answers: Answers) -> None:
+    def __init__(self, models: Sequence[Model], answers: AnswerCounter) -> None:
         self._models, self._answers = models, answers
 
     def collect(self) -> Iterator[Metric]:

@@ -24,7 +24,7 @@ from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import Array, Device, HostCopy, Value
 from stageline.runtime.devices.cpu import CpuDevice
 from stageline.runtime.engines import Engine
-from stageline.runtime.stages.recorder import RUN_KINDS, Kind, Recorder, Traced
+from stageline.runtime.stages.recorder import RUN_KINDS, Kind, Recordable, Recorder
 
 Answer = TypeVar("Answer")
 
@@ -91,7 +91,7 @@ class Lane:
     most_rows: int | None = None
     """Of a batch, for an engine that was built for no more; known once it is open."""
 
-    def ran(self, began_s: float, work: Traced) -> None:
+    def ran(self, began_s: float, work: Recordable) -> None:
         """The engine ran, from `began_s` (of `perf_counter`) until now."""
         ended_s = perf_counter()
         self.busy_s += ended_s - began_s
@@ -104,7 +104,7 @@ class Lane:
         if self.recorder is not None:
             self.recorder.ran(self.number, began_s, ended_s, work)
 
-    def copied(self, began_s: float, work: Traced) -> None:
+    def copied(self, began_s: float, work: Recordable) -> None:
         """Something was copied for `work`, from `began_s` until now."""
         ended_s = perf_counter()
         self.copy_s += ended_s - began_s

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 from stageline.models.errors import BundleError
-from stageline.runtime.bundle.crossing import Plan
+from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import Stage
 from stageline.runtime.bundle.recut import plan_stages
@@ -20,7 +20,7 @@ from stageline.runtime.stages.lanes import PipelineStage
 
 
 @dataclass(frozen=True)
-class Cut:
+class StageSet:
     """Stages to be opened on `threads` processors in all (None: all this process may use), or each on its own one of
     `devices`. For those of a bundle, `layers` has the blocks of each."""
 
@@ -40,7 +40,7 @@ class Opener:
     cache: CacheSize | None
     weights: WeightDtype | None
 
-    def as_cut(self, bundle: Bundle, threads: int | None) -> Cut:
+    def as_cut(self, bundle: Bundle, threads: int | None) -> StageSet:
         """The stages that the bundle has on disk."""
         stages = bundle.manifest.stages
         places = self._places(len(stages))
@@ -49,10 +49,10 @@ class Opener:
             for number, (stage, place) in enumerate(zip(stages, places, strict=True))
         ]
         layers = tuple(stage.last_block - stage.first_block + 1 for stage in stages)
-        return Cut(tuple(opened), threads, places, bundle, layers)
+        return StageSet(tuple(opened), threads, places, bundle, layers)
 
     @contextmanager
-    def recut(self, bundle: Bundle, stages: int | Sequence[int], threads: int | None) -> Iterator[Cut]:
+    def recut(self, bundle: Bundle, stages: int | Sequence[int], threads: int | None) -> Iterator[StageSet]:
         """The bundle cut as `stages` says (see `bundle.plan_stages`). On disk it stays as it is: the graphs lie in a
         folder aside, which lasts as long as the context, so open the engines in it.
 
@@ -64,7 +64,7 @@ class Opener:
         if tuple(counts) == on_disk.layers:  # their engines may have been built ahead
             yield on_disk
             return
-        plan = Plan.of(bundle.manifest, parts, counts)
+        plan = Crossing.of(bundle.manifest, parts, counts)
         with tempfile.TemporaryDirectory(prefix="stageline-") as folder:
             opened, places = [], self._places(len(counts))
             for number in range(len(counts)):
@@ -75,7 +75,7 @@ class Opener:
                 except OSError as error:
                     raise BundleError(f"cannot write a stage to {file}: {error.strerror}") from error
                 opened.append(self._stage(number, stage, file, bundle, places[number]))
-            yield Cut(tuple(opened), threads, places, bundle, tuple(counts))
+            yield StageSet(tuple(opened), threads, places, bundle, tuple(counts))
 
     def _places(self, stages: int) -> tuple[str, ...]:
         return tuple(spread(self.devices[:stages], stages))

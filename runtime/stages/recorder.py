@@ -37,7 +37,7 @@ class RequestSpan:
     ended_s: float
 
 
-class Traced(Protocol):
+class Recordable(Protocol):
     """A micro-batch that can tell what it is; asked when it has run."""
 
     @property
@@ -63,7 +63,7 @@ class Recorder:
         self._requests: list[RequestSpan] = []
         self._stride = self._requests_stride = 1
 
-    def ran(self, stage: int, began_s: float, ended_s: float, work: Traced, copying: bool = False) -> None:
+    def ran(self, stage: int, began_s: float, ended_s: float, work: Recordable, copying: bool = False) -> None:
         """A stage ran a micro-batch, or copied something for it."""
         if not _kept(work.number, self._stride):
             return

@@ -7,7 +7,7 @@ from stageline.models.errors import BundleError
 
 
 @dataclass(frozen=True)
-class Step:
+class Hop:
     """Run `stage` for the values named in `fetch`, then keep only those named in `keep` for what comes after."""
 
     stage: int
@@ -17,18 +17,18 @@ class Step:
 
 def route(
     stages: Sequence[tuple[Sequence[str], Sequence[str]]], inputs: Sequence[str], outputs: Sequence[str]
-) -> tuple[Step, ...]:
+) -> tuple[Hop, ...]:
     """The steps from a model's inputs to its wanted outputs. `stages` holds the input and output names of each stage.
 
     A stage that gives nothing wanted is left out; a value is dropped after the last stage that reads it. BundleError
     if a stage reads, or the model gives, what neither an earlier stage nor the inputs hold.
     """
-    steps: list[Step] = []
+    steps: list[Hop] = []
     wanted = frozenset(outputs)
     for number, (reads, gives) in reversed(list(enumerate(stages))):
         fetch = tuple(name for name in gives if name in wanted)
         if fetch:
-            steps.append(Step(number, fetch, wanted))
+            steps.append(Hop(number, fetch, wanted))
             wanted = (wanted - set(fetch)) | set(reads)
     unknown = sorted(wanted - set(inputs))
     if unknown:

@@ -23,7 +23,7 @@ from stageline.runtime.engines.tensorrt.guard import weight_digests
 from stageline.runtime.engines.tensorrt.lower import Lowered, Precision, lower
 from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest, Options
 from stageline.runtime.engines.tensorrt.store import FOLDER, MANIFEST
-from stageline.runtime.workload import Load
+from stageline.runtime.workload import Workload
 
 SCRATCH_BYTES = 4096
 VERSION = "1.7.1.116"
@@ -31,7 +31,7 @@ _SESSION = ort.InferenceSession
 
 
 def build(
-    bundle: Path, load: Load, target: str = "sm89", precision: Precision = "fp32", stripped: bool = False
+    bundle: Path, load: Workload, target: str = "sm89", precision: Precision = "fp32", stripped: bool = False
 ) -> None:
     """Give every stage of the bundle an engine."""
     opened = Bundle.open(bundle)

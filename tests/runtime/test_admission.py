@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from stageline.models.errors import QueueFullError, RequestError
-from stageline.runtime.admission import Slots
+from stageline.runtime.admission import Admission
 
 
 def test_a_slot_given_back_goes_to_the_longest_waiting() -> None:
     async def scenario() -> None:
-        slots, order = Slots(1), list[int]()
+        slots, order = Admission(1), list[int]()
         slots.take(wait=False, timeout=None)
 
         async def taker(number: int) -> None:
@@ -33,7 +33,7 @@ def test_a_slot_given_back_goes_to_the_longest_waiting() -> None:
 
 def test_a_slot_granted_to_a_cancelled_task_is_not_lost() -> None:
     async def scenario() -> None:
-        slots = Slots(1)
+        slots = Admission(1)
         slots.take(wait=False, timeout=None)
         task = asyncio.create_task(slots.take_async())
         await asyncio.sleep(0)
@@ -47,7 +47,7 @@ def test_a_slot_granted_to_a_cancelled_task_is_not_lost() -> None:
 
 
 def test_never_more_holders_than_slots() -> None:
-    slots, lock, held, most = Slots(3), threading.Lock(), 0, 0
+    slots, lock, held, most = Admission(3), threading.Lock(), 0, 0
 
     def hold(_: int) -> None:
         nonlocal held, most
@@ -69,7 +69,7 @@ def test_never_more_holders_than_slots() -> None:
 
 
 def test_closing_frees_those_who_wait() -> None:
-    slots = Slots(1)
+    slots = Admission(1)
     slots.take(wait=False, timeout=None)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(slots.take, True, None)

@@ -27,7 +27,7 @@ def open_gpus(
         if not 0 <= ordinal < count:
             there = ", ".join(f"cuda:{number}" for number in range(count))
             raise RequestError(f"stage {stage} is to run on cuda:{ordinal}; this machine has {there}")
-    group = _Group()
+    group = _StageGroup()
     try:
         for stage, ordinal in stages:
             if ordinal not in group.gpus:
@@ -40,7 +40,7 @@ def open_gpus(
     return list(group.devices)
 
 
-class _Group:
+class _StageGroup:
     """The stages of one pipeline that are on GPUs. They read each other's memory: all go when the last is closed."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ def to_group_query(model: ir.Model, cache_dtype: ir.DataType) -> ir.Model:
     """Lower `model` in place and return it. Its activations are of one floating type, whichever; they are cast to
     `cache_dtype` for the operator and back."""
     graph = model.graph
-    lowering = _Lowering(graph, cache_dtype)
+    lowering = _GroupQueryLowering(graph, cache_dtype)
     for node in [node for node in graph if node.op_type == CACHE_ATTENTION]:
         lowering.lower(node)
     graph.opset_imports.pop("stageline", None)
@@ -37,7 +37,7 @@ def to_group_query(model: ir.Model, cache_dtype: ir.DataType) -> ir.Model:
     return model
 
 
-class _Lowering:
+class _GroupQueryLowering:
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph, self.dtype = graph, dtype
         self.lengths: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value, ir.Value]] = {}

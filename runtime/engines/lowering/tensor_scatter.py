@@ -24,7 +24,7 @@ _HIDDEN = -1e30
 
 def to_tensor_scatter(model: ir.Model, capacity: int) -> tuple[CacheSpec, ...]:
     """Lower `model`, whose activations are float32, in place, with caches of `capacity` tokens, and return them."""
-    lowering = _Lowering(model.graph, capacity)
+    lowering = _TensorScatterLowering(model.graph, capacity)
     caches = tuple(lowering.lower(node) for node in [n for n in model.graph if n.op_type == CACHE_ATTENTION])
     model.graph.opset_imports.pop("stageline", None)
     if caches:
@@ -33,7 +33,7 @@ def to_tensor_scatter(model: ir.Model, capacity: int) -> tuple[CacheSpec, ...]:
     return caches
 
 
-class _Lowering:
+class _TensorScatterLowering:
     def __init__(self, graph: ir.Graph, capacity: int) -> None:
         self.graph, self.capacity = graph, capacity
         self.rows: dict[tuple[ir.Value, ir.Value], _Rows] = {}
@@ -151,7 +151,7 @@ class _Lowering:
 class _Rows:
     """What all caches of a stage share: where each row writes, and which places of `length` are new."""
 
-    def __init__(self, lowering: _Lowering, query: ir.Value, past: ir.Value, new: ir.Value) -> None:
+    def __init__(self, lowering: _TensorScatterLowering, query: ir.Value, past: ir.Value, new: ir.Value) -> None:
         zero, axes = lowering.constant(0), lowering.constant([1, 2, 3])
         self.length = lowering.add("Shape", query, start=2, end=3)
         count = lowering.add("Squeeze", self.length, lowering.constant([0]))
@@ -161,7 +161,7 @@ class _Rows:
         self.positions = lowering.add("Add", lowering.add("Unsqueeze", past, axes), places)  # [batch, 1, length, 1]
         self.write_at = lowering.add("Where", lowering.add("Greater", new, zero), past, zero)
 
-    def mask(self, lowering: _Lowering, window: int | None) -> ir.Value:
+    def mask(self, lowering: _TensorScatterLowering, window: int | None) -> ir.Value:
         """Which places of the cache each query sees: bool [batch, 1, length, capacity]. Never
         none: a row and its padding fit the capacity."""
         cached = lowering.constant(np.arange(lowering.capacity))

@@ -32,9 +32,9 @@ from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
 from stageline.runtime.engines.lowering.caches import past_names, present_names
 from stageline.runtime.engines.tensorrt.guard import checked_engine
-from stageline.runtime.engines.tensorrt.records import EngineRecord, Profile
+from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile
 from stageline.runtime.engines.tensorrt.refit import weights_of
-from stageline.runtime.engines.tensorrt.targets import Gpu
+from stageline.runtime.engines.tensorrt.targets import TargetGpu
 
 _BINDINGS = 8  # of different shapes or slots that are kept, unless more are leased at once
 _ALIGNED = 256  # bytes; TensorRT's own rule for addresses
@@ -60,7 +60,7 @@ def open_tensorrt(
         )
     driver, ordinal = device.gpu.driver, device.gpu.ordinal
     major, minor = driver.capability(ordinal)
-    found = checked_engine(bundle, stage.number, Gpu(driver.name(ordinal), f"sm{major}{minor}"))
+    found = checked_engine(bundle, stage.number, TargetGpu(driver.name(ordinal), f"sm{major}{minor}"))
     filled = weights_of(found.record, bundle.tensors)
     return TensorRTEngine(stage.number, device, found.flavour.load(), found.record, found.plan, cache, filled)
 
@@ -407,5 +407,5 @@ def _static(shape: Sequence[int | str]) -> tuple[int, ...]:
     return tuple(size for size in shape if isinstance(size, int))
 
 
-def _spans(profile: Profile) -> str:
+def _spans(profile: OptimizationProfile) -> str:
     return " x ".join(f"{name} {span.least} to {span.most}" for name, span in profile.sizes.items())

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE, RTX_TARGETS, Gpu
+from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE, RTX_TARGETS, TargetGpu
 
 FlavourName = Literal["tensorrt", "tensorrt_rtx"]
 
@@ -80,7 +80,7 @@ TENSORRT_RTX = Flavour(
 FLAVOURS: dict[FlavourName, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
 
 
-def choose(target: str, gpu: Gpu | None) -> Flavour:
+def choose(target: str, gpu: TargetGpu | None) -> Flavour:
     """The flavour that builds for `target` on this machine, whose GPU is `gpu`: what `target` names if that is built
     anywhere, else the TensorRT that is installed here. EngineError says what is missing."""
     if target == HERE:

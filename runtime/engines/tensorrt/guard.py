@@ -16,7 +16,7 @@ from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, Flavour
 from stageline.runtime.engines.tensorrt.lower import Precision
 from stageline.runtime.engines.tensorrt.records import EngineRecord
 from stageline.runtime.engines.tensorrt.store import read_engines
-from stageline.runtime.engines.tensorrt.targets import PORTABLE, Gpu
+from stageline.runtime.engines.tensorrt.targets import PORTABLE, TargetGpu
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CheckedEngine:
     plan: bytes
 
 
-def checked_engine(bundle: Bundle, number: int, gpu: Gpu, precision: Precision | None = None) -> CheckedEngine:
+def checked_engine(bundle: Bundle, number: int, gpu: TargetGpu, precision: Precision | None = None) -> CheckedEngine:
     """The engine of stage `number` for `gpu`, of `precision` (None: of any, the one built last). One that was built
     for the GPU's own target comes before a portable one.
 
@@ -85,14 +85,14 @@ def rebuild(bundle: Bundle, target: str, precision: Precision | None) -> str:
     )
 
 
-_Check = Callable[[EngineRecord, Bundle, Gpu, Precision | None], str | None]
+_Check = Callable[[EngineRecord, Bundle, TargetGpu, Precision | None], str | None]
 
 
-def _target(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+def _target(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
     return None if gpu.runs(record.target) else f"this GPU is {gpu.target} ({gpu.name})"
 
 
-def _version(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+def _version(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
     flavour = FLAVOURS[record.flavour]
     here = flavour.version
     if here is None:
@@ -102,13 +102,13 @@ def _version(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precisio
     return f"{flavour.title} {here} is installed here"
 
 
-def _weights(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+def _weights(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
     if record.options.stripped or record.weight_files == weight_digests(bundle.manifest):
         return None
     return "the bundle's weights were changed since"
 
 
-def _precision(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> str | None:
+def _precision(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
     return None if precision in (None, record.precision) else f"{precision} is asked for"
 
 
@@ -116,7 +116,9 @@ _CHECKS: tuple[_Check, ...] = (_target, _version, _weights, _precision)
 """In order: the engine that fails the last of them is the nearest to what is wanted."""
 
 
-def _problem(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precision | None) -> tuple[int, str] | None:
+def _problem(
+    record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None
+) -> tuple[int, str] | None:
     """The first check that the engine fails, and why."""
     for place, check in enumerate(_CHECKS):
         reason = check(record, bundle, gpu, precision)
@@ -128,7 +130,7 @@ def _problem(record: EngineRecord, bundle: Bundle, gpu: Gpu, precision: Precisio
 def _refusal(
     number: int,
     bundle: Bundle,
-    gpu: Gpu,
+    gpu: TargetGpu,
     precision: Precision | None,
     problems: Iterable[tuple[EngineRecord, tuple[int, str] | None]],
 ) -> str:

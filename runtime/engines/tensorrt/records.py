@@ -18,7 +18,7 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Span(_Data):
+class SizeRange(_Data):
     """The sizes that a free dimension may take, and the one that kernels are chosen for."""
 
     least: int = Field(ge=0)
@@ -26,17 +26,17 @@ class Span(_Data):
     most: int = Field(ge=1)
 
     @pydantic.model_validator(mode="after")
-    def _ordered(self) -> "Span":
+    def _ordered(self) -> "SizeRange":
         if not self.least <= self.best <= self.most:
             raise ValueError(f"sizes {self.least}, {self.best}, {self.most} are not in order")
         return self
 
 
-class Profile(_Data):
+class OptimizationProfile(_Data):
     """One optimisation profile: `sizes` of each free dimension of the inputs (`batch`, `length`, `picks`)."""
 
     name: str
-    sizes: dict[str, Span]
+    sizes: dict[str, SizeRange]
 
 
 class Options(_Data):
@@ -82,7 +82,7 @@ class EngineRecord(_Data):
     target: str
     precision: Precision
     options: Options
-    profiles: tuple[Profile, ...] = Field(min_length=1)
+    profiles: tuple[OptimizationProfile, ...] = Field(min_length=1)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: tuple[TensorSpec, ...] = ()

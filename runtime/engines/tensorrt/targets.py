@@ -14,7 +14,7 @@ _FIRST_PORTABLE = 80  # compute capability 8.0, Ampere
 
 
 @dataclass(frozen=True)
-class Gpu:
+class TargetGpu:
     """A GPU as far as engines care. `target` is its compute capability: sm89."""
 
     name: str
@@ -42,7 +42,7 @@ def capability(target: str) -> int:
     return int(found[1])
 
 
-def gpu_here() -> Gpu | None:
+def gpu_here() -> TargetGpu | None:
     """The first GPU of this machine. None where there is none, no driver, or no CUDA bindings for Python."""
     try:
         from cuda.bindings import driver
@@ -65,4 +65,4 @@ def gpu_here() -> Gpu | None:
         )
     )
     name = driver.cuDeviceGetName(128, device)[1].split(b"\0", 1)[0].decode()
-    return Gpu(name, f"sm{major}{minor}")
+    return TargetGpu(name, f"sm{major}{minor}")

@@ -14,8 +14,8 @@ from stageline.dashboard.settings import find_bundles
 from stageline.runtime.bench.records import Requests
 from stageline.runtime.bench.store import Store
 from stageline.runtime.planning.measure import ranges
-from stageline.runtime.planning.profile import Machine, Point, Profile
-from stageline.runtime.workload import Load
+from stageline.runtime.planning.profile import Machine, MachineProfile, Point
+from stageline.runtime.workload import Workload
 
 DASHBOARD = Path(__file__).parents[2] / "dashboard"
 
@@ -114,7 +114,7 @@ def test_a_stall_is_seen_over_time() -> None:
 
 def test_blocks_add_up_to_the_model(bundles: Path) -> None:
     bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "H100", 2, Load(slots=2, context=32), None)
+    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, context=32), None)
     answer = planner.cut([1, 2])
     rows = cutting.block_rows(planner, answer)
     assert [row["name"] for row in rows] == ["prologue", "block 0", "block 1", "block 2", "epilogue"]
@@ -134,15 +134,15 @@ def test_weights_count_in_the_dtype_that_was_profiled(bundles: Path) -> None:
         for first, end in ranges(bundle)
     ]
     for machine, dtype in ((Machine.here(), "float32"), (Machine.here("int8"), "int8")):
-        profile = Profile(machine=machine, handover_s=0.0, points=tuple(points))
-        planner = cutting.planner_for(bundle, cutting.THIS_MACHINE, 1, Load(slots=2, context=32), profile)
+        profile = MachineProfile(machine=machine, handover_s=0.0, points=tuple(points))
+        planner = cutting.planner_for(bundle, cutting.THIS_MACHINE, 1, Workload(slots=2, context=32), profile)
         assert planner.dtype == dtype
         assert planner.cut([3]).plan.bottleneck_s > 0
 
 
 def test_moving_a_cut_foretells_each_place_and_the_planner_takes_the_best(bundles: Path) -> None:
     bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "L4", 2, Load(slots=2, context=32), None)
+    planner = cutting.planner_for(bundle, "L4", 2, Workload(slots=2, context=32), None)
     rows = cutting.moved(planner, [1, 2], 0)
     assert [row["cut"] for row in rows] == [1, 2]
     for row in rows:
@@ -153,7 +153,7 @@ def test_moving_a_cut_foretells_each_place_and_the_planner_takes_the_best(bundle
 
 def test_stages_lie_under_the_roof(bundles: Path) -> None:
     bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "H100", 2, Load(slots=2, context=32), None)
+    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, context=32), None)
     line = cutting.roofline(planner, planner.cut([1, 2]))
     assert all(0 < row["share"] <= 1 for row in line.stages)
     assert {row["bound"] for row in line.stages} == {"memory bandwidth"}

@@ -7,7 +7,7 @@ import pytest
 from stageline.exporter.commands.cli import main
 from stageline.exporter.commands.doctor import text
 from stageline.runtime.devices.cpu import allowed_cores
-from stageline.runtime.doctor import Driver, Gpu, MigDevice, diagnose
+from stageline.runtime.doctor import GpuInfo, MigDevice, NvidiaDriver, diagnose
 
 
 def test_doctor_tells_engines_devices_and_what_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,8 +28,8 @@ def test_doctor_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_gpus_are_shown_with_their_parts() -> None:
     part = MigDevice("H100 MIG 3g.40gb", "MIG-1", 40_000_000_000)
-    gpu = Gpu(0, "H100", "GPU-1", "9.0", 80_000_000_000, 79_000_000_000, (part,))
-    told = text(replace(diagnose(), driver=Driver("595.71", "13.2", None), gpus=(gpu,), problems=("something",)))
+    gpu = GpuInfo(0, "H100", "GPU-1", "9.0", 80_000_000_000, 79_000_000_000, (part,))
+    told = text(replace(diagnose(), driver=NvidiaDriver("595.71", "13.2", None), gpus=(gpu,), problems=("something",)))
     assert "driver: NVIDIA 595.71, CUDA up to 13.2" in told
     assert "cuda:0" in told
     assert "compute capability 9.0, 80.0 GB, 79.0 GB free" in told

@@ -11,7 +11,7 @@ from hasty import hasty_profiles
 from stageline.exporter.commands.cli import main
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.planning.measure import measure
-from stageline.runtime.planning.profile import Grid, Machine, Profile, load, save
+from stageline.runtime.planning.profile import Grid, Machine, MachineProfile, load, save
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +88,7 @@ def test_plan_takes_the_times_of_its_weights(
     as_they_are, _ = load(path, Machine.here())
     twice_as_fast = [point.model_copy(update={"seconds": point.seconds / 2}) for point in as_they_are.points]
     fields = {"machine": Machine.here("int8"), "points": twice_as_fast}
-    save(Bundle.open(path), Profile.model_validate({**dict(as_they_are), **fields}))
+    save(Bundle.open(path), MachineProfile.model_validate({**dict(as_they_are), **fields}))
     asked = ("plan", path, "--devices", "cpu:0", "--length", "16", "--batch", "4")
     slow, fast = document(capsys, *asked), document(capsys, *asked, "--dtype", "int8")
     assert (slow["warning"], fast["warning"]) == (None, None)

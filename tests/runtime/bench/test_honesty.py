@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from stageline.runtime.batching.batches import WINDOW
 from stageline.runtime.bench import figures
-from stageline.runtime.bench.client import Answers, Client
+from stageline.runtime.bench.client import Client, DriveResult
 from stageline.runtime.bench.contenders import PipelineContender
 from stageline.runtime.bench.figures import StageUse
 from stageline.runtime.bench.inputs import Item
@@ -29,7 +29,7 @@ from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
 from stageline.runtime.executor import GRAPH_INPUTS
 from stageline.runtime.generation.generator import Generator
-from stageline.runtime.generation.text_model import Decoder
+from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.pipeline import Pipeline, PipelineStage
 from stageline.runtime.stages.route import route
 
@@ -112,7 +112,7 @@ class Seen:
     """A drive, and what the stages did meanwhile."""
 
     made: Tandem
-    answers: Answers
+    answers: DriveResult
     use: StageUse
 
     @property
@@ -227,7 +227,7 @@ def test_a_stall_shows_in_the_percentiles_of_an_open_loop_and_hides_in_a_closed_
 @dataclass
 class Generated:
     engines: list[Sleeper]
-    answers: Answers
+    answers: DriveResult
     use: StageUse
 
 
@@ -245,7 +245,7 @@ def generated(prompt: int, new: int, seconds: float) -> Generated:
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "length", vocabulary))
     pipeline = Pipeline(Signature((ids,), (logits,), derived=rest), stages)
     hops = route(names, GRAPH_INPUTS, ["logits"])
-    pipeline._generator = Generator(pipeline._serving.lanes, hops, Decoder(vocabulary, (), None), 2, 64, 32)
+    pipeline._generator = Generator(pipeline._serving.lanes, hops, TextModel(vocabulary, (), None), 2, 64, 32)
     pipeline._serving.generator = pipeline._generator
     contender = PipelineContender("stageline", pipeline)
     try:

@@ -11,29 +11,29 @@ from pathlib import Path
 
 import pytest
 from stageline.models.errors import BundleError, EngineError
-from stageline.runtime.builder.build import Outcome, Step, Wanted, build, stale
-from stageline.runtime.builder.report import Report
+from stageline.runtime.builder.build import BuildOutcome, BuildProgress, Wanted, build, stale
+from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX
 from stageline.runtime.engines.tensorrt.records import EngineRecord, Options
 from stageline.runtime.engines.tensorrt.store import FOLDER, locked, read_engines
-from stageline.runtime.workload import Load
+from stageline.runtime.workload import Workload
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not TENSORRT_RTX.installed, reason="tensorrt-rtx is not installed"),
 ]
-LOAD = Load(batch=2, length=8, slots=2, context=16)
+LOAD = Workload(batch=2, length=8, slots=2, context=16)
 SM89 = Wanted(TENSORRT_RTX, "sm89", "fp16")
 PORTABLE = Wanted(TENSORRT_RTX, "portable", "fp16")
 
 
-def built(path: Path, *wanted: Wanted, options: Options | None = None, jobs: int = 2) -> list[Outcome]:
+def built(path: Path, *wanted: Wanted, options: Options | None = None, jobs: int = 2) -> list[BuildOutcome]:
     return build(Bundle.open(path), wanted, LOAD, options or Options(), jobs=jobs)
 
 
-def records(outcomes: list[Outcome]) -> list[EngineRecord]:
+def records(outcomes: list[BuildOutcome]) -> list[EngineRecord]:
     assert [outcome.error for outcome in outcomes] == [None] * len(outcomes)
     return [outcome.record for outcome in outcomes if outcome.record is not None]
 
@@ -49,7 +49,7 @@ def engines(llama_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_engines_are_built_once_and_a_changed_weight_builds_one_stage(
     bundle: Path, change_weight: Callable[[Path, int], str]
 ) -> None:
-    steps: list[Step] = []
+    steps: list[BuildProgress] = []
     first = build(Bundle.open(bundle), [SM89], LOAD, Options(), jobs=2, progress=steps.append)
     made = records(first)
     assert [(o.stage, o.built) for o in first] == [(0, True), (1, True)]
@@ -59,7 +59,7 @@ def test_engines_are_built_once_and_a_changed_weight_builds_one_stage(
         for entry in (record.plan, record.report):
             data = (bundle / entry.path).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.size_bytes, entry.sha256)
-        report = Report.model_validate_json((bundle / record.report.path).read_bytes())
+        report = EngineReport.model_validate_json((bundle / record.report.path).read_bytes())
         assert report.source == "network"
         assert report.kinds["ATTENTION_INPUT"] == 1
         assert report.dtypes["HALF"] > 0

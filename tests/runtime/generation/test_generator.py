@@ -20,7 +20,7 @@ from stageline.models.errors import CheckpointError, DeadlineError, EngineError,
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import ENGINES, Array, Device, Engine, StageFile, engine_factory
-from stageline.runtime.generation.request import Completion, GenerationRequest, Piece, Sampling
+from stageline.runtime.generation.request import Completion, Delta, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.pipeline import Pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -356,7 +356,7 @@ def test_stop_texts_end_it_and_are_not_part_of_the_text(
 def test_pieces_joined_are_the_completion(bundles: Callable[[int], Path], want: Callable[..., tuple[int, ...]]) -> None:
     with Pipeline.open(bundles(2), slots=2) as pipeline:
         generation = pipeline.generate(words(PROMPTS[4]), max_tokens=12, n=3, temperature=1.0, seed=0, logprobs=1)
-        pieces: list[Piece] = list(generation)
+        pieces: list[Delta] = list(generation)
         completion = generation.result(0)
         assert completion.prompt_tokens == len(PROMPTS[4])
         for number, choice in enumerate(completion.choices):
@@ -412,7 +412,7 @@ def test_a_deadline_is_kept_in_the_midst_of_generating(hooked: Callable[..., Pip
 
     with hooked(1, slow) as pipeline:
         generation = pipeline.generate(PROMPTS[0], max_tokens=100, min_tokens=100, deadline_s=0.3)
-        pieces: list[Piece] = []
+        pieces: list[Delta] = []
         with pytest.raises(DeadlineError, match=r"\([1-9][0-9]* tokens were drawn\)"):
             pieces.extend(generation)
         assert 1 <= len(pieces) < 20

@@ -19,7 +19,7 @@ from stageline.runtime.planning import measure as measuring
 from stageline.runtime.planning.cost import UseCost, use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.measure import measure, ranges, undisturbed
-from stageline.runtime.planning.profile import Contention, Grid, Machine, Point, Profile, load, save
+from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point, load, save
 from stageline.runtime.planning.timings import Timings, fitted_rates, non_negative
 from stageline.runtime.workload import Shape
 
@@ -35,7 +35,7 @@ def hasty() -> Iterator[None]:
         yield
 
 
-def linear_profile(bundle: Bundle, grid: Grid, weights: WeightDtype | None = None) -> Profile:
+def linear_profile(bundle: Bundle, grid: Grid, weights: WeightDtype | None = None) -> MachineProfile:
     """A machine on which everything takes a time that is bilinear in rows and tokens."""
     points = []
     for shape in grid.shapes():
@@ -48,10 +48,10 @@ def linear_profile(bundle: Bundle, grid: Grid, weights: WeightDtype | None = Non
             points.append(
                 Point(threads=1, batch=rows, length=shape.length, past=0, first=first, end=end, seconds=seconds, runs=5)
             )
-    return Profile(machine=Machine.here(weights), handover_s=1e-5, points=tuple(points))
+    return MachineProfile(machine=Machine.here(weights), handover_s=1e-5, points=tuple(points))
 
 
-def timings(bundle: Bundle, profile: Profile) -> Timings:
+def timings(bundle: Bundle, profile: MachineProfile) -> Timings:
     parts = bundle.parts()
     return Timings(profile, bundle.manifest, 1, lambda s: use_costs(bundle.manifest, bundle.tensors, parts, s))
 

@@ -4,9 +4,9 @@ import pytest
 from stageline.models.errors import StagelineError
 from stageline.runtime.planning.simulate import (
     BatchRequest,
-    Report,
     Setting,
     SimulatedStage,
+    SimulationResult,
     TextRequest,
     replicas_needed,
     simulate_batches,
@@ -52,7 +52,7 @@ def test_littles_law(stages: int) -> None:
     assert report.in_system == pytest.approx(report.requests_per_s * report.latency.mean, rel=1e-9)
 
 
-def generation(rate: float, stages: int = 2, count: int = 300) -> Report:
+def generation(rate: float, stages: int = 2, count: int = 300) -> SimulationResult:
     """Steps of 4 ms a stage, and a tenth of a millisecond more for each row and token."""
     stage = tuple(SimulatedStage(lambda s: 0.004 + 1e-4 * s.batch * s.length, n) for n in range(stages))
     arrivals = [TextRequest(t, 20 + n % 50, 10 + n % 7) for n, t in enumerate(poisson(rate, count, seed=2))]

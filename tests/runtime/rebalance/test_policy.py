@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stageline.runtime.rebalance.policy import Policy, Settings, Window, better_cut
+from stageline.runtime.rebalance.policy import Observation, Policy, PolicySettings, better_cut
 
-SETTINGS = Settings(window_s=1, windows=3, fewest_runs=8, margin=0.1, least_gain=0.05, rest_s=10, longest_rest_s=80)
+SETTINGS = PolicySettings(
+    window_s=1, windows=3, fewest_runs=8, margin=0.1, least_gain=0.05, rest_s=10, longest_rest_s=80
+)
 
 
 def times(layers: Sequence[int], use_s: Sequence[float], slowness: Sequence[float]) -> list[float]:
@@ -27,16 +29,16 @@ def times(layers: Sequence[int], use_s: Sequence[float], slowness: Sequence[floa
 def window(
     layers: Sequence[int], use_s: Sequence[float], slowness: Sequence[float], told_s: Sequence[float] | None = None,
     runs: int = 20,
-) -> Window:  # fmt: skip
+) -> Observation:  # fmt: skip
     """What is measured of it; `told_s` is what the costs say, if they are wrong."""
     busy = tuple(runs * s for s in times(layers, use_s, slowness))
-    return Window(tuple(layers), busy, (runs,) * len(layers), tuple(runs * s for s in told_s or use_s))
+    return Observation(tuple(layers), busy, (runs,) * len(layers), tuple(runs * s for s in told_s or use_s))
 
 
 EVEN = [0.0, *[1.0] * 30, 8.0]  # 30 blocks, and a head that takes as long as eight
 
 
-def advised(policy: Policy, windows: Sequence[Window], now_s: float = 0.0) -> list[int]:
+def advised(policy: Policy, windows: Sequence[Observation], now_s: float = 0.0) -> list[int]:
     """The windows, a second each, that gave advice."""
     return [n for n, seen in enumerate(windows) if policy.observe(now_s + n, seen) is not None]
 
@@ -89,7 +91,7 @@ def test_idle_windows_and_a_passing_disturbance_tell_nothing() -> None:
     assert advised(Policy(SETTINGS), [uneven, uneven, even] * 10) == []
     idle = window([25, 5], EVEN, [1, 1], runs=3)
     assert advised(Policy(SETTINGS), [uneven, uneven, idle] * 10) == []
-    nothing = Window((25, 5), (0.0, 0.0), (0, 0), (0.0,) * 32)
+    nothing = Observation((25, 5), (0.0, 0.0), (0, 0), (0.0,) * 32)
     assert advised(Policy(SETTINGS), [nothing] * 10) == []
 
 

@@ -15,7 +15,7 @@ from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import ENGINES, Device, Engine, StageFile, Value, engine_factory
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds
-from stageline.runtime.rebalance.policy import Settings
+from stageline.runtime.rebalance.policy import PolicySettings
 from stageline.runtime.rebalance.rebalancer import Rebalancer
 
 SECONDS = 20  # for what must happen; nothing takes that long
@@ -25,7 +25,7 @@ LLAMA = {
     "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-QUICK = Settings(window_s=0.1, windows=2, fewest_runs=3, rest_s=0.2)
+QUICK = PolicySettings(window_s=0.1, windows=2, fewest_runs=3, rest_s=0.2)
 
 
 class Timed:

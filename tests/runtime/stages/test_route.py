@@ -2,7 +2,7 @@
 
 import pytest
 from stageline.models.errors import BundleError
-from stageline.runtime.stages.route import Step, route
+from stageline.runtime.stages.route import Hop, route
 
 # ids -> h0 -> h1 -> (h2, logits); the last stage also reads h0 and the mask.
 STAGES = [(["ids"], ["h0"]), (["h0"], ["h1"]), (["h1", "h0", "mask"], ["h2", "logits"])]
@@ -11,9 +11,9 @@ INPUTS = ["ids", "mask"]
 
 def test_values_live_until_the_last_stage_that_reads_them() -> None:
     assert route(STAGES, INPUTS, ["logits"]) == (
-        Step(0, ("h0",), frozenset({"h0", "mask"})),
-        Step(1, ("h1",), frozenset({"h0", "h1", "mask"})),
-        Step(2, ("logits",), frozenset({"logits"})),
+        Hop(0, ("h0",), frozenset({"h0", "mask"})),
+        Hop(1, ("h1",), frozenset({"h0", "h1", "mask"})),
+        Hop(2, ("logits",), frozenset({"logits"})),
     )
 
 

@@ -23,7 +23,7 @@ from stageline.runtime.engines.tensorrt.engine import TensorRTEngine, open_tenso
 from stageline.runtime.engines.tensorrt.flavour import Flavour
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.workload import Load
+from stageline.runtime.workload import Workload
 
 SECONDS = 60
 CONFIG = {
@@ -38,7 +38,7 @@ CONFIG = {
     "max_position_embeddings": 128,
     "initializer_range": 0.5,
 }
-LOAD = Load(batch=4, length=32, slots=4, context=64)
+LOAD = Workload(batch=4, length=32, slots=4, context=64)
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 Install = Callable[[FakeDriver], FakeTensorRT]
 
@@ -114,7 +114,7 @@ def test_batches_are_cut_to_what_the_engines_were_built_for(decoder: Path, insta
 
 def test_an_encoder_runs_in_two_stages(tiny_bundle: Path, tmp_path: Path, install: Install) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    fake_tensorrt.build(bundle, Load(batch=3, length=8))
+    fake_tensorrt.build(bundle, Workload(batch=3, length=8))
     inputs = {"input_ids": np.random.default_rng(0).integers(5, 12, (7, 9))}
     with Pipeline.open(tiny_bundle) as pipeline:
         expected = pipeline.run(inputs)["logits"]

@@ -11,11 +11,17 @@ from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines.tensorrt import flavour
 from stageline.runtime.engines.tensorrt.guard import checked_engine, weight_digests
 from stageline.runtime.engines.tensorrt.lower import Precision
-from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest, Options, Profile, Span
+from stageline.runtime.engines.tensorrt.records import (
+    EngineRecord,
+    EnginesManifest,
+    OptimizationProfile,
+    Options,
+    SizeRange,
+)
 from stageline.runtime.engines.tensorrt.store import EngineStore, read_engines
-from stageline.runtime.engines.tensorrt.targets import Gpu, check_target
+from stageline.runtime.engines.tensorrt.targets import TargetGpu, check_target
 
-ADA, BLACKWELL, TURING = Gpu("RTX 4090", "sm89"), Gpu("RTX 5090", "sm120"), Gpu("RTX 2080", "sm75")
+ADA, BLACKWELL, TURING = TargetGpu("RTX 4090", "sm89"), TargetGpu("RTX 5090", "sm120"), TargetGpu("RTX 2080", "sm75")
 VERSION = "1.7.1.116"
 
 
@@ -58,7 +64,7 @@ def put(
         target=target,
         precision=precision,
         options=options or Options(),
-        profiles=(Profile(name="rows", sizes={"batch": Span(least=1, best=2, most=2)}),),
+        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(least=1, best=2, most=2)}),),
         inputs=cut.inputs,
         outputs=cut.outputs,
         build_s=1,
@@ -67,7 +73,7 @@ def put(
     return record
 
 
-def refusal(path: Path, gpu: Gpu = ADA, precision: Precision | None = None) -> str:
+def refusal(path: Path, gpu: TargetGpu = ADA, precision: Precision | None = None) -> str:
     with pytest.raises(EngineError) as caught:
         checked_engine(Bundle.open(path), 1, gpu, precision)
     assert "\n" not in str(caught.value)
@@ -206,12 +212,12 @@ def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.Mo
         ("here", None, "no NVIDIA GPU with a driver"),
         ("sm90", None, "builds for it only on such a GPU, and this machine has no NVIDIA GPU"),
         ("sm90", ADA, r"this machine has RTX 4090 \(sm89\)"),
-        ("sm90", Gpu("H100", "sm90"), r"TensorRT is not installed: pip install \"stageline\[gpu\]\""),
+        ("sm90", TargetGpu("H100", "sm90"), r"TensorRT is not installed: pip install \"stageline\[gpu\]\""),
     ):
         with pytest.raises(EngineError, match=told):
             flavour.choose(target, gpu)
     monkeypatch.setattr(flavour, "version", lambda name: "10.15.1")  # both are installed
-    assert flavour.choose("sm90", Gpu("H100", "sm90")).name == "tensorrt"
+    assert flavour.choose("sm90", TargetGpu("H100", "sm90")).name == "tensorrt"
     assert flavour.choose("here", ADA).name == "tensorrt"
     assert flavour.choose("sm120", ADA).name == "tensorrt_rtx"
     with pytest.raises(EngineError, match="unknown target 'ada'"):

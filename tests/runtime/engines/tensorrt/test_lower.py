@@ -19,9 +19,9 @@ from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
 from stageline.runtime.engines import Array, StageFile, engine_factory
 from stageline.runtime.engines.lowering.precision import to_precision
 from stageline.runtime.engines.tensorrt.lower import Precision, lower
-from stageline.runtime.engines.tensorrt.records import EngineRecord, Options, Profile, Span
+from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile, Options, SizeRange
 from stageline.runtime.engines.tensorrt.refit import weights_of
-from stageline.runtime.workload import Load
+from stageline.runtime.workload import Workload
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2}
 ROOT = Path(__file__).parents[3]
@@ -137,13 +137,13 @@ def test_a_graph_with_branches_is_refused_in_half_precision() -> None:
 
 def test_profiles_follow_the_load_and_keep_what_a_stage_reads(llama_bundle: Path, tiny_bundle: Path) -> None:
     manifest = Bundle.open(llama_bundle).manifest
-    decode, prefill, rows = profiles_of(manifest, Load(length=8, slots=3, context=16))
-    assert decode.sizes["length"] == Span(least=1, best=1, most=1)
-    assert prefill.sizes["batch"] == Span(least=1, best=3, most=3)
+    decode, prefill, rows = profiles_of(manifest, Workload(length=8, slots=3, context=16))
+    assert decode.sizes["length"] == SizeRange(least=1, best=1, most=1)
+    assert prefill.sizes["batch"] == SizeRange(least=1, best=3, most=3)
     assert rows.sizes["picks"].most == 8
     middle = [spec for spec in manifest.stages[1].inputs if spec.name != "logits_at"]
     assert [p.name for p in narrowed((decode, prefill, rows), middle)] == ["decode", "prefill"]
-    (only,) = profiles_of(Bundle.open(tiny_bundle).manifest, Load(batch=4, length=8))
+    (only,) = profiles_of(Bundle.open(tiny_bundle).manifest, Workload(batch=4, length=8))
     assert only.sizes["length"].most == 16  # what the model can place
     strange = manifest.inputs[0].model_copy(update={"shape": ("batch", "frames")})
     with pytest.raises(EngineError, match="'frames'"):
@@ -191,7 +191,7 @@ def record_with(weights: tuple[object, ...]) -> EngineRecord:
             "target": "sm89",
             "precision": "fp16",
             "options": Options(stripped=True),
-            "profiles": (Profile(name="rows", sizes={}),),
+            "profiles": (OptimizationProfile(name="rows", sizes={}),),
             "inputs": (),
             "outputs": (),
             "weights": weights,
