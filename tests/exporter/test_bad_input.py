@@ -231,11 +231,6 @@ def test_a_newer_version(bundle: Path, told: Run) -> None:
     assert "has version 4; this stageline reads versions 2 and 3: install a newer stageline" in line
 
 
-def test_an_older_version(bundle: Path, told: Run) -> None:
-    edit(bundle, '"version": 3,', '"version": 1,')
-    assert "has version 1; this stageline reads versions 2 and 3: export it again" in told("inspect", bundle)
-
-
 def test_a_path_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
     shutil.copy(bundle / "stage.000-001.onnx", bundle.parent / "outside.onnx")
     edit(bundle, '"stage.000-001.onnx"', '"../outside.onnx"')
