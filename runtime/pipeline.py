@@ -427,9 +427,8 @@ class Pipeline:
 
     def _generating(self) -> Generator:
         if self._generator is None:
-            manifest = self.bundle.manifest
-            why = manifest.trace.partition("no KV cache, since ")[2] or f"its task is {manifest.task}"
-            raise RequestError(f"this bundle does not generate: {why}; run batches with Pipeline.run")
+            reason = self.bundle.manifest.no_generation_reason
+            raise RequestError(f"this bundle does not generate: {reason}; run batches with Pipeline.run")
         return self._generator
 
     def _checked(self, request: GenerationRequest) -> tuple[Generator, list[int]]:

@@ -115,12 +115,15 @@ def export_command(
     with _progress() as progress:
         bundle = export(checkpoint, output, stages=cuts, dtype=dtype, task=task, progress=progress)
     seconds = time.perf_counter() - begin
-    summary = {"bundle": str(output), **_summary(bundle), "trace": bundle.manifest.trace, "seconds": seconds}
+    manifest = bundle.manifest
+    how = {"trace": manifest.trace, "attention": manifest.attention, "no_cache_reason": manifest.no_cache_reason}
+    summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
     _print(
         as_json,
         summary,
         f"{output}: {summary['stages']} stages, {summary['blocks']} blocks, {summary['parameters']:,} parameters, "
-        f"{show.human_bytes(summary['weight_bytes'])} of weights, in {seconds:.1f} s\n{bundle.manifest.trace}",
+        f"{show.human_bytes(summary['weight_bytes'])} of weights, in {seconds:.1f} s\n"
+        f"{manifest.trace}\n{show.attention(manifest)}",
     )
 
 
@@ -387,7 +390,10 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
 def _description(bundle: Bundle) -> dict[str, Any]:
     """What `inspect` and `recut` print as JSON."""
     manifest: Manifest = bundle.manifest
-    head = {name: getattr(manifest, name) for name in ("task", "architecture", "dtype", "trace")}
+    head = {
+        name: getattr(manifest, name)
+        for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason")
+    }
     return {
         "bundle": str(bundle.path),
         **head,

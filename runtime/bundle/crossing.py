@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.runtime.bundle.graph import size_bytes, size_read
-from stageline.runtime.bundle.manifest import Manifest, TensorSpec, Use
+from stageline.runtime.bundle.manifest import TensorSpec, UncutManifest, Use
 
 _RECOMPUTE_WEIGHT_BYTES = 64 * 1024  # a shared value that needs a larger weight than this is shipped, not recomputed
 
@@ -21,7 +21,7 @@ _UNBOUNDED = math.inf
 class Crossing:
     """Where the cuts are and what crosses them."""
 
-    manifest: Manifest
+    manifest: UncutManifest
     parts: Sequence[ir.Model]
     ranges: tuple[tuple[int, int], ...]  # first and last block of each stage
     inputs: tuple[tuple[str, ...], ...]
@@ -30,7 +30,7 @@ class Crossing:
     prologue: "Prologue"
 
     @classmethod
-    def of(cls, manifest: Manifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
+    def of(cls, manifest: UncutManifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
         """The plan for stages of `counts` blocks each."""
         ends = list(itertools.accumulate(counts))
         ranges = tuple((end - count, end - 1) for end, count in zip(ends, counts, strict=True))
@@ -56,13 +56,13 @@ class Crossing:
         return cls(manifest, parts, ranges, tuple(reads), tuple(outputs), specs, prologue)
 
 
-def _uses(manifest: Manifest, first: int, last: int) -> list[Use]:
+def _uses(manifest: UncutManifest, first: int, last: int) -> list[Use]:
     begin = 0 if first == 0 else first + 1
     end = len(manifest.uses) if last == manifest.blocks - 1 else last + 2
     return list(manifest.uses[begin:end])
 
 
-def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
+def _specs(manifest: UncutManifest) -> dict[str, TensorSpec]:
     """Every value of the model that a part writes, and its inputs, by name."""
     specs = {spec.name: spec for spec in manifest.inputs}
     for use in manifest.uses:
@@ -75,7 +75,7 @@ def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
 class Prologue:
     """The prologue's graph, asked which of its values to ship to a later stage and which to recompute there."""
 
-    def __init__(self, manifest: Manifest, model: ir.Model):
+    def __init__(self, manifest: UncutManifest, model: ir.Model):
         use = manifest.uses[0]
         self.graph = model.graph
         self.outputs = {use.writes[str(v.name)]: v for v in self.graph.outputs}

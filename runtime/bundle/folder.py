@@ -13,7 +13,7 @@ import pydantic
 from stageline.models.errors import BundleError, CheckpointError
 from stageline.models.safetensors_file import header_sha256, read_header
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.manifest import VERSION, FileEntry, Manifest
+from stageline.runtime.bundle.manifest import READABLE, VERSION, FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 HASH_LIMIT_BYTES = 2 * 1024**3
@@ -83,10 +83,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{file} is not a manifest ({_first(error)}); export the bundle again") from error
     if head.format != "stageline-bundle":
         raise BundleError(f"{file} has format {head.format!r}, not 'stageline-bundle'; export the bundle again")
-    if head.version != VERSION:
+    if head.version not in READABLE:
         advice = "install a newer stageline" if head.version > VERSION else "export it again"
+        versions = " and ".join(map(str, READABLE))
         raise BundleError(
-            f"bundle {folder} has version {head.version}; this stageline reads version {VERSION}: {advice}"
+            f"bundle {folder} has version {head.version}; this stageline reads versions {versions}: {advice}"
         )
     try:
         return Manifest.model_validate_json(data)

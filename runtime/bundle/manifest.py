@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-VERSION = 2
+VERSION = 3  # what is written
+READABLE = (2, 3)
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
 
 
@@ -114,11 +115,18 @@ class TextSettings(_Data):
     eos_ids: tuple[int, ...] = ()
 
 
-class Manifest(_Data):
-    """Everything a runtime needs to know of a bundle."""
+class Refusal(_Data):
+    """A way to trace attention that the model does not allow, and why; the reason speaks of the model as "it"."""
+
+    attention: str
+    reason: str
+
+
+class UncutManifest(_Data):
+    """The manifest of a bundle, except its stages: what they are stitched from."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"
-    version: Literal[2] = 2
+    version: Literal[2, 3] = 3
     task: str  # as Hugging Face names it: feature-extraction, sentence-similarity, text-classification, ...
     architecture: str  # the config's model_type
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -130,11 +138,13 @@ class Manifest(_Data):
     text: TextSettings | None = None
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)
-    stages: tuple[Stage, ...] = Field(min_length=1)
     labels: tuple[str, ...] | None = None  # of a classifier
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
+    attention: str | None = None  # cache, cache-torch, fused or primitive (docs/bundle.md); version 2 does not say
+    refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
+    no_cache_reason: str | None = None  # why a model of text keeps no keys and values
     made_by: dict[str, str]  # package -> version
 
     @property
@@ -146,3 +156,16 @@ class Manifest(_Data):
     def blocks(self) -> int:
         """How many blocks the model has."""
         return len(self.uses) - 2
+
+    @property
+    def no_generation_reason(self) -> str:
+        """Why a model that is not `cached` does not generate, as part of a sentence."""
+        if self.task != "text-generation":
+            return f"its task is {self.task}"
+        return self.no_cache_reason or "it was exported without a KV cache"
+
+
+class Manifest(UncutManifest):
+    """Everything a runtime needs to know of a bundle."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1)

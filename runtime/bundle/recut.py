@@ -10,11 +10,11 @@ from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.balance import balance, part_costs
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle, file_entry, removed_on_failure, write_manifest
-from stageline.runtime.bundle.manifest import FileEntry, Manifest, Stage
+from stageline.runtime.bundle.manifest import FileEntry, Stage, UncutManifest
 from stageline.runtime.bundle.stitch import stitch
 
 
-def plan_stages(manifest: Manifest, parts: Sequence[ir.Model], stages: int | Sequence[int]) -> list[int]:
+def plan_stages(manifest: UncutManifest, parts: Sequence[ir.Model], stages: int | Sequence[int]) -> list[int]:
     """How many blocks each stage gets: `stages` even ones by the cost of their weights, or the counts given.
 
     StagelineError where it does not fit the model's blocks.
@@ -35,7 +35,11 @@ def check_stages(blocks: int, stages: int | Sequence[int]) -> None:
 
 
 def write_stages(
-    folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], parts: Sequence[ir.Model], counts: Sequence[int]
+    folder: Path,
+    manifest: UncutManifest,
+    tensors: dict[str, TensorEntry],
+    parts: Sequence[ir.Model],
+    counts: Sequence[int],
 ) -> tuple[list[Stage], list[FileEntry]]:
     """Stitch the stages that `counts` blocks each make and write them into `folder`, each aside and then renamed."""
     plan = Crossing.of(manifest, parts, counts)

@@ -24,10 +24,9 @@ class Model:
     def __post_init__(self) -> None:
         manifest = self.pipeline.bundle.manifest
         if not self.generates and not self.embeds:
-            why = manifest.trace.partition("no KV cache, since ")[2] or f"its task is {manifest.task}"
             raise BundleError(
                 f"bundle {self.pipeline.bundle.path} can be served neither as a generating model nor as an embedding "
-                f"one: {why}; run it from Python: Pipeline.open(...).run(...)"
+                f"one: {manifest.no_generation_reason}; run it from Python: Pipeline.open(...).run(...)"
             )
         if manifest.text is None:
             raise BundleError(
