@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 from stageline.runtime.generation.request import GenerationRequest, Sampling
-from stageline.runtime.pipeline import Pipeline, RebalanceMode
+from stageline.runtime.options import RebalanceMode
+from stageline.runtime.pipeline import Pipeline
 
 STREAMS, PROMPT, NEW, CAPACITY = 8, 64, 64, 256  # tokens
 PATIENCE_S = 30.0  # that auto mode gets to find another cut
@@ -71,12 +72,12 @@ class Load:
             "gap_max_ms": 1e3 * float(gaps.max()),
             "memory_mib": memory_mib(),
         }
-        if after.switches == before.switches:
+        if after.changeovers == before.changeovers:
             pairs = zip(before.stages, after.stages, strict=True)
             row["busy"] = [(now.busy_s - then.busy_s) / (ended - began) for then, now in pairs]
-        elif after.switch is not None:
-            row |= {"switches": after.switches - before.switches, "open_s": after.switch.open_s}
-            row["pause_ms"] = 1e3 * after.switch.pause_s
+        elif after.last_changeover is not None:
+            row |= {"switches": after.changeovers - before.changeovers, "open_s": after.last_changeover.open_s}
+            row["pause_ms"] = 1e3 * after.last_changeover.pause_s
         return row
 
     def measure(self, what: str) -> Row:
@@ -85,11 +86,11 @@ class Load:
 
     def until_another_cut(self, what: str) -> Row:
         """Until auto mode has changed to another cut, and half a second more."""
-        switches = self.pipeline.stats().switches
+        switches = self.pipeline.stats().changeovers
 
         def wait() -> None:
             ends = time.monotonic() + PATIENCE_S
-            while self.pipeline.stats().switches == switches and time.monotonic() < ends:
+            while self.pipeline.stats().changeovers == switches and time.monotonic() < ends:
                 time.sleep(0.02)
             time.sleep(0.5)
 
@@ -116,7 +117,7 @@ class Bench:
 
     def open(self, layers: Sequence[int] | None, rebalance: RebalanceMode) -> Pipeline:
         """The bundle, cut so before anything runs."""
-        options: dict[str, Any] = {"slots": STREAMS, "capacity": CAPACITY, "weights": self.weights}
+        options: dict[str, Any] = {"slots": STREAMS, "capacity": CAPACITY, "quantise": self.weights}
         pipeline = Pipeline.open(self.bundle, rebalance=rebalance, **options)
         if layers is not None:
             pipeline.recut(layers)

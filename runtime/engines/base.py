@@ -32,6 +32,11 @@ class Engine(Protocol):
         """The names that `run` can compute."""
         ...
 
+    @property
+    def max_rows(self) -> int | None:
+        """The most rows of a batch, for an engine that was built for no more; None: any."""
+        ...
+
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> Mapping[str, Value]:
         """The named outputs of the stage for these inputs. Names in `inputs` that the stage does not read are ignored.
 
@@ -91,13 +96,13 @@ class CacheSize:
 
 class EngineFactory(Protocol):
     """Opens a stage on the given device, on the thread that will run it. With a `CacheSize` its caches are allocated
-    once, here; without, it cannot `step`. `weights`: what the weights of matrix products are quantised to, None for as
-    they are."""
+    once, here; without, it cannot `step`. `quantise`: what the weights of matrix products are quantised to, None for
+    as they are."""
 
     def __call__(
         self,
         stage: StageFile,
         device: Device,
         cache: CacheSize | None = None,
-        weights: WeightDtype | None = None,
+        quantise: WeightDtype | None = None,
     ) -> Engine: ...

@@ -325,7 +325,7 @@ class _GenerationRun(_Run):
         while (step := self.scheduler.next()) is not None:
             past = round(sum(row.start for row in step.rows) / len(step.rows))
             picks = int(any(row.last for row in step.rows))
-            self.send(Shape(step.slots, step.length, past, picks), partial(self.left, step))
+            self.send(Shape(step.slot_count, step.length, past, picks), partial(self.left, step))
 
     def left(self, step: Step) -> None:
         """A step has left the last stage: the driver takes it up."""

@@ -88,7 +88,7 @@ class Lane:
         default_factory=SimpleQueue
     )
     lander: threading.Thread | None = None
-    most_rows: int | None = None
+    max_rows: int | None = None
     """Of a batch, for an engine that was built for no more; known once it is open."""
 
     def ran(self, began_s: float, work: Recordable) -> None:
@@ -195,9 +195,9 @@ class Lanes:
         return answer
 
     @property
-    def most_rows(self) -> int | None:
+    def max_rows(self) -> int | None:
         """The largest batch that all engines take; None: any."""
-        return min((lane.most_rows for lane in self._lanes if lane.most_rows is not None), default=None)
+        return min((lane.max_rows for lane in self._lanes if lane.max_rows is not None), default=None)
 
     @property
     def open_s(self) -> float:
@@ -263,7 +263,7 @@ def _work(lanes: Sequence[Lane]) -> None:
         for lane in lanes:
             engine = lane.stage.open(lane.device)
             engines.append((lane, engine))
-            lane.most_rows = getattr(engine, "most_rows", None)
+            lane.max_rows = engine.max_rows
             lane.opened.set_result(None)
     except BaseException as error:
         for lane in lanes:

@@ -83,7 +83,7 @@ class Watched:
 
     def __init__(self, engine: Engine, number: int, step: Step) -> None:
         self.engine, self.number, self.before = engine, number, step
-        self.input_names, self.output_names = engine.input_names, engine.output_names
+        self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
         self.give_caches, self.take_caches = engine.give_caches, engine.take_caches
 
@@ -211,7 +211,7 @@ def test_what_ended_continuations_left_in_the_caches_serves_after_a_recut(
         assert other.choices[0].token_ids == want(0, PROMPTS[-2])
 
 
-@pytest.mark.parametrize("options", [{"weights": "int8"}, {"cache_dtype": "float16", "weights": "int4"}])
+@pytest.mark.parametrize("options", [{"quantise": "int8"}, {"cache_dtype": "float16", "quantise": "int4"}])
 def test_stages_are_reopened_as_they_were_opened(llamas: list[Path], opening: Opening, options: dict[str, Any]) -> None:
     with Pipeline.open(llamas[0], slots=2, capacity=96, engine="watched", **options) as pipeline:
         undisturbed = [tokens_of(pipeline.submit(request(prompt))) for prompt in PROMPTS[:5]]
@@ -220,8 +220,8 @@ def test_stages_are_reopened_as_they_were_opened(llamas: list[Path], opening: Op
         pipeline.recut([1, 3, 2])
         assert [tokens_of(future) for future in running] == undisturbed
     assert len(opening.opened) == 2 + 3
-    assert len({(settings["cache"], settings["weights"]) for _, settings in opening.opened}) == 1
-    assert opening.opened[0][1]["weights"] == options["weights"]
+    assert len({(settings["cache"], settings["quantise"]) for _, settings in opening.opened}) == 1
+    assert opening.opened[0][1]["quantise"] == options["quantise"]
 
 
 def test_stages_that_do_not_open_leave_the_old_ones_serving(
@@ -237,7 +237,7 @@ def test_stages_that_do_not_open_leave_the_old_ones_serving(
         running = [pipeline.submit(request(prompt)) for prompt in PROMPTS]
         with pytest.raises(EngineError, match=r"^stage 1: no memory for it$"):
             pipeline.recut([2, 2, 2])
-        assert pipeline.stats().switches == 0
+        assert pipeline.stats().changeovers == 0
         assert len(pipeline.layers) == 2
         assert set(threading.enumerate()) <= before
         assert [tokens_of(future) for future in running] == [want(0, prompt) for prompt in PROMPTS]
@@ -350,7 +350,7 @@ def test_two_switches_at_once_take_turns(llamas: list[Path], want: Callable[...,
         for switching in [threads.submit(pipeline.recut, counts) for counts in cuts]:
             switching.result(SECONDS)
         assert list(pipeline.layers) in cuts
-        assert pipeline.stats().switches == 4
+        assert pipeline.stats().changeovers == 4
         assert [tokens_of(future) for future in running] == [want(0, prompt) for prompt in PROMPTS]
 
 
@@ -462,7 +462,7 @@ def test_batches_go_through_the_stages_that_they_were_queued_for(tiny_bundle: Pa
             stop.set()
         assert sum(client.result(SECONDS) for client in clients) > 10
         stats = pipeline.stats()
-        assert (stats.failed, stats.in_flight, stats.layers, stats.switches) == (0, 0, (1, 1, 1), 6)
+        assert (stats.failed, stats.in_flight, stats.layers, stats.changeovers) == (0, 0, (1, 1, 1), 6)
 
 
 # Bad input.
@@ -486,7 +486,7 @@ def test_a_cut_that_does_not_fit_is_refused(llamas: list[Path], arguments: dict[
         with pytest.raises(StagelineError, match=told):
             pipeline.recut(**arguments)
         assert tokens_of(pipeline.submit(request(PROMPTS[0], max_tokens=2)))
-        assert pipeline.stats().switches == 0
+        assert pipeline.stats().changeovers == 0
 
 
 def test_a_bundle_whose_parts_are_gone_leaves_the_stages_serving(llamas: list[Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ class Recorder:
 
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    max_rows: int | None = None
 
     def __init__(self) -> None:
         self.opened_on = threading.current_thread()
