@@ -17,13 +17,12 @@ from time import perf_counter
 
 from stageline.models.errors import RequestError
 from stageline.runtime.batching.batches import Batches
+from stageline.runtime.bundle.manifest import CACHED_INPUTS
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.stages.lanes import Lanes
 from stageline.runtime.stages.opening import StageSet
 from stageline.runtime.stages.recorder import Recorder
 from stageline.runtime.stages.route import Hop, route
-
-GRAPH_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")  # of a model with caches
 
 
 @dataclass(frozen=True)
@@ -146,4 +145,4 @@ class Executor:
 
 def generation_hops(cut: StageSet) -> tuple[Hop, ...]:
     """The way of a step of generation through the stages, to the logits."""
-    return route([(stage.inputs, stage.outputs) for stage in cut.stages], GRAPH_INPUTS, ["logits"])
+    return route([(stage.inputs, stage.outputs) for stage in cut.stages], CACHED_INPUTS, ["logits"])

@@ -4,6 +4,8 @@ import itertools
 import random
 from dataclasses import dataclass
 
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, PICKS
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -18,7 +20,7 @@ class Shape:
     def sizes(self) -> dict[str, int]:
         """The free dimensions by name."""
         picks = self.picks if self.picks is not None else 1 if self.past else self.length
-        return {"batch": self.batch, "length": self.length, "picks": picks}
+        return {BATCH: self.batch, LENGTH: self.length, PICKS: picks}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import read_header
 from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.engines.tensorrt.store import read_engines
 from stageline.runtime.planning.catalogue import Rates, catalogue
 from stageline.runtime.planning.cluster import Cluster, parse_devices
@@ -178,11 +178,11 @@ class Roofline:
 
 def roofline(planner: Planner, answer: Answer) -> Roofline:
     """The roofline of the plan's devices with its stages."""
-    costs, last = planner.costs(answer.shape), planner.bundle.manifest.blocks
+    costs = planner.costs(answer.shape)
     rates = planner.rates(planner.cluster.kinds[0])
     rows = []
     for number, (stage, figures) in enumerate(zip(answer.plan.stages, answer.plan.figures, strict=True)):
-        uses = costs[0 if stage.first == 0 else stage.first + 1 : last + 2 if stage.end == last else stage.end + 1]
+        uses = uses_of(costs, stage.first, stage.end)
         flops = sum(use.flops for use in uses)
         moved_bytes = sum(use.weight_read_bytes + use.cache_read_bytes for use in uses)
         intensity, attained = flops / max(1, moved_bytes), flops / figures.compute_s

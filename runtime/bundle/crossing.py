@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.runtime.bundle.graph import size_bytes, size_read
-from stageline.runtime.bundle.manifest import Manifest, TensorSpec, Use
+from stageline.runtime.bundle.manifest import Manifest, TensorSpec, uses_of
 
 _RECOMPUTE_WEIGHT_BYTES = 64 * 1024  # a shared value that needs a larger weight than this is shipped, not recomputed
-
-
 _UNBOUNDED = math.inf
 
 
@@ -23,7 +21,7 @@ class Crossing:
 
     manifest: Manifest
     parts: Sequence[ir.Model]
-    ranges: tuple[tuple[int, int], ...]  # first and last block of each stage
+    ranges: tuple[tuple[int, int], ...]  # of each stage: its first block, and the first one after it
     inputs: tuple[tuple[str, ...], ...]
     outputs: tuple[tuple[str, ...], ...]
     specs: Mapping[str, TensorSpec]
@@ -31,12 +29,12 @@ class Crossing:
 
     @classmethod
     def of(cls, manifest: Manifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
-        """The plan for stages of `counts` blocks each."""
+        """What crosses from stage to stage, if they have `counts` blocks each."""
         ends = list(itertools.accumulate(counts))
-        ranges = tuple((end - count, end - 1) for end, count in zip(ends, counts, strict=True))
+        ranges = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
         prologue = Prologue(manifest, parts[manifest.uses[0].part])
         specs = {**_specs(manifest), **prologue.specs}
-        uses = [_uses(manifest, *r) for r in ranges]
+        uses = [uses_of(manifest.uses, *r) for r in ranges]
         made = [{value for use in group for value in use.writes.values()} for group in uses]
         reads: list[tuple[str, ...]] = []
         for number, group in enumerate(uses):
@@ -54,12 +52,6 @@ class Crossing:
             mine = made[number] | (set(prologue.specs) if number == 0 else set())
             outputs.append(tuple(v for v in (*later, *model_outputs) if v in mine))
         return cls(manifest, parts, ranges, tuple(reads), tuple(outputs), specs, prologue)
-
-
-def _uses(manifest: Manifest, first: int, last: int) -> list[Use]:
-    begin = 0 if first == 0 else first + 1
-    end = len(manifest.uses) if last == manifest.blocks - 1 else last + 2
-    return list(manifest.uses[begin:end])
 
 
 def _specs(manifest: Manifest) -> dict[str, TensorSpec]:

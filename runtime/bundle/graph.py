@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, CacheSpec
 
-NOMINAL = {"batch": 8, "length": 128}  # sizes at which the bytes that cross a cut are compared
-
-
+NOMINAL = {BATCH: 8, LENGTH: 128}  # sizes at which the bytes that cross a cut are compared
 CACHE_ATTENTION = "CacheAttention"  # of the domain "stageline"; docs/bundle.md says what it computes
 
 

@@ -3,14 +3,20 @@
 docs/bundle.md says the format in prose. Paths are POSIX, relative to the bundle's folder, and never leave it.
 """
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 from stageline.runtime.validation import Data
 
 VERSION = 2
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
+CACHED_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")
+"""The inputs of a model with caches, all int64: token ids [batch, length], each row's tokens in the cache [batch], its
+new tokens [batch], and the positions among these whose logits are wanted [batch, picks]."""
+INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS, LOGITS_AT = CACHED_INPUTS
+_T = TypeVar("_T")
 
 
 def _inside(path: str) -> str:
@@ -83,6 +89,12 @@ class Use(Data):
     weights: dict[str, str]
     module: str = ""
     call: int = Field(default=0, ge=0)
+
+
+def uses_of(each: Sequence[_T], first: int, end: int) -> Sequence[_T]:
+    """The items that belong to a stage of blocks `first` to `end` - 1, if `each` holds one item for each use: the
+    prologue is in the stage of the first block, the epilogue in that of the last."""
+    return each[0 if first == 0 else first + 1 : len(each) if end == len(each) - 2 else end + 1]
 
 
 class Stage(Data):

@@ -38,10 +38,10 @@ def write_stages(
     folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], parts: Sequence[ir.Model], counts: Sequence[int]
 ) -> tuple[list[Stage], list[FileEntry]]:
     """Stitch the stages that `counts` blocks each make and write them into `folder`, each aside and then renamed."""
-    plan = Crossing.of(manifest, parts, counts)
+    crossing = Crossing.of(manifest, parts, counts)
     stages, entries = [], []
     for number in range(len(counts)):
-        model, stage = stitch(plan, number, tensors, folder)
+        model, stage = stitch(crossing, number, tensors, folder)
         aside = folder / f".{stage.file}.{os.getpid()}"
         with removed_on_failure([aside]):
             ir.save(model, aside)

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from stageline.models.errors import BundleError, RequestError
-from stageline.runtime.bundle.manifest import BATCH, LENGTH, PICKS, Manifest, TensorSpec
+from stageline.runtime.bundle.manifest import (
+    BATCH,
+    INPUT_IDS,
+    LENGTH,
+    LOGITS_AT,
+    NEW_LENGTHS,
+    PAST_LENGTHS,
+    PICKS,
+    Manifest,
+    TensorSpec,
+)
 from stageline.runtime.devices.base import Array
 
 _DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}  # what fills an input that the user left out
@@ -40,7 +50,7 @@ class Signature:
         inputs, outputs = manifest.inputs, manifest.outputs
         derived: tuple[TensorSpec, ...] = ()
         if manifest.cached:
-            ids = next(spec for spec in inputs if spec.name == "input_ids")
+            ids = next(spec for spec in inputs if spec.name == INPUT_IDS)
             derived = tuple(_for_all_tokens(spec) for spec in inputs if spec is not ids)
             inputs = (ids, ids.model_copy(update={"name": "attention_mask"}))
             outputs = tuple(_for_all_tokens(spec) for spec in outputs)
@@ -86,8 +96,8 @@ class Signature:
             raise RequestError(
                 f"rows are {sizes[LENGTH]} tokens long, the model can place {self.max_positions}; truncate them"
             )
-        if "input_ids" in given and self.vocabulary is not None:
-            _check_ids(given["input_ids"], self.vocabulary)
+        if INPUT_IDS in given and self.vocabulary is not None:
+            _check_ids(given[INPUT_IDS], self.vocabulary)
         filled = {spec.name: given[spec.name] if spec.name in given else _filled(spec, sizes) for spec in self.inputs}
         if self.derived:
             filled.update(_whole_rows(filled["attention_mask"]))
@@ -107,9 +117,9 @@ def _whole_rows(mask: Array) -> dict[str, Array]:
             "attention_mask leaves out tokens before others, or a whole row; pad rows on the right, and not to nothing"
         )
     return {
-        "past_lengths": np.zeros(rows, np.int64),
-        "new_lengths": new.astype(np.int64),
-        "logits_at": np.tile(np.arange(length), (rows, 1)),
+        PAST_LENGTHS: np.zeros(rows, np.int64),
+        NEW_LENGTHS: new.astype(np.int64),
+        LOGITS_AT: np.tile(np.arange(length), (rows, 1)),
     }
 
 

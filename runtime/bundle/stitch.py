@@ -11,26 +11,23 @@ from pathlib import Path
 import onnx_ir as ir
 from stageline.models.errors import BundleError
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.crossing import Crossing, _uses
+from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, ir_dtype, size_read
-from stageline.runtime.bundle.manifest import CacheSpec, Stage, TensorSpec, Use
+from stageline.runtime.bundle.manifest import CacheSpec, Stage, TensorSpec, Use, uses_of
 
 
-def stitch(plan: Crossing, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
-    """Stage `number` of the plan as a model whose weights are references into the weight files of `folder`."""
-    first, last = plan.ranges[number]
-    builder = _Builder(plan, tensors, folder)
-    inputs = [builder.input(plan.specs[name]) for name in plan.inputs[number]]
+def stitch(crossing: Crossing, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
+    """Stage `number` as a model whose weights are references into the weight files of `folder`."""
+    first, end = crossing.ranges[number]
+    uses = uses_of(crossing.manifest.uses, first, end)
+    builder = _Builder(crossing, tensors, folder)
+    inputs = [builder.input(crossing.specs[name]) for name in crossing.inputs[number]]
     if first > 0:
-        builder.recompute(_uses(plan.manifest, first, last))
-    for place, use in enumerate(_uses(plan.manifest, first, last)):
-        builder.use(
-            use,
-            f"{first + place - (first == 0)}/"
-            if use.module
-            else f"{'prologue' if use is plan.manifest.uses[0] else 'epilogue'}/",
-        )
-    outputs = [builder.output(plan.specs[name]) for name in plan.outputs[number]]
+        builder.recompute(uses)
+    for place, use in enumerate(uses):
+        ends = "prologue" if use is crossing.manifest.uses[0] else "epilogue"
+        builder.add(use, f"{first + place - (first == 0)}/" if use.module else f"{ends}/")
+    outputs = [builder.output(crossing.specs[name]) for name in crossing.outputs[number]]
     graph = ir.Graph(
         inputs,
         outputs,
@@ -39,14 +36,14 @@ def stitch(plan: Crossing, number: int, tensors: Mapping[str, TensorEntry], fold
         opset_imports=builder.opsets,
         name=f"stage-{number}",
     )
-    model = ir.Model(graph, ir_version=plan.parts[0].ir_version, producer_name="stageline")
+    model = ir.Model(graph, ir_version=crossing.parts[0].ir_version, producer_name="stageline")
     used = {name: tensors[name] for name in builder.weights}
     stage = Stage(
-        file=f"stage.{first:03}-{last:03}.onnx",
+        file=f"stage.{first:03}-{end - 1:03}.onnx",
         first_block=first,
-        last_block=last,
-        inputs=tuple(plan.specs[name] for name in plan.inputs[number]),
-        outputs=tuple(plan.specs[name] for name in plan.outputs[number]),
+        last_block=end - 1,
+        inputs=tuple(crossing.specs[name] for name in crossing.inputs[number]),
+        outputs=tuple(crossing.specs[name] for name in crossing.outputs[number]),
         weight_bytes=sum(entry.size_bytes for entry in used.values()),
         parameters=sum(math.prod(entry.shape) for entry in used.values()),
         caches=tuple(builder.caches),
@@ -57,8 +54,8 @@ def stitch(plan: Crossing, number: int, tensors: Mapping[str, TensorEntry], fold
 class _Builder:
     """Grows one stage's graph use by use; `values` holds what the model's values are in it."""
 
-    def __init__(self, plan: Crossing, tensors: Mapping[str, TensorEntry], folder: Path):
-        self.plan, self.tensors, self.folder = plan, tensors, folder
+    def __init__(self, crossing: Crossing, tensors: Mapping[str, TensorEntry], folder: Path):
+        self.crossing, self.tensors, self.folder = crossing, tensors, folder
         self.values: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -82,9 +79,9 @@ class _Builder:
         value.shape, value.type = ir.Shape(list(spec.shape)), ir.TensorType(ir_dtype(spec.dtype))
         return value
 
-    def use(self, use: Use, prefix: str) -> None:
+    def add(self, use: Use, prefix: str) -> None:
         """Add a part's nodes, reading and writing the model's values."""
-        model = self.plan.parts[use.part]
+        model = self.crossing.parts[use.part]
         new: dict[ir.Value, ir.Value] = {}
         self.opsets.update(model.graph.opset_imports)
         for value in model.graph.inputs:
@@ -93,15 +90,15 @@ class _Builder:
         self.copy(list(model.graph), new, prefix)
         for value in model.graph.outputs:
             self.values[use.writes[str(value.name)]] = new[value]
-        if model is self.plan.parts[self.plan.manifest.uses[0].part]:
-            for value, name in self.plan.prologue.names.items():
+        if model is self.crossing.parts[self.crossing.manifest.uses[0].part]:
+            for value, name in self.crossing.prologue.names.items():
                 if value in new:
                     self.values.setdefault(name, new[value])
 
     def recompute(self, uses: Sequence[Use]) -> None:
         """Add the prologue's nodes that give the shared values which these uses read, from what crosses the cut."""
-        manifest = self.plan.manifest
-        prologue = self.plan.prologue
+        manifest = self.crossing.manifest
+        prologue = self.crossing.prologue
         wanted = [v for use in uses for v in use.reads.values() if v in prologue.outputs and v not in self.values]
         sizes = {d for v in self.values.values() for d in _free(v)}
         new: dict[ir.Value, ir.Value] = {v: self.values[n] for v, n in prologue.names.items() if n in self.values}
@@ -118,7 +115,7 @@ class _Builder:
             keep.add(node)
             if size_read(node) not in sizes:
                 todo += [source for source in node.inputs if source is not None]
-        self.opsets.update(self.plan.parts[manifest.uses[0].part].graph.opset_imports)
+        self.opsets.update(self.crossing.parts[manifest.uses[0].part].graph.opset_imports)
         self.copy([node for node in prologue.graph if node in keep], new, "shared/")
         for name in wanted:
             self.values[name] = new[prologue.outputs[name]]

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.bundle.manifest import PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
 from stageline.runtime.engines.lowering.caches import past_names, present_names
@@ -76,7 +76,7 @@ class OnnxRuntimeEngine:
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
         """See `Engine.step`."""
         arrays = on_host(inputs, self.input_names)
-        rows = len(arrays["past_lengths"])
+        rows = len(arrays[PAST_LENGTHS])
         key = (first_slot, rows, tuple(outputs))
         binding = self._bindings.pop(key, None)
         if binding is None:

@@ -20,6 +20,7 @@ from time import perf_counter
 
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
+from stageline.runtime.bundle.manifest import CACHED_INPUTS
 from stageline.runtime.engines import Array, Engine, Value
 from stageline.runtime.generation.changeover import Changeover, move_caches
 from stageline.runtime.generation.meter import GenerationStats, Meter
@@ -246,7 +247,7 @@ class Generator:
             if job.started_at is None:
                 job.started_at = now
                 self._meter.queue_s.append(now - job.submitted_at)
-        values: dict[str, Value] = {"input_ids": ids, "past_lengths": past, "new_lengths": new, "logits_at": picks}
+        values: dict[str, Value] = dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True))
         self._in_flight += 1
         self._meter.sent(now)
         self._lanes.put(0, partial(self._through, _Flight(step, values, tuple(requests))))

@@ -1,7 +1,6 @@
 """Devices that are not here: their published figures (devices.toml), and what a part takes on them by a roofline."""
 
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -67,10 +66,6 @@ class Rates:
         caches, where fused kernels keep them."""
         moved = cost.weight_read_bytes + cost.cache_read_bytes
         return max(cost.flops / self.flops_per_s, moved / self.bytes_per_s)
-
-    def stage_s(self, costs: Sequence[UseCost]) -> float:
-        """Seconds of a stage made of uses of these costs."""
-        return self.overhead_s + sum(map(self.use_s, costs))
 
 
 @cache

@@ -41,11 +41,6 @@ class UseCost:
     parameter_bytes: int
     cache_token_bytes: int  # that a token of one row adds to the cache
 
-    @property
-    def traffic_bytes(self) -> int:
-        """All bytes that are moved."""
-        return self.weight_read_bytes + self.activation_bytes + self.cache_read_bytes
-
 
 def use_costs(
     manifest: Manifest,
@@ -238,8 +233,8 @@ def cut_values(manifest: Manifest, parts: Sequence[ir.Model]) -> list[tuple[Tens
     """What a stage beginning with each block is sent: hidden state, shared values, inputs of the model."""
     found: list[tuple[TensorSpec, ...]] = [()]
     for first in range(1, manifest.blocks):
-        plan = Crossing.of(manifest, parts, [first, manifest.blocks - first])
-        found.append(tuple(plan.specs[name] for name in plan.inputs[1]))
+        crossing = Crossing.of(manifest, parts, [first, manifest.blocks - first])
+        found.append(tuple(crossing.specs[name] for name in crossing.inputs[1]))
     return found
 
 

@@ -8,6 +8,7 @@ from time import perf_counter
 import numpy as np
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import INPUT_IDS, PAST_LENGTHS
 from stageline.runtime.engines import Array, Device, Value
 from stageline.runtime.executor import generation_hops
 from stageline.runtime.generation.generator import Generator
@@ -28,7 +29,7 @@ class Instant:
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
         """Its output for as many rows."""
-        return {outputs[0]: self._logits[: inputs["past_lengths"].shape[0]]}
+        return {outputs[0]: self._logits[: inputs[PAST_LENGTHS].shape[0]]}
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """There is no cache."""
@@ -59,9 +60,9 @@ def bundle_decoder(bundle: Bundle) -> TextModel:
 def step_s(decoder: TextModel, rows: int, stages: int, sampling: Sampling) -> float:
     """Seconds between steps when `rows` continuations run through stages that take no time."""
     logits = np.random.default_rng(0).standard_normal((rows, 1, decoder.vocabulary), dtype=np.float32)
-    names = ["input_ids", *(f"hidden.{n}" for n in range(1, stages)), "logits"]
+    names = [INPUT_IDS, *(f"hidden.{n}" for n in range(1, stages)), "logits"]
     opened = [
-        PipelineStage((names[n], "past_lengths"), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
+        PipelineStage((names[n], PAST_LENGTHS), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
         for n in range(stages)
     ]
     lanes = Lanes(opened, None)

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, Manifest, uses_of
 from stageline.runtime.bundle.stitch import stitch
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
@@ -292,13 +292,13 @@ def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
     """Full rows of random tokens or pixels."""
     random = np.random.default_rng(0)
     sizes = shape.sizes()
-    known = {"attention_mask": 1, "token_type_ids": 0, "past_lengths": shape.past, "new_lengths": shape.length}
+    known = {"attention_mask": 1, "token_type_ids": 0, PAST_LENGTHS: shape.past, NEW_LENGTHS: shape.length}
     values: dict[str, Array] = {}
     for spec in manifest.inputs:
         dims = [d if isinstance(d, int) else sizes.get(d, 64) for d in spec.shape]
         if spec.name in known:
             values[spec.name] = np.full(dims, known[spec.name], spec.dtype)
-        elif spec.name == "logits_at":
+        elif spec.name == LOGITS_AT:
             last = np.arange(shape.length - dims[1], shape.length)
             values[spec.name] = np.broadcast_to(last, dims).astype(spec.dtype)
         elif spec.dtype.startswith("int"):
@@ -310,7 +310,7 @@ def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
 
 def _rest_of_model(reads: Sequence[int], first: int, end: int) -> Callable[[], object]:
     """Reads as much as the uses outside blocks `first` to `end` - 1 read of weights, up to what no cache holds."""
-    count_bytes = sum(reads) - sum(reads[first + 1 : end + 1])
+    count_bytes = sum(reads) - sum(uses_of(reads, first, end))
     values = np.ones(min(count_bytes, _MOST_CACHE_BYTES) // 4 + 1, np.float32)
     return values.max
 

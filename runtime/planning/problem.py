@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stageline.models.errors import StagelineError
+from stageline.runtime.bundle.manifest import uses_of
 
 Objective = Literal["throughput", "latency", "cost", "energy"]
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "cost", "energy")
@@ -90,15 +91,13 @@ class Problem:
 
     def stage_bytes(self, device: int, first: int, end: int) -> float:
         """Memory that a stage of blocks `first` to `end` - 1 takes on `device`."""
-        begin, stop = _uses(self.blocks, first, end)
         tied = self.tied_bytes if (first, end) == (0, self.blocks) else 0.0
-        return sum(self.use_bytes[begin:stop]) + self.devices[device].workspace_bytes - tied
+        return sum(uses_of(self.use_bytes, first, end)) + self.devices[device].workspace_bytes - tied
 
     def compute_s(self, device: int, first: int, end: int) -> float:
         """Seconds of work on a micro-batch of a stage of blocks `first` to `end` - 1 on `device`."""
-        begin, stop = _uses(self.blocks, first, end)
         cost = self.devices[device]
-        return sum(cost.use_s[begin:stop]) + cost.stage_s + (cost.later_stage_s if first else 0.0)
+        return cost.stage_s + stage_time_s(cost.use_s, first, end, cost.later_stage_s)
 
     def allowed(self, first: int, end: int) -> bool:
         """True if the pinned layers allow a stage of blocks `first` to `end` - 1."""
@@ -108,9 +107,10 @@ class Problem:
         return (first, end) in zip((0, *ends), ends, strict=False)
 
 
-def _uses(blocks: int, first: int, end: int) -> tuple[int, int]:
-    """The places among the uses of a stage's first and last: prologue with the first block, epilogue with the last."""
-    return (0 if first == 0 else first + 1), (blocks + 2 if end == blocks else end + 1)
+def stage_time_s(use_s: Sequence[float], first: int, end: int, later_stage_s: float = 0.0) -> float:
+    """Seconds of a stage of blocks `first` to `end` - 1: those of its uses, and `later_stage_s` if it is not the first
+    stage."""
+    return sum(uses_of(use_s, first, end)) + (later_stage_s if first else 0.0)
 
 
 @dataclass(frozen=True)

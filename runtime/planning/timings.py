@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from stageline.models.errors import StagelineError
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cost import UseCost
+from stageline.runtime.planning.problem import stage_time_s
 from stageline.runtime.planning.profile import MachineProfile, Point
 from stageline.runtime.workload import Shape
 
@@ -42,9 +43,7 @@ class UseTimes:
 
     def stage_s(self, first: int, end: int) -> float:
         """Seconds of a stage of blocks `first` to `end` - 1."""
-        blocks = len(self.use_s) - 2
-        total = sum(self.use_s[first + 1 : end + 1]) + (self.later_stage_s if first else self.use_s[0])
-        return total + (self.use_s[-1] if end == blocks else 0.0)
+        return stage_time_s(self.use_s, first, end, self.later_stage_s)
 
 
 class Timings:
@@ -157,10 +156,8 @@ def fitted_rates(points: Sequence[Point], costs: Costs) -> Rates:
     """
     work = []
     for point in points:
-        uses = costs(Shape(point.batch, point.length, point.past))
-        begin = 0 if point.first == 0 else point.first + 1
-        chosen = uses[begin : len(uses) if point.end == len(uses) - 2 else point.end + 1]
-        work.append([[use.flops, use.weight_read_bytes + use.cache_read_bytes] for use in chosen])
+        uses = uses_of(costs(Shape(point.batch, point.length, point.past)), point.first, point.end)
+        work.append([[use.flops, use.weight_read_bytes + use.cache_read_bytes] for use in uses])
     seconds = np.array([point.seconds for point in points])
     longest = max(map(len, work))
     table = np.array(
