@@ -17,9 +17,9 @@ from stageline.runtime.bundle.manifest import PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
 from stageline.runtime.engines.lowering.caches import past_names, present_names
-from stageline.runtime.engines.lowering.float32 import has_halves, to_float32
-from stageline.runtime.engines.lowering.group_query import has_caches, padded, to_group_query
-from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.engines.lowering.float32 import HALVES
+from stageline.runtime.engines.lowering.group_query import padded
+from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
 
 _BINDINGS = 64  # row ranges whose caches stay bound
 
@@ -42,12 +42,14 @@ class OnnxRuntimeEngine:
         dtype = np.dtype((cache and cache.dtype) or "float32")
         try:
             self._session = ort.InferenceSession(
-                _graph(stage, dtype, quantise), _options(stage, device.cores), providers=["CPUExecutionProvider"]
+                lowered(stage, HALVES, ir.DataType.from_numpy(dtype), quantise),
+                _options(stage, device.cores),
+                providers=["CPUExecutionProvider"],
             )
         except EngineError:
             raise
         except Exception as error:  # the backend's exceptions have no common base
-            raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {_line(error)}") from error
+            raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {first_line(error)}") from error
         hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.input_names = tuple(value.name for value in inputs if value.name not in hidden)
@@ -154,7 +156,7 @@ class OnnxRuntimeEngine:
         return found["batch"], found["length"]
 
     def _failed(self, error: Exception) -> EngineError:
-        return EngineError(f"stage {self._number} failed in ONNX Runtime: {_line(error)}")
+        return EngineError(f"stage {self._number} failed in ONNX Runtime: {first_line(error)}")
 
 
 class _Caches:
@@ -208,24 +210,3 @@ def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
         affinities = ";".join(str(core + 1) for core in cores[1:])
         options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
     return options
-
-
-def _graph(stage: StageFile, cache_dtype: np.dtype[Any], quantise: WeightDtype | None) -> bytes:
-    """The stage's graph as ONNX bytes, in float32, its caches lowered, its weights still outside unless quantised."""
-    model = ir.load(stage.file)
-    ir.external_data.set_base_dir(model.graph, stage.folder)
-    halves, caches = has_halves(model), has_caches(model)
-    if not halves and not caches and quantise is None:
-        return stage.file.read_bytes()
-    if halves:
-        model = to_float32(model)
-    if caches:
-        model = to_group_query(model, ir.DataType.from_numpy(cache_dtype))
-    if quantise is not None:
-        model = to_nbits(model, quantise)
-    lowered: bytes = ir.to_proto(model).SerializeToString()
-    return lowered
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -20,9 +20,8 @@ from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
 from stageline.runtime.engines.lowering.caches import past_names, present_names
-from stageline.runtime.engines.lowering.float32 import to_float32
-from stageline.runtime.engines.lowering.group_query import has_caches, padded, to_group_query
-from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.engines.lowering.group_query import padded
+from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
 
 _CACHE = np.dtype("float16")  # the operator has no float32 kernel on GPUs
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -173,7 +172,7 @@ class OnnxRuntimeCudaEngine:
             self._session.run_with_iobinding(binding, self._options)
         except Exception as error:  # the backend's exceptions have no common base
             raise EngineError(
-                f"stage {self._number} failed in ONNX Runtime on {self._device.name}: {_line(error)}"
+                f"stage {self._number} failed in ONNX Runtime on {self._device.name}: {first_line(error)}"
             ) from error
         self._device.gpu.use()  # ONNX Runtime chooses the thread's device itself
         done = launch.end()
@@ -210,11 +209,13 @@ def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
     providers: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(_graph(stage, quantise), options, providers=providers)
+        # Few kernels take bfloat16.
+        graph = lowered(stage, {ir.DataType.BFLOAT16}, ir.DataType.FLOAT16, quantise)
+        session = ort.InferenceSession(graph, options, providers=providers)
     except EngineError:
         raise
     except Exception as error:  # the backend's exceptions have no common base
-        raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {_line(error)}") from error
+        raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {first_line(error)}") from error
     if "CUDAExecutionProvider" not in session.get_providers():
         raise EngineError(
             f"ONNX Runtime could not start CUDA on {device.name}: its CUDA or cuDNN libraries are missing or "
@@ -229,21 +230,3 @@ def _run_options() -> Any:
     options = ort.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
-
-
-def _graph(stage: StageFile, quantise: WeightDtype | None) -> bytes:
-    """The stage's graph as ONNX bytes, its caches lowered, its weights still outside unless quantised."""
-    model = ir.load(stage.file)
-    values = [value for graph in model.graphs() for node in graph for value in node.outputs]
-    if any(value.dtype == ir.DataType.BFLOAT16 for value in (*values, *model.graph.initializers.values())):
-        model = to_float32(model)  # few kernels take bfloat16
-    if has_caches(model):
-        model = to_group_query(model, ir.DataType.FLOAT16)
-    if quantise is not None:
-        model = to_nbits(model, quantise)
-    lowered: bytes = ir.to_proto(model).SerializeToString()
-    return lowered
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -9,7 +9,7 @@ from onnx_ir.passes.common import IdentityEliminationPass
 from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
 from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.lowering.caches import past_names, present_names
-from stageline.runtime.engines.lowering.float32 import has_halves, to_float32
+from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.precision import fold_weight_casts, to_precision
 from stageline.runtime.engines.lowering.quantise import Quantisation, to_quantised
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
@@ -71,7 +71,7 @@ def _lower(
     stage: StageFile, dtype: ir.DataType, quantisation: Quantisation | None, capacity: int, stripped: bool
 ) -> Lowered:
     model = ir.load(stage.file)
-    if has_halves(model):
+    if has_types(model):
         to_float32(model)
     fold_weight_casts(model)
     caches = to_tensor_scatter(model, capacity)
