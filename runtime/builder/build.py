@@ -80,7 +80,7 @@ class _Job:
 def build(
     bundle: Bundle,
     wanted: Sequence[Wanted],
-    load: Workload,
+    workload: Workload,
     options: Options,
     *,
     jobs: int | None = None,
@@ -98,7 +98,7 @@ def build(
     with locked(bundle.path) as store:
         todo: list[_Job] = []
         outcomes: list[BuildOutcome] = []
-        for job in _jobs(bundle, wanted, load, options):
+        for job in _jobs(bundle, wanted, workload, options):
             found = job if isinstance(job, BuildOutcome) else _present(store, bundle, job)
             if isinstance(found, _Job):
                 todo.append(found)
@@ -106,7 +106,7 @@ def build(
                 outcomes.append(found)
                 done(found)
         if todo:
-            building = _Building(store, bundle, load, options, progress)
+            building = _Building(store, bundle, workload, options, progress)
             outcomes += building.build_all(todo, jobs or _at_a_time(todo), done)
     order = {kind: place for place, kind in enumerate(wanted)}
     return sorted(outcomes, key=lambda outcome: (outcome.stage, order[outcome.wanted]))
@@ -134,7 +134,9 @@ def stale(bundle: Bundle, store: EngineStore) -> set[str]:
     return {record.plan.path for record in store.manifest.engines if not is_current(record, bundle.manifest)}
 
 
-def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Workload, options: Options) -> list["_Job | BuildOutcome"]:
+def _jobs(
+    bundle: Bundle, wanted: Sequence[Wanted], workload: Workload, options: Options
+) -> list["_Job | BuildOutcome"]:
     manifest, digests = bundle.manifest, _digests(bundle)
     result: list[_Job | BuildOutcome] = []
     for number, stage in enumerate(manifest.stages):
@@ -142,12 +144,12 @@ def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Workload, options: Opt
 
         @cache
         def lowered(precision: Precision, file: StageFile = file) -> Lowered:
-            return lower(file, precision, load.context, options.stripped)
+            return lower(file, precision, workload.context, options.stripped)
 
         for kind in wanted:
             try:
                 graph = lowered(kind.precision)
-                profiles = narrowed(profiles_of(manifest, load), graph.inputs)
+                profiles = narrowed(profiles_of(manifest, workload), graph.inputs)
             except EngineError as error:
                 result.append(BuildOutcome(number, kind, None, False, str(error)))
                 continue
@@ -171,7 +173,7 @@ def _key(
         "flavour": kind.flavour.name,
         "version": kind.flavour.version,
         "target": kind.target,
-        "profiles": [profile.model_dump() for profile in profiles],
+        "profiles": [profile.model_dump(by_alias=True) for profile in profiles],
         "options": options.model_dump(),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -231,11 +233,11 @@ class _Building:
         self,
         store: EngineStore,
         bundle: Bundle,
-        load: Workload,
+        workload: Workload,
         options: Options,
         progress: Callable[[BuildProgress], None],
     ) -> None:
-        self.store, self.bundle, self.load, self.options, self.progress = store, bundle, load, options, progress
+        self.store, self.bundle, self.workload, self.options, self.progress = store, bundle, workload, options, progress
         self.workers = Workers()
         self.lock = threading.Lock()  # around the store
 
@@ -287,7 +289,7 @@ class _Building:
             flavour=job.wanted.flavour.name,
             target=job.wanted.target,
             precision=job.wanted.precision,
-            capacity=self.load.context,
+            capacity=self.workload.context,
             profiles=job.profiles,
             options=self.options,
             plan=self.store.aside(plan),
@@ -316,7 +318,7 @@ class _Building:
             inputs=job.lowered.inputs,
             outputs=job.lowered.outputs,
             weights=job.lowered.weight_specs if self.options.stripped else (),
-            capacity=self.load.context if caches else None,
+            capacity=self.workload.context if caches else None,
             caches=caches,
             build_s=result.build_s,
         )
@@ -333,8 +335,10 @@ class _Building:
         )
 
 
-def _step(job: _Job, told: Answer) -> BuildProgress:
-    return BuildProgress(job.number, job.wanted, str(told["phase"]), int(str(told["step"])), int(str(told["steps"])))
+def _step(job: _Job, answer: Answer) -> BuildProgress:
+    return BuildProgress(
+        job.number, job.wanted, str(answer["phase"]), int(str(answer["step"])), int(str(answer["steps"]))
+    )
 
 
 def _timings(wanted: Wanted) -> str:
@@ -345,6 +349,6 @@ def _timings(wanted: Wanted) -> str:
 def _at_a_time(todo: Sequence[_Job]) -> int:
     """How many builds fit the processors and the memory there is."""
     sizes = [sum(weight.size_bytes for weight in job.lowered.weights.values()) for job in todo]
-    most = _BASE_BYTES + _WEIGHTS_TIMES * max(sizes)
+    max_bytes = _BASE_BYTES + _WEIGHTS_TIMES * max(sizes)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(allowed_cores()), len(todo), int(available // most)))
+    return max(1, min(len(allowed_cores()), len(todo), int(available // max_bytes)))

@@ -13,11 +13,10 @@ import onnxruntime as ort
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.engines.base import Array
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.float32 import HALVES, to_float32
+from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES
 from stageline.runtime.engines.tensorrt.lower import Lowered
-
-_MOST_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
 
 
 class EmulatedStage:
@@ -34,7 +33,7 @@ class EmulatedStage:
         # Or products of quantised weights would be fused into ones that quantise what they are multiplied by as well.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         proto = ir.to_proto(model)
-        if proto.ByteSize() > _MOST_BYTES:
+        if proto.ByteSize() > MAX_GRAPH_BYTES:
             raise EngineError(
                 "the stage is too large to be emulated; cut the bundle into more: stageline recut --stages N"
             )

@@ -10,7 +10,7 @@ from stageline.models.errors import EngineError
 from stageline.runtime.builder.profiles import shapes
 from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
 from stageline.runtime.engines.base import Array
-from stageline.runtime.engines.lowering.caches import past_names
+from stageline.runtime.engines.lowering.cache_names import past_names
 from stageline.runtime.engines.tensorrt.lower import Lowered
 from stageline.runtime.engines.tensorrt.records import OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE
@@ -166,6 +166,6 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 def _reason(network: Network) -> str:
     """What TensorRT says went wrong, in one line."""
-    told = [network.parser.get_error(place) for place in range(network.parser.num_errors)]
-    lines = [f"{error.desc()} (at {error.node_name()})" if error.node_name() else error.desc() for error in told]
+    errors = [network.parser.get_error(place) for place in range(network.parser.num_errors)]
+    lines = [f"{error.desc()} (at {error.node_name()})" if error.node_name() else error.desc() for error in errors]
     return " ".join((lines or network.logger.errors or ["TensorRT gives no reason"])[0].split())

@@ -20,9 +20,9 @@ class Workers:
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
-    def run(self, request: Request, told: Callable[[Answer], None]) -> Answer:
-        """Build in a process of its own: `told` gets each step, and the last that the worker says is returned. A worker
-        that dies without a word gives {"error": how it ended}."""
+    def run(self, request: Request, progress: Callable[[Answer], None]) -> Answer:
+        """Build in a process of its own. `progress` is called with each step; the worker's last message is returned, or
+        {"error": how it ended} if it dies without one."""
         command = [sys.executable, "-m", "stageline.runtime.builder.worker", request.model_dump_json()]
         with tempfile.TemporaryFile() as errors:
             with self._lock:
@@ -36,7 +36,7 @@ class Workers:
                     document: Answer = json.loads(line)
                     if "phase" not in document:
                         return document
-                    told(document)
+                    progress(document)
             finally:
                 with self._lock:
                     self._running.discard(process)

@@ -52,9 +52,9 @@ def of_network(network: Network, lowered: Lowered) -> EngineReport:
 
 def of_engine(trt: Any, engine: Any, lowered: Lowered) -> EngineReport:
     """The report of an engine that was loaded: the layers after fusion, and the memory of each profile."""
-    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    information = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     layers = []
-    for layer in told.get("Layers", []):
+    for layer in information.get("Layers", []):
         if isinstance(layer, str):  # built with layer names only
             layers.append(Layer(name=layer, kind="", dtypes=(), shapes=()))
             continue

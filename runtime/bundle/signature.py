@@ -149,15 +149,15 @@ def _cast(spec: TensorSpec, array: Array) -> Array:
 
 def _measure(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
     """Note the size of each free dimension in `sizes`; RequestError where the shape contradicts spec or notes."""
-    told = f"input {spec.name!r} has shape {_shape(shape)}, the model wants {_shape(spec.shape)}"
+    message = f"input {spec.name!r} has shape {_shape(shape)}, the model wants {_shape(spec.shape)}"
     if len(shape) != len(spec.shape):
         hint = "; give a single row as array[None]" if len(shape) + 1 == len(spec.shape) else ""
-        raise RequestError(f"{told}: {len(shape)} dimensions instead of {len(spec.shape)}{hint}")
+        raise RequestError(f"{message}: {len(shape)} dimensions instead of {len(spec.shape)}{hint}")
     for size, wanted in zip(shape, spec.shape, strict=True):
         expected = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
         if size != expected:
             source = f"{wanted!r} is {expected} elsewhere" if isinstance(wanted, str) else f"{expected} is fixed"
-            raise RequestError(f"{told}: {size} does not fit, {source}; pad or cut the rows to one size")
+            raise RequestError(f"{message}: {size} does not fit, {source}; pad or cut the rows to one size")
 
 
 def _check_ids(ids: Array, vocabulary: int) -> None:

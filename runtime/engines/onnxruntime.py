@@ -16,7 +16,7 @@ from stageline.models.errors import EngineError
 from stageline.runtime.bundle.manifest import PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.float32 import HALVES
 from stageline.runtime.engines.lowering.group_query import padded
 from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered

@@ -19,7 +19,7 @@ from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.group_query import padded
 from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
 
@@ -53,7 +53,7 @@ class OnnxRuntimeCudaEngine:
             raise EngineError(f"on a GPU caches are float16, not {cache.dtype}; leave cache_dtype out")
         self._number, self._device, self._specs = stage.number, device, stage.caches
         try:
-            device.gpu.use()
+            device.gpu.make_current()
             self._session = _session(stage, device, quantise)
             hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -102,7 +102,7 @@ class OnnxRuntimeCudaEngine:
         driver, stream = self._device.gpu.driver, self._device.stream
         assert self._size is not None
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             for spec in self._specs:
                 _, heads, capacity, size = _shape(spec, 1, self._size.capacity)
                 token_bytes = size * _CACHE.itemsize
@@ -129,7 +129,7 @@ class OnnxRuntimeCudaEngine:
         if self._session is None:
             return
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
         except (CudaError, EngineError):
             pass  # the GPU is lost, and whoever waited was told
@@ -174,7 +174,7 @@ class OnnxRuntimeCudaEngine:
             raise EngineError(
                 f"stage {self._number} failed in ONNX Runtime on {self._device.name}: {first_line(error)}"
             ) from error
-        self._device.gpu.use()  # ONNX Runtime chooses the thread's device itself
+        self._device.gpu.make_current()  # ONNX Runtime chooses the thread's device itself
         done = launch.end()
         return {
             name: CudaArray(self._device, buffer, shape, self._dtypes[name], done)

@@ -16,7 +16,7 @@ from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.graph import ir_dtype
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.engines.lowering.nbits import FEWEST, bytes_per_weight
+from stageline.runtime.engines.lowering.nbits import MIN_WEIGHTS, bytes_per_weight
 from stageline.runtime.workload import Shape
 
 _FREE_SIZE = 64  # of a dimension that is neither batch, length nor picks, as in stitch.size_bytes
@@ -48,11 +48,11 @@ def use_costs(
     parts: Sequence[ir.Model],
     shape: Shape,
     cache_itemsize: int = 4,
-    weights: WeightDtype | None = None,
+    quantise: WeightDtype | None = None,
 ) -> list[UseCost]:
     """The cost of each use in order: prologue, blocks, epilogue. A cache holds elements of `cache_itemsize` bytes.
 
-    Weights count as they lie on disk or, with `weights`, as engines hold them that are opened so: matrices quantised,
+    Weights count as they lie on disk or, with `quantise`, as engines hold them that are opened so: matrices quantised,
     all else in float32.
     """
     graphs = [_Graph(part, [w.name for w in manifest.parts[n].weights], shape) for n, part in enumerate(parts)]
@@ -60,7 +60,7 @@ def use_costs(
     for use in manifest.uses:
         graph, caches = graphs[use.part], manifest.parts[use.part].caches
         itemsize = {
-            local: _itemsize(tensors[name], local in graph.matrices, weights) for local, name in use.weights.items()
+            local: _itemsize(tensors[name], local in graph.matrices, quantise) for local, name in use.weights.items()
         }
         # By the tensor's name: one that is used twice counts once.
         held_bytes = {name: itemsize[local] * math.prod(tensors[name].shape) for local, name in use.weights.items()}
@@ -80,11 +80,11 @@ def use_costs(
     return costs
 
 
-def _itemsize(entry: TensorEntry, matrix: bool, weights: WeightDtype | None) -> float:
-    """Bytes of an element: on disk, or in an engine opened with `weights`."""
-    if weights is None:
+def _itemsize(entry: TensorEntry, matrix: bool, quantise: WeightDtype | None) -> float:
+    """Bytes of an element: on disk, or in an engine opened with `quantise`."""
+    if quantise is None:
         return entry.size_bytes / max(1, math.prod(entry.shape))
-    return bytes_per_weight(weights) if matrix else 4.0
+    return bytes_per_weight(quantise) if matrix else 4.0
 
 
 class _Graph:
@@ -155,7 +155,7 @@ class _Graph:
     def _quantised(self, node: ir.Node, weight: ir.Value) -> bool:
         """Whether engines quantise the weight if asked to: a matrix that the first input is multiplied by."""
         multiplies = node.op_type in ("MatMul", "Gemm") and weight is node.inputs[1]
-        return multiplies and len(self.of(weight) or ()) == 2 and self.elements(weight) >= FEWEST
+        return multiplies and len(self.of(weight) or ()) == 2 and self.elements(weight) >= MIN_WEIGHTS
 
 
 def _inferred(node: ir.Node, inputs: Sequence[_Dims | None]) -> _Dims | None:

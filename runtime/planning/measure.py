@@ -34,17 +34,17 @@ from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
 from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
 from stageline.runtime.engines.base import CacheSize, WeightDtype
-from stageline.runtime.engines.lowering.nbits import MOST_BYTES, bytes_per_weight
+from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES, bytes_per_weight
 from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point
 from stageline.runtime.workload import Shape
 
-_FEWEST_RUNS, _MOST_RUNS, _POINT_S = 2, 40, 0.1
-_BESIDE_ROUNDS, _MOST_BESIDE = 3, 4
+_MIN_RUNS, _MAX_RUNS, _POINT_S = 2, 40, 0.1
+_BESIDE_ROUNDS, _MAX_BESIDE = 3, 4
 _WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
 _FEW_BLOCKS = 12
-_MOST_CACHE_BYTES = 128_000_000
+_MAX_CACHE_BYTES = 128_000_000
 _HANDOVERS = 400
 _TRIES, _CALM = 3, 0.1  # of what others disturb: they took less than this share of a processor
 T = TypeVar("T")
@@ -69,20 +69,20 @@ def measure(
     grids: Sequence[Grid] | None = None,
     progress: Callable[[str], None] = lambda step: None,
     passes: int = 3,
-    weights: WeightDtype | None = None,
+    quantise: WeightDtype | None = None,
 ) -> MachineProfile:
     """Time the bundle's parts for each number of threads that this machine has processors for, so many times, in
-    engines opened with `weights`."""
+    engines opened with `quantise`."""
     cores = allowed_cores()
     grids = default_grids(bundle.manifest) if grids is None else grids
     able = [count for count in threads if count <= len(cores)]
     if not able:
         raise StagelineError(f"no wanted number of threads fits {len(cores)} processors")
-    model = _Model.of(bundle, weights)
+    model = _Model.of(bundle, quantise)
     found: dict[tuple[int, ...], list[Point]] = {}
     beside: dict[tuple[int, ...], list[Contention]] = {}
     for number, count in itertools.product(range(passes), able):
-        for first, end in ranges(bundle, weights):
+        for first, end in ranges(bundle, quantise):
             progress(f"pass {number + 1} of {passes}: {count} threads, blocks {first} to {end - 1}")
             with _worker(cores[:count]) as worker:
                 submit = partial(worker.submit, _range_points, model, first, end, cores[:count], grids)
@@ -94,7 +94,7 @@ def measure(
             beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
     return MachineProfile(
-        machine=Machine.here(weights),
+        machine=Machine.here(quantise),
         handover_s=_handover_s(cores),
         host_step_s=step_s,
         host_row_s=row_s,
@@ -125,7 +125,7 @@ def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
     return best
 
 
-def ranges(bundle: Bundle, weights: WeightDtype | None = None) -> list[tuple[int, int]]:
+def ranges(bundle: Bundle, quantise: WeightDtype | None = None) -> list[tuple[int, int]]:
     """The ranges of blocks to measure: parts of the model from both ends and its middle, and each kind of block alone
     where there are several, or few blocks.
 
@@ -138,34 +138,34 @@ def ranges(bundle: Bundle, weights: WeightDtype | None = None) -> list[tuple[int
     kinds = {uses[block + 1].part: (block, block + 1) for block in reversed(middle)}
     found = list(kinds.values()) if len(kinds) > 1 or n < _FEW_BLOCKS else []
     found += [(0, quarter), (n - quarter, n)]
-    if _opens_whole(bundle, weights):
+    if _opens_whole(bundle, quantise):
         found += [(0, n), (0, half), (n - half, n)]
         found += [(quarter, n - quarter)] if n >= _FEW_BLOCKS else []
     return [(first, end) for first, end in dict.fromkeys(found) if end <= n]
 
 
-def _opens_whole(bundle: Bundle, weights: WeightDtype | None) -> bool:
+def _opens_whole(bundle: Bundle, quantise: WeightDtype | None) -> bool:
     """Whether ranges longer than a quarter are opened: quantised, the weights of a stage must fit into one graph."""
     tensors = bundle.tensors.values()
-    if weights is None:
+    if quantise is None:
         return sum(entry.size_bytes for entry in tensors) <= _WHOLE_LIMIT_BYTES
-    return sum(math.prod(entry.shape) for entry in tensors) * bytes_per_weight(weights) <= MOST_BYTES
+    return sum(math.prod(entry.shape) for entry in tensors) * bytes_per_weight(quantise) <= MAX_GRAPH_BYTES
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What is measured. `reads`: the bytes of weights that each use reads; `weights`: what engines quantise them to."""
+    """What is measured. `reads`: the bytes of weights that each use reads; `quantise`: as engines quantise weights."""
 
     bundle: Bundle
     parts: Sequence[ir.Model]
     reads: tuple[int, ...]
-    weights: WeightDtype | None
+    quantise: WeightDtype | None
 
     @classmethod
-    def of(cls, bundle: Bundle, weights: WeightDtype | None) -> "_Model":
+    def of(cls, bundle: Bundle, quantise: WeightDtype | None) -> "_Model":
         parts = bundle.parts()
-        costs = use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1), weights=weights)
-        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), weights)
+        costs = use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1), quantise=quantise)
+        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), quantise)
 
     def open(self, first: int, end: int, cores: tuple[int, ...], cache: CacheSize | None, scratch: Path) -> Engine:
         """The engine of a stage of blocks `first` to `end` - 1, on the thread that runs it."""
@@ -176,7 +176,7 @@ class _Model:
         file = scratch / f"{first}-{end}.onnx"
         file.write_bytes(ir.to_proto(model).SerializeToString())
         opening = StageFile(number, file, self.bundle.path, stage.caches)
-        return engine_factory("onnxruntime")(opening, CpuDevice(cores), cache, self.weights)
+        return engine_factory("onnxruntime")(opening, CpuDevice(cores), cache, self.quantise)
 
 
 def _worker(cores: tuple[int, ...]) -> ThreadPoolExecutor:
@@ -199,7 +199,7 @@ def _range_points(
     points = []
     with tempfile.TemporaryDirectory() as scratch:
         # What feeds the range is not timed: with weights as they are it opens sooner, however long it is.
-        feeder = replace(model, weights=None)
+        feeder = replace(model, quantise=None)
         before = feeder.open(0, first, cores, cache, Path(scratch)) if first else None
         engine = model.open(first, end, cores, cache, Path(scratch))
         for shape in shapes:
@@ -222,7 +222,7 @@ def _range_points(
 def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequence[Grid]) -> list[Contention]:
     """What equal stages on `threads` processors each take longer when all of them run than when one does."""
     manifest = model.bundle.manifest
-    count = min(len(cores) // threads, _MOST_BESIDE, manifest.blocks)
+    count = min(len(cores) // threads, _MAX_BESIDE, manifest.blocks)
     if count < 2:
         return []
     bounds = [manifest.blocks * number // count for number in range(count + 1)]
@@ -311,14 +311,14 @@ def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
 def _rest_of_model(reads: Sequence[int], first: int, end: int) -> Callable[[], object]:
     """Reads as much as the uses outside blocks `first` to `end` - 1 read of weights, up to what no cache holds."""
     count_bytes = sum(reads) - sum(uses_of(reads, first, end))
-    values = np.ones(min(count_bytes, _MOST_CACHE_BYTES) // 4 + 1, np.float32)
+    values = np.ones(min(count_bytes, _MAX_CACHE_BYTES) // 4 + 1, np.float32)
     return values.max
 
 
 def _median_s(run: Callable[[], object], between: Callable[[], object]) -> tuple[float, int]:
     run()
     taken: list[float] = []
-    while len(taken) < _FEWEST_RUNS or (sum(taken) < _POINT_S and len(taken) < _MOST_RUNS):
+    while len(taken) < _MIN_RUNS or (sum(taken) < _POINT_S and len(taken) < _MAX_RUNS):
         between()
         began = perf_counter()
         run()

@@ -87,9 +87,9 @@ def _best(tables: Tables, objective: Objective) -> Plan | None:
 
 def _branch(tables: Tables, paths: Chain | BoundedPaths, weights: _Weights) -> Plan | None:
     times = tables.stage_times()
-    least = weights.plan + float(weights.device.min())
+    rate = weights.plan + float(weights.device.min())
     best, value = None, np.inf
-    heap = [(times[low] * least, low, high, False) for low, high in _intervals(tables.problem, times, weights)]
+    heap = [(times[low] * rate, low, high, False) for low, high in _intervals(tables.problem, times, weights)]
     heapq.heapify(heap)
     while heap:
         lower, low, high, bounded = heapq.heappop(heap)
@@ -108,14 +108,14 @@ def _branch(tables: Tables, paths: Chain | BoundedPaths, weights: _Weights) -> P
         relaxed = weights.value(plan, times[low])
         lower = max(lower, relaxed)
         # Within the interval a plan of bottleneck t costs at least `relaxed` + (t - times[low]) x `rise`.
-        rise = least if weights.compute.any() else relaxed / times[low] if times[low] else 0.0
+        rise = rate if weights.compute.any() else relaxed / times[low] if times[low] else 0.0
         if rise:
             beaten = times[low] + (value - relaxed) / rise
             high = min(high, int(np.searchsorted(times, beaten * (1 + _CLOSE), side="right")) - 1)
         if low < high and lower < value * (1 - _CLOSE):
             middle = (low + high) // 2
             heapq.heappush(heap, (lower, low, middle, False))
-            heapq.heappush(heap, (max(lower, times[middle + 1] * least), middle + 1, high, False))
+            heapq.heappush(heap, (max(lower, times[middle + 1] * rate), middle + 1, high, False))
     return best
 
 

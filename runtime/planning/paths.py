@@ -106,8 +106,8 @@ class Tables:
         return np.where(able, cost, np.inf)
 
 
-def _least(total: Floats) -> tuple[float, int, int]:
-    """The least entry of a table, and its place."""
+def _smallest(total: Floats) -> tuple[float, int, int]:
+    """The smallest entry of a table, and its place."""
     row, column = divmod(int(total.argmin()), total.shape[1])
     return float(total[row, column]), row, column
 
@@ -166,7 +166,7 @@ class Chain:
             for link in range(len(self.tables.copy_s)):
                 cost = self.tables.cost(question, link, firsts, np.array(end), np.array(device), 1)
                 total = np.where(self.joins[link, :, device], value[:end, level], np.inf) + cost[:, None]
-                found.append(_least(total))
+                found.append(_smallest(total))
             _, first, origin = min(found)
             stages.append(PlannedStage(device, first, end))
             end, last = first, origin
@@ -186,8 +186,8 @@ class BoundedPaths:
         problem = tables.problem
         assert problem.counts is not None
         self.tables, self.blocks, self.count, self.counts = tables, problem.blocks, problem.stages, problem.counts
-        most = problem.blocks * problem.replicas
-        self.shape = (len(self.counts) + 1, *(min(count, most) + 1 for count in self.counts))
+        limit = problem.blocks * problem.replicas
+        self.shape = (len(self.counts) + 1, *(min(count, limit) + 1 for count in self.counts))
         entries = (self.blocks + 1) * math.prod(self.shape)
         if entries > _TABLE_LIMIT:
             raise StagelineError(
@@ -208,7 +208,7 @@ class BoundedPaths:
             return self.shortest(question), True
         stages = self.endless.shortest(question)
         used = [sum(stage.device == kind for stage in stages or []) for kind in range(len(self.counts))]
-        return stages, all(count <= most for count, most in zip(used, self.counts, strict=True))
+        return stages, all(count <= limit for count, limit in zip(used, self.counts, strict=True))
 
     def shortest(self, question: Question) -> list[PlannedStage] | None:
         """The cheapest stages; None where there are none."""
@@ -256,7 +256,7 @@ class BoundedPaths:
                 for link in range(len(self.tables.copy_s)):
                     cost = self.tables.cost(question, link, firsts, np.array(end), np.array(kind), replicas)
                     total = np.where(self.joins[link, :, kind], value[at], np.inf) + cost[:, None]
-                    found.append((*_least(total), before, replicas))
+                    found.append((*_smallest(total), before, replicas))
             _, first, last, before, replicas = min(found)
             stages.append(PlannedStage(kind, first, end, replicas))
             end, used = first, list(before)

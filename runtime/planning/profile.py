@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
@@ -28,13 +28,15 @@ class Machine(Data):
     are."""
 
     cpu: str
-    processors: int
+    cores: int = Field(validation_alias=AliasChoices("cores", "processors"), serialization_alias="processors")
     engine: str
     engine_version: str
-    weights: WeightDtype | None = None
+    quantise: WeightDtype | None = Field(
+        default=None, validation_alias=AliasChoices("quantise", "weights"), serialization_alias="weights"
+    )
 
     @classmethod
-    def here(cls, weights: WeightDtype | None = None) -> "Machine":
+    def here(cls, quantise: WeightDtype | None = None) -> "Machine":
         """This machine with the engine onnxruntime and such weights."""
         try:
             info = Path("/proc/cpuinfo").read_text()
@@ -47,10 +49,10 @@ class Machine(Data):
         cpu = f"{name} (model {model}, stepping {stepping})"
         return cls(
             cpu=cpu,
-            processors=os.cpu_count() or 1,
+            cores=os.cpu_count() or 1,
             engine="onnxruntime",
             engine_version=version("onnxruntime"),
-            weights=weights,
+            quantise=quantise,
         )
 
     @property
@@ -59,17 +61,17 @@ class Machine(Data):
         return re.sub(r"[^a-z0-9]+", "-", str(self).lower()).strip("-") + ".json"
 
     @property
-    def weights_told(self) -> str:
+    def weights(self) -> str:
         """The weights in words."""
-        return f"{self.weights} weights" if self.weights else "weights as they are"
+        return f"{self.quantise} weights" if self.quantise else "weights as they are"
 
     def same_but_weights(self, other: "Machine") -> bool:
         """Whether both are one machine with one engine, whatever the weights."""
-        return self.model_copy(update={"weights": other.weights}) == other
+        return self.model_copy(update={"quantise": other.quantise}) == other
 
     def __str__(self) -> str:
-        quantised = f", {self.weights_told}" if self.weights else ""
-        return f"{self.cpu}, {self.processors} processors, {self.engine} {self.engine_version}{quantised}"
+        quantised = f", {self.weights}" if self.quantise else ""
+        return f"{self.cpu}, {self.cores} cores, {self.engine} {self.engine_version}{quantised}"
 
 
 class Point(Data):
@@ -129,22 +131,22 @@ class Grid:
         return [Shape(*corner) for corner in itertools.product(*ends)]
 
 
-def save(bundle: Bundle, profile: MachineProfile) -> Path:
+def write_profile(bundle: Bundle, profile: MachineProfile) -> Path:
     """Write the profile into the bundle, aside and then renamed; the path of its file."""
     folder = bundle.path / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / profile.machine.file
     aside = folder / f".{file.name}.{os.getpid()}"
-    aside.write_text(profile.model_dump_json(indent=1))
+    aside.write_text(profile.model_dump_json(indent=1, by_alias=True))
     return aside.replace(file)
 
 
-def command(folder: Path, weights: WeightDtype | None) -> str:
+def command(folder: Path, quantise: WeightDtype | None) -> str:
     """What to type to have such a profile."""
-    return f"stageline profile {folder}" + (f" --weights {weights}" if weights else "")
+    return f"stageline profile {folder}" + (f" --quantise {quantise}" if quantise else "")
 
 
-def load(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
+def read_profile(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
     """The profile of `machine` in the bundle's folder, or the nearest other one with a warning that names both.
 
     The same machine with other weights is nearer than another machine with these: the parts' shares of the time, the
@@ -152,19 +154,19 @@ def load(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
     is not valid.
     """
     files = sorted((folder / FOLDER).glob("*.json"))
-    wanted = command(folder, machine.weights)
+    wanted = command(folder, machine.quantise)
     if not files:
         raise BundleError(f"bundle {folder} has no profile of any machine; make one with: {wanted}")
     own = folder / FOLDER / machine.file
     candidates = [own] if own in files else files
     profile = min(
         (read_document(MachineProfile, file, "run stageline profile again") for file in candidates),
-        key=lambda p: (not p.machine.same_but_weights(machine), p.machine.weights != machine.weights),
+        key=lambda p: (not p.machine.same_but_weights(machine), p.machine.quantise != machine.quantise),
     )
     if profile.machine == machine:
         return profile, None
     if profile.machine.same_but_weights(machine):
-        told = f"the profile is of {profile.machine.weights_told}, not of {machine.weights_told}"
+        message = f"the profile is of {profile.machine.weights}, not of {machine.weights}"
     else:
-        told = f"the profile is of another machine ({profile.machine}), not of this one ({machine})"
-    return profile, f"{told}: times may be far off; run {wanted}"
+        message = f"the profile is of another machine ({profile.machine}), not of this one ({machine})"
+    return profile, f"{message}: times may be far off; run {wanted}"

@@ -1,8 +1,8 @@
 """A pipeline as discrete events: what it gives under a load, before it is built.
 
-Processors and links are servers with a queue each, first come, first served; a micro-batch goes through them in order.
-A processor of several stages does first what is nearest to the end of the pipeline, as the runtime's workers do.
-Processors that share memory slow each other down while they compute at the same time. Generation is driven by the
+Cores and links are servers with a queue each, first come, first served; a micro-batch goes through them in order.
+A core of several stages does first what is nearest to the end of the pipeline, as the runtime's workers do.
+Cores that share memory slow each other down while they compute at the same time. Generation is driven by the
 runtime's own scheduler (`stageline.runtime.generation.scheduler`): the simulated stages run the steps that it issues.
 The same seed gives the same run.
 """
@@ -22,7 +22,7 @@ from stageline.runtime.generation.meter import Percentiles
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.workload import Shape
 
-_MOST_LOAD = 0.95  # of what a pipeline does when all requests come at once
+_MAX_LOAD = 0.95  # of what a pipeline does when all requests come at once
 Seconds = Callable[[Shape], float]
 """What a micro-batch takes."""
 
@@ -30,12 +30,12 @@ Seconds = Callable[[Shape], float]
 @dataclass(frozen=True)
 class SimulatedStage:
     """A stage: what a micro-batch takes on it, and what it takes to get there over `link` (stages that name one link
-    share it). Stages on one `processor` share that. `contention` is the share by which it takes longer for each other
-    processor that computes meanwhile. `slowdown` multiplies its times; `jitter` is the standard deviation of the
+    share it). Stages on one `core` share that. `contention` is the share by which it takes longer for each other
+    core that computes meanwhile. `slowdown` multiplies its times; `jitter` is the standard deviation of the
     logarithm of a random factor on each."""
 
     compute: Seconds
-    processor: int
+    core: int
     copy: Seconds | None = None
     link: str = ""
     contention: Callable[[Shape], float] | None = None
@@ -109,8 +109,8 @@ def simulate_batches(
 
     def arrive(request: BatchRequest) -> None:
         run.enter(request.arrival_s)
-        most = micro_rows or default_rows(request.rows, request.length, len(setting.stages), ragged=False)
-        count = -(-request.rows // most)
+        max_rows = micro_rows or default_rows(request.rows, request.length, len(setting.stages), ragged=False)
+        count = -(-request.rows // max_rows)
         left = [count]
 
         def leave() -> None:
@@ -134,15 +134,15 @@ def simulate_generation(
 
     StagelineError where a request does not fit a cache row.
     """
-    longest = max((request.prompt + request.output for request in requests), default=0)
-    if longest > capacity:
-        raise StagelineError(f"a request has {longest} tokens, a cache row holds {capacity}; give a larger context")
+    max_tokens = max((request.prompt + request.output for request in requests), default=0)
+    if max_tokens > capacity:
+        raise StagelineError(f"a request has {max_tokens} tokens, a cache row holds {capacity}; give a larger context")
     return _GenerationRun(setting, slots, capacity, chunk, seed).run_all(requests)
 
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A micro-batch on a processor or in its queue. `left_s` of it are to be done, were the processor alone; `paced_s`
+    """A micro-batch on a core or in its queue. `left_s` of it are to be done, were the core alone; `paced_s`
     is when that was last reckoned, `event` the number of the event that ends it."""
 
     stage: int
@@ -167,11 +167,11 @@ class _Run:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = itertools.count(1)
         self.free_at: dict[str, float] = {}  # of a link, or the host: when all that came to it is done
-        # By processor, and of that by stage, the last first:
-        self.queues: dict[int, dict[int, deque[_Work]]] = {stage.processor: {} for stage in setting.stages}
+        # By core, and of that by stage, the last first:
+        self.queues: dict[int, dict[int, deque[_Work]]] = {stage.core: {} for stage in setting.stages}
         for number, stage in reversed(list(enumerate(setting.stages))):
-            self.queues[stage.processor][number] = deque()
-        self.running: dict[int, _Work] = {}  # by processor
+            self.queues[stage.core][number] = deque()
+        self.running: dict[int, _Work] = {}  # by core
         self.contended = any(stage.contention is not None for stage in setting.stages)
         self.busy_s = [0.0] * len(setting.stages)
         self.waits: list[float] = []
@@ -211,39 +211,39 @@ class _Run:
         last = stage + 1 == len(self.setting.stages)
         then = leave if last else partial(self.send, shape, leave, stage + 1)
         contention = here.contention(shape) if here.contention is not None else 0.0
-        self.queues[here.processor][stage].append(_Work(stage, copy_s + taken_s, copy_s, contention, then, self.now))
-        if here.processor not in self.running:
-            self._begin(here.processor)
+        self.queues[here.core][stage].append(_Work(stage, copy_s + taken_s, copy_s, contention, then, self.now))
+        if here.core not in self.running:
+            self._begin(here.core)
 
-    def _begin(self, processor: int) -> None:
-        work = next(queue for queue in self.queues[processor].values() if queue).popleft()
+    def _begin(self, core: int) -> None:
+        work = next(queue for queue in self.queues[core].values() if queue).popleft()
         work.began_s = work.paced_s = self.now
         if work.stage == 0:
             self.waits.append(self.now - work.came_s)
-        self.running[processor] = work
-        self._pace(processor)
+        self.running[core] = work
+        self._pace(core)
 
     def _pace(self, begun: int | None) -> None:
-        """Set the pace of what runs, after something has begun (on processor `begun`) or ended."""
+        """Set the pace of what runs, after something has begun (on core `begun`) or ended."""
         others = len(self.running) - 1
-        for processor in self.running if self.contended else [begun] if begun is not None else []:
-            work = self.running[processor]
+        for core in self.running if self.contended else [begun] if begun is not None else []:
+            work = self.running[core]
             rate = 1 / (1 + work.contention * others)
             if rate != work.rate:
                 work.left_s -= work.rate * (self.now - work.paced_s)
                 work.paced_s, work.rate = self.now, rate
-                work.event = self.at(self.now + work.left_s / rate, partial(self._end, processor))
+                work.event = self.at(self.now + work.left_s / rate, partial(self._end, core))
 
-    def _end(self, processor: int) -> None:
-        work = self.running.get(processor)
+    def _end(self, core: int) -> None:
+        work = self.running.get(core)
         if work is None or work.event != self.event:
             return  # it was paced anew meanwhile
-        del self.running[processor]
+        del self.running[core]
         self.busy_s[work.stage] += self.now - work.began_s - work.copy_s
-        work.then()  # the next stage may be on this very processor
-        if processor not in self.running:
-            if any(self.queues[processor].values()):
-                self._begin(processor)
+        work.then()  # the next stage may be on this very core
+        if core not in self.running:
+            if any(self.queues[core].values()):
+                self._begin(core)
             else:
                 self._pace(None)
 
@@ -352,11 +352,11 @@ class _GenerationRun(_Run):
 
 
 def replicas_needed(
-    simulated: Callable[[float], SimulationResult], rate_per_s: float, ttft_p99_s: float, most: int = 100_000
+    simulated: Callable[[float], SimulationResult], rate_per_s: float, ttft_p99_s: float, max_replicas: int = 100_000
 ) -> tuple[int, SimulationResult] | None:
-    """The fewest equal pipelines that share `rate_per_s` with the 99th percentile of the time to the first token (or of
-    the latency, where there are no tokens) within `ttft_p99_s`, and the report of one of them; None where `most` are
-    not enough.
+    """The smallest number of equal pipelines that share `rate_per_s` with the 99th percentile of the time to the first
+    token (or of the latency, if there are no tokens) within `ttft_p99_s`, and the report of one of them. None if
+    `max_replicas` are not enough.
 
     Arrivals are dealt out at random, so each pipeline sees a Poisson process of its share: one stands for all. A share
     above 95 % of what a pipeline does when all requests come at once counts as too much, whatever the percentile: it
@@ -368,15 +368,15 @@ def replicas_needed(
         p99_s = report.ttft.p99 or report.latency.p99
         return report if p99_s <= ttft_p99_s else None
 
-    fewest = math.ceil(rate_per_s / (_MOST_LOAD * simulated(math.inf).requests_per_s))
-    if fewest > most:
+    first = math.ceil(rate_per_s / (_MAX_LOAD * simulated(math.inf).requests_per_s))
+    if first > max_replicas:
         return None
-    low, high = fewest - 1, fewest
+    low, high = first - 1, first
     best = held(high)
     while best is None:
-        if high >= most:
+        if high >= max_replicas:
             return None
-        low, high = high, min(2 * high, most)
+        low, high = high, min(2 * high, max_replicas)
         best = held(high)
     while high - low > 1:
         middle = (low + high) // 2

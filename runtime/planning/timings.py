@@ -159,15 +159,15 @@ def fitted_rates(points: Sequence[Point], costs: Costs) -> Rates:
         uses = uses_of(costs(Shape(point.batch, point.length, point.past)), point.first, point.end)
         work.append([[use.flops, use.weight_read_bytes + use.cache_read_bytes] for use in uses])
     seconds = np.array([point.seconds for point in points])
-    longest = max(map(len, work))
+    max_uses = max(map(len, work))
     table = np.array(
-        [[*uses, *[[0, 0]] * (longest - len(uses))] for uses in work], float
+        [[*uses, *[[0, 0]] * (max_uses - len(uses))] for uses in work], float
     )  # [point, use, flops or bytes]
 
     def error(flops_per_s: float, bytes_per_s: float, overhead_s: float) -> float:
-        told = overhead_s + np.maximum(table[:, :, 0] / flops_per_s, table[:, :, 1] / bytes_per_s).sum(axis=1)
+        expected = overhead_s + np.maximum(table[:, :, 0] / flops_per_s, table[:, :, 1] / bytes_per_s).sum(axis=1)
         strayed = np.log(np.array([flops_per_s, bytes_per_s]) / begun[:2])
-        return float((np.log(told / seconds) ** 2).sum() + 1e-6 * (strayed**2).sum())
+        return float((np.log(expected / seconds) ** 2).sum() + 1e-6 * (strayed**2).sum())
 
     begun = best = (1e11, 1e10, float(seconds.min()) / 2)
     span = 1e3

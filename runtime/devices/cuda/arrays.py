@@ -73,7 +73,7 @@ class Reading:
     def wait(self) -> Array:
         """See `HostCopy.wait`."""
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             self.event.wait()
         except CudaError as error:
             raise self._device.failed(error) from error

@@ -22,7 +22,7 @@ class CudaDevice:
         """`cores` may feed the GPU; `closed` is called once by `close`."""
         self.gpu, self.stage, self.cores, self.name = gpu, stage, cores, gpu.name
         self._closed: Callable[[], None] | None = closed
-        gpu.use()
+        gpu.make_current()
         self.stream, self.reading = gpu.driver.new_stream(), gpu.driver.new_stream()
         self._lock = threading.Lock()  # guards the next two lines
         self._spans: deque[tuple[Event, Event]] = deque()
@@ -36,7 +36,7 @@ class CudaDevice:
         """Begin to copy an array that was made here to host memory."""
         gpu, driver = self.gpu, self.gpu.driver
         try:
-            gpu.use()
+            gpu.make_current()
             pinned = gpu.pinned.take(array.size_bytes)
             driver.wait(self.reading, array.ready.handle)
             if array.size_bytes:
@@ -60,7 +60,7 @@ class CudaDevice:
     ) -> dict[str, CudaArray]:
         """Buffers as arrays, whole once all that is in the stream now is done."""
         try:
-            self.gpu.use()
+            self.gpu.make_current()
             ready = self.gpu.record(self.stream)
         except CudaError as error:
             raise self.failed(error) from error
@@ -77,7 +77,7 @@ class CudaDevice:
     def busy_s(self) -> float:
         """See `Device.busy_s`."""
         try:
-            self.gpu.use()
+            self.gpu.make_current()
             with self._lock:
                 self._count()
         except (CudaError, EngineError):
@@ -95,7 +95,7 @@ class CudaDevice:
         if closed is None:
             return
         try:
-            self.gpu.use()
+            self.gpu.make_current()
             for stream in (self.stream, self.reading):
                 self.gpu.driver.synchronize(stream)
         except (CudaError, EngineError):
@@ -104,7 +104,7 @@ class CudaDevice:
 
     def destroy(self) -> None:
         """Give the streams back. Nobody uses this device any more."""
-        self.gpu.use()
+        self.gpu.make_current()
         for stream in (self.stream, self.reading):
             self.gpu.driver.destroy_stream(stream)
 

@@ -69,7 +69,7 @@ class Driver(Protocol):
 
     def release(self, ordinal: int) -> None: ...
 
-    def use(self, context: int) -> None:
+    def make_current(self, context: int) -> None:
         """Make the context this thread's."""
         ...
 
@@ -227,7 +227,7 @@ class Bindings:
     def release(self, ordinal: int) -> None:
         self._call(self._cuda.cuDevicePrimaryCtxRelease, self._call(self._cuda.cuDeviceGet, ordinal))
 
-    def use(self, context: int) -> None:
+    def make_current(self, context: int) -> None:
         self._call(self._cuda.cuCtxSetCurrent, context)
 
     def allocate(self, size: int) -> int:

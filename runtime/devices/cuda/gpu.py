@@ -36,11 +36,11 @@ class Gpu:
         """Whether it met an error that CUDA cannot recover from."""
         return self._lost is not None
 
-    def use(self) -> None:
+    def make_current(self) -> None:
         """Make this GPU's context the thread's: the first line of all that talks to it. EngineError if it is lost."""
         if self._lost is not None:
             raise EngineError(self._lost)
-        self.driver.use(self.context)
+        self.driver.make_current(self.context)
 
     def record(self, stream: int) -> Event:
         """An event at the end of what is in the stream, which is one of this GPU's."""
@@ -52,7 +52,7 @@ class Gpu:
             if other.ordinal not in self._reaches:
                 reaches = self.driver.can_reach(self.ordinal, other.ordinal)
                 if reaches:
-                    self.driver.use(self.context)
+                    self.driver.make_current(self.context)
                     self.driver.enable_peer(other.context)
                 self._reaches[other.ordinal] = reaches
             return self._reaches[other.ordinal]
@@ -74,7 +74,7 @@ class Gpu:
 
     def close(self) -> None:
         """Free everything. Nothing on the GPU is under way, nobody uses a buffer, and it is not lost."""
-        self.driver.use(self.context)
+        self.driver.make_current(self.context)
         for release in (
             self._events.close,
             self.memory.close,

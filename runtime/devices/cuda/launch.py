@@ -41,7 +41,7 @@ class Launch:
 
     def __enter__(self) -> Self:
         try:
-            self._gpu.use()
+            self._gpu.make_current()
         except CudaError as error:
             raise self._device.failed(error) from error
         self._driver.push_range(self._name)
@@ -53,7 +53,7 @@ class Launch:
         self._driver.pop_range()
         if self._touched or self._kept:  # it failed on the way: what was enqueued may still run
             with suppress(CudaError, EngineError):
-                self._gpu.use()
+                self._gpu.make_current()
                 self._guard(self._gpu.record(self._device.stream))
         if isinstance(error, CudaError):
             raise self._device.failed(error) from error
@@ -159,7 +159,7 @@ class Launch:
             self._driver.copy_peer(target.address, self._gpu.context, array.buffer.address, there.context, size, stream)
         else:
             reading = array.read()
-            self._gpu.use()
+            self._gpu.make_current()
             self._driver.wait(stream, reading.event.handle)
             self._driver.upload(target.address, reading.pinned.address, size, stream)
             self._touched.append(reading.pinned)

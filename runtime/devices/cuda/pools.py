@@ -15,13 +15,13 @@ from collections.abc import Callable
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.events import Event
 
-_LEAST = 256  # bytes; what device memory is aligned to
+_MIN_BYTES = 256  # bytes; what device memory is aligned to
 
 
 def size_class(size_bytes: int) -> int:
     """The size of the block for a buffer: 4, 5, 6 or 7 quarters of a power of two, a fifth unused at most."""
-    if size_bytes <= _LEAST:
-        return _LEAST
+    if size_bytes <= _MIN_BYTES:
+        return _MIN_BYTES
     quarter = 1 << max((size_bytes - 1).bit_length() - 3, 6)
     return -(-size_bytes // quarter) * quarter
 

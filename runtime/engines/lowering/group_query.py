@@ -8,7 +8,7 @@ have nothing new.
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 
 _DOMAIN = "com.microsoft"
 _STEP = 8  # the operator takes head sizes that are multiples of this

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
 from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.engines.base import Array
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 
 _OPSET = 24  # the first with TensorScatter
 _FUSED_STEP = 8  # TensorRT has attention kernels for head sizes that are multiples of this

@@ -35,7 +35,7 @@ class Weight:
         array = read_external(self.tensor)
         if self.tensor.dtype == self.dtype:
             return array
-        if self.dtype == ir.DataType.FLOAT16:  # what float16 cannot hold becomes the most that it can
+        if self.dtype == ir.DataType.FLOAT16:  # larger values become the largest that float16 holds
             array = np.clip(array.astype(np.float32), -65504, 65504)
         return np.ascontiguousarray(array.astype(self.dtype.numpy()))
 
@@ -50,9 +50,9 @@ class QuantisedWeight(Weight):
 
     def read(self) -> Array:
         """The quantised values, in the shape of the tensor."""
-        groups, most = self._groups(), _LARGEST[self.dtype]
+        groups, largest = self._groups(), _LARGEST[self.dtype]
         values = groups / np.expand_dims(self._scales(groups), self.axis + 1)
-        values = np.clip(values if self.dtype == ir.DataType.FLOAT8E4M3FN else np.rint(values), -most, most)
+        values = np.clip(values if self.dtype == ir.DataType.FLOAT8E4M3FN else np.rint(values), -largest, largest)
         return np.ascontiguousarray(values.reshape(self.shape).astype(self.dtype.numpy()))
 
     def scales(self) -> NDArray[np.float32]:
@@ -61,8 +61,8 @@ class QuantisedWeight(Weight):
 
     def _scales(self, groups: NDArray[np.float32]) -> NDArray[np.float32]:
         scales = np.abs(groups).max(axis=self.axis + 1) / np.float32(_LARGEST[self.dtype])
-        least = np.float32(ml_dtypes.finfo(np.float16).smallest_normal)  # type: ignore[no-untyped-call]
-        return np.asarray(scales.clip(least, 65504).astype(np.float16), np.float32)
+        smallest = np.float32(ml_dtypes.finfo(np.float16).smallest_normal)  # type: ignore[no-untyped-call]
+        return np.asarray(scales.clip(smallest, 65504).astype(np.float16), np.float32)
 
     def _groups(self) -> NDArray[np.float32]:
         """The values with `axis` parted into groups."""

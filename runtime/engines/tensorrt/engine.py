@@ -30,7 +30,7 @@ from stageline.runtime.devices.cuda.graphs import Replay
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.tensorrt.guard import checked_engine
 from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile
 from stageline.runtime.engines.tensorrt.refit import weights_of
@@ -114,14 +114,14 @@ class TensorRTEngine:
             for name, size in zip(pasts, (spec.key_size, spec.value_size), strict=True):
                 self._cache_shapes[name] = (spec.heads, capacity, size)
         self._row_bytes = {name: size_bytes(shape, self._cache_dtype) for name, shape in self._cache_shapes.items()}
-        self.most_rows = max((p.sizes[BATCH].most for p in record.profiles if BATCH in p.sizes), default=1)
+        self.most_rows = max((p.sizes[BATCH].max for p in record.profiles if BATCH in p.sizes), default=1)
         slots = cache.slots if cache is not None else 0
         self._slot_shapes = {name: (slots, *shape) for name, shape in self._cache_shapes.items()}
         self._check(cache)
         self._free: list[_Binding] = []  # the one used last at the end
         self._closed = False
         try:
-            device.gpu.use()
+            device.gpu.make_current()
             self._errors = _logger(trt)
             self._runtime = trt.Runtime(self._errors)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -145,7 +145,7 @@ class TensorRTEngine:
         """See `Engine.run`."""
         if self._record.caches and not self._rows:
             try:
-                self._device.gpu.use()
+                self._device.gpu.make_current()
                 self._rows = self._shared(self.most_rows)
             except CudaError as error:
                 raise self._device.failed(error) from error
@@ -160,7 +160,7 @@ class TensorRTEngine:
         """See `Engine.copy_slot`. It is done in the stage's stream."""
         driver, stream = self._device.gpu.driver, self._device.stream
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             for name, buffer in self._slots.items():
                 heads, capacity, size = self._cache_shapes[name]
                 token_bytes = size * self._cache_dtype.itemsize
@@ -197,7 +197,7 @@ class TensorRTEngine:
             return
         self._closed = True
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
             for binding in self._free:
                 binding.replay.close()
@@ -245,12 +245,12 @@ class TensorRTEngine:
             free = zip(spec.shape, shapes[spec.name], strict=True)
             sizes.update((name, size) for name, size in free if isinstance(name, str))
         for place, profile in enumerate(self._record.profiles):
-            if all(profile.sizes[name].least <= size <= profile.sizes[name].most for name, size in sizes.items()):
+            if all(profile.sizes[name].min <= size <= profile.sizes[name].max for name, size in sizes.items()):
                 return place, sizes.get(BATCH, 1)
-        told = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        built = "; ".join(f"{profile.name}: {_spans(profile)}" for profile in self._record.profiles)
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        built = "; ".join(f"{profile.name}: {_ranges(profile)}" for profile in self._record.profiles)
         raise EngineError(
-            f"stage {self._number} was not built for {told}, but for {built}; send smaller batches, or build it for "
+            f"stage {self._number} was not built for {shape}, but for {built}; send smaller batches, or build it for "
             "more: stageline build"
         )
 
@@ -354,23 +354,23 @@ class TensorRTEngine:
         record = self._record
         if cache is None or not record.caches:
             return
-        told = f"stage {self._number} was built for"
+        built = f"stage {self._number} was built for"
         if record.capacity is not None and cache.capacity > record.capacity:
             raise EngineError(
-                f"{told} {record.capacity} tokens a slot, {cache.capacity} are asked for; open with "
+                f"{built} {record.capacity} tokens a slot, {cache.capacity} are asked for; open with "
                 f"capacity={record.capacity}, or build it for more"
             )
         if cache.slots > self.most_rows:
             raise EngineError(
-                f"{told} {self.most_rows} slots, {cache.slots} are asked for; open with slots={self.most_rows}, or "
+                f"{built} {self.most_rows} slots, {cache.slots} are asked for; open with slots={self.most_rows}, or "
                 "build it for more"
             )
         if cache.dtype is not None and cache.dtype != record.cache_dtype:
-            raise EngineError(f"{told} caches of {record.cache_dtype}, not {cache.dtype}; leave cache_dtype out")
+            raise EngineError(f"{built} caches of {record.cache_dtype}, not {cache.dtype}; leave cache_dtype out")
         for name, row_bytes in self._row_bytes.items():
             if row_bytes % _ALIGNED and cache.slots > 1:
                 raise EngineError(
-                    f"{told} {record.capacity} tokens a slot, {row_bytes} bytes of {name}: slots have to begin at "
+                    f"{built} {record.capacity} tokens a slot, {row_bytes} bytes of {name}: slots have to begin at "
                     f"multiples of {_ALIGNED} bytes; build it for a capacity that is a multiple of {_ALIGNED // 2}"
                 )
 
@@ -407,5 +407,5 @@ def _static(shape: Sequence[int | str]) -> tuple[int, ...]:
     return tuple(size for size in shape if isinstance(size, int))
 
 
-def _spans(profile: OptimizationProfile) -> str:
-    return " x ".join(f"{name} {span.least} to {span.most}" for name, span in profile.sizes.items())
+def _ranges(profile: OptimizationProfile) -> str:
+    return " x ".join(f"{name} {sizes.min} to {sizes.max}" for name, sizes in profile.sizes.items())

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass
 from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
 from stageline.runtime.engines.base import StageFile
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.precision import fold_weight_casts, to_precision
 from stageline.runtime.engines.lowering.quantise import Quantisation, to_quantised

@@ -72,7 +72,7 @@ class EngineStore:
         """Write the manifest aside and rename it. An OSError leaves the old one in place."""
         aside = self.aside(MANIFEST)
         try:
-            aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True))
+            aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True, by_alias=True))
             self.keep(MANIFEST)
         except BaseException:
             aside.unlink(missing_ok=True)

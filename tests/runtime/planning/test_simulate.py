@@ -158,7 +158,7 @@ def test_replicas_are_the_fewest_that_keep_the_goal() -> None:
     assert found is not None
     count, report = found
     assert report.ttft.p99 <= 0.3 < generation(200 / (count - 1)).ttft.p99
-    assert replicas_needed(generation, 200, 0.001, most=64) is None
+    assert replicas_needed(generation, 200, 0.001, max_replicas=64) is None
 
 
 def test_a_request_that_does_not_fit_a_cache_row_is_told() -> None:

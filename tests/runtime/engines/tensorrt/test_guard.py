@@ -64,7 +64,7 @@ def put(
         target=target,
         precision=precision,
         options=options or Options(),
-        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(least=1, best=2, most=2)}),),
+        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(min=1, opt=2, max=2)}),),
         inputs=cut.inputs,
         outputs=cut.outputs,
         build_s=1,
