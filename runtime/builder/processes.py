@@ -13,7 +13,7 @@ Answer = Mapping[str, object]
 
 
 class Workers:
-    """The workers under way. `run` may be called from many threads, `stop` from any."""
+    """The running workers. `run` may be called from many threads, `stop` from any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -40,15 +40,15 @@ class Workers:
             finally:
                 with self._lock:
                     self._running.discard(process)
-                with process:  # closes the pipe, which ends a worker that is still at it, and waits
+                with process:  # closes the pipe, which ends a worker that still runs, and waits
                     pass
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines()
+            lines = errors.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
-        return {"error": f"the builder ended with {how}" + (f": {said[-1]}" if said else "")}
+        return {"error": f"the builder ended with {how}" + (f": {lines[-1]}" if lines else "")}
 
     def stop(self) -> None:
-        """End all workers, and let none start."""
+        """End all workers, and refuse new ones."""
         with self._lock:
             self._stopped = True
             for process in self._running:

@@ -1,6 +1,6 @@
-"""The manifest: what a bundle holds, as data validated once at the door.
+"""The manifest: what a bundle holds, as data that is validated once, when it is read.
 
-docs/bundle.md says the format in prose. Paths are POSIX, relative to the bundle's folder, and never leave it.
+docs/bundle.md specifies the format. Paths are POSIX, relative to the bundle's folder, and never leave it.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ VERSION = 2
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
 CACHED_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")
 """The inputs of a model with caches, all int64: token ids [batch, length], each row's tokens in the cache [batch], its
-new tokens [batch], and the positions among these whose logits are wanted [batch, picks]."""
+new tokens [batch], and the positions among these whose logits are requested [batch, picks]."""
 INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS, LOGITS_AT = CACHED_INPUTS
 _T = TypeVar("_T")
 
@@ -33,8 +33,9 @@ ValueName = Annotated[str, Field(min_length=1)]
 
 
 class FileEntry(Data):
-    """One file of the bundle. `sha256` is None for a linked weight file too large to be read at export
-    (stageline.runtime.bundle.folder.HASH_LIMIT_BYTES); then `header_sha256`, over its safetensors header, guards it."""
+    """One file of the bundle. `sha256` is None for a linked weight file that is too large to be read at export
+    (stageline.runtime.bundle.folder.HASH_LIMIT_BYTES); `header_sha256`, over its safetensors header, is checked
+    then."""
 
     path: BundlePath
     size_bytes: int = Field(ge=0)
@@ -43,7 +44,7 @@ class FileEntry(Data):
 
 
 class TensorSpec(Data):
-    """A named tensor at a graph's border. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free
+    """An input or output of a graph. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free
     dimension (`batch`, `length`, ...)."""
 
     name: ValueName
@@ -52,8 +53,9 @@ class TensorSpec(Data):
 
 
 class CacheSpec(Data):
-    """The keys and values of earlier tokens that one CacheAttention operator reads and adds to: for each row of the
-    batch `heads` x tokens x `key_size` and `value_size`. `name` is unique among the stages; in a part it is a count."""
+    """The keys and values of earlier tokens that one CacheAttention operator reads and extends. Each row of the batch
+    has keys [heads, tokens, key_size] and values [heads, tokens, value_size]. `name` is unique in the model; in a part
+    it is a number."""
 
     name: ValueName
     heads: int = Field(gt=0)
@@ -98,7 +100,7 @@ def uses_of(each: Sequence[_T], first: int, end: int) -> Sequence[_T]:
 
 
 class Stage(Data):
-    """A contiguous run of blocks as one ONNX graph. The first stage also holds the prologue, the last the epilogue.
+    """A contiguous range of blocks as one ONNX graph. The first stage also has the prologue, the last the epilogue.
 
     `inputs` and `outputs` are named by values of the whole model: an input is one of the model's inputs or an output of
     an earlier stage. `weight_bytes` and `parameters` count what the stage reads.
@@ -115,7 +117,7 @@ class Stage(Data):
 
 
 class TextSettings(Data):
-    """How text becomes tensors. `max_length` counts tokens, special ones included."""
+    """How text becomes tensors. `max_length` is in tokens, special ones included."""
 
     tokenizer: BundlePath
     max_length: int = Field(gt=0)
@@ -124,7 +126,7 @@ class TextSettings(Data):
 
 
 class Manifest(Data):
-    """Everything a runtime needs to know of a bundle."""
+    """Everything that the runtime needs to know about a bundle."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"
     version: Literal[2] = 2
@@ -153,5 +155,5 @@ class Manifest(Data):
 
     @property
     def blocks(self) -> int:
-        """How many blocks the model has."""
+        """Number of blocks."""
         return len(self.uses) - 2

@@ -1,7 +1,8 @@
-"""Stitching parts into stages: plain graph work on ONNX, in milliseconds, without torch.
+"""Stitching parts into stages: operations on ONNX graphs that take milliseconds, without torch.
 
-What crosses a cut is the hidden state and whatever else the later blocks read. Shared values (masks, rotary tables) are
-recomputed from something smaller where the prologue's graph allows it: the smallest set is a minimum cut of that graph.
+The hidden state crosses a cut, and so does everything else that later blocks read. Shared values (masks, rotary tables)
+are recomputed from something smaller if the prologue's graph allows it: the smallest set is a minimum cut of that
+graph.
 """
 
 import math
@@ -52,7 +53,7 @@ def stitch(crossing: Crossing, number: int, tensors: Mapping[str, TensorEntry], 
 
 
 class _Builder:
-    """Grows one stage's graph use by use; `values` holds what the model's values are in it."""
+    """Builds one stage's graph use by use. `values` maps names of the model's values to values of the graph."""
 
     def __init__(self, crossing: Crossing, tensors: Mapping[str, TensorEntry], folder: Path):
         self.crossing, self.tensors, self.folder = crossing, tensors, folder
@@ -69,7 +70,7 @@ class _Builder:
         return value
 
     def output(self, spec: TensorSpec) -> ir.Value:
-        """The value itself under its model name: names inside a stage are prefixed, so they never clash."""
+        """The value under its name in the model. Names inside a stage have a prefix, so they never clash."""
         value = self.values[spec.name]
         if value.is_graph_input() or value.name in self.initializers or value.name != spec.name:
             node = ir.node("Identity", [value])
@@ -96,7 +97,7 @@ class _Builder:
                     self.values.setdefault(name, new[value])
 
     def recompute(self, uses: Sequence[Use]) -> None:
-        """Add the prologue's nodes that give the shared values which these uses read, from what crosses the cut."""
+        """Add the prologue's nodes that compute the shared values which these uses read, from what crosses the cut."""
         manifest = self.crossing.manifest
         prologue = self.crossing.prologue
         wanted = [v for use in uses for v in use.reads.values() if v in prologue.outputs and v not in self.values]
@@ -121,7 +122,7 @@ class _Builder:
             self.values[name] = new[prologue.outputs[name]]
 
     def copy(self, nodes: Sequence[ir.Node], new: dict[ir.Value, ir.Value], prefix: str) -> None:
-        """Copy nodes, renaming what they give; constants come along."""
+        """Copy nodes and their constants, renaming their outputs."""
         for node in nodes:
             source = node.inputs[0] if node.inputs else None
             if source is not None and source not in new and (size := size_read(node)) is not None:
@@ -159,7 +160,7 @@ class _Builder:
         raise BundleError(f"no tensor that crosses the cut has dimension {size!r}; export the bundle again")
 
     def weight(self, name: str, local: ir.Value) -> ir.Value:
-        """The weight `name` as an initializer that refers to its file; cast where the file's dtype is another."""
+        """The weight `name` as an initializer that refers to its file, with a Cast if the file has another dtype."""
         if name in self.weights:
             return self.weights[name]
         entry = self.tensors.get(name)
@@ -168,7 +169,7 @@ class _Builder:
         assert local.shape is not None
         if tuple(entry.shape) != tuple(local.shape):
             raise BundleError(
-                f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)} where the graph wants "
+                f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)}, the graph needs "
                 f"{list(local.shape)}; export the bundle again"
             )
         dtype = ir_dtype(entry.dtype)

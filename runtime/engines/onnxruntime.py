@@ -1,8 +1,8 @@
-"""ONNX Runtime on processors.
+"""ONNX Runtime on a CPU.
 
-Values cross the border as NumPy arrays: `InferenceSession.run` reads contiguous arrays where they lie and hands its own
-output buffers over. Measured on an identity graph (ONNX Runtime 1.32): 3 us a run, against 5 us through IOBinding and
-30 us through `run_with_ort_values`. Caches need IOBinding, which alone can give the past and the present one buffer.
+Inputs and outputs are NumPy arrays: `InferenceSession.run` reads contiguous arrays in place and hands over its own
+output buffers. Measured on an identity graph (ONNX Runtime 1.32): 3 us a run, against 5 us through IOBinding and
+30 us through `run_with_ort_values`. Caches need IOBinding: only it can bind past and present to one buffer.
 """
 
 from collections import OrderedDict
@@ -25,9 +25,9 @@ _BINDINGS = 64  # row ranges whose caches stay bound
 
 
 class OnnxRuntimeEngine:
-    """One stage in an ONNX Runtime session on the given processors. Keeps the promises of `Engine`.
+    """One stage in an ONNX Runtime session on the device's cores. Keeps the promises of `Engine`.
 
-    The thread that runs the session is one of the session's threads; the others are bound to a processor each.
+    The thread that runs the session is one of the session's threads; the others are pinned to a core each.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class OnnxRuntimeEngine:
         arrays = on_host(inputs, self.input_names)
         if self._caches.specs:
             rows, length = self._rows_and_length(arrays)
-            # One buffer serves all layers: each reads it right after it has written it.
+            # One buffer serves all layers: each reads it right after writing it.
             scratch = self._caches.scratch(rows, length)
             return self._bound(self._binding(scratch), arrays, outputs)
         try:
@@ -105,12 +105,12 @@ class OnnxRuntimeEngine:
         for name in names:
             given = caches.get(name)
             if given is None:
-                raise EngineError(f"stage {self._number} is given no cache {name!r}")
+                raise EngineError(f"stage {self._number} received no cache {name!r}")
             if (given.shape, given.dtype) != self._slot_kinds[name]:
                 shape, dtype = self._slot_kinds[name]
                 raise EngineError(
-                    f"stage {self._number} cannot go on with cache {name!r} of {given.dtype} {list(given.shape)}: it "
-                    f"keeps {dtype} {list(shape)}"
+                    f"stage {self._number} cannot continue with cache {name!r} of {given.dtype} {list(given.shape)}: "
+                    f"it keeps {dtype} {list(shape)}"
                 )
         self._bindings.clear()
         self._slots = on_host(caches, names)
@@ -200,13 +200,13 @@ def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = len(cores)
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # fatal: errors are raised as well, and nothing else belongs on a server's stderr
-    # Its own threads on its own processors may spin between operators, which makes a decode step a third faster; once
-    # the run is over they stop, so as not to take the processor from whoever is next.
+    options.log_severity_level = 4  # fatal only: errors are raised, and nothing else belongs on a server's stderr
+    # The session's threads on their own cores may spin between operators, which makes a decode step a third faster. At
+    # the end of a run they stop, to leave the cores to the next stage.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
-    if len(cores) > 1:  # one entry for each thread besides the calling one; processors count from 1
+    if len(cores) > 1:  # one entry for each thread except the calling one; ONNX Runtime counts cores from 1
         affinities = ";".join(str(core + 1) for core in cores[1:])
         options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
     return options

@@ -1,8 +1,8 @@
-"""ONNX Runtime on a GPU, in the stage's own stream (`user_compute_stream`), with everything bound where it lies.
+"""ONNX Runtime on a GPU, in the stage's own stream (`user_compute_stream`), with all inputs and outputs bound in place.
 
-Values of other stages are bound as they are; outputs lie in buffers of the GPU's pool. What comes from the host (token
-ids and lengths: some hundred bytes) is bound in host memory, for ONNX Runtime computes lengths on the processor and has
-to look at them before it can enqueue; it copies what its kernels need itself. `run` does not wait for its end.
+Values of other stages are bound without a copy; outputs are in buffers of the GPU's pool. Inputs from the host (token
+ids and lengths: a few hundred bytes) are bound in host memory: ONNX Runtime computes lengths on the CPU, must read them
+before it can enqueue, and copies what its kernels need itself. `run` does not wait for the kernels to end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,13 @@ _TYPES: dict[str, np.dtype[Any]] = {
 
 class OnnxRuntimeCudaEngine:
     """One stage in an ONNX Runtime session on a GPU. Keeps the promises of `Engine`. Attention with a cache computes in
-    float16, as its operator wants; everything else as the graph has it, bfloat16 in float32."""
+    float16, as its operator requires; everything else in the graph's types, bfloat16 in float32."""
 
     def __init__(
         self, stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
     ) -> None:
-        """Open the stage. EngineError if ONNX Runtime refuses it or has no CUDA, or its caches find no memory."""
+        """Open the stage. EngineError if ONNX Runtime refuses it or has no CUDA, or there is no memory for its
+        caches."""
         if not isinstance(device, CudaDevice):
             raise EngineError(
                 f"the engine onnxruntime-cuda runs on cuda:N, not on {device.name}; open with devices=['cuda:0']"
@@ -98,7 +99,7 @@ class OnnxRuntimeCudaEngine:
             return self._launched(launch, inputs, outputs, caches, sizes)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        """See `Engine.copy_slot`. It is done in the stage's stream."""
+        """See `Engine.copy_slot`. It runs in the stage's stream."""
         driver, stream = self._device.gpu.driver, self._device.stream
         assert self._size is not None
         try:
@@ -125,14 +126,14 @@ class OnnxRuntimeCudaEngine:
             launch.end()
 
     def close(self) -> None:
-        """Wait for what is under way, and free the session and the caches. May be called again."""
+        """Wait for running work, and free the session and the caches. May be called again."""
         if self._session is None:
             return
         try:
             self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
         except (CudaError, EngineError):
-            pass  # the GPU is lost, and whoever waited was told
+            pass  # the GPU is lost, and whoever waited has got the error
         self._session, self._slots = None, {}
 
     def _launched(
@@ -174,7 +175,7 @@ class OnnxRuntimeCudaEngine:
             raise EngineError(
                 f"stage {self._number} failed in ONNX Runtime on {self._device.name}: {first_line(error)}"
             ) from error
-        self._device.gpu.make_current()  # ONNX Runtime chooses the thread's device itself
+        self._device.gpu.make_current()  # ONNX Runtime may have changed the thread's device
         done = launch.end()
         return {
             name: CudaArray(self._device, buffer, shape, self._dtypes[name], done)
@@ -201,11 +202,11 @@ def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None)
     cuda = {
         "device_id": str(device.gpu.ordinal),
         "user_compute_stream": str(device.stream),
-        "arena_extend_strategy": "kSameAsRequested",  # the pipeline's own buffers want room as well
+        "arena_extend_strategy": "kSameAsRequested",  # leave room for the pipeline's own buffers
         "use_tf32": "0",
     }
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # fatal: errors are raised as well
+    options.log_severity_level = 4  # fatal only: errors are raised
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
     providers: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     try:

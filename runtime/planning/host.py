@@ -1,4 +1,4 @@
-"""What generation costs beside the engines: scheduling, hops, sampling, detokenising, streaming."""
+"""What generation costs apart from the engines: scheduling, hops, sampling, detokenising, streaming."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ _ROUNDS, _ROWS, _TOKENS, _CAPACITY = 3, 8, 200, 1024
 
 
 class Instant:
-    """A stage that takes no time: the engine of a host that has nothing to wait for."""
+    """An engine that takes no time, so that only the host is measured."""
 
     def __init__(self, reads: str, gives: str, logits: Array) -> None:
         self.input_names, self.output_names = (reads,), (gives,)
         self._logits = logits
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
-        """Its output for as many rows."""
+        """Constant logits, one row for each row of the inputs."""
         return {outputs[0]: self._logits[: inputs[PAST_LENGTHS].shape[0]]}
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
@@ -50,7 +50,7 @@ class Instant:
 
 
 def bundle_decoder(bundle: Bundle) -> TextModel:
-    """The bundle's tokenizer and vocabulary; no token ends a text."""
+    """The bundle's tokenizer and vocabulary, without tokens that end a text."""
     text, encoder = bundle.manifest.text, None
     if text is not None:
         encoder = TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)
@@ -58,7 +58,7 @@ def bundle_decoder(bundle: Bundle) -> TextModel:
 
 
 def step_s(decoder: TextModel, rows: int, stages: int, sampling: Sampling) -> float:
-    """Seconds between steps when `rows` continuations run through stages that take no time."""
+    """Seconds per step when `rows` continuations run through stages that take no time."""
     logits = np.random.default_rng(0).standard_normal((rows, 1, decoder.vocabulary), dtype=np.float32)
     names = [INPUT_IDS, *(f"hidden.{n}" for n in range(1, stages)), "logits"]
     opened = [
@@ -82,7 +82,7 @@ def step_s(decoder: TextModel, rows: int, stages: int, sampling: Sampling) -> fl
 
 
 def driver_times_s(bundle: Bundle) -> tuple[float, float]:
-    """Seconds that the driver takes for a step, and for each row of it, drawing greedily."""
+    """Seconds that the driver takes for a step, and for each row of it, with greedy sampling."""
     decoder, sampling = bundle_decoder(bundle), Sampling(max_tokens=_TOKENS)
     one_s, all_s = (
         statistics.median(step_s(decoder, rows, 1, sampling) for _ in range(_ROUNDS)) for rows in (1, _ROWS)

@@ -1,12 +1,12 @@
 """Measuring a bundle's parts on this machine: small stages in the engine, timed alone and beside each other.
 
-Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed, pinned to as
-many processors as threads, for micro-batches of several shapes: the median of the runs, and of three passes, each over
-all ranges, so that a disturbance of some seconds does not count. A range that begins later is fed with what the blocks
-before it give. Between runs as many bytes are read as the rest of the model has weights: in a pipeline they, too, push
-a stage's weights out of the processor's caches. Stages of equal length, each on its own processors, are then timed one
-at a time and all at once: what they take longer together is the price of what processors share, memory or, in a virtual
-machine, a processor beneath them. Of that, too, the median of all passes counts.
+Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed for
+micro-batches of several shapes, pinned to one core per thread. The result is the median over the runs, and over three
+passes through all ranges, so that a disturbance of a few seconds does not count. The blocks before a range compute its
+inputs. Between runs as many bytes are read as the rest of the model has weights: in a pipeline those, too, evict a
+stage's weights from the CPU's caches. Then stages of equal length, each on its own cores, are timed one at a time and
+all at once. The slowdown is their contention for what cores share: memory bandwidth, or one physical core behind two
+virtual ones. It is the median of all passes as well.
 """
 
 import itertools
@@ -46,12 +46,12 @@ _WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter
 _FEW_BLOCKS = 12
 _MAX_CACHE_BYTES = 128_000_000
 _HANDOVERS = 400
-_TRIES, _CALM = 3, 0.1  # of what others disturb: they took less than this share of a processor
+_TRIES, _CALM = 3, 0.1  # runs are calm if other processes took less than this share of a core
 T = TypeVar("T")
 
 
 def default_grids(manifest: Manifest) -> list[Grid]:
-    """Whole rows; and, for a model with caches, steps of one token."""
+    """Whole rows and, for a model with caches, steps of one token."""
     longest = manifest.max_positions or 512
 
     def up_to_longest(*lengths: int) -> tuple[int, ...]:
@@ -71,13 +71,13 @@ def measure(
     passes: int = 3,
     quantise: WeightDtype | None = None,
 ) -> MachineProfile:
-    """Time the bundle's parts for each number of threads that this machine has processors for, so many times, in
-    engines opened with `quantise`."""
+    """Time the bundle's parts for each number of threads that this machine has cores for, `passes` times, in engines
+    opened with `quantise`. StagelineError if it has too few cores for all of them."""
     cores = allowed_cores()
     grids = default_grids(bundle.manifest) if grids is None else grids
     able = [count for count in threads if count <= len(cores)]
     if not able:
-        raise StagelineError(f"no wanted number of threads fits {len(cores)} processors")
+        raise StagelineError(f"this machine has {len(cores)} cores, too few for {', '.join(map(str, threads))} threads")
     model = _Model.of(bundle, quantise)
     found: dict[tuple[int, ...], list[Point]] = {}
     beside: dict[tuple[int, ...], list[Contention]] = {}
@@ -108,9 +108,9 @@ def _middle(found: Sequence[T], of: Callable[[T], float]) -> T:
 
 
 def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
-    """What `work` gives, and the share of a processor that other processes took meanwhile.
+    """The result of `work`, and the share of a core that other processes took at the same time.
 
-    Of up to three tries it is the first that they hardly disturb, or else the one that they disturb least.
+    Out of up to three tries: the first that is hardly disturbed, or else the least disturbed one.
     """
     best: tuple[T, float] | None = None
     for _ in range(_TRIES):
@@ -127,10 +127,10 @@ def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
 
 def ranges(bundle: Bundle, quantise: WeightDtype | None = None) -> list[tuple[int, int]]:
     """The ranges of blocks to measure: parts of the model from both ends and its middle, and each kind of block alone
-    where there are several, or few blocks.
+    if there are several, or few blocks.
 
-    A block alone stays in the processor's caches from run to run, in a long stage it does not: a long model is measured
-    in long ranges, since its stages are long.
+    A block alone stays in the CPU's caches from run to run; in a long stage it does not. A long model has long stages,
+    so it is measured in long ranges.
     """
     n, uses = bundle.manifest.blocks, bundle.manifest.uses
     quarter, half = max(1, n // 4), max(1, n // 2)
@@ -145,7 +145,7 @@ def ranges(bundle: Bundle, quantise: WeightDtype | None = None) -> list[tuple[in
 
 
 def _opens_whole(bundle: Bundle, quantise: WeightDtype | None) -> bool:
-    """Whether ranges longer than a quarter are opened: quantised, the weights of a stage must fit into one graph."""
+    """Whether ranges longer than a quarter are measured: quantised weights of a stage must fit into one graph."""
     tensors = bundle.tensors.values()
     if quantise is None:
         return sum(entry.size_bytes for entry in tensors) <= _WHOLE_LIMIT_BYTES
@@ -198,7 +198,7 @@ def _range_points(
     rest = _rest_of_model(model.reads, first, end)
     points = []
     with tempfile.TemporaryDirectory() as scratch:
-        # What feeds the range is not timed: with weights as they are it opens sooner, however long it is.
+        # The blocks before the range are not timed, and open faster without quantisation.
         feeder = replace(model, quantise=None)
         before = feeder.open(0, first, cores, cache, Path(scratch)) if first else None
         engine = model.open(first, end, cores, cache, Path(scratch))
@@ -220,7 +220,7 @@ def _range_points(
 
 
 def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequence[Grid]) -> list[Contention]:
-    """What equal stages on `threads` processors each take longer when all of them run than when one does."""
+    """How much longer equal stages on `threads` cores each take when all of them run than when one does."""
     manifest = model.bundle.manifest
     count = min(len(cores) // threads, _MAX_BESIDE, manifest.blocks)
     if count < 2:
@@ -261,7 +261,7 @@ def _longer(
     runs: Sequence[Callable[[], object]],
     rests: Sequence[Callable[[], object]],
 ) -> float:
-    """By what share these take longer, each on its own worker, all at once than one at a time."""
+    """By what share these take longer all at once than one at a time, each on its own worker."""
     alone_s = [
         worker.submit(_median_until, run, rest, perf_counter() + _POINT_S).result()
         for worker, run, rest in zip(workers, runs, rests, strict=True)
@@ -272,7 +272,7 @@ def _longer(
 
 
 def _nothing() -> None:
-    """Between runs beside each other: the others read."""
+    """Between concurrent runs: the other stages read memory."""
 
 
 def _cache_size(manifest: Manifest, shapes: Sequence[Shape]) -> CacheSize | None:
@@ -309,7 +309,7 @@ def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
 
 
 def _rest_of_model(reads: Sequence[int], first: int, end: int) -> Callable[[], object]:
-    """Reads as much as the uses outside blocks `first` to `end` - 1 read of weights, up to what no cache holds."""
+    """Reads as many bytes as the uses outside this stage read of weights, up to more than any cache holds."""
     count_bytes = sum(reads) - sum(uses_of(reads, first, end))
     values = np.ones(min(count_bytes, _MAX_CACHE_BYTES) // 4 + 1, np.float32)
     return values.max
@@ -327,7 +327,7 @@ def _median_s(run: Callable[[], object], between: Callable[[], object]) -> tuple
 
 
 def _median_until(run: Callable[[], object], between: Callable[[], object], stop_s: float) -> float:
-    """The median of the runs that are over by then, at least of one."""
+    """The median of the runs that end by then, at least one."""
     taken: list[float] = []
     while True:
         between()
@@ -340,7 +340,7 @@ def _median_until(run: Callable[[], object], between: Callable[[], object], stop
 
 
 def _handover_s(cores: Sequence[int]) -> float:
-    """Half of what a message takes to another pinned thread and back, the median."""
+    """Half of the median time of a message to another pinned thread and back."""
     there: SimpleQueue[object] = SimpleQueue()
     back: SimpleQueue[object] = SimpleQueue()
 

@@ -243,7 +243,7 @@ def test_a_link_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
     stage = bundle / "stage.000-001.onnx"
     stage.rename(bundle.parent / "outside.onnx")
     stage.symlink_to("../outside.onnx")
-    assert "stage.000-001.onnx leads out of the bundle; export the bundle again" in told("inspect", bundle)
+    assert "stage.000-001.onnx is outside the bundle; export the bundle again" in told("inspect", bundle)
 
 
 def test_a_file_that_is_used_but_not_listed(bundle: Path, told: Run) -> None:

@@ -1,8 +1,8 @@
 """Lower a half-precision graph to float32, for engines with few half-precision kernels.
 
-The weights stay as they are on disk: each half-precision initializer is cast to float32 where it enters the graph, and
-the engine folds that cast when it loads. Everything after computes in float32, the graph's border included. The result
-is lossy only in being more exact.
+The weights on disk do not change: each half-precision initializer is cast to float32 where it enters the graph, and the
+engine folds that cast when it loads. Everything after it is float32, inputs and outputs included. The results differ
+only by being more exact.
 """
 
 from collections.abc import Collection
@@ -24,7 +24,7 @@ def has_types(model: ir.Model, types: Collection[ir.DataType] = HALVES) -> bool:
 
 
 def to_float32(model: ir.Model) -> ir.Model:
-    """Lower `model` in place and return it: no value is half-precision but the initializers, each ahead of a Cast."""
+    """Lower `model` in place and return it. Only initializers stay half-precision, each followed by a Cast."""
     in_functions = [node for function in model.functions.values() for node in function.all_nodes()]
     for node in [*model.graph.all_nodes(), *in_functions]:
         for attribute in list(node.attributes.values()):
@@ -49,7 +49,7 @@ def _widen(value: ir.Value) -> None:
 
 
 def _cast(initializer: ir.Value) -> ir.Node:
-    """A Cast of the initializer that takes over its name and its uses."""
+    """A Cast of the initializer, which takes over its name and its uses."""
     name = initializer.name
     initializer.name = f"{name}.half"
     wide = ir.Value(name=name, shape=initializer.shape, type=ir.TensorType(ir.DataType.FLOAT))

@@ -1,7 +1,7 @@
 """Lower the matrix products of a stage to ONNX Runtime's MatMulNBits: weights of 4 or 8 bits, quantised on opening.
 
-Each block of 32 weights of a row has a scale and a zero point of its own, so that it covers its least and its largest
-value (and zero) evenly. Activations are quantised to 8 bits on the way in (accuracy level 4), as llama.cpp does.
+Each block of 32 weights of a row has its own scale and zero point, which cover its minimum, its maximum and zero
+evenly. Activations are quantised to 8 bits inside the operator (accuracy level 4), as in llama.cpp.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.engines.lowering.external import read_external
 
 BLOCK = 32
-MIN_WEIGHTS = 1 << 14  # weights: smaller matrices stay as they are
+MIN_WEIGHTS = 1 << 14  # smaller matrices are not quantised
 MAX_GRAPH_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
 _BITS = {"int4": 4, "int8": 8}
 
 
 def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
-    """Lower `model`, whose activations are float32, in place and return it. EngineError where its weights are so many
-    that one graph cannot hold them."""
+    """Lower `model`, whose activations are float32, in place and return it. EngineError if its weights do not fit into
+    one graph."""
     bits = _BITS[dtype]
     made: dict[ir.Value, list[ir.Value]] = {}
     total = 0
@@ -48,13 +48,13 @@ def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
 
 
 def bytes_per_weight(dtype: WeightDtype) -> float:
-    """Bytes of a quantised weight, with its share of the scale and the zero point of its block."""
+    """Bytes of a quantised weight, including its share of its block's scale and zero point."""
     return (BLOCK * _BITS[dtype] + 32 + _BITS[dtype]) / 8 / BLOCK
 
 
 def quantise(weight: NDArray[np.float32], bits: int) -> list[NDArray[Any]]:
-    """weight [N, K] -> values uint8 [N, blocks, BLOCK * bits / 8], scales float32 [N, blocks], zero points uint8
-    [N, blocks * bits / 8], two of four bits in a byte, the lower first. weight ~ (value - zero point) * scale."""
+    """weight [N, K] -> values uint8 [N, blocks, BLOCK * bits / 8], scales float32 [N, blocks], zero points uint8 [N,
+    blocks * bits / 8]. Two of four bits share a byte, the first in the lower half. weight ~ (value - zero) * scale."""
     rows, columns = weight.shape
     blocks = -(-columns // BLOCK)
     padded = np.zeros((rows, blocks * BLOCK), np.float32)

@@ -1,6 +1,6 @@
-"""The engines' manifest: what is in a bundle's `engines/`, as data validated once at the door.
+"""The engines' manifest: the contents of a bundle's `engines/`, as data that is validated once, when it is read.
 
-docs/bundle.md says the format in prose.
+docs/bundle.md specifies the format.
 """
 
 from typing import Literal
@@ -28,17 +28,17 @@ class SizeRange(Data):
 
 
 class OptimizationProfile(Data):
-    """One optimisation profile: `sizes` of each free dimension of the inputs (`batch`, `length`, `picks`)."""
+    """Sizes of each free dimension of an engine's inputs (`batch`, `length`, `picks`) that it is tuned for."""
 
     name: str
     sizes: dict[str, SizeRange]
 
 
 class Options(Data):
-    """How an engine is built besides its target, precision and profiles.
+    """Options of a build apart from target, precision and profiles.
 
     `stripped`: the weights are inputs, bound to buffers that are filled from the bundle at load. `workspace_bytes`: the
-    most scratch memory a layer may use, None for what the GPU has.
+    maximum scratch memory of a layer; None: what the GPU has.
     """
 
     stripped: bool = False
@@ -70,7 +70,7 @@ class EngineRecord(Data):
     report: FileEntry
     key: Sha256
     graph_sha256: Sha256
-    weights_sha256: Sha256 | None = None  # of a stripped engine, which works with any
+    weights_sha256: Sha256 | None = None  # None: a stripped engine, which works with any weights
     weight_files: dict[BundlePath, Sha256]
     flavour: FlavourName
     version: str

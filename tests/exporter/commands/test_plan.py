@@ -101,7 +101,7 @@ def test_profile_of_other_weights_is_used_with_a_warning_that_names_both(
     assert main(["plan", str(profiled), "--devices", "cpu:0", "--length", "16", "--dtype", "int4"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "stageline: warning: the profile is of weights as they are, not of int4 weights: times may be far off; "
+        "stageline: warning: the profile is for weights that are not quantised, not for int4 weights: times may be far off; "
         f"run stageline profile {profiled} --quantise int4"
     )
 
@@ -116,8 +116,8 @@ def test_profile_of_another_machine_is_used_with_a_warning_that_names_both(
     (path / "profiles" / "other.json").write_text(text)
     assert main(["plan", str(path), "--devices", "cpu:0", "--length", "16"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "warning: the profile is of another machine (Another CPU" in line
-    assert f"not of this one ({Machine.here()})" in line
+    assert "warning: the profile is from another machine (Another CPU" in line
+    assert f"not from this one ({Machine.here()})" in line
 
 
 @pytest.mark.parametrize("objective", ["throughput", "latency", "cost", "energy"])

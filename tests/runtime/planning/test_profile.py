@@ -182,12 +182,12 @@ def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: B
         found, warning = read_profile(bundle.path, wanted)
         assert found.machine == machine  # the second, of the right weights, is nearer than the first
         assert warning is not None
-        assert f"of another machine ({machine}), not of this one ({wanted})" in warning
+        assert f"from another machine ({machine}), not from this one ({wanted})" in warning
     write_profile(bundle, profile)
     found, warning = read_profile(bundle.path, wanted)
     assert found.machine == here
     assert warning == (
-        "the profile is of weights as they are, not of int8 weights: times may be far off; "
+        "the profile is for weights that are not quantised, not for int8 weights: times may be far off; "
         f"run stageline profile {bundle.path} --weights int8"
     )
 
