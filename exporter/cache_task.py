@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from stageline.exporter.skeleton import Input, RefusedError
+from stageline.runtime.bundle.manifest import BATCH, INPUT_IDS, LENGTH, LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, PICKS
 
 
 class CacheTask(torch.nn.Module):
@@ -19,10 +20,10 @@ class CacheTask(torch.nn.Module):
     """
 
     inputs: tuple[Input, ...] = (
-        Input("input_ids", torch.int64, ("batch", "length")),
-        Input("past_lengths", torch.int64, ("batch",)),
-        Input("new_lengths", torch.int64, ("batch",)),
-        Input("logits_at", torch.int64, ("batch", "picks")),
+        Input(INPUT_IDS, torch.int64, (BATCH, LENGTH)),
+        Input(PAST_LENGTHS, torch.int64, (BATCH,)),
+        Input(NEW_LENGTHS, torch.int64, (BATCH,)),
+        Input(LOGITS_AT, torch.int64, (BATCH, PICKS)),
     )
     output_names = ("logits",)
 

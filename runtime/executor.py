@@ -19,6 +19,7 @@ from typing import Self
 from stageline.models.errors import BundleError, RequestError
 from stageline.runtime.batching.batches import Batches
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import CACHED_INPUTS
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import CacheSize
@@ -29,8 +30,6 @@ from stageline.runtime.stages.lanes import Lanes
 from stageline.runtime.stages.opening import Opener, StageSet, check_same_model
 from stageline.runtime.stages.recorder import Recorder
 from stageline.runtime.stages.route import Hop, route
-
-GRAPH_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")  # of a model with caches
 
 
 @dataclass(frozen=True)
@@ -214,4 +213,4 @@ class Executor:
 
 def generation_hops(cut: StageSet) -> tuple[Hop, ...]:
     """The route of a step of generation through the stages, to the logits."""
-    return route([(stage.inputs, stage.outputs) for stage in cut.stages], GRAPH_INPUTS, ["logits"])
+    return route([(stage.inputs, stage.outputs) for stage in cut.stages], CACHED_INPUTS, ["logits"])

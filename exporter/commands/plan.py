@@ -14,9 +14,9 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
 from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster
 from stageline.runtime.planning.measure import measure
-from stageline.runtime.planning.planner import Answer, Planner, device_names, weights_of
+from stageline.runtime.planning.planner import Answer, Planner, device_names, quantise_for
 from stageline.runtime.planning.problem import Objective
-from stageline.runtime.planning.profile import Machine, MachineProfile, load, save
+from stageline.runtime.planning.profile import Machine, MachineProfile, read_profile, write_profile
 from stageline.runtime.planning.simulate import (
     BatchRequest,
     SimulationResult,
@@ -59,9 +59,9 @@ def profile_command(
         opened,
         _numbers(threads, "--threads"),
         progress=lambda step: print(step, file=sys.stderr),
-        weights=weights,
+        quantise=weights,
     )
-    file = save(opened, profile)
+    file = write_profile(opened, profile)
     if as_json:
         print(profile.model_dump_json(indent=2))
         return
@@ -156,7 +156,7 @@ class _Told:
         layers = ",".join(str(stage.end - stage.first) for stage in best.plan.stages)
         where = ", ".join("+".join(names) for names in self.names)
         shape = f"{best.shape.batch} x {best.shape.length} tokens"
-        load = self.planner.load
+        load = self.planner.workload
         what = (
             f"{load.slots} slots in {len(best.plan.stages)} groups of {best.shape.batch}, {best.shape.past} past: "
             f"{best.tokens_per_s:.1f} tokens/s, {best.cycle_s * 1e3:.2f} ms a token"
@@ -232,7 +232,7 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
 
 def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[MachineProfile | None, str | None]:
     """The profile that processors of this machine need, and its warning."""
-    return load(bundle.path, Machine.here(weights_of(dtype))) if cluster.local else (None, None)
+    return read_profile(bundle.path, Machine.here(quantise_for(dtype))) if cluster.local else (None, None)
 
 
 def _sizes(
@@ -266,7 +266,7 @@ def _own_links(cluster: Cluster) -> list[Any]:
 
 
 def _simulated(planner: Planner, answer: Answer, output: int) -> Callable[[float], SimulationResult]:
-    setting, asked = planner.setting(answer), planner.load
+    setting, asked = planner.setting(answer), planner.workload
 
     def run(rate: float) -> SimulationResult:
         arrivals = poisson(rate, _SIMULATED, _SEED)

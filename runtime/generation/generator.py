@@ -21,6 +21,7 @@ from time import perf_counter
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.admission import Admission
+from stageline.runtime.bundle.manifest import CACHED_INPUTS
 from stageline.runtime.engines import Array, CacheSize, Engine, Value
 from stageline.runtime.generation.changeover import Changeover
 from stageline.runtime.generation.meter import GenerationStats, Meter
@@ -250,7 +251,7 @@ class Generator:
             if job.started_at is None:
                 job.started_at = now
                 self._meter.queue_s.append(now - job.submitted_at)
-        values: dict[str, Value] = {"input_ids": ids, "past_lengths": past, "new_lengths": new, "logits_at": picks}
+        values: dict[str, Value] = dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True))
         self._in_flight += 1
         self._meter.sent(now)
         _Flight(self._lanes, self._hops, values, step.number, step, tuple(requests), self._landed).start()

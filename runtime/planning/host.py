@@ -1,4 +1,4 @@
-"""What generation costs beside the engines: scheduling, hops, sampling, detokenising, streaming."""
+"""What generation costs apart from the engines: scheduling, hops, sampling, detokenising, streaming."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from time import perf_counter
 
 import numpy as np
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import INPUT_IDS, PAST_LENGTHS
 from stageline.runtime.engines import Array, CacheSize, Device, Value
 from stageline.runtime.executor import generation_hops
 from stageline.runtime.generation.generator import Generator
@@ -19,15 +20,15 @@ _ROUNDS, _ROWS, _TOKENS, _CAPACITY = 3, 8, 200, 1024
 
 
 class Instant:
-    """A stage that takes no time: the engine of a host that has nothing to wait for."""
+    """An engine that takes no time, so that only the host is measured."""
 
     def __init__(self, reads: str, gives: str, logits: Array) -> None:
         self.input_names, self.output_names, self.max_rows = (reads,), (gives,), None
         self._logits = logits
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
-        """Its output for as many rows."""
-        return {outputs[0]: self._logits[: inputs["past_lengths"].shape[0]]}
+        """Constant logits, one row for each row of the inputs."""
+        return {outputs[0]: self._logits[: inputs[PAST_LENGTHS].shape[0]]}
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """There is no cache."""
@@ -48,16 +49,16 @@ class Instant:
 
 
 def bundle_decoder(bundle: Bundle) -> TextModel:
-    """The bundle's tokenizer and vocabulary; no token ends a text."""
+    """The bundle's tokenizer and vocabulary, without tokens that end a text."""
     return TextModel(bundle.manifest.vocabulary or 2, (), open_encoder(bundle))
 
 
 def step_s(text_model: TextModel, rows: int, stages: int, sampling: Sampling) -> float:
-    """Seconds between steps when `rows` continuations run through stages that take no time."""
+    """Seconds per step when `rows` continuations run through stages that take no time."""
     logits = np.random.default_rng(0).standard_normal((rows, 1, text_model.vocabulary), dtype=np.float32)
-    names = ["input_ids", *(f"hidden.{n}" for n in range(1, stages)), "logits"]
+    names = [INPUT_IDS, *(f"hidden.{n}" for n in range(1, stages)), "logits"]
     opened = [
-        PipelineStage((names[n], "past_lengths"), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
+        PipelineStage((names[n], PAST_LENGTHS), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
         for n in range(stages)
     ]
     lanes = Lanes(opened, None)
@@ -78,7 +79,7 @@ def step_s(text_model: TextModel, rows: int, stages: int, sampling: Sampling) ->
 
 
 def driver_times_s(bundle: Bundle) -> tuple[float, float]:
-    """Seconds that the driver takes for a step, and for each row of it, drawing greedily."""
+    """Seconds that the driver takes for a step, and for each row of it, with greedy sampling."""
     text_model, sampling = bundle_decoder(bundle), Sampling(max_tokens=_TOKENS)
     one_s, all_s = (
         statistics.median(step_s(text_model, rows, 1, sampling) for _ in range(_ROUNDS)) for rows in (1, _ROWS)

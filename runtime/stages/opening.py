@@ -74,11 +74,11 @@ class Opener:
         if tuple(counts) == on_disk.layers:  # their engines may have been built ahead
             yield on_disk
             return
-        plan = Crossing.of(bundle.manifest, parts, counts)
+        crossing = Crossing.of(bundle.manifest, parts, counts)
         with tempfile.TemporaryDirectory(prefix="stageline-") as folder:
             opened, places = [], self._places(len(counts))
             for number in range(len(counts)):
-                model, stage = stitch(plan, number, bundle.tensors, bundle.path)
+                model, stage = stitch(crossing, number, bundle.tensors, bundle.path)
                 file = Path(folder) / stage.file
                 try:
                     file.write_bytes(ir.to_proto(model).SerializeToString())

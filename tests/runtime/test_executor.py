@@ -478,7 +478,7 @@ def test_batches_go_through_the_stages_that_they_were_queued_for(tiny_bundle: Pa
         ({"stages": []}, "layers  do not fit"),
         ({"stages": 2, "threads": 0}, "threads is 0; it must be at least 1"),
         ({"stages": 2, "devices": ["tpu"]}, "unknown device 'tpu'"),
-        ({"stages": 1, "devices": ["cpu", "cpu"]}, "2 devices are named for 1 stages"),
+        ({"stages": 1, "devices": ["cpu", "cpu"]}, "2 devices are given for 1 stages"),
     ],
 )
 def test_a_cut_that_does_not_fit_is_refused(llamas: list[Path], arguments: dict[str, Any], told: str) -> None:

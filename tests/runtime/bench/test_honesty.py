@@ -24,10 +24,10 @@ from stageline.runtime.bench.contenders import PipelineContender
 from stageline.runtime.bench.figures import StageUse
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import Slo
-from stageline.runtime.bundle.manifest import TensorSpec
+from stageline.runtime.bundle.manifest import CACHED_INPUTS, TensorSpec
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array, CacheSize
-from stageline.runtime.executor import GRAPH_INPUTS, Executor
+from stageline.runtime.executor import Executor
 from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline, PipelineStage
@@ -235,14 +235,14 @@ class Generated:
 def generated(prompt: int, new: int, seconds: float) -> Generated:
     """One request after the other through two sleeping stages, for so long."""
     vocabulary = 8
-    names = [(("input_ids",), ("h",)), (("h", *GRAPH_INPUTS[1:]), ("logits",))]
+    names = [(("input_ids",), ("h",)), (("h", *CACHED_INPUTS[1:]), ("logits",))]
     engines = [Sleeper(("h", (1,)), deque([0.030])), Sleeper(("logits", (1, vocabulary)), deque([0.050]))]
     stages = [
         PipelineStage(reads, gives, lambda device, engine=engine: engine)  # type: ignore[misc]
         for (reads, gives), engine in zip(names, engines, strict=True)
     ]
     ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length"))
-    rest = tuple(TensorSpec(name=name, dtype="int64", shape=("batch",)) for name in GRAPH_INPUTS[1:])
+    rest = tuple(TensorSpec(name=name, dtype="int64", shape=("batch",)) for name in CACHED_INPUTS[1:])
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "length", vocabulary))
     signature, model = Signature((ids,), (logits,), derived=rest), TextModel(vocabulary, (), None)
     options = PipelineOptions(prefill_chunk=32)

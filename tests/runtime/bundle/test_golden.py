@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import READABLE
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.pipeline import Pipeline
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
-VERSIONS = pytest.mark.parametrize("version", READABLE)
+VERSIONS = pytest.mark.parametrize("version", [2, 3])
 
 
 def check_classifier(bundle: Path) -> None:
@@ -53,7 +52,8 @@ def test_version_2_states_no_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(1, "export it again"), (READABLE[-1] + 1, "install a newer stageline")]
+    ("version", "advice"),
+    [(1, "export the bundle again"), (4, "install a newer stageline, or export the bundle again")],
 )
 def test_other_versions_are_refused_in_one_line(version: int, advice: str, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(GOLDEN / "v2" / "classifier", tmp_path / "bundle"))
@@ -61,6 +61,4 @@ def test_other_versions_are_refused_in_one_line(version: int, advice: str, tmp_p
     file.write_text(file.read_text().replace('"version": 2,', f'"version": {version},'))
     with pytest.raises(BundleError) as refused:
         Bundle.open(copy)
-    assert str(refused.value) == (
-        f"bundle {copy} has version {version}; this stageline reads versions 2 and 3: {advice}"
-    )
+    assert str(refused.value) == (f"{file} has version {version}; this stageline reads version 2 and 3: {advice}")

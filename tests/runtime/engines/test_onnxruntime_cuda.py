@@ -191,9 +191,9 @@ def test_a_pipeline_that_is_closed_at_work_leaves_nothing(decoder: Path, monkeyp
 def test_what_does_not_fit_is_told_in_one_line(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = on_gpus(monkeypatch, FakeDriver())
     for options, told in (
-        ({"devices": ["cuda:1"]}, "stage 0 is to run on cuda:1; this machine has cuda:0"),
+        ({"devices": ["cuda:1"]}, "stage 0 was to run on cuda:1; this machine has cuda:0"),
         ({"devices": ["gpu"]}, "unknown device 'gpu'; devices are called cpu, cuda:0, cuda:1, ..."),
-        ({"devices": ["cuda:0"] * 4}, "4 devices are named for 3 stages; name at least one, and at most one each"),
+        ({"devices": ["cuda:0"] * 4}, "4 devices are given for 3 stages; give 1 to 3"),
         ({"cache_dtype": "float32"}, "on a GPU caches are float16, not float32; leave cache_dtype out"),
     ):
         with pytest.raises((EngineError, RequestError)) as caught:

@@ -166,7 +166,7 @@ def test_peers_that_are_not_reachable_go_through_pinned_memory(monkeypatch: pyte
 
 def test_too_much_memory_is_an_error_that_leaves_the_gpu_usable() -> None:
     (device,) = open_gpus([(0, 0)], (0,), need_gpus())
-    device.gpu.use()
+    device.gpu.make_current()
     with pytest.raises(CudaError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         device.gpu.memory.take(1 << 45)
     array = numbers(10)

@@ -240,8 +240,8 @@ def test_what_tensorrt_says_is_told(decoder: Path, install: Install) -> None:
 def test_what_the_engines_were_not_built_for_is_told(decoder: Path, install: Install) -> None:
     install(FakeDriver())
     for options, told in (
-        ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are asked for; open with capacity=64, or"),
-        ({"slots": 5}, "stage 0 was built for 4 slots, 5 are asked for; open with slots=4, or build it for more"),
+        ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are requested; open with capacity=64, or"),
+        ({"slots": 5}, "stage 0 was built for 4 slots, 5 are requested; open with slots=4, or build it for more"),
         ({"cache_dtype": "float16"}, "stage 0 was built for caches of float32, not float16; leave cache_dtype out"),
         ({"quantise": "int8"}, "quantise='int8' is for onnxruntime; a TensorRT engine has the precision that it was"),
     ):
@@ -260,7 +260,9 @@ def test_stages_cut_anew_have_no_engines_and_the_old_ones_go_on(
     install(FakeDriver(gpus=2))
     with opened(decoder, devices=["cuda:0", "cuda:1"]) as pipeline:
         for stages in (1, 3):
-            with pytest.raises(EngineError, match=r"^stage \d was cut anew while it runs, and TensorRT engines are"):
+            with pytest.raises(
+                EngineError, match=r"^stage \d was recut while the pipeline ran, and TensorRT engines are"
+            ):
                 pipeline.recut(stages)
         assert [tokens_of(future) for future in submitted(pipeline)] == wanted
 
@@ -280,7 +282,7 @@ def test_caches_go_from_engine_to_engine(decoder: Path, install: Install) -> Non
         found = engines[taker].step(after, [name], 2)[name].read().wait()  # type: ignore[union-attr]
         np.testing.assert_array_equal(found, expected)
     assert driver.live_blocks > before  # to another GPU they were copied
-    with pytest.raises(EngineError, match=r"^stage 0 is given no cache "):
+    with pytest.raises(EngineError, match=r"^stage 0 received no cache "):
         engines[1].take_caches({})
 
 

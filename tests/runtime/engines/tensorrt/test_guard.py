@@ -64,7 +64,7 @@ def put(
         target=target,
         precision=precision,
         options=options or Options(),
-        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(least=1, best=2, most=2)}),),
+        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(min=1, opt=2, max=2)}),),
         inputs=cut.inputs,
         outputs=cut.outputs,
         build_s=1,
@@ -136,7 +136,7 @@ def test_an_engine_of_a_flavour_that_is_not_installed_is_refused(bundle: Path) -
 def test_an_engine_of_another_precision_is_refused_when_one_is_asked_for(bundle: Path) -> None:
     put(bundle)
     assert "fp16 with TensorRT-RTX" in refusal(bundle, precision="bf16")
-    assert "bf16 is asked for" in refusal(bundle, precision="bf16")
+    assert "bf16 is requested" in refusal(bundle, precision="bf16")
 
 
 def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
@@ -144,7 +144,7 @@ def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
 ) -> None:
     put(bundle)
     change_weight(bundle, 1)
-    assert "the bundle's weights were changed since" in refusal(bundle)
+    assert "the bundle's weights have changed since" in refusal(bundle)
     put(bundle, precision="bf16", options=Options(stripped=True))
     assert checked_engine(Bundle.open(bundle), 1, ADA).record.options.stripped
 
@@ -169,7 +169,7 @@ def test_an_engine_that_leads_out_of_the_bundle_is_refused(bundle: Path, tmp_pat
     file = bundle / put(bundle).plan.path
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    assert "leads out of the bundle" in refusal(bundle)
+    assert "is outside the bundle" in refusal(bundle)
 
 
 def test_engines_of_another_cut_are_not_used(bundle: Path) -> None:
