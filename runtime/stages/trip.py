@@ -57,7 +57,7 @@ class Trip(ABC):
             return
         values, self.values = self.values, {}
         try:
-            lane.land(values, partial(self._land, lane))
+            lane.lander.land(values, partial(self._land, lane))
         except BaseException as error:
             self._land(lane, error)
 

@@ -370,6 +370,39 @@ def test_a_callback_on_the_pipelines_threads_cannot_switch(llamas: list[Path]) -
         assert "use another thread" in str(error)
 
 
+# What fails while opening.
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generator", "rebalancer"])
+def test_what_fails_while_opening_leaves_nothing_open(
+    llamas: list[Path], opening: Opening, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise StagelineError(f"a broken {part}")
+
+    monkeypatch.setattr(
+        {
+            "tokenizer": "stageline.runtime.generation.text_model.open_encoder",
+            "generator": "stageline.runtime.executor.Generator.__init__",
+            "rebalancer": "stageline.runtime.rebalance.rebalancer.Rebalancer.__init__",
+        }[part],
+        fails,
+    )
+    closed: list[int] = []
+
+    def noted(engine: Watched) -> Watched:
+        inner = engine.close
+        engine.close = lambda: (inner(), closed.append(engine.number))[0]
+        return engine
+
+    opening.wrap, before = noted, set(threading.enumerate())
+    with pytest.raises(StagelineError, match=f"a broken {part}"):
+        Pipeline.open(llamas[0], engine="watched", rebalance="advise")
+    assert set(threading.enumerate()) <= before
+    assert sorted(closed) == [stage.number for stage, _ in opening.opened]
+    assert bool(closed) == (part != "tokenizer")  # which is read before any engine is opened
+
+
 # New weights.
 
 
