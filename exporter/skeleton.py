@@ -15,6 +15,7 @@ import torch
 import transformers
 from stageline.models.errors import ExportError
 from stageline.models.sentence import SentencePooling
+from stageline.runtime.bundle.manifest import EMBEDDING
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -198,7 +199,7 @@ def outputs_of(task: str) -> tuple[str, ...]:
     """The names of a task's outputs."""
     named = {
         "feature-extraction": ("last_hidden_state",),
-        "sentence-similarity": ("sentence_embedding", "last_hidden_state"),
+        "sentence-similarity": (EMBEDDING, "last_hidden_state"),
     }
     return named.get(task, ("logits",))
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 from stageline.runtime.validation import Data
 
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
+EMBEDDING = "sentence_embedding"  # the output of a model that embeds texts
 CACHED_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")
 """The inputs of a model with caches, all int64: token ids [batch, length], each row's tokens in the cache [batch], its
 new tokens [batch], and the positions among these whose logits are requested [batch, picks]."""
