@@ -88,9 +88,9 @@ def parts(pipeline: Pipeline, contender: PipelineContender, items: list[Item]) -
         name, pipeline = "nothing", None
 
         def submit(self, item: Item) -> "Future[RequestOutcome]":
-            told: Future[RequestOutcome] = Future()
-            told.set_result(RequestOutcome(perf_counter()))
-            return told
+            outcome: Future[RequestOutcome] = Future()
+            outcome.set_result(RequestOutcome(perf_counter()))
+            return outcome
 
         def close(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them, with their units, and times of day."""
+"""Numbers with units, and times of day, as people read them."""
 
 import math
 from datetime import UTC, datetime

@@ -15,8 +15,7 @@ import pydantic
 import typer
 from stageline.exporter.commands import bench_show
 from stageline.models.errors import RequestError, StagelineError
-from stageline.runtime.bench import files as exchange
-from stageline.runtime.bench import options as prepare
+from stageline.runtime.bench import files, options
 from stageline.runtime.bench.compare import JUDGED, compare
 from stageline.runtime.bench.records import OURS, Progress, Run, RunSettings
 from stageline.runtime.bench.store import Store
@@ -33,7 +32,7 @@ _TORCH = {"torch", "transformers"}
 
 
 class _DefaultToRun(TyperGroup):
-    """`stageline bench BUNDLE ...` is `stageline bench run BUNDLE ...`: what is no command's name is the run's."""
+    """`stageline bench BUNDLE ...` means `stageline bench run BUNDLE ...`, unless BUNDLE is a command's name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help",):
@@ -43,7 +42,8 @@ class _DefaultToRun(TyperGroup):
 
 app = typer.Typer(cls=_DefaultToRun, rich_markup_mode=None, pretty_exceptions_enable=False)
 StoreOption = Annotated[
-    Path | None, typer.Option("--store", metavar="FILE", help="Of the runs; in the user's data folder unless given.")
+    Path | None,
+    typer.Option("--store", metavar="FILE", help="File with the runs (default: in the user's data folder)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="An id, the beginning of one, latest, or latest~1.")]
@@ -54,8 +54,8 @@ def register(parent: typer.Typer) -> None:
     parent.add_typer(
         app,
         name="bench",
-        help="Measure a bundle (stageline bench BUNDLE) beside others, and keep the results.\n\n"
-        "Options of a run: stageline bench run --help. A bundle called like a command: ./list.\n\n"
+        help="Measure a bundle (stageline bench BUNDLE), also against baselines, and keep the results.\n\n"
+        "Options of a run: stageline bench run --help. A bundle with the name of a command: ./list.\n\n"
         "Example: stageline bench minilm.bundle --baseline onnxruntime",
     )
 
@@ -66,67 +66,66 @@ def run_command(
     scenario: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,NAME", help="Of SingleStream, Offline, Server; all unless another load is asked for."
+            metavar="NAME,NAME", help="SingleStream, Offline, Server (default: all, unless another load is given)."
         ),
     ] = None,
     server_rate: Annotated[
-        float | None, typer.Option(metavar="R", help="Requests/s of Server; 70 % of the warm-up's unless given.")
+        float | None, typer.Option(metavar="R", help="Requests/s of Server (default: 70 % of the warm-up's).")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Closed loops: so many requests at a time.")
+        str | None, typer.Option(metavar="N,N", help="Closed loops with N requests at a time.")
     ] = None,
     rate: Annotated[str | None, typer.Option(metavar="R,R", help="Open loops: Poisson arrivals, requests/s.")] = None,
     arrivals: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="An open loop of recorded arrivals: seconds, one a line.")
+        Path | None, typer.Option(metavar="FILE", help="An open loop of recorded arrivals: seconds, one per line.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each repeat.")] = 5.0,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each load; confidence intervals need two.")] = 3,
-    warm_up: Annotated[float, typer.Option(min=0.1, help="Seconds, once for each contender.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds per repeat.")] = 5.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each load; confidence intervals need two.")] = 3,
+    warm_up: Annotated[float, typer.Option(min=0.1, help="Seconds of warm-up, once per contender.")] = 2.0,
     texts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts, one a line; built-in ones unless given.")
+        Path | None, typer.Option(metavar="FILE", help="Texts, one per line (default: built-in ones).")
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(metavar="N-N", help="Random tokens of such lengths in place of texts.")
+        str | None, typer.Option(metavar="N-N", help="Random tokens of these lengths instead of texts.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Texts a request holds (models that do not generate).")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Texts per request (models that do not generate).")] = 1,
     new_tokens: Annotated[
-        int | None, typer.Option(min=1, help=f"Tokens to draw a request ({_DEFAULT_NEW} unless given).")
+        int | None, typer.Option(min=1, help=f"Tokens to draw per request (default: {_DEFAULT_NEW}).")
     ] = None,
-    slo: Annotated[str, typer.Option(metavar="BOUNDS", help="For goodput: ttft=200ms,tpot=50ms,latency=2s.")] = "",
+    slo: Annotated[
+        str, typer.Option(metavar="BOUNDS", help="Bounds for goodput: ttft=200ms,tpot=50ms,latency=2s.")
+    ] = "",
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME|URL", help=f"Measured in turn: {', '.join(BASELINES)}, or an OpenAI-compatible URL."
+            metavar="NAME|URL", help=f"Measured alternately: {', '.join(BASELINES)}, or an OpenAI-compatible URL."
         ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="CHECKPOINT", help="For the baselines torch and torch-compile.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of a URL's models; its first unless given.")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="STAGELINE_API_KEY", help="For a URL.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model of the URL (default: its first).")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="STAGELINE_API_KEY", help="API key for the URL.")] = None,
     engine: Annotated[str, typer.Option(help="What runs the stages; stageline doctor lists them.")] = "onnxruntime",
     device: Annotated[
-        list[str] | None, typer.Option(metavar="DEVICE", help="cpu, cuda:0, ...: of the stages in turn; several times.")
+        list[str] | None,
+        typer.Option(metavar="DEVICE", help="Device of the stages in turn: cpu, cuda:0, ... (repeatable)."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Processors; all unless given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU cores (default: all).")] = None,
     weights: Annotated[WeightDtype | None, typer.Option(help="Quantise matrix products.")] = None,
     slots: Annotated[int, typer.Option(min=1, help="Continuations that run at a time.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of arrivals and of the order of texts.")] = 0,
-    name: Annotated[str | None, typer.Option(help="Of the run, for people; the bundle's folder unless given.")] = None,
-    run_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="Of the run; refused where the store has it already.")
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of arrivals and of the order of texts.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the run (default: the bundle's folder).")] = None,
+    run_id: Annotated[str | None, typer.Option(metavar="ID", help="Id of the run; must be new in the store.")] = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the pipeline's timeline for ui.perfetto.dev.")
     ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle under load, beside baselines, and keep the results in the store.
+    """Measure a bundle under load, also against baselines, and keep the results in the store.
 
-    Requests are timed from their intended arrival. Ctrl-C ends the run as cancelled and keeps what was measured.
+    Requests are timed from their intended arrival. Ctrl-C cancels the run and keeps the measurements so far.
 
     Example: stageline bench minilm.bundle --concurrency 1,2,4 --baseline onnxruntime
     """
@@ -135,42 +134,42 @@ def run_command(
 
     if lengths is not None and texts is not None:
         raise typer.BadParameter("give --texts or --lengths, not both", param_hint="--lengths")
-    asked = prepare.loads(
+    asked = options.loads(
         scenario.split(",") if scenario else (),
         server_rate,
         _numbers(concurrency, int, "--concurrency"),
         _numbers(rate, float, "--rate"),
         arrivals is not None,
     )
-    bounds = prepare.slo(slo)
-    given = prepare.lengths(lengths) if lengths else read_texts(texts) if texts else built_in_texts()
-    recorded = prepare.arrivals(arrivals) if arrivals is not None else []
+    bounds = options.slo(slo)
+    given = options.lengths(lengths) if lengths else read_texts(texts) if texts else built_in_texts()
+    recorded = options.arrivals(arrivals) if arrivals is not None else []
     opened = Bundle.open(bundle)
     generates = opened.manifest.cached
     if not generates and new_tokens is not None:
-        raise RequestError("--new-tokens is for a bundle that generates, this one does not; leave it out")
+        raise RequestError("--new-tokens is for bundles that generate, and this one does not; leave it out")
     if generates and rows > 1:
-        raise RequestError("--rows is for a bundle that does not generate, this one does; leave it out")
+        raise RequestError("--rows is for bundles that do not generate, and this one does; leave it out")
     output = (new_tokens or _DEFAULT_NEW) if generates else None
     from stageline.runtime.pipeline import DEFAULT_CAPACITY
 
     capacity = min(opened.manifest.max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY) if generates else None
-    items, told = make_items(opened, given, rows, output, capacity, seed)
+    items, described = make_items(opened, given, rows, output, capacity, seed)
     openers = _openers(
         opened, baseline or [], checkpoint, threads=threads, slots=slots, engine=engine, device=device, weights=weights,
         model=model, api_key=api_key,
     )  # fmt: skip
     settings = RunSettings(
-        asked, repeats, seconds, warm_up, seed, told, rows, output, bounds, tuple(baseline or ()), engine, threads,
+        asked, repeats, seconds, warm_up, seed, described, rows, output, bounds, tuple(baseline or ()), engine, threads,
         weights, slots if generates else None,
     )  # fmt: skip
     into = Store(store)
-    run = prepare.new_run(opened, settings, device, run_id, name)
+    run = options.new_run(opened, settings, device, run_id, name)
     into.begin(run)
     recorders: list[Recorder] = []
     with _stopped_by_signals() as stop, _progress(run) as follow:
         done = bench(
-            run, into, openers, items, arrivals_s=recorded, stop=stop, told=follow,
+            run, into, openers, items, arrivals_s=recorded, stop=stop, follow=follow,
             recorded=recorders.append,
         )  # fmt: skip
     if trace is not None:
@@ -181,7 +180,7 @@ def run_command(
 
 @app.command("list")
 def list_command(
-    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Max runs to list.")] = 20,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -197,7 +196,7 @@ def list_command(
 
 @app.command("show")
 def show_command(run: RunArgument = "latest", store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show a run: where it was made, and all that it measured.
+    """Show a run: where it took place, and its measurements.
 
     Example: stageline bench show latest
     """
@@ -210,15 +209,15 @@ def show_command(run: RunArgument = "latest", store: StoreOption = None, as_json
 def compare_command(
     before: Annotated[str, typer.Argument(metavar="A", help="The run to compare with.")],
     after: Annotated[str, typer.Argument(metavar="B", help="The run to judge.")],
-    threshold: Annotated[float, typer.Option(min=0, help="Per cent worse that is still no regression.")] = 5.0,
-    figure: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Judge this figure; several times.")] = None,
+    threshold: Annotated[float, typer.Option(min=0, help="Percent worse that does not count as a regression.")] = 5.0,
+    figure: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Judge this figure (repeatable).")] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what differs from run A to run B, and how surely; exit with 1 where B regressed.
+    """Show what changed from run A to run B, and how surely; exit with 1 if B regressed.
 
     A figure regressed if it is worse by more than the threshold and the 95 % confidence interval of the difference
-    (Welch's t over the repeats) leaves out zero.
+    (Welch's t over the repeats) excludes zero.
 
     Example: stageline bench compare latest~1 latest --threshold 5
     """
@@ -240,43 +239,43 @@ def compare_command(
 def export_command(
     run: RunArgument,
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="Ending with .json, .csv or .parquet.")
+        Path, typer.Option("-o", "--output", metavar="FILE", help="File ending with .json, .csv or .parquet.")
     ],
     store: StoreOption = None,
 ) -> None:
-    """Write a run and its requests to a file: JSON holds all of it, CSV and Parquet are tables of requests.
+    """Write a run to a file: JSON holds everything, CSV and Parquet are tables of its requests.
 
     Example: stageline bench export latest -o run.parquet
     """
     found = Store(store)
-    exchange.save(exchange.read(found, found.find(run)), output)
+    files.save(files.read(found, found.find(run)), output)
     print(output)
 
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="That `stageline bench export` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Written by `stageline bench export`.")],
     store: StoreOption = None,
 ) -> None:
     """Read an exported run into the store.
 
     Example: stageline bench import run.json
     """
-    whole = exchange.load(file)
-    Store(store).put(whole.run, whole.requests, whole.timelines)
-    print(whole.run.id)
+    exported = files.load(file)
+    Store(store).put(exported.run, exported.requests, exported.timelines)
+    print(exported.run.id)
 
 
 @app.command("cancel")
 def cancel_command(run: RunArgument, store: StoreOption = None) -> None:
-    """Ask the process that makes a run to stop; it keeps what it has measured.
+    """Ask the process of a run to stop; measurements so far are kept.
 
     Example: stageline bench cancel latest
     """
     found = Store(store)
     run_id = found.find(run)
     if not found.cancel(run_id):
-        raise StagelineError(f"run {run_id} does not run; see stageline bench list")
+        raise StagelineError(f"run {run_id} is not running; see stageline bench list")
     print(run_id)
 
 
@@ -296,7 +295,7 @@ def _openers(
     bundle: Bundle, baselines: Sequence[str], checkpoint: Path | None, *, threads: int | None, slots: int,
     engine: str, device: list[str] | None, weights: WeightDtype | None, model: str | None, api_key: str | None,
 ) -> dict[str, Callable[[], Any]]:  # fmt: skip
-    """What opens each contender, ours first. Refuses what cannot be opened before anything is measured."""
+    """The openers of all contenders, ours first. An unknown or incomplete baseline is a usage error."""
     from stageline.runtime.bench.baselines import onnxruntime_session, openvino_model
     from stageline.runtime.bench.contenders import PipelineContender
     from stageline.runtime.bench.endpoint import Endpoint
@@ -346,7 +345,7 @@ def _write_trace(path: Path, run: Run, recorders: Sequence[Recorder]) -> None:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one interrupts as usual."""
+    """An event that the first SIGINT or SIGTERM sets; the second one interrupts as usual."""
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -368,7 +367,7 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
 
 @contextmanager
 def _progress(run: Run) -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal's stderr, a line a step elsewhere."""
+    """Progress on stderr: a bar on a terminal, otherwise one line per step."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
@@ -396,8 +395,8 @@ def _progress(run: Run) -> Iterator[Callable[[Progress], None]]:
 
         def update(progress: Progress) -> None:
             speed = progress.live.get("requests_per_s")
-            told = f"{progress.step}{f': {speed:.4g} requests/s' if speed is not None else ''}"
-            bar.update(task, completed=progress.share, description=told)
+            description = f"{progress.step}{f': {speed:.4g} requests/s' if speed is not None else ''}"
+            bar.update(task, completed=progress.share, description=description)
 
         yield update
 
@@ -408,7 +407,7 @@ def _numbers(text: str | None, kind: Callable[[str], Any], option: str) -> list[
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not numbers like 1,2,4", param_hint=option) from error
+        raise typer.BadParameter(f"{text!r} is not a list of numbers like 1,2,4", param_hint=option) from error
 
 
 def _plain(run: Run) -> Any:

@@ -1,8 +1,8 @@
-"""Baselines made of the bundle itself: the whole model as one stage, in ONNX Runtime or in OpenVINO.
+"""Baselines made from the bundle itself: the whole model as one stage, in ONNX Runtime or in OpenVINO.
 
-The bundle is copied (weights linked where the disk allows it) and cut to one stage. A model that generates is driven by
-Stageline's own scheduler, for a plain session has none; any other is called with one request after the other: put
-together, texts of unlike lengths would be computed with their padding (measured: a third of the speed).
+The bundle is copied by links and cut to one stage. A model that generates is driven by Stageline's own scheduler,
+because a plain session has none. Any other model gets one request at a time: in a batch, texts of different lengths
+would be computed with their padding (measured: a third of the speed).
 """
 
 import os
@@ -23,7 +23,7 @@ from stageline.runtime.pipeline import Pipeline
 
 
 def onnxruntime_session(bundle: Path, threads: int | None, slots: int) -> Contender:
-    """One whole-model session of ONNX Runtime."""
+    """The whole model in one ONNX Runtime session."""
     whole = _OneStage(bundle)
     try:
         if whole.bundle.manifest.cached:
@@ -43,9 +43,9 @@ def onnxruntime_session(bundle: Path, threads: int | None, slots: int) -> Conten
 
 
 def openvino_model(bundle: Path, threads: int | None) -> Contender:
-    """One whole-model OpenVINO model on the processors, throughput hint, its own default precision.
+    """The whole model in OpenVINO on the CPU: throughput hint, default precision.
 
-    EngineError where OpenVINO is not installed or does not take the model.
+    EngineError if OpenVINO is not installed or rejects the model.
     """
     try:
         import openvino as ov
@@ -63,7 +63,7 @@ def openvino_model(bundle: Path, threads: int | None) -> Contender:
         try:
             compiled = ov.Core().compile_model(str(whole.file), "CPU", settings)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO does not take the model: {str(error).strip().splitlines()[0]}") from error
+            raise EngineError(f"OpenVINO rejects the model: {str(error).strip().splitlines()[0]}") from error
         outputs = _wanted([output.any_name for output in compiled.outputs])
         request = compiled.create_infer_request()
 
@@ -106,7 +106,7 @@ def _wanted(outputs: Sequence[str]) -> list[str]:
 
 
 def one_by_one(run: Callable[[dict[str, Array]], object]) -> Callable[[Sequence[Item]], list[RequestOutcome]]:
-    """What a `CallContender` calls, of a function that computes one request."""
+    """Adapt a function that computes one request to what a `CallContender` calls."""
 
     def call(items: Sequence[Item]) -> list[RequestOutcome]:
         outcomes = []
