@@ -1,16 +1,15 @@
 """Data of the Plan page: the cost of each block, what crosses each cut, the effect of moving a cut."""
 
 import itertools
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stageline.dashboard.figures import words
 from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import read_header
+from stageline.runtime import words
 from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
 from stageline.runtime.bundle.manifest import Manifest
@@ -107,7 +106,7 @@ def block_rows(planner: Planner, answer: Answer) -> list[dict[str, Any]]:
     """The cost of each use: stage, time for a micro-batch, parameters, bytes of weights and cache."""
     costs, device = planner.costs(answer.shape), answer.problem.devices[0]
     manifest = planner.bundle.manifest
-    cache_tokens = planner.load.slots * planner.load.context if manifest.cached else 0
+    cache_tokens = planner.load.slots * planner.load.capacity if manifest.cached else 0
     last = len(costs) - 1
     rows = []
     for number, cost in enumerate(costs):
@@ -209,18 +208,6 @@ def roof_points(line: Roofline) -> list[dict[str, float]]:
 def kinds_of_blocks(manifest: Manifest) -> int:
     """The number of distinct kinds of block in the model."""
     return len({use.part for use in manifest.uses[1:-1]})
-
-
-def parameters(bundle: Bundle) -> int:
-    """Parameters of the whole model; a tensor that two parts read counts once."""
-    names = {name for use in bundle.manifest.uses for name in use.weights.values()}
-    return sum(math.prod(bundle.tensors[name].shape) for name in names)
-
-
-def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of the model's weights on disk."""
-    names = {name for use in bundle.manifest.uses for name in use.weights.values()}
-    return sum(bundle.tensors[name].size_bytes for name in names)
 
 
 @dataclass(frozen=True)

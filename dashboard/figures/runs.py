@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stageline.dashboard.figures import words
+from stageline.runtime import words
 from stageline.runtime.bench.compare import FigureChange, compare
 from stageline.runtime.bench.confidence import difference
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo

@@ -8,7 +8,6 @@ import time
 import streamlit as st
 from stageline.dashboard.charts import runs as charts
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import words
 from stageline.dashboard.views.common import empty, page
 from stageline.dashboard.views.recorded import (
     choices,
@@ -19,6 +18,7 @@ from stageline.dashboard.views.recorded import (
     run_of,
     spread_of,
 )
+from stageline.runtime import words
 from stageline.runtime.bench.records import Measurement, Run, RunLine
 
 _MAX_RUNS = 6

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
-from stageline.dashboard.figures import words
 from stageline.dashboard.views.common import page
+from stageline.runtime import words
 from stageline.runtime.doctor import Diagnosis, diagnose
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import streamlit as st
 from stageline.dashboard.charts.live import lines
 from stageline.dashboard.children.services import Services, Traffic
-from stageline.dashboard.figures import live, words
+from stageline.dashboard.figures import live
 from stageline.dashboard.settings import DashboardSettings, find_bundles
 from stageline.dashboard.views.common import empty, guarded, labels, page
+from stageline.runtime import words
 
 _REFRESH_S = 2.0
 _URL = "http://127.0.0.1:8000"

@@ -6,11 +6,11 @@ from typing import Literal
 import streamlit as st
 from stageline.dashboard.charts import runs as charts
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import page
 from stageline.dashboard.views.recorded import RECENT, differences_caption, lines, named_runs, no_runs, run_of
 from stageline.models.errors import StagelineError
+from stageline.runtime import words
 from stageline.runtime.bench.records import OURS, Run, RunLine
 
 _PILLS = 6  # bundles offered side by side; more are in a list

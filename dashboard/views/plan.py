@@ -5,9 +5,9 @@ from pathlib import Path
 import streamlit as st
 from stageline.dashboard.charts import plan as charts
 from stageline.dashboard.figures import plan as figures
-from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import choose_bundle, page
+from stageline.runtime import words
 from stageline.runtime.bundle.folder import MANIFEST, Bundle
 from stageline.runtime.planning.planner import Answer, Planner
 from stageline.runtime.planning.profile import FOLDER, MachineProfile
@@ -70,8 +70,8 @@ def _facts(bundle: Bundle) -> None:
     manifest = bundle.manifest
     kinds = figures.kinds_of_blocks(manifest)
     with st.container(horizontal=True):
-        st.metric("Parameters", words.count(figures.parameters(bundle)), border=True)
-        st.metric("Weights", words.size(figures.weight_bytes(bundle)), border=True, help=f"as {manifest.dtype}")
+        st.metric("Parameters", words.count(bundle.parameters), border=True)
+        st.metric("Weights", words.size(bundle.weight_bytes), border=True, help=f"as {manifest.dtype}")
         st.metric("Blocks", manifest.blocks, border=True, help=f"of {words.counted(kinds, 'kind')}")
         now = ", ".join(map(str, figures.layers_of(manifest)))
         st.metric("Current stages", len(manifest.stages), border=True, help=f"of {now} blocks")
@@ -87,15 +87,15 @@ def _choices(bundle: Bundle, profile: MachineProfile | None) -> tuple[str, Workl
         limit = manifest.max_positions or 2048
         if manifest.cached:
             slots = st.number_input("Slots (requests at a time)", 1, 512, 8, key="slots", width=200)
-            context = st.number_input(
-                "Context (tokens)", 2, limit, min(512, limit), step=64, key=f"context of {limit}", width=200
+            capacity = st.number_input(
+                "Capacity (tokens per slot)", 2, limit, min(512, limit), step=64, key=f"capacity of {limit}", width=200
             )
-            return place, Workload(slots=int(slots), context=int(context))
-        batch = st.number_input("Rows per micro-batch", 1, 512, 8, key="batch", width=200)
+            return place, Workload(slots=int(slots), capacity=int(capacity))
+        rows = st.number_input("Rows per micro-batch", 1, 512, 8, key="rows", width=200)
         length = st.number_input(
             "Tokens per row", 1, limit, min(128, limit), step=16, key=f"length of {limit}", width=200
         )
-        return place, Workload(batch=int(batch), length=int(length))
+        return place, Workload(micro_batch=int(rows), length=int(length))
 
 
 def _cuts(bundle: Bundle, place: str, load: Workload) -> list[int] | None:

@@ -8,11 +8,11 @@ import streamlit as st
 from stageline.dashboard.children import benchmarks
 from stageline.dashboard.children.benchmarks import Launcher, Order
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import choose_bundle, guarded, page
 from stageline.dashboard.views.recorded import store
 from stageline.models.errors import StagelineError, StoreError
+from stageline.runtime import words
 from stageline.runtime.bench.figures import MEANINGS
 from stageline.runtime.bench.options import MLPERF
 from stageline.runtime.bench.records import Figure, Run

@@ -3,10 +3,11 @@
 import streamlit as st
 from stageline.dashboard.charts import timeline as charts
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import timeline, words
+from stageline.dashboard.figures import timeline
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import empty, page
 from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, store, table_of
+from stageline.runtime import words
 from stageline.runtime.bench.records import Run
 
 

@@ -34,7 +34,7 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
     table = timeline_figures.Table.of(Timeline(tuple(spans)))
     drawn, bubbles = timeline_figures.span_rows(table, 0.0, 1.0)[0], timeline_figures.bubble_rows(table, 0.0, 1.0)
     bundle = plan_figures.open_unverified(bundles / "llama")
-    planner = plan_figures.planner_for(bundle, "H100", 2, Workload(slots=2, context=32), None)
+    planner = plan_figures.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
     answer = planner.cut([1, 2])
     cuts, roof = plan_figures.moved(planner, [1, 2], 0), plan_figures.roofline(planner, answer)
     lines = live_figures.rows([("a", [(1.0, 2.0)]), ("b", [(2.0, 3.0)])], 2.0)
