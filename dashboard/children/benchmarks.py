@@ -4,7 +4,7 @@ import os
 import subprocess
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +14,8 @@ from stageline.runtime.bench.options import new_id
 from stageline.runtime.bench.records import RunLine
 from stageline.runtime.bench.store import Store
 from stageline.runtime.bundle.folder import read_manifest
-from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.recut import recut_copy
+from stageline.runtime.options import PipelineOptions
 
 _NEWEST = 50  # runs searched for a running one
 
@@ -34,13 +35,11 @@ class Order:
     slo: str = ""
     baselines: tuple[str, ...] = ()
     checkpoint: str = ""
-    engine: str = "onnxruntime"
-    threads: int | None = None
-    weights: str | None = None
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
-    def arguments(self) -> list[str]:
-        """The arguments of `stageline bench`, the bundle first."""
-        found = [str(self.bundle), "--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
+    def options(self) -> list[str]:
+        """The options of `stageline bench`."""
+        found = ["--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
         options = {
             "--scenario": ",".join(self.scenarios),
             "--concurrency": self.concurrency.replace(" ", ""),
@@ -48,9 +47,8 @@ class Order:
             "--new-tokens": self.new_tokens,
             "--slo": self.slo.replace(" ", ""),
             "--checkpoint": self.checkpoint,
-            "--engine": self.engine if self.engine != "onnxruntime" else None,
-            "--threads": self.threads,
-            "--weights": self.weights,
+            "--threads": self.pipeline.threads,
+            "--quantise": self.pipeline.quantise,
         }
         found += [word for name, value in options.items() if value for word in (name, str(value))]
         return found + [word for name in self.baselines for word in ("--baseline", name)]
@@ -78,7 +76,7 @@ class Launcher:
             bundle = order.bundle if order.stages is None else cut_copy(order.bundle, order.stages)
             run_id = new_id()
             stderr = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has ended
-            arguments = [str(bundle), *order.arguments()[1:], "--run-id", run_id, "--store", str(store.path)]
+            arguments = [str(bundle), *order.options(), "--run-id", run_id, "--store", str(store.path)]
             process = subprocess.Popen(
                 stageline("bench", "run", *arguments, "--name", order.bundle.name),
                 stdin=subprocess.DEVNULL,
@@ -121,36 +119,18 @@ def running(store: Store) -> list[RunLine]:
 
 
 def cut_copy(bundle: Path, stages: int) -> Path:
-    """The bundle cut into `stages` even stages in the user's cache: its files linked, the bundle itself untouched.
+    """A copy of the bundle in the user's cache, cut into `stages` even stages; the bundle itself if it has as many.
 
-    StagelineError where they do not fit the model; OSError where nothing can be written there.
+    StagelineError if they do not fit the model; OSError if the cache cannot be written.
     """
     if len(read_manifest(bundle).stages) == stages:
         return bundle
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(home) / "stageline" / "cuts" / f"{bundle.name}-{stages}-stages"
-    with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
-        copy = Path(scratch) / bundle.name
-        for file in bundle.rglob("*"):
-            if file.is_file():
-                target = copy / file.relative_to(bundle)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _linked(file, target)
-        recut(copy, stages)
-        old = Path(scratch) / "old"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        copy = recut_copy(bundle, Path(scratch) / bundle.name, stages).path
         if folder.exists():
-            folder.rename(old)
+            folder.rename(Path(scratch) / "old")
         copy.rename(folder)
     return folder
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _linked(file: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(file)
-    except OSError:  # another file system
-        target.write_bytes(file.read_bytes())

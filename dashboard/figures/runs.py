@@ -295,10 +295,10 @@ def differences(before: Run, after: Run) -> list[str]:
         ("plan", " + ".join(map(str, before.plan.blocks)), " + ".join(map(str, after.plan.blocks))),
         ("devices", ", ".join(before.plan.devices), ", ".join(after.plan.devices)),
         ("bundle", before.bundle_digest[:12], after.bundle_digest[:12]),
-        ("engine", before.settings.engine, after.settings.engine),
-        ("weights", str(before.settings.weights), str(after.settings.weights)),
-        ("threads", str(before.settings.threads), str(after.settings.threads)),
-        ("slots", str(before.settings.slots), str(after.settings.slots)),
+        *(
+            (name, *(str(getattr(run.settings.pipeline, name)) for run in (before, after)))
+            for name in ("engine", "quantise", "threads", "slots")
+        ),
         ("inputs", before.settings.inputs, after.settings.inputs),
         ("baselines", ", ".join(before.settings.baselines) or "none", ", ".join(after.settings.baselines) or "none"),
         ("SLO", _bounds(before.settings.slo), _bounds(after.settings.slo)),

@@ -89,7 +89,7 @@ def _head(run: Run) -> None:
     ending = endings.get(run.status, f" Failed: {run.error}.")
     machine = f"{run.environment.machine}, {words.counted(run.environment.cores, 'CPU core')}"
     st.caption(
-        f"Measured {words.ago(run.created, time.time())} ({words.clock(run.created)}), {run.settings.engine}, "
+        f"Measured {words.ago(run.created, time.time())} ({words.clock(run.created)}), {run.settings.pipeline.engine}, "
         f"{run.dtype}, {run.settings.inputs}. {machine}."
         f"{ending} Run `{run.id}`."
     )

@@ -3,6 +3,7 @@
 import importlib.util
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import streamlit as st
 from stageline.dashboard.children import benchmarks
@@ -18,6 +19,8 @@ from stageline.runtime.bench.options import MLPERF
 from stageline.runtime.bench.records import Figure, Run
 from stageline.runtime.bundle.folder import read_manifest
 from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.engines import WeightDtype
+from stageline.runtime.options import PipelineOptions
 
 _REFRESH_S = 1.0
 
@@ -142,9 +145,7 @@ def _form(busy: bool) -> None:
     manifest = read_manifest(bundle)
     order = _order(bundle, manifest)
     st.caption("The same in a terminal:")
-    st.code(
-        f"stageline bench {shlex.join([as_typed(bundle), *order.arguments()[1:]])}", language="bash", wrap_lines=True
-    )
+    st.code(f"stageline bench {shlex.join([as_typed(bundle), *order.options()])}", language="bash", wrap_lines=True)
     about = "One at a time: two runs would disturb each other." if busy else None
     if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=busy, help=about, key="start"):
         guarded(lambda: _start(order))
@@ -170,7 +171,9 @@ def _order(bundle: Path, manifest: Manifest) -> Order:
             key=f"plan of {bundle}",
             width=230,
         )
-        weights = st.selectbox("Weights", ["as they are", "int8", "int4"], key="weights", width=140)
+        quantise = st.selectbox(
+            "Quantise", [None, *get_args(WeightDtype)], format_func=lambda one: one or "no", key="quantise", width=140
+        )
         threads = st.number_input("Threads", 1, value=None, placeholder="all", key="threads", width=120)
         seconds = st.number_input("Seconds per repeat", 0.2, 3600.0, 5.0, step=1.0, key="seconds", width=150)
         repeats = st.number_input(
@@ -207,6 +210,6 @@ def _order(bundle: Path, manifest: Manifest) -> Order:
         slo = st.text_input("SLO, for goodput", "", placeholder="latency=2s,ttft=200ms,tpot=50ms", key="slo")
     return Order(
         bundle, int(stages) or None, tuple(scenarios), concurrency, rates, float(seconds), int(repeats), tokens, slo,
-        tuple(baselines), checkpoint if {"torch", "torch-compile"} & set(baselines) else "", "onnxruntime",
-        int(threads) if threads else None, None if weights == "as they are" else str(weights),
+        tuple(baselines), checkpoint if {"torch", "torch-compile"} & set(baselines) else "",
+        PipelineOptions(threads=int(threads) if threads else None, quantise=quantise),
     )  # fmt: skip

@@ -34,7 +34,8 @@ def run(found: Run) -> str:
     head = [
         f"{found.id}  {found.name}  {found.status}{f': {found.error}' if found.error else ''}",
         f"{found.bundle} ({found.model}, {found.task}, {found.dtype}), "
-        f"blocks {stages} on {' '.join(found.plan.devices)}, {settings.engine} {settings.weights or ''}".rstrip(),
+        f"blocks {stages} on {' '.join(found.plan.devices)}, {settings.pipeline.engine}"
+        f"{f' {settings.pipeline.quantise}' if settings.pipeline.quantise else ''}",
         f"{settings.inputs}, {settings.output_tokens or 'no'} new tokens; {settings.repeats} repeats of "
         f"{settings.seconds:g} s; ± is the 95 % confidence interval (Student's t over the repeats)",
         f"{place.machine}, {place.cores} cores, {words.size(place.memory_bytes)}"

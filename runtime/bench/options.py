@@ -90,14 +90,8 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
-def new_run(
-    bundle: Bundle,
-    settings: RunSettings,
-    devices: Sequence[str] | None = None,
-    run_id: str | None = None,
-    name: str | None = None,
-) -> Run:
-    """A run of this bundle on this machine that begins now; `devices` as for `Pipeline.open`.
+def new_run(bundle: Bundle, settings: RunSettings, run_id: str | None = None, name: str | None = None) -> Run:
+    """A run of this bundle on this machine that begins now.
 
     RequestError if the id does not suit a file name or a device is unknown; EngineError if the engine is unknown.
     """
@@ -105,9 +99,10 @@ def new_run(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):
         raise RequestError(f"run id {run_id!r} is not made of letters, digits, '.', '_' and '-'; give another")
     manifest, place = bundle.manifest, bundle.path.resolve()
-    engine_factory(settings.engine)
-    names = spread(devices or [default_device(settings.engine)], len(manifest.stages))
-    shares = iter(share_cores(max(1, names.count("cpu")), allowed_cores()[: settings.threads]))
+    pipeline = settings.pipeline
+    engine_factory(pipeline.engine)
+    names = spread(pipeline.devices or [default_device(pipeline.engine)], len(manifest.stages))
+    shares = iter(share_cores(max(1, names.count("cpu")), allowed_cores()[: pipeline.threads]))
     return Run(
         run_id,
         name or place.name,

@@ -7,12 +7,13 @@ because they are large.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 from stageline.runtime.bench.confidence import interval
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.stages.recorder import RequestSpan, Span
 
 Scenario = Literal["SingleStream", "Offline", "Server", "Concurrency", "Rate", "Recorded"]
@@ -67,10 +68,15 @@ class RunSettings:
     output_tokens: int | None
     slo: Slo
     baselines: tuple[str, ...]
-    engine: str
-    threads: int | None
-    weights: str | None
-    slots: int | None
+    pipeline: PipelineOptions
+
+
+def _with_pipeline(data: Any) -> Any:
+    """Settings of runs stored when the pipeline's options stood among them, with `weights` for `quantise`."""
+    if not isinstance(data, dict) or "pipeline" in data:
+        return data
+    options = {name: data[name] for name in ("engine", "threads", "slots") if data.get(name) is not None}
+    return {**data, "pipeline": {**options, "quantise": data.get("weights")}}
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,7 @@ class Run:
     model: str
     task: str
     dtype: str
-    settings: RunSettings
+    settings: Annotated[RunSettings, BeforeValidator(_with_pipeline)]
     plan: Layout
     environment: Environment
     status: Status = "running"

@@ -174,7 +174,9 @@ def _measure(
         speeds: list[float] = []
         for contender, client in zip(contenders, clients, strict=True):
             state.at(f"{contender.name}: warming up", {})
-            speeds.append(_warm_up(client, settings.warm_up_s, settings.slots or 4))
+            speeds.append(
+                _warm_up(client, settings.warm_up_s, settings.pipeline.slots if settings.output_tokens else 4)
+            )
             state.done += 1
         for load in settings.loads:
             if state.stop.is_set():

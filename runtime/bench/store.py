@@ -40,6 +40,7 @@ from stageline.runtime.bench.records import (
     Status,
     Timeline,
 )
+from stageline.runtime.validation import first_error
 
 MIGRATIONS = (
     """
@@ -332,9 +333,7 @@ class Store:
         try:
             return kind.validate_json(data)
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise StoreError(f"store {self.path} is damaged ({place}: {first['msg']}); restore a copy of it") from error
+            raise StoreError(f"store {self.path} is damaged ({first_error(error)}); restore a copy of it") from error
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection | None]:

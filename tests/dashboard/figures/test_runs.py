@@ -13,6 +13,7 @@ from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import find_bundles
 from stageline.runtime.bench.records import Requests
 from stageline.runtime.bench.store import Store
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.planning.measure import ranges
 from stageline.runtime.planning.profile import Machine, MachineProfile, Point
 from stageline.runtime.workload import Workload
@@ -164,10 +165,10 @@ def test_what_differs_between_runs_is_named(filled_store: Path) -> None:
     store = Store(filled_store)
     after = store.run(store.find("latest"))
     assert results.differences(after, after) == []
-    settings = dataclasses.replace(after.settings, weights="int8")
+    settings = dataclasses.replace(after.settings, pipeline=PipelineOptions(quantise="int8"))
     environment = dataclasses.replace(after.environment, versions={**after.environment.versions, "numpy": "0.1"})
     found = results.differences(dataclasses.replace(after, settings=settings, environment=environment), after)
-    assert found[0] == "weights: int8 → None"
+    assert found[0] == "quantise: int8 → None"
     assert found[1].startswith("numpy: 0.1 → ")
     assert len(found) == 2
 

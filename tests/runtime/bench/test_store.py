@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import multiprocessing
 import os
 import sqlite3
@@ -19,6 +20,7 @@ from stageline.models.errors import StoreError
 from stageline.runtime.bench import store as module
 from stageline.runtime.bench.records import Load, Progress, Requests, Run, Timeline
 from stageline.runtime.bench.store import LOST_AFTER_S, VERSION, Store, default_path
+from stageline.runtime.options import PipelineOptions
 
 
 def load_synthetic_runs() -> ModuleType:
@@ -68,6 +70,22 @@ def test_a_run_comes_back_as_it_was_put(store: Store) -> None:
     assert line.headlines[0].requests_per_s == first.figures["requests_per_s"].mean
     assert line.headlines[0].latency_p99_s == first.figures["latency_p99_s"].mean
     assert [headline.contender for headline in line.headlines] == ["stageline", "onnxruntime"]
+
+
+def test_a_run_stored_before_options_were_one_value_is_readable(store: Store) -> None:
+    run = synthetic_runs.run(7)
+    store.put(run)
+    with sqlite3.connect(store.path) as db:
+        data = json.loads(db.execute("SELECT data FROM runs").fetchone()[0])
+        settings, environment = data["settings"], data["environment"]
+        del settings["pipeline"]
+        settings |= {"engine": "onnxruntime-cuda", "threads": 3, "weights": "int8", "slots": None}
+        environment["processors"] = environment.pop("cores")
+        db.execute("UPDATE runs SET data = ?", [json.dumps(data)])
+    db.close()
+    expected = PipelineOptions(engine="onnxruntime-cuda", threads=3, quantise="int8")
+    read = store.run(run.id)
+    assert read == dataclasses.replace(run, settings=dataclasses.replace(run.settings, pipeline=expected))
 
 
 def test_lists_are_newest_first_and_of_one_bundle_if_asked(store: Store) -> None:
