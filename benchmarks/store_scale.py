@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-import synthetic_runs  # type: ignore[import-not-found]  # beside this file
 from stageline.runtime.bench.records import Load
 from stageline.runtime.bench.store import Store
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+import synthetic_runs  # as the tests of the store do
 
 RUNS, REQUESTS, SPANS = 2_000, 1_000_000, 10_000
 LARGE = RUNS  # its number

@@ -49,7 +49,7 @@ def show() -> None:
                 "engine": engine.name,
                 "version": engine.version or "absent",
                 "runs on": engine.runs_on,
-                "builds for": " ".join(engine.targets) or "-",
+                "builds for": " ".join(engine.targets) or "none",
                 "install": "" if engine.version else engine.install,
             }
             for engine in found.engines

@@ -144,7 +144,7 @@ def _baselines(run: Run) -> None:
     unit = "tokens/s" if results.generates(run) else "texts/s"
     st.vega_lite_chart(charts.baselines(rows, unit), width="stretch", key="chart-baselines")
     loads = sorted({row["load"] for row in rows})
-    others = [f"{row['ratio']:.2f} times {row['contender']}" for row in rows if row["ratio"]]
+    others = [f"{row['ratio']:.2f} times {row['contender']} ({row['load']})" for row in rows if row["ratio"]]
     st.caption(f"Load: {', '.join(loads)}. This bundle reaches {', '.join(others)}.")
 
 

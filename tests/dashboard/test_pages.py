@@ -52,7 +52,7 @@ def test_overview_begins_with_throughput_and_its_units(filled_store: Path, start
     run = Store(filled_store).run(Store(filled_store).find("latest"))
     best = max(m.figures["tokens_per_s"].mean for m in run.measurements if m.contender == "stageline")
     assert float(app.metric[0].value.split()[0].replace(",", "")) == pytest.approx(best, rel=0.006)
-    assert re.search(r"This bundle reaches [\d.]+ times onnxruntime\.", words(app))
+    assert re.search(r"This bundle reaches [\d.]+ times onnxruntime \(\d at a time\)\.", words(app))
 
 
 def damaged(kind: str, filled: Path, folder: Path) -> Path:

@@ -1,40 +1,24 @@
 """The store: nothing is lost, readers see whole runs, and every failure is one line."""
 
 import dataclasses
-import importlib.util
 import json
 import multiprocessing
 import os
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import synthetic_runs
 from stageline.models.errors import StoreError
 from stageline.runtime.bench import store as module
 from stageline.runtime.bench.records import Load, Progress, Requests, Run, Timeline
 from stageline.runtime.bench.store import LOST_AFTER_S, VERSION, Store, default_path
 from stageline.runtime.options import PipelineOptions
-
-
-def load_synthetic_runs() -> ModuleType:
-    file = Path(__file__).parents[3] / "benchmarks" / "synthetic_runs.py"
-    spec = importlib.util.spec_from_file_location("synthetic_runs", file)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["synthetic_runs"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-synthetic_runs: Any = load_synthetic_runs()
 
 
 @pytest.fixture
