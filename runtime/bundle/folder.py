@@ -1,4 +1,4 @@
-"""A bundle on disk: opening, checking and re-cutting it. docs/bundle.md says the format in prose."""
+"""A bundle on disk: opening, checking and re-cutting it. docs/reference/bundle.md specifies the format."""
 
 import hashlib
 import os

@@ -9,7 +9,7 @@ from stageline.runtime.bundle.manifest import CacheSpec
 NOMINAL = {"batch": 8, "length": 128}  # sizes at which the bytes that cross a cut are compared
 
 
-CACHE_ATTENTION = "CacheAttention"  # of the domain "stageline"; docs/bundle.md says what it computes
+CACHE_ATTENTION = "CacheAttention"  # of the domain "stageline"; docs/reference/bundle.md defines it
 
 
 def size_bytes(shape: Sequence[int | str], dtype: str) -> int:

@@ -1,6 +1,6 @@
 """The manifest: what a bundle holds, as data validated once at the door.
 
-docs/bundle.md says the format in prose. Paths are POSIX, relative to the bundle's folder, and never leave it.
+docs/reference/bundle.md specifies the format. Paths are POSIX, relative to the bundle's folder, and never leave it.
 """
 
 from pathlib import PurePosixPath

@@ -118,7 +118,7 @@ def _near(a: Kind, b: Kind, handover_s: float) -> Link:
 
 
 def read_cluster(path: Path) -> Cluster:
-    """The cluster of a file (docs/planning.md says how it is written). StagelineError in one line where it is wrong."""
+    """The cluster of a file (docs/how-to/plan.md shows the format). StagelineError in one line where it is wrong."""
     try:
         data = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

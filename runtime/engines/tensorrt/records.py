@@ -1,6 +1,6 @@
 """The engines' manifest: what is in a bundle's `engines/`, as data validated once at the door.
 
-docs/bundle.md says the format in prose.
+docs/reference/bundle.md specifies the format.
 """
 
 from typing import Literal
