@@ -38,7 +38,7 @@ def stageline(bundle: str, threads: int, weights: Any, slots: int) -> tuple[Run,
     from stageline.runtime.generation.request import GenerationRequest, Sampling
     from stageline.runtime.pipeline import Pipeline
 
-    pipeline = Pipeline.open(bundle, threads=threads, weights=weights, slots=slots, capacity=1024)
+    pipeline = Pipeline.open(bundle, threads=threads, quantise=weights, slots=slots, capacity=1024)
 
     def run(prompts: list[list[int]], new: int) -> None:
         sampling = Sampling(max_tokens=new, min_tokens=new)

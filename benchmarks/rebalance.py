@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 from stageline.runtime.generation.request import GenerationRequest, Sampling
-from stageline.runtime.pipeline import Pipeline, RebalanceMode
+from stageline.runtime.options import RebalanceMode
+from stageline.runtime.pipeline import Pipeline
 
 STREAMS, PROMPT, NEW, CAPACITY = 8, 64, 64, 256  # tokens
 PATIENCE_S = 30.0  # that auto mode gets to find another cut
@@ -116,7 +117,7 @@ class Bench:
 
     def open(self, layers: Sequence[int] | None, rebalance: RebalanceMode) -> Pipeline:
         """The bundle, cut so before anything runs."""
-        options: dict[str, Any] = {"slots": STREAMS, "capacity": CAPACITY, "weights": self.weights}
+        options: dict[str, Any] = {"slots": STREAMS, "capacity": CAPACITY, "quantise": self.weights}
         pipeline = Pipeline.open(self.bundle, rebalance=rebalance, **options)
         if layers is not None:
             pipeline.recut(layers)

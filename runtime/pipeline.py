@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args, overload
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 from stageline.models.errors import BundleError, RequestError
 from stageline.models.tokenizer import TextEncoder
@@ -23,20 +23,14 @@ from stageline.runtime.batching.batches import Batches
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices import spread
-from stageline.runtime.engines import (
-    Array,
-    CacheDtype,
-    CacheSize,
-    WeightDtype,
-    default_device,
-    engine_factory,
-)
+from stageline.runtime.engines import Array, default_device, engine_factory
 from stageline.runtime.executor import Executor, Switched, generation_hops
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.meter import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
+from stageline.runtime.options import OpenKeywords, PipelineOptions
 from stageline.runtime.stages.lanes import Lanes, PipelineStage, StageStats
 from stageline.runtime.stages.opening import Opener, StageSet, check_same_model
 from stageline.runtime.stages.recorder import Recorder
@@ -46,10 +40,7 @@ if TYPE_CHECKING:
     from stageline.runtime.generation.chat import ChatTemplate
     from stageline.runtime.rebalance.rebalancer import Rebalancer, RebalanceStats
 
-__all__ = ["Pipeline", "PipelineStage", "PipelineStats", "StageStats"]
-
-RebalanceMode = Literal["off", "advise", "auto"]
-DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
+__all__ = ["Pipeline", "PipelineOptions", "PipelineStage", "PipelineStats", "StageStats"]
 
 
 @dataclass(frozen=True)
@@ -98,9 +89,7 @@ class Pipeline:
 
         EngineError if an engine does not open, BundleError if the stages do not give the outputs of `signature`.
         """
-        for name, value in (("threads", threads), ("queue", queue), ("micro_batch", micro_batch)):
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}; it must be at least 1")
+        PipelineOptions(threads=threads, queue=queue, micro_batch=micro_batch)  # RequestError
         self.signature = signature
         names = [(stage.inputs, stage.outputs) for stage in stages]
         route(names, [spec.name for spec in signature.graph_inputs], signature.check_outputs(None))
@@ -118,58 +107,29 @@ class Pipeline:
     def open(
         cls,
         bundle: str | Path,
-        *,
-        engine: str = "onnxruntime",
-        devices: Sequence[str] | None = None,
-        threads: int | None = None,
-        queue: int = 64,
-        micro_batch: int | None = None,
-        weights: WeightDtype | None = None,
-        slots: int = 8,
-        capacity: int | None = None,
-        cache_dtype: CacheDtype | None = None,
-        prefill_chunk: int = 128,
-        rebalance: RebalanceMode = "off",
+        options: PipelineOptions | None = None,
+        **keywords: Unpack[OpenKeywords],
     ) -> Self:
-        """Open a bundle. BundleError if it is missing or broken, EngineError if the engine is not there or refuses.
+        """Open a bundle with `options`; keywords, named like its fields, replace some of them.
 
-        `devices` (cpu, cuda:0, cuda:1, ...) are given to the stages in turn; None: the engine's own, the processors or
-        the first GPU. Stages on cpu beside GPUs run in onnxruntime.
-
-        `weights` quantises matrix products on opening ("int8", "int4"): faster and smaller, and less exact.
-
-        The last four are for models that generate: `slots` continuations run at a time, each of at most `capacity`
-        tokens, prompt included (None: what the model can place, at most 2048); prompts are read in chunks of
-        `prefill_chunk` tokens, so that a long one does not hold up the others.
-
-        `rebalance`: measure the stages while they serve, and say in `stats()` and the log which cut would be better
-        ("advise"), or change over to it ("auto"); docs/rebalance.md.
+        RequestError if an option is out of its range, BundleError if the bundle is missing or broken, EngineError if
+        the engine is not there or refuses.
         """
-        if rebalance not in get_args(RebalanceMode):
-            raise RequestError(f"rebalance is {rebalance!r}; it must be one of {', '.join(get_args(RebalanceMode))}")
+        options = replace(options or PipelineOptions(), **keywords)
         opened = Bundle.open(Path(bundle))
-        manifest = opened.manifest
-        for name, value in (("slots", slots), ("capacity", capacity), ("prefill_chunk", prefill_chunk)):
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}; it must be at least 1")
-        most = manifest.max_positions
-        if capacity is not None and most is not None and capacity > most:
-            raise RequestError(f"capacity is {capacity}, the model can place {most} tokens; lower it")
-        cache = None
-        if manifest.cached:
-            room = capacity or min(most or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
-            cache = CacheSize(slots, room, cache_dtype)
+        manifest, engine, threads = opened.manifest, options.engine, options.threads
+        cache = options.cache_size(manifest)
         engine_factory(engine)  # EngineError for a name that is not known, before all else
-        names = devices or [default_device(engine)]
+        names = options.devices or [default_device(engine)]
         spread(names, len(manifest.stages))  # the same: RequestError
-        opener = Opener(engine, tuple(names), cache, weights)
+        opener = Opener(engine, tuple(names), cache, options.quantise)
         stages = opener.as_cut(opened, threads)
         pipeline = cls(
             Signature.of(manifest),
             stages.stages,
             threads=threads,
-            queue=queue,
-            micro_batch=micro_batch,
+            queue=options.queue,
+            micro_batch=options.micro_batch,
             devices=stages.devices,
         )
         pipeline._serving.cut, pipeline._opener = stages, opener
@@ -183,14 +143,14 @@ class Pipeline:
                 pipeline.close()
                 raise
             lanes = pipeline._serving.lanes
-            pipeline._generator = Generator(lanes, hops, decoder, slots, cache.capacity, prefill_chunk)
+            pipeline._generator = Generator(lanes, hops, decoder, cache.slots, cache.capacity, options.prefill_chunk)
             pipeline._serving.generator = pipeline._generator
-        if rebalance != "off":
+        if options.rebalance != "off":
             from stageline.runtime.rebalance.rebalancer import Rebalancer  # imports the planner
 
             past = cache.capacity // 4 if cache is not None else 0
-            recut = pipeline.recut if rebalance == "auto" else None
-            pipeline._rebalancer = Rebalancer(pipeline._serving, past, recut, weights=weights)
+            recut = pipeline.recut if options.rebalance == "auto" else None
+            pipeline._rebalancer = Rebalancer(pipeline._serving, past, recut, quantise=options.quantise)
         return pipeline
 
     # Batches.

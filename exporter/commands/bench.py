@@ -152,7 +152,7 @@ def run_command(
     if generates and rows > 1:
         raise RequestError("--rows is for a bundle that does not generate, this one does; leave it out")
     output = (new_tokens or _DEFAULT_NEW) if generates else None
-    from stageline.runtime.pipeline import DEFAULT_CAPACITY
+    from stageline.runtime.options import DEFAULT_CAPACITY
 
     capacity = min(opened.manifest.max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY) if generates else None
     items, told = make_items(opened, given, rows, output, capacity, seed)
@@ -304,7 +304,7 @@ def _openers(
 
     def ours() -> PipelineContender:
         pipeline = Pipeline.open(
-            bundle.path, engine=engine, devices=device, threads=threads, queue=_QUEUE, weights=weights, slots=slots
+            bundle.path, engine=engine, devices=device, threads=threads, queue=_QUEUE, quantise=weights, slots=slots
         )
         return PipelineContender(OURS, pipeline)
 

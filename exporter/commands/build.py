@@ -18,7 +18,7 @@ from stageline.runtime.engines.tensorrt.lower import PRECISIONS, Precision
 from stageline.runtime.engines.tensorrt.records import Options
 from stageline.runtime.engines.tensorrt.store import locked
 from stageline.runtime.engines.tensorrt.targets import HERE, TargetGpu, check_target, gpu_here
-from stageline.runtime.pipeline import DEFAULT_CAPACITY
+from stageline.runtime.options import DEFAULT_CAPACITY
 from stageline.runtime.workload import Workload
 
 _LENGTH = 128  # tokens of a chunk of a prompt unless given

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 from stageline.models.errors import StagelineError
 from stageline.runtime.engines import CacheDtype, WeightDtype
-from stageline.runtime.pipeline import Pipeline, RebalanceMode
+from stageline.runtime.options import RebalanceMode
+from stageline.runtime.pipeline import Pipeline
 
 _EXTRA = {"fastapi", "prometheus_client", "uvicorn"}
 _PLACES = 4  # requests that may be under way for each place in a queue: readers may be slower than the pipeline
@@ -83,7 +84,7 @@ def serve_command(
                 devices=device,
                 threads=threads,
                 queue=queue,
-                weights=weights,
+                quantise=weights,
                 slots=slots,
                 capacity=capacity,
                 cache_dtype=cache_dtype,

@@ -91,13 +91,13 @@ class CacheSize:
 
 class EngineFactory(Protocol):
     """Opens a stage on the given device, on the thread that will run it. With a `CacheSize` its caches are allocated
-    once, here; without, it cannot `step`. `weights`: what the weights of matrix products are quantised to, None for as
-    they are."""
+    once, here; without, it cannot `step`. `quantise`: what the weights of matrix products are quantised to, None for
+    as they are."""
 
     def __call__(
         self,
         stage: StageFile,
         device: Device,
         cache: CacheSize | None = None,
-        weights: WeightDtype | None = None,
+        quantise: WeightDtype | None = None,
     ) -> Engine: ...

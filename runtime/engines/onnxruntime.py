@@ -35,14 +35,14 @@ class OnnxRuntimeEngine:
         stage: StageFile,
         device: Device,
         cache: CacheSize | None = None,
-        weights: WeightDtype | None = None,
+        quantise: WeightDtype | None = None,
     ) -> None:
         """Open the stage. EngineError if ONNX Runtime refuses it, or there is no memory for its caches."""
         self._number = stage.number
         dtype = np.dtype((cache and cache.dtype) or "float32")
         try:
             self._session = ort.InferenceSession(
-                _graph(stage, dtype, weights), _options(stage, device.cores), providers=["CPUExecutionProvider"]
+                _graph(stage, dtype, quantise), _options(stage, device.cores), providers=["CPUExecutionProvider"]
             )
         except EngineError:
             raise
@@ -210,19 +210,19 @@ def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
     return options
 
 
-def _graph(stage: StageFile, cache_dtype: np.dtype[Any], weights: WeightDtype | None) -> bytes:
+def _graph(stage: StageFile, cache_dtype: np.dtype[Any], quantise: WeightDtype | None) -> bytes:
     """The stage's graph as ONNX bytes, in float32, its caches lowered, its weights still outside unless quantised."""
     model = ir.load(stage.file)
     ir.external_data.set_base_dir(model.graph, stage.folder)
     halves, caches = has_halves(model), has_caches(model)
-    if not halves and not caches and weights is None:
+    if not halves and not caches and quantise is None:
         return stage.file.read_bytes()
     if halves:
         model = to_float32(model)
     if caches:
         model = to_group_query(model, ir.DataType.from_numpy(cache_dtype))
-    if weights is not None:
-        model = to_nbits(model, weights)
+    if quantise is not None:
+        model = to_nbits(model, quantise)
     lowered: bytes = ir.to_proto(model).SerializeToString()
     return lowered
 

@@ -43,7 +43,7 @@ class OnnxRuntimeCudaEngine:
     float16, as its operator wants; everything else as the graph has it, bfloat16 in float32."""
 
     def __init__(
-        self, stage: StageFile, device: Device, cache: CacheSize | None = None, weights: WeightDtype | None = None
+        self, stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
     ) -> None:
         """Open the stage. EngineError if ONNX Runtime refuses it or has no CUDA, or its caches find no memory."""
         if not isinstance(device, CudaDevice):
@@ -55,7 +55,7 @@ class OnnxRuntimeCudaEngine:
         self._number, self._device, self._specs = stage.number, device, stage.caches
         try:
             device.gpu.use()
-            self._session = _session(stage, device, weights)
+            self._session = _session(stage, device, quantise)
             hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
             self.input_names = tuple(value.name for value in inputs if value.name not in hidden)
@@ -194,7 +194,7 @@ def _shape(spec: CacheSpec, rows: int, tokens: int) -> tuple[int, int, int, int]
     return rows, spec.heads, tokens, padded(max(spec.key_size, spec.value_size))
 
 
-def _session(stage: StageFile, device: CudaDevice, weights: WeightDtype | None) -> Any:
+def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None) -> Any:
     import onnxruntime as ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -210,7 +210,7 @@ def _session(stage: StageFile, device: CudaDevice, weights: WeightDtype | None) 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
     providers: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(_graph(stage, weights), options, providers=providers)
+        session = ort.InferenceSession(_graph(stage, quantise), options, providers=providers)
     except EngineError:
         raise
     except Exception as error:  # the backend's exceptions have no common base
@@ -231,7 +231,7 @@ def _run_options() -> Any:
     return options
 
 
-def _graph(stage: StageFile, weights: WeightDtype | None) -> bytes:
+def _graph(stage: StageFile, quantise: WeightDtype | None) -> bytes:
     """The stage's graph as ONNX bytes, its caches lowered, its weights still outside unless quantised."""
     model = ir.load(stage.file)
     values = [value for graph in model.graphs() for node in graph for value in node.outputs]
@@ -239,8 +239,8 @@ def _graph(stage: StageFile, weights: WeightDtype | None) -> bytes:
         model = to_float32(model)  # few kernels take bfloat16
     if has_caches(model):
         model = to_group_query(model, ir.DataType.FLOAT16)
-    if weights is not None:
-        model = to_nbits(model, weights)
+    if quantise is not None:
+        model = to_nbits(model, quantise)
     lowered: bytes = ir.to_proto(model).SerializeToString()
     return lowered
 

@@ -18,12 +18,12 @@ _ANY = "XeonPlatinum8480"  # only the proportions of a roofline count
 UseSeconds = Callable[[Shape], UseTimes]
 
 
-def use_seconds(bundle: Bundle, threads: int, on_processors: bool, weights: WeightDtype | None = None) -> UseSeconds:
-    """The time of each use for a micro-batch in engines opened with `weights`: from the profile of this machine with so
-    many threads, if the bundle has it and the stages run on processors; else from a roofline, right in its proportions
-    only. A profile of this machine with other weights is nearer to them than a roofline."""
-    parts, machine = bundle.parts(), Machine.here(weights)
-    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, weights=weights)))
+def use_seconds(bundle: Bundle, threads: int, on_processors: bool, quantise: WeightDtype | None = None) -> UseSeconds:
+    """The time of each use for a micro-batch, in engines opened with `quantise`: from the profile of this machine with
+    `threads`, if the bundle has it and the stages run on the CPU; else from a roofline, right in its proportions only.
+    A profile of this machine with other weights is nearer to them than a roofline."""
+    parts, machine = bundle.parts(), Machine.here(quantise)
+    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, weights=quantise)))
     if on_processors:
         try:
             profile, _ = load(bundle.path, machine)

@@ -35,11 +35,11 @@ class Rebalancer:
         past: int,
         recut: Callable[[Sequence[int]], object] | None,
         settings: PolicySettings | None = None,
-        weights: WeightDtype | None = None,
+        quantise: WeightDtype | None = None,
     ) -> None:
         """`recut` changes the cut; None: only advise. `past`: tokens that a decode step is taken to find in caches.
-        `weights`: what the engines were opened with."""
-        self._serving, self._past, self._recut, self._weights = serving, past, recut, weights
+        `quantise`: what the engines were opened with."""
+        self._serving, self._past, self._recut, self._quantise = serving, past, recut, quantise
         self._settings = settings or PolicySettings()
         self._policy = Policy(self._settings)
         self._advice: Advice | None = None
@@ -118,5 +118,5 @@ class Rebalancer:
         threads = len(stages[0].cores)
         if self._costs is None or self._costs[:2] != (bundle, threads):
             on_processors = all(stage.device == "cpu" for stage in stages)
-            self._costs = bundle, threads, use_seconds(bundle, threads, on_processors, self._weights)
+            self._costs = bundle, threads, use_seconds(bundle, threads, on_processors, self._quantise)
         return self._costs[2]

@@ -38,7 +38,7 @@ class Opener:
     engine: str
     devices: tuple[str, ...]
     cache: CacheSize | None
-    weights: WeightDtype | None
+    quantise: WeightDtype | None
 
     def as_cut(self, bundle: Bundle, threads: int | None) -> StageSet:
         """The stages that the bundle has on disk."""
@@ -85,7 +85,7 @@ class Opener:
         return PipelineStage(
             tuple(spec.name for spec in stage.inputs),
             tuple(spec.name for spec in stage.outputs),
-            partial(engine_factory(engine_on(self.engine, device)), opening, cache=self.cache, weights=self.weights),
+            partial(engine_factory(engine_on(self.engine, device)), opening, cache=self.cache, quantise=self.quantise),
         )
 
 

@@ -211,7 +211,7 @@ def test_what_ended_continuations_left_in_the_caches_serves_after_a_recut(
         assert other.choices[0].token_ids == want(0, PROMPTS[-2])
 
 
-@pytest.mark.parametrize("options", [{"weights": "int8"}, {"cache_dtype": "float16", "weights": "int4"}])
+@pytest.mark.parametrize("options", [{"quantise": "int8"}, {"cache_dtype": "float16", "quantise": "int4"}])
 def test_stages_are_reopened_as_they_were_opened(llamas: list[Path], opening: Opening, options: dict[str, Any]) -> None:
     with Pipeline.open(llamas[0], slots=2, capacity=96, engine="watched", **options) as pipeline:
         undisturbed = [tokens_of(pipeline.submit(request(prompt))) for prompt in PROMPTS[:5]]
@@ -220,8 +220,8 @@ def test_stages_are_reopened_as_they_were_opened(llamas: list[Path], opening: Op
         pipeline.recut([1, 3, 2])
         assert [tokens_of(future) for future in running] == undisturbed
     assert len(opening.opened) == 2 + 3
-    assert len({(settings["cache"], settings["weights"]) for _, settings in opening.opened}) == 1
-    assert opening.opened[0][1]["weights"] == options["weights"]
+    assert len({(settings["cache"], settings["quantise"]) for _, settings in opening.opened}) == 1
+    assert opening.opened[0][1]["quantise"] == options["quantise"]
 
 
 def test_stages_that_do_not_open_leave_the_old_ones_serving(

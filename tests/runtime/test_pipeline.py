@@ -451,9 +451,3 @@ def test_stages_that_do_not_connect_are_refused() -> None:
     stages = [PipelineStage(("z",), ("y",), lambda device: PythonStage("y", lambda values: values["z"]))]
     with pytest.raises(BundleError, match=r"no stage gives 'h' before it is read"):
         Pipeline(CURVE, stages)
-
-
-@pytest.mark.parametrize("option", ["threads", "queue", "micro_batch"])
-def test_options_below_one_are_refused(option: str) -> None:
-    with pytest.raises(RequestError, match=rf"^{option} is 0; it must be at least 1$"):
-        Pipeline(CURVE, [], **{option: 0})

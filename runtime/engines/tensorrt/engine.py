@@ -42,14 +42,14 @@ _PIECE_BYTES = 32 * 2**20  # of weights that pass through pinned memory at once
 
 
 def open_tensorrt(
-    stage: StageFile, device: Device, cache: CacheSize | None = None, weights: WeightDtype | None = None
+    stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
 ) -> "TensorRTEngine":
     """The stage's engine for this GPU out of the bundle it lies in. EngineError where there is none that fits."""
     if not isinstance(device, CudaDevice):
         raise EngineError(f"the engine tensorrt runs on cuda:N, not on {device.name}; open with devices=['cuda:0']")
-    if weights is not None:
+    if quantise is not None:
         raise EngineError(
-            f"weights={weights!r} is for onnxruntime; a TensorRT engine has the precision that it was built in: "
+            f"quantise={quantise!r} is for onnxruntime; a TensorRT engine has the precision that it was built in: "
             "stageline build --precision"
         )
     bundle = Bundle.open(stage.folder)

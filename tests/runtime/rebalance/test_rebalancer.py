@@ -132,7 +132,7 @@ def test_costs_are_those_of_the_weights_that_were_opened(opened: Opened, monkeyp
         return use_seconds(*arguments)
 
     monkeypatch.setattr("stageline.runtime.rebalance.rebalancer.use_seconds", told)
-    with opened(weights="int8", rebalance="advise") as pipeline:
+    with opened(quantise="int8", rebalance="advise") as pipeline:
         keep_busy(pipeline, lambda: bool(asked))
     assert set(asked) == {"int8"}
 

@@ -243,7 +243,7 @@ def test_what_the_engines_were_not_built_for_is_told(decoder: Path, install: Ins
         ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are asked for; open with capacity=64, or"),
         ({"slots": 5}, "stage 0 was built for 4 slots, 5 are asked for; open with slots=4, or build it for more"),
         ({"cache_dtype": "float16"}, "stage 0 was built for caches of float32, not float16; leave cache_dtype out"),
-        ({"weights": "int8"}, "weights='int8' is for onnxruntime; a TensorRT engine has the precision that it was"),
+        ({"quantise": "int8"}, "quantise='int8' is for onnxruntime; a TensorRT engine has the precision that it was"),
     ):
         with pytest.raises(EngineError) as caught:
             opened(decoder, **options)

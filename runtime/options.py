@@ -1,0 +1,83 @@
+"""How a pipeline is opened: one frozen choice, checked once, for the library, the commands and the dashboard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict, get_args
+
+from stageline.models.errors import RequestError
+from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.engines import CacheDtype, CacheSize, WeightDtype
+
+RebalanceMode = Literal["off", "advise", "auto"]
+DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "quantise": (*get_args(WeightDtype), None),
+    "cache_dtype": (*get_args(CacheDtype), None),
+    "rebalance": get_args(RebalanceMode),
+}
+
+
+class OpenKeywords(TypedDict, total=False):
+    """The fields of `PipelineOptions` as keywords of `Pipeline.open`."""
+
+    engine: str
+    devices: Sequence[str] | None
+    threads: int | None
+    queue: int
+    micro_batch: int | None
+    quantise: WeightDtype | None
+    slots: int
+    capacity: int | None
+    cache_dtype: CacheDtype | None
+    prefill_chunk: int
+    rebalance: RebalanceMode
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """The options of a pipeline. RequestError for a value out of its range."""
+
+    engine: str = "onnxruntime"
+    devices: Sequence[str] | None = None
+    """Devices of the stages, in turn ("cpu", "cuda:0", ...). None: the engine's own, the CPU or the first GPU. Stages
+    on "cpu" beside GPUs run in onnxruntime."""
+    threads: int | None = None
+    """CPU cores that the stages share. None: all that this process may use."""
+    queue: int = 64
+    """Most unfinished requests, batches and generation each. With fewer than two per stage, stages idle."""
+    micro_batch: int | None = None
+    """Most rows of a micro-batch. None: chosen from the batch and the number of stages."""
+    quantise: WeightDtype | None = None
+    """Quantise the weights of matrix products on opening ("int8", "int4"): faster and smaller, and less exact."""
+    slots: int = 8
+    """Continuations that run at a time; this and the next three options are for models that generate."""
+    capacity: int | None = None
+    """Tokens of a prompt and its continuation together. None: as many as the model can place, at most 2048."""
+    cache_dtype: CacheDtype | None = None
+    """What the caches hold. None: what the engine prefers."""
+    prefill_chunk: int = 128
+    """Most tokens of a prompt per step, so that a long prompt does not hold up the others."""
+    rebalance: RebalanceMode = "off"
+    """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
+    ("auto"); docs/rebalance.md."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "queue", "micro_batch", "slots", "capacity", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value}; it must be at least 1")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}")
+        object.__setattr__(self, "devices", tuple(self.devices) if self.devices else None)
+
+    def cache_size(self, manifest: Manifest) -> CacheSize | None:
+        """The caches of a bundle's stages; None for a model without. RequestError if the model places fewer tokens."""
+        max_positions = manifest.max_positions
+        if self.capacity is not None and max_positions is not None and self.capacity > max_positions:
+            raise RequestError(f"capacity is {self.capacity}, the model can place {max_positions} tokens; lower it")
+        if not manifest.cached:
+            return None
+        capacity = self.capacity or min(max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
+        return CacheSize(self.slots, capacity, self.cache_dtype)
