@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TokenLogprob,
     )
     from stageline.runtime.generation.stream import Generation
+    from stageline.runtime.options import PipelineOptions
     from stageline.runtime.pipeline import Pipeline, PipelineStats
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Generation",
     "GenerationRequest",
     "Pipeline",
+    "PipelineOptions",
     "PipelineStats",
     "QueueFullError",
     "RequestError",
@@ -63,6 +65,7 @@ _MODULES = {
     "Generation": "stageline.runtime.generation.stream",
     "GenerationRequest": _REQUEST,
     "Pipeline": "stageline.runtime.pipeline",
+    "PipelineOptions": "stageline.runtime.options",
     "PipelineStats": "stageline.runtime.pipeline",
     "QueueFullError": _ERRORS,
     "RequestError": _ERRORS,

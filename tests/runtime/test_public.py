@@ -18,6 +18,7 @@ PUBLIC = [
     "Generation",
     "GenerationRequest",
     "Pipeline",
+    "PipelineOptions",
     "PipelineStats",
     "QueueFullError",
     "RequestError",

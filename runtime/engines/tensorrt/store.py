@@ -1,4 +1,4 @@
-"""The engines in a bundle's folder: reading and writing `engines/` and its manifest, as docs/reference/bundle.md specifies.
+"""The engines in a bundle's folder: reading and writing `engines/` and its manifest (docs/reference/bundle.md).
 
 A build may end at any moment: files are written aside and renamed, the manifest last, and what is not in the manifest
 is not there. One build at a time holds the folder's lock, and removes what one that was killed left behind.
