@@ -1,8 +1,8 @@
 """Decoders with a KV cache: how a causal model is traced so that its attention reads what it has seen before.
 
-Attention becomes one operator, `stageline::CacheAttention` (docs/reference/bundle.md), whose keys and values of earlier
-tokens are state that no graph input shows. The model sees positions that begin at each row's past, and gives logits only
-where they are asked for. What a mask would say the operator says itself (causal, a window, soft caps, sinks); a model whose
+Attention becomes one operator, `stageline::CacheAttention` (docs/bundle.md), whose keys and values of earlier tokens
+are state that no graph input shows. The model sees positions that begin at each row's past, and gives logits only where
+they are asked for. What a mask would say the operator says itself (causal, a window, soft caps, sinks); a model whose
 masks or attention say more is refused here, with the reason, and traced without a cache.
 """
 
