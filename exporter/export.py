@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
-from stageline.exporter import cached, gguf, skeleton
-from stageline.exporter.apart import NotApartError, check_apart
+from stageline.exporter import attention as cached
+from stageline.exporter import gguf, skeleton
 from stageline.exporter.blocks import Call, kinds, stampable, watch
 from stageline.exporter.cut import NotProvenError, Parts, cut
 from stageline.exporter.fuse import fuse_norms
+from stageline.exporter.token_mixing import NotApartError, check_apart
 from stageline.exporter.trace import (
     ATTENTION,
     OPSET,

@@ -14,8 +14,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
+from stageline.exporter.attention import HARMLESS, CachedTask, NotCachedError
 from stageline.exporter.blocks import Call
-from stageline.exporter.cached import HARMLESS, CachedTask, NotCachedError
 from stageline.exporter.skeleton import Input, Task
 from stageline.models.errors import ExportError
 from torch.utils import _pytree

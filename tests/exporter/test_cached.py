@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from stageline.exporter.cached import NotCachedError, _window_of
+from stageline.exporter.attention import NotCachedError, _window_of
 from stageline.exporter.export import export
 from stageline.models.errors import RequestError
 from stageline.runtime.bundle.folder import Bundle

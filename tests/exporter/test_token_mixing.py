@@ -3,8 +3,8 @@
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from stageline.exporter.apart import check_apart
-from stageline.exporter.cached import NotCachedError
+from stageline.exporter.attention import NotCachedError
+from stageline.exporter.token_mixing import check_apart
 
 HIDDEN = "float[batch, length, 8] x"
 SAME = "float[batch, length, 8] y"

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import onnx_ir as ir
-from stageline.exporter.cached import NotCachedError
+from stageline.exporter.attention import NotCachedError
 
 _MIXES = frozenset(
     {
