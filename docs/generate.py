@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: docs/reference/cli.md, and the table of folders in docs/design.md.
+"""Write the generated parts of the documentation: the page of the command line, and the table of folders in Design.
 
 python docs/generate.py          write them
 python docs/generate.py --check  exit with 1 if one of them is out of date
@@ -7,6 +7,7 @@ python docs/generate.py --check  exit with 1 if one of them is out of date
 import ast
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -73,9 +74,8 @@ def _value(parameter: Any, hint: Any) -> str:
     choices = _choices(kind)
     if choices:
         return " \\| ".join(f"`{choice}`" for choice in choices)
-    if parameter.metavar:
-        shown = _cell(parameter.metavar) if parameter.param_type_name == "option" else "text"
-        return "path" if parameter.param_type_name == "argument" and "Path" in str(kind) else shown
+    if parameter.metavar and parameter.param_type_name == "option":
+        return f"`{_cell(parameter.metavar)}`"
     found = next((word for word in ("int", "float", "Path") if word in str(kind)), "")
     word = {"int": "integer", "float": "number", "Path": "path"}.get(found, "text")
     low, high = parameter.min, parameter.max
@@ -91,12 +91,9 @@ def _choices(kind: Any) -> list[str]:
 
 def _default(parameter: Any) -> str:
     default = parameter.default
-    if default in (None, False, (), []) or callable(default):
-        environment = parameter.envvar
-        return f"`${environment}`" if environment else ""
-    if default is True and parameter.secondary_opts:
-        return f"`{parameter.opts[0]}`"
-    return f"`{default}`"
+    if default is None or default is False or default in ("", (), []):
+        return f"`${parameter.envvar}`" if parameter.envvar else ""
+    return f"`{parameter.opts[0] if default is True else default}`"
 
 
 def _cell(text: str) -> str:
@@ -104,7 +101,7 @@ def _cell(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+    return "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in text.strip().split("\n\n"))
 
 
 def folders() -> str:
