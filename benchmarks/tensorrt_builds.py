@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stageline.exporter.commands.show import human_bytes, table
+from stageline.exporter.commands.show import table
 from stageline.exporter.export import export
+from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, Wanted, build
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
@@ -139,7 +140,7 @@ def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
 def _build(path: Path, wanted: Sequence[Wanted], options: Options) -> list[BuildOutcome]:
     bundle = Bundle.open(path)
     limit = bundle.manifest.max_positions or 2048
-    load = Workload(length=min(128, limit), context=min(2048, limit))
+    load = Workload(length=min(128, limit), capacity=min(2048, limit))
     return build(bundle, wanted, load, options, done=lambda outcome: print(".", end="", file=sys.stderr))
 
 
@@ -175,7 +176,7 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
     parts = []
     if engines:
         rows = [
-            [e.model, str(e.stage), e.target, e.precision, e.weights, human_bytes(e.plan_bytes), f"{e.build_s:.1f}"]
+            [e.model, str(e.stage), e.target, e.precision, e.weights, words.size(e.plan_bytes), f"{e.build_s:.1f}"]
             for e in engines
         ]
         head = ["model", "stage", "target", "precision", "weights", "engine", "build s"]
@@ -189,7 +190,7 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
     if architectures:
         rows = [
             [a.name, a.target, a.precision, "yes" if a.caches else "no",
-             human_bytes(a.plan_bytes) if not a.error else "-", f"{a.build_s:.1f}" if not a.error else "-",
+             words.size(a.plan_bytes) if not a.error else "-", f"{a.build_s:.1f}" if not a.error else "-",
              a.error or "builds"]
             for a in architectures
         ]  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 import transformers
 from stageline.models.errors import ExportError
 from stageline.models.sentence import SentencePooling
+from stageline.runtime.bundle.manifest import EMBEDDING
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -179,7 +180,7 @@ def outputs_of(task: str) -> tuple[str, ...]:
     """The names of a task's outputs."""
     named = {
         "feature-extraction": ("last_hidden_state",),
-        "sentence-similarity": ("sentence_embedding", "last_hidden_state"),
+        "sentence-similarity": (EMBEDDING, "last_hidden_state"),
     }
     return named.get(task, ("logits",))
 

@@ -23,19 +23,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the pipeline is to run. With caches: `slots` rows of `context` tokens, decoded in as many groups as there
-    are stages, half of the context past on average. Without: micro-batches of `batch` rows of `length` tokens."""
+    """What the pipeline is to run. With caches: `slots` rows of `capacity` tokens, half of them past on average,
+    decoded in one group per stage. Without: micro-batches of `micro_batch` rows of `length` tokens."""
 
-    batch: int = 8
+    micro_batch: int = 8
     length: int = 128
     slots: int = 8
-    context: int = 2048
+    capacity: int = 2048
 
     def shape(self, cached: bool, stages: int | None) -> Shape:
         """The micro-batch that decides."""
         if not cached:
-            return Shape(self.batch, self.length)
-        return Shape(-(-self.slots // (stages or 1)), 1, max(1, self.context // 2), 1)
+            return Shape(self.micro_batch, self.length)
+        return Shape(-(-self.slots // (stages or 1)), 1, max(1, self.capacity // 2), 1)
 
 
 def poisson(rate_per_s: float, count: int, seed: int) -> list[float]:

@@ -108,7 +108,7 @@ def block_rows(planner: Planner, answer: Answer) -> list[dict[str, Any]]:
     """What each use costs: its stage, seconds for a micro-batch, parameters, bytes of weights and of the cache."""
     costs, device = planner.costs(answer.shape), answer.problem.devices[0]
     manifest = planner.bundle.manifest
-    cache_tokens = planner.load.slots * planner.load.context if manifest.cached else 0
+    cache_tokens = planner.load.slots * planner.load.capacity if manifest.cached else 0
     last = len(costs) - 1
     rows = []
     for number, cost in enumerate(costs):

@@ -90,12 +90,12 @@ def _choices(bundle: Bundle, profile: MachineProfile | None) -> tuple[str, Workl
             context = st.number_input(
                 "Context (tokens)", 2, longest, min(512, longest), step=64, key=f"context of {longest}", width=200
             )
-            return place, Workload(slots=int(slots), context=int(context))
+            return place, Workload(slots=int(slots), capacity=int(context))
         batch = st.number_input("Rows of a micro-batch", 1, 512, 8, key="batch", width=200)
         length = st.number_input(
             "Tokens of a row", 1, longest, min(128, longest), step=16, key=f"length of {longest}", width=200
         )
-        return place, Workload(batch=int(batch), length=int(length))
+        return place, Workload(micro_batch=int(batch), length=int(length))
 
 
 def _cuts(bundle: Bundle, place: str, load: Workload) -> list[int] | None:

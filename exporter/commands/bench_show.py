@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from stageline.exporter.commands.show import human_bytes, table
+from stageline.exporter.commands.show import table
+from stageline.runtime import words
 from stageline.runtime.bench.compare import FigureChange
 from stageline.runtime.bench.records import Figure, Measurement, Run, RunLine
 
@@ -36,7 +37,7 @@ def run(found: Run) -> str:
         f"blocks {stages} on {' '.join(found.plan.devices)}, {settings.engine} {settings.weights or ''}".rstrip(),
         f"{settings.inputs}, {settings.output_tokens or 'no'} new tokens; {settings.repeats} repeats of "
         f"{settings.seconds:g} s; ± is the 95 % confidence interval (Student's t over the repeats)",
-        f"{place.machine}, {place.processors} processors, {human_bytes(place.memory_bytes)}"
+        f"{place.machine}, {place.processors} processors, {words.size(place.memory_bytes)}"
         f"{f', {place.gpu}' if place.gpu else ''}; commit {place.commit or 'unknown'}",
     ]
     by_load: dict[str, list[Measurement]] = {}
@@ -83,8 +84,8 @@ def runs(lines: Sequence[RunLine]) -> str:
                 line.bundle,
                 "-" if first is None else first.load,
                 "-" if first is None or first.requests_per_s is None else f"{first.requests_per_s:.4g}",
-                "-" if first is None or first.latency_p50_s is None else seconds(first.latency_p50_s),
-                "-" if first is None or first.latency_p99_s is None else seconds(first.latency_p99_s),
+                "-" if first is None or first.latency_p50_s is None else words.seconds(first.latency_p50_s),
+                "-" if first is None or first.latency_p99_s is None else words.seconds(first.latency_p99_s),
             ]
         )
     return table(["run", "made (UTC)", "status", "bundle", "load", "requests/s", "p50", "p99"], rows)
@@ -108,19 +109,13 @@ def changes(found: Sequence[FigureChange]) -> str:
     return table(["contender", "load", "figure", "before", "after", "change", "95 % confidence", ""], rows)
 
 
-def seconds(value: float) -> str:
-    """0.0123 -> 12.3 ms."""
-    scale, unit = (1.0, "s") if value >= 1 else (1e3, "ms") if value >= 1e-3 else (1e6, "us")
-    return f"{value * scale:.3g} {unit}"
-
-
 def _figure(figure: Figure | None) -> str:
     if figure is None:
         return "-"
     if figure.unit == "s":
-        shown = seconds(figure.mean)
+        shown = words.seconds(figure.mean)
     elif figure.unit == "bytes":
-        shown = human_bytes(int(figure.mean))
+        shown = words.size(figure.mean)
     else:
         shown = f"{figure.mean:.4g}"
     if figure.high is None or not figure.mean:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from stageline.exporter.commands.show import human_bytes, table
+from stageline.exporter.commands.show import table
 from stageline.models.errors import StagelineError
+from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, BuildProgress, Wanted, build, stale
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName, choose
@@ -103,7 +104,7 @@ def build_command(
     else:
         print(table(["stage", "target", "precision", "size", "build s", "", "engine"], [_row(o) for o in outcomes]))
         if prune:
-            print(f"removed engines of other cuts: {human_bytes(pruned)}")
+            print(f"removed engines of other cuts: {words.size(pruned)}")
         for outcome in failed:
             print(f"stage {outcome.stage}, {outcome.wanted.target}, {outcome.wanted.precision}: {outcome.error}")
     raise typer.Exit(1 if failed else 0)
@@ -137,7 +138,7 @@ def _row(outcome: BuildOutcome) -> list[str]:
         return [*head, "-", "-", "FAILED", ""]
     record = outcome.record
     how = "built" if outcome.built else "kept"
-    return [*head, human_bytes(record.plan.size_bytes), f"{record.build_s:.1f}", how, record.plan.path]
+    return [*head, words.size(record.plan.size_bytes), f"{record.build_s:.1f}", how, record.plan.path]
 
 
 def _document(outcome: BuildOutcome) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands.show import human_bytes, table
+from stageline.exporter.commands.show import table
+from stageline.runtime import words
 from stageline.runtime.doctor import Diagnosis, diagnose
 
 
@@ -28,12 +29,12 @@ def doctor_command(
 def text(found: Diagnosis) -> str:
     """The diagnosis as a person reads it."""
     processor, driver = found.processor, found.driver
-    memory = "" if processor.memory_bytes is None else f", {human_bytes(processor.memory_bytes)} of memory"
+    memory = "" if processor.memory_bytes is None else f", {words.size(processor.memory_bytes)} of memory"
     devices = [["cpu", processor.model, f"{len(processor.cores)} cores{memory}"]]
     for gpu in found.gpus:
-        told = f"compute capability {gpu.compute_capability}, {human_bytes(gpu.memory_bytes)}"
-        devices.append([f"cuda:{gpu.index}", gpu.name, f"{told}, {human_bytes(gpu.free_bytes)} free"])
-        devices += [["", f"  {part.name}", f"MIG, {human_bytes(part.memory_bytes)}"] for part in gpu.mig]
+        told = f"compute capability {gpu.compute_capability}, {words.size(gpu.memory_bytes)}"
+        devices.append([f"cuda:{gpu.index}", gpu.name, f"{told}, {words.size(gpu.free_bytes)} free"])
+        devices += [["", f"  {part.name}", f"MIG, {words.size(part.memory_bytes)}"] for part in gpu.mig]
     nvidia = driver.problem or f"NVIDIA {driver.version}, CUDA up to {driver.cuda}"
     engines = [
         [e.name, e.version or "absent", e.runs_on, " ".join(e.targets) or "-", "" if e.version else e.install]

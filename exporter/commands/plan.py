@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from stageline.exporter.commands.show import human_bytes, table
+from stageline.exporter.commands.show import table
 from stageline.models.errors import StagelineError
+from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
 from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster
@@ -186,7 +187,7 @@ class _Told:
                     f"{figures.compute_s * 1e3:.3f}",
                     f"{figures.copy_s * 1e3:.3f}",
                     f"{figures.bubble:.1%}",
-                    human_bytes(round(figures.memory_bytes)),
+                    words.size(round(figures.memory_bytes)),
                     f"{share:.1%}",
                 ]
             )
@@ -273,7 +274,7 @@ def _simulated(planner: Planner, answer: Answer, output: int) -> Callable[[float
         if not planner.bundle.manifest.cached:
             return simulate_batches(setting, [BatchRequest(t, 1, asked.length) for t in arrivals], 1, _SEED)
         texts = [TextRequest(t, asked.length, output) for t in arrivals]
-        return simulate_generation(setting, texts, asked.slots, asked.context, _CHUNK, _SEED)
+        return simulate_generation(setting, texts, asked.slots, asked.capacity, _CHUNK, _SEED)
 
     return run
 

@@ -14,9 +14,10 @@ from time import perf_counter
 from typing import Any
 
 from stageline.models.errors import EngineError
-from stageline.runtime.bench.contenders import EMBEDDING, CallContender, Contender, PipelineContender, RequestOutcome
+from stageline.runtime.bench.contenders import CallContender, Contender, PipelineContender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import Array
 from stageline.runtime.pipeline import Pipeline

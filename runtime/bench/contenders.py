@@ -15,10 +15,10 @@ from typing import Protocol, TypeVar
 
 from stageline.models.errors import EngineError
 from stageline.runtime.bench.inputs import Item
+from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 
-EMBEDDING = "sentence_embedding"
 _T = TypeVar("_T")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from stageline.models.errors import RequestError
-from stageline.models.tokenizer import TextEncoder
+from stageline.models.tokenizer import TextEncoder, padded
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import BATCH, LENGTH
 from stageline.runtime.bundle.signature import Signature
@@ -112,12 +112,8 @@ def make_items(
 def _item(
     names: Sequence[str], texts: Sequence[str], rows: Sequence[tuple[int, ...]], bundle: Bundle, new: int | None
 ) -> Item:
-    shape = (len(rows), max(map(len, rows)))
-    pad = bundle.manifest.text.pad_id if bundle.manifest.text else 0
-    ids, mask = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
-    for place, row in enumerate(rows):
-        ids[place, : len(row)], mask[place, : len(row)] = row, 1
-    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, np.int64)}
+    ids, mask = padded(rows, bundle.manifest.text.pad_id if bundle.manifest.text else 0)
+    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
     return Item(tuple(texts), tuple(rows), {name: made[name] for name in names if name in made}, new)
 
 

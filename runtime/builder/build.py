@@ -142,7 +142,7 @@ def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Workload, options: Opt
 
         @cache
         def lowered(precision: Precision, file: StageFile = file) -> Lowered:
-            return lower(file, precision, load.context, options.stripped)
+            return lower(file, precision, load.capacity, options.stripped)
 
         for kind in wanted:
             try:
@@ -287,7 +287,7 @@ class _Building:
             flavour=job.wanted.flavour.name,
             target=job.wanted.target,
             precision=job.wanted.precision,
-            capacity=self.load.context,
+            capacity=self.load.capacity,
             profiles=job.profiles,
             options=self.options,
             plan=self.store.aside(plan),
@@ -316,7 +316,7 @@ class _Building:
             inputs=job.lowered.inputs,
             outputs=job.lowered.outputs,
             weights=job.lowered.weight_specs if self.options.stripped else (),
-            capacity=self.load.context if caches else None,
+            capacity=self.load.capacity if caches else None,
             caches=caches,
             build_s=result.build_s,
         )

@@ -11,7 +11,7 @@ from stageline.runtime.workload import Workload
 def profiles_of(manifest: Manifest, load: Workload) -> tuple[OptimizationProfile, ...]:
     """The profiles of a bundle's engines.
 
-    A model without caches has one, `rows`: up to `load.batch` rows of up to what the model can place, chosen for full
+    A model without caches has one, `rows`: up to `load.micro_batch` rows of up to what the model can place, for full
     batches of `load.length` tokens. A model with caches has three: `decode`, a token for each of up to `load.slots`
     rows; `prefill`, chunks of up to `load.length` tokens, of whose logits one a row is wanted; and `rows`, the same
     with all logits, which alone needs memory for them.
@@ -20,8 +20,8 @@ def profiles_of(manifest: Manifest, load: Workload) -> tuple[OptimizationProfile
         longest = max(load.length, (manifest.text and manifest.text.max_length) or 0)
         longest = min(longest, manifest.max_positions or longest)
         length = SizeRange(least=1, best=min(load.length, longest), most=longest)
-        return (OptimizationProfile(name="rows", sizes={BATCH: _up_to(load.batch), LENGTH: length}),)
-    batch, chunk = _up_to(load.slots), _up_to(min(load.length, load.context))
+        return (OptimizationProfile(name="rows", sizes={BATCH: _up_to(load.micro_batch), LENGTH: length}),)
+    batch, chunk = _up_to(load.slots), _up_to(min(load.length, load.capacity))
     one, at_most_one = SizeRange(least=1, best=1, most=1), SizeRange(least=0, best=1, most=1)
     return (
         OptimizationProfile(name="decode", sizes={BATCH: batch, LENGTH: one, PICKS: at_most_one}),

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 VERSION = 2
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
+EMBEDDING = "sentence_embedding"  # the output of a model that embeds texts
 
 
 def _inside(path: str) -> str:

@@ -118,7 +118,7 @@ class Planner:
         """The problem for a micro-batch and, where it is given, a number of stages. On this machine each of them runs
         beside so many others, with which it shares the memory."""
         manifest, costs = self.bundle.manifest, self.costs(shape)
-        cached_tokens = self.load.slots * self.load.context if manifest.cached else 0
+        cached_tokens = self.load.slots * self.load.capacity if manifest.cached else 0
         first, last = manifest.uses[0], manifest.uses[-1]
         tied = set(first.weights.values()) & set(last.weights.values())
         if self._weights is not None:  # the table that is looked up stays beside the quantised matrix
@@ -310,11 +310,11 @@ class Planner:
         load = self.load
         if self.bundle.manifest.cached:
             slots = _largest(lambda k: self._with(replace(load, slots=k))._fits(), load.slots - 1)
-            context = 64 * _largest(
-                lambda k: self._with(replace(load, context=64 * k))._fits(), (load.context - 1) // 64
+            capacity = 64 * _largest(
+                lambda k: self._with(replace(load, capacity=64 * k))._fits(), (load.capacity - 1) // 64
             )
             yield from [f"--slots {slots} instead of {load.slots}"] if slots else []
-            yield from [f"--context {context} instead of {load.context}"] if context else []
+            yield from [f"--capacity {capacity} instead of {load.capacity}"] if capacity else []
         for place, kind in enumerate(self.cluster.kinds):
             if kind.device is None or self.cluster.ordered:
                 continue

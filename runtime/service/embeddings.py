@@ -4,11 +4,12 @@ import asyncio
 import base64
 from typing import Any
 
-import numpy as np
 from stageline.models.errors import RequestError
+from stageline.models.tokenizer import padded
+from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.engines import Array
 from stageline.runtime.service.errors import ApiError, as_json
-from stageline.runtime.service.model import EMBEDDING, Model
+from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import EmbeddingRequest, each
 from starlette.responses import Response
 
@@ -36,12 +37,10 @@ def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
     if isinstance(given[0], str):
         return dict(model.encoder.encode(given, truncate=body.truncate))
     rows = [row[: model.length] if body.truncate else model.fitting(row) for row in given]
-    shape = (len(rows), max(map(len, rows)))
-    ids, mask = np.full(shape, model.encoder.pad_id, np.int64), np.zeros(shape, np.int64)
     for place, row in enumerate(rows):
         if not row:
             raise RequestError(f"input {place} has no tokens; give some")
-        ids[place, : len(row)], mask[place, : len(row)] = row, 1
+    ids, mask = padded(rows, model.encoder.pad_id)
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -7,10 +7,9 @@ from functools import cached_property
 
 from stageline.models.errors import BundleError
 from stageline.models.tokenizer import TextEncoder
+from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service.errors import ApiError
-
-EMBEDDING = "sentence_embedding"  # the output of an encoder that embeds
 
 
 @dataclass(frozen=True, eq=False)

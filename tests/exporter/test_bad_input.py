@@ -289,8 +289,8 @@ def test_weights_that_are_not_numbers(checkpoint: Path, out: Path, told: Run) ->
 
 
 def test_an_option_of_another_task(tiny_bundle: Path, told: Run) -> None:
-    line = told("run", tiny_bundle, "--text", "a cat", "--max-new-tokens", "3")
-    assert "is for text-generation, this bundle does text-classification; leave it out" in line
+    line = told("run", tiny_bundle, "--text", "a cat", "--new-tokens", "3")
+    assert "is for text-generation, but this bundle's task is text-classification; leave it out" in line
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_stall_is_seen_over_time() -> None:
 
 def test_blocks_add_up_to_the_model(bundles: Path) -> None:
     bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, context=32), None)
+    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
     answer = planner.cut([1, 2])
     rows = cutting.block_rows(planner, answer)
     assert [row["name"] for row in rows] == ["prologue", "block 0", "block 1", "block 2", "epilogue"]
@@ -135,14 +135,14 @@ def test_weights_count_in_the_dtype_that_was_profiled(bundles: Path) -> None:
     ]
     for machine, dtype in ((Machine.here(), "float32"), (Machine.here("int8"), "int8")):
         profile = MachineProfile(machine=machine, handover_s=0.0, points=tuple(points))
-        planner = cutting.planner_for(bundle, cutting.THIS_MACHINE, 1, Workload(slots=2, context=32), profile)
+        planner = cutting.planner_for(bundle, cutting.THIS_MACHINE, 1, Workload(slots=2, capacity=32), profile)
         assert planner.dtype == dtype
         assert planner.cut([3]).plan.bottleneck_s > 0
 
 
 def test_moving_a_cut_foretells_each_place_and_the_planner_takes_the_best(bundles: Path) -> None:
     bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "L4", 2, Workload(slots=2, context=32), None)
+    planner = cutting.planner_for(bundle, "L4", 2, Workload(slots=2, capacity=32), None)
     rows = cutting.moved(planner, [1, 2], 0)
     assert [row["cut"] for row in rows] == [1, 2]
     for row in rows:
@@ -153,7 +153,7 @@ def test_moving_a_cut_foretells_each_place_and_the_planner_takes_the_best(bundle
 
 def test_stages_lie_under_the_roof(bundles: Path) -> None:
     bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, context=32), None)
+    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
     line = cutting.roofline(planner, planner.cut([1, 2]))
     assert all(0 < row["share"] <= 1 for row in line.stages)
     assert {row["bound"] for row in line.stages} == {"memory bandwidth"}
