@@ -168,7 +168,7 @@ def _key(
     document = {
         "graph": hashlib.sha256(lowered.proto).hexdigest(),
         "weights": weights,
-        "flavour": kind.flavour.name,
+        "flavour": kind.flavour.module,
         "version": kind.flavour.version,
         "target": kind.target,
         "profiles": [profile.model_dump() for profile in profiles],

@@ -144,7 +144,7 @@ def save(bundle: Bundle, profile: MachineProfile) -> Path:
 
 def command(folder: Path, weights: WeightDtype | None) -> str:
     """What to type to have such a profile."""
-    return f"stageline profile {folder}" + (f" --weights {weights}" if weights else "")
+    return f"stageline profile {folder}" + (f" --quantise {weights}" if weights else "")
 
 
 def load(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:

@@ -180,7 +180,7 @@ def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: B
     assert found.machine == here
     assert warning == (
         "the profile is of weights as they are, not of int8 weights: times may be far off; "
-        f"run stageline profile {bundle.path} --weights int8"
+        f"run stageline profile {bundle.path} --quantise int8"
     )
 
 
@@ -195,7 +195,7 @@ def test_a_model_too_large_for_one_quantised_graph_is_measured_in_quarters(
 def test_a_missing_or_broken_profile_is_told_in_one_line(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="has no profile of any machine; make one with: stageline profile"):
         load(bundle.path, Machine.here())
-    with pytest.raises(BundleError, match=r"make one with: stageline profile .* --weights int4"):
+    with pytest.raises(BundleError, match=r"make one with: stageline profile .* --quantise int4"):
         load(bundle.path, Machine.here("int4"))
     file = save(bundle, linear_profile(bundle, Grid((1,), (4,))))
     data = json.loads(file.read_text())

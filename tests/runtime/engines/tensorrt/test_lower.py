@@ -186,7 +186,7 @@ def record_with(weights: tuple[object, ...]) -> EngineRecord:
             "key": "0" * 64,
             "graph_sha256": "0" * 64,
             "weight_files": {},
-            "flavour": "tensorrt_rtx",
+            "flavour": "tensorrt-rtx",
             "version": "1",
             "target": "sm89",
             "precision": "fp16",
