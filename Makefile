@@ -60,7 +60,7 @@ view:
 
 types: $(VENV)/stamp view
 	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
-	$(BIN)/mypy benchmarks examples
+	$(BIN)/mypy benchmarks examples docs/generate.py
 
 # A file's tests run in one process: what they share is made once. (pytest 9.2 loses the groups of pytest-xdist 3.8.)
 # Times against theory get three goes, for the machine may be shared: what our figures get wrong is wrong every time.
