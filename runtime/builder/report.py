@@ -4,16 +4,14 @@ import json
 from collections import Counter
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
 from stageline.runtime.builder.network import Network
 from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.engines.tensorrt.lower import Lowered
+from stageline.runtime.validation import Data
 
 
-class Layer(BaseModel):
+class Layer(Data):
     """One layer: its kind, the types that it computes in, and the shapes that it gives (-1: free)."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     kind: str
@@ -21,11 +19,9 @@ class Layer(BaseModel):
     shapes: tuple[tuple[int, ...], ...]
 
 
-class EngineReport(BaseModel):
+class EngineReport(Data):
     """`source` says how much to make of it: of a network the layers are those given to TensorRT, before it fuses
     them, and `memory_bytes`, the scratch memory of each profile, is not known."""
-
-    model_config = ConfigDict(frozen=True)
 
     source: Literal["engine", "network"]
     layers: tuple[Layer, ...]

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
-import pydantic
 from stageline.models.errors import BundleError, CheckpointError
 from stageline.models.safetensors_file import header_sha256, read_header
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.manifest import VERSION, FileEntry, Manifest
+from stageline.runtime.bundle.manifest import FileEntry, Manifest
+from stageline.runtime.validation import read_document
 
 MANIFEST = "manifest.json"
 HASH_LIMIT_BYTES = 2 * 1024**3
 """Linked weight files are hashed at export only up to this many bytes in all: beyond it, reading them would take longer
 than the rest of the export. Their size and header are checked instead."""
-_MANIFEST_LIMIT_BYTES = 256 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -89,35 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(
             f"{folder} is not a bundle: it has no {MANIFEST}; make one with: stageline export CHECKPOINT -o BUNDLE"
         )
-    if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise BundleError(f"{file} has {file.stat().st_size} bytes, more than any manifest; export the bundle again")
-    data = file.read_bytes()
-    try:
-        head = _Head.model_validate_json(data)
-    except pydantic.ValidationError as error:
-        raise BundleError(f"{file} is not a manifest ({_first(error)}); export the bundle again") from error
-    if head.format != "stageline-bundle":
-        raise BundleError(f"{file} has format {head.format!r}, not 'stageline-bundle'; export the bundle again")
-    if head.version != VERSION:
-        advice = "install a newer stageline" if head.version > VERSION else "export it again"
-        raise BundleError(
-            f"bundle {folder} has version {head.version}; this stageline reads version {VERSION}: {advice}"
-        )
-    try:
-        return Manifest.model_validate_json(data)
-    except pydantic.ValidationError as error:
-        raise BundleError(f"{file} is not valid ({_first(error)}); export the bundle again") from error
-
-
-class _Head(pydantic.BaseModel):
-    format: str
-    version: int
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
+    return read_document(Manifest, file, "export the bundle again")
 
 
 def _check_file(folder: Path, entry: FileEntry) -> None:

@@ -6,7 +6,8 @@ docs/reference/bundle.md specifies the format. Paths are POSIX, relative to the 
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
+from stageline.runtime.validation import Data
 
 VERSION = 2
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
@@ -26,11 +27,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ValueName = Annotated[str, Field(min_length=1)]
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Data):
+class FileEntry(Data):
     """One file of the bundle. `sha256` is None for a linked weight file too large to be read at export
     (stageline.runtime.bundle.folder.HASH_LIMIT_BYTES); then `header_sha256`, over its safetensors header, guards it."""
 
@@ -40,7 +37,7 @@ class FileEntry(_Data):
     header_sha256: Sha256 | None = None
 
 
-class TensorSpec(_Data):
+class TensorSpec(Data):
     """A named tensor at a graph's border. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free
     dimension (`batch`, `length`, ...)."""
 
@@ -49,7 +46,7 @@ class TensorSpec(_Data):
     shape: tuple[int | str, ...]
 
 
-class CacheSpec(_Data):
+class CacheSpec(Data):
     """The keys and values of earlier tokens that one CacheAttention operator reads and adds to: for each row of the
     batch `heads` x tokens x `key_size` and `value_size`. `name` is unique among the stages; in a part it is a count."""
 
@@ -59,7 +56,7 @@ class CacheSpec(_Data):
     value_size: int = Field(gt=0)
 
 
-class Part(_Data):
+class Part(Data):
     """One traced graph: the prologue, one distinct kind of block, or the epilogue.
 
     The graph's inputs are `inputs` (activations, under local names) followed by `weights` (local names of tensors that
@@ -73,7 +70,7 @@ class Part(_Data):
     caches: tuple[CacheSpec, ...] = ()
 
 
-class Use(_Data):
+class Use(Data):
     """One use of a part in the model's chain: prologue, block 0, block 1, ..., epilogue.
 
     `reads` and `writes` map the part's input and output names to names of values in the whole model; `weights` maps its
@@ -89,7 +86,7 @@ class Use(_Data):
     call: int = Field(default=0, ge=0)
 
 
-class Stage(_Data):
+class Stage(Data):
     """A contiguous run of blocks as one ONNX graph. The first stage also holds the prologue, the last the epilogue.
 
     `inputs` and `outputs` are named by values of the whole model: an input is one of the model's inputs or an output of
@@ -106,7 +103,7 @@ class Stage(_Data):
     caches: tuple[CacheSpec, ...] = ()
 
 
-class TextSettings(_Data):
+class TextSettings(Data):
     """How text becomes tensors. `max_length` counts tokens, special ones included."""
 
     tokenizer: BundlePath
@@ -115,7 +112,7 @@ class TextSettings(_Data):
     eos_ids: tuple[int, ...] = ()
 
 
-class Manifest(_Data):
+class Manifest(Data):
     """Everything a runtime needs to know of a bundle."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"

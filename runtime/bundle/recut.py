@@ -1,6 +1,7 @@
 """Cutting a bundle into other stages, on disk and without torch."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,3 +73,15 @@ def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
     for name in before - {stage.file for stage in new}:
         (bundle.path / name).unlink(missing_ok=True)
     return Bundle(bundle.path, manifest, bundle.tensors)
+
+
+def recut_copy(path: str | Path, to: str | Path, stages: int | Sequence[int]) -> Bundle:
+    """Like `recut`, on a copy of the bundle in the new folder `to`, with hard links if the file system allows them."""
+    return recut(shutil.copytree(path, to, copy_function=_link), stages)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

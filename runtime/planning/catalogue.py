@@ -10,18 +10,17 @@ from typing import Annotated
 import pydantic
 from stageline.models.errors import StagelineError
 from stageline.runtime.planning.cost import UseCost
+from stageline.runtime.validation import Data
 
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
-class DeviceKind(pydantic.BaseModel):
+class DeviceKind(Data):
     """A kind of device, as devices.toml or a cluster file gives it. `tflops` by dtype, dense; GB are decimal.
 
     `source` says where the figures are from; price, idle power and efficiencies are assumptions (see devices.toml).
     """
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     source: str
     tflops: dict[str, Positive]

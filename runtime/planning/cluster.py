@@ -12,6 +12,7 @@ import pydantic
 from stageline.models.errors import StagelineError
 from stageline.runtime.planning.catalogue import DeviceKind, Positive, catalogue, device_kind
 from stageline.runtime.planning.problem import Link
+from stageline.runtime.validation import Data, first_error
 
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
@@ -45,11 +46,7 @@ class Cluster:
         return any(kind.device is None for kind in self.kinds)
 
 
-class _Data(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class _Wire(_Data):
+class _Wire(Data):
     gb_s: Positive
     latency_us: NotNegative = 0.0
 
@@ -62,10 +59,10 @@ class _LinkEntry(_Wire):
     target: str = pydantic.Field(alias="to")
 
 
-class _ClusterFile(_Data):
+class _ClusterFile(Data):
     ordered: bool = False
     devices: list[dict[str, Any]] = pydantic.Field(min_length=1)
-    links: list[_LinkEntry] = []
+    links: tuple[_LinkEntry, ...] = ()
     network: _Wire | None = None
 
 
@@ -189,10 +186,7 @@ def _valid(model: type[_Model], data: Mapping[str, Any], path: Path, where: str)
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        value = f" (it is {first['input']!r})" if isinstance(first["input"], (int, float, str)) else ""
-        raise StagelineError(f"{path}: {where}{place}: {first['msg']}{value}") from error
+        raise StagelineError(f"{path}: {where}{first_error(error)}") from error
 
 
 def _refuse_circle(path: Path, pairs: Sequence[tuple[str, str]]) -> None:

@@ -13,20 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import pydantic
+from pydantic import Field
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
+from stageline.runtime.validation import Data, read_document
 from stageline.runtime.workload import Shape
 
 FOLDER = "profiles"
 
 
-class _Data(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-
-class Machine(_Data):
+class Machine(Data):
     """What measurements hold for; `weights`: what the engine quantised those of matrix products to, None for as they
     are."""
 
@@ -75,40 +72,40 @@ class Machine(_Data):
         return f"{self.cpu}, {self.processors} processors, {self.engine} {self.engine_version}{quantised}"
 
 
-class Point(_Data):
+class Point(Data):
     """The median time of a stage of blocks `first` to `end` - 1 for a micro-batch."""
 
-    threads: int = pydantic.Field(ge=1)
-    batch: int = pydantic.Field(ge=1)
-    length: int = pydantic.Field(ge=1)
-    past: int = pydantic.Field(ge=0)
-    first: int = pydantic.Field(ge=0)
-    end: int = pydantic.Field(ge=1)
-    seconds: float = pydantic.Field(gt=0)
-    runs: int = pydantic.Field(ge=1)
+    threads: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    length: int = Field(ge=1)
+    past: int = Field(ge=0)
+    first: int = Field(ge=0)
+    end: int = Field(ge=1)
+    seconds: float = Field(gt=0)
+    runs: int = Field(ge=1)
 
 
-class Contention(_Data):
+class Contention(Data):
     """By what share stages take longer for each other stage that runs meanwhile, each on its own processors."""
 
-    threads: int = pydantic.Field(ge=1)
-    batch: int = pydantic.Field(ge=1)
-    length: int = pydantic.Field(ge=1)
-    past: int = pydantic.Field(ge=0)
-    share: float = pydantic.Field(ge=0)
+    threads: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    length: int = Field(ge=1)
+    past: int = Field(ge=0)
+    share: float = Field(ge=0)
 
 
-class MachineProfile(_Data):
+class MachineProfile(Data):
     """What was measured on a machine. `handover_s` is that of a micro-batch from a worker to the next, `host_step_s`
     what the driver of generation takes for a step besides, and `host_row_s` for each row of it."""
 
     format: Literal["stageline-profile"] = "stageline-profile"
     version: Literal[2] = 2
     machine: Machine
-    handover_s: float = pydantic.Field(ge=0)
-    host_step_s: float = pydantic.Field(default=0.0, ge=0)
-    host_row_s: float = pydantic.Field(default=0.0, ge=0)
-    points: tuple[Point, ...] = pydantic.Field(min_length=1)
+    handover_s: float = Field(ge=0)
+    host_step_s: float = Field(default=0.0, ge=0)
+    host_row_s: float = Field(default=0.0, ge=0)
+    points: tuple[Point, ...] = Field(min_length=1)
     contention: tuple[Contention, ...] = ()
 
 
@@ -159,9 +156,10 @@ def load(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
     if not files:
         raise BundleError(f"bundle {folder} has no profile of any machine; make one with: {wanted}")
     own = folder / FOLDER / machine.file
-    profiles = map(_read, [own] if own in files else files)
+    candidates = [own] if own in files else files
     profile = min(
-        profiles, key=lambda p: (not p.machine.same_but_weights(machine), p.machine.weights != machine.weights)
+        (read_document(MachineProfile, file, "run stageline profile again") for file in candidates),
+        key=lambda p: (not p.machine.same_but_weights(machine), p.machine.weights != machine.weights),
     )
     if profile.machine == machine:
         return profile, None
@@ -170,15 +168,3 @@ def load(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
     else:
         told = f"the profile is of another machine ({profile.machine}), not of this one ({machine})"
     return profile, f"{told}: times may be far off; run {wanted}"
-
-
-def _read(file: Path) -> MachineProfile:
-    """BundleError where it is not valid."""
-    try:
-        return MachineProfile.model_validate_json(file.read_bytes())
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BundleError(
-            f"{file} is no valid profile ({place}: {first['msg']}); run stageline profile again"
-        ) from error

@@ -253,7 +253,9 @@ def test_a_file_that_is_used_but_not_listed(bundle: Path, told: Run) -> None:
     assert "uses stage.000-001.onnx but does not list it; export the bundle again" in told("inspect", bundle)
 
 
-@pytest.mark.parametrize(("content", "culprit"), [(None, "it has no manifest.json"), ("{", "is not a manifest")])
+@pytest.mark.parametrize(
+    ("content", "culprit"), [(None, "it has no manifest.json"), ("{", "manifest.json is not valid")]
+)
 def test_a_folder_that_is_no_bundle(content: str | None, culprit: str, out: Path, told: Run) -> None:
     if content is not None:
         (out / "manifest.json").write_text(content)

@@ -5,41 +5,35 @@ docs/reference/bundle.md specifies the format.
 
 from typing import Annotated, Literal
 
-import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field, model_validator
 from stageline.runtime.bundle.manifest import BundlePath, CacheSpec, FileEntry, Sha256, TensorSpec
 from stageline.runtime.engines.tensorrt.flavour import FlavourName
 from stageline.runtime.engines.tensorrt.lower import Precision, compute_dtype
-
-VERSION = 1
-
-
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from stageline.runtime.validation import Data
 
 
-class SizeRange(_Data):
+class SizeRange(Data):
     """The sizes that a free dimension may take, and the one that kernels are chosen for."""
 
     least: int = Field(ge=0)
     best: int = Field(ge=0)
     most: int = Field(ge=1)
 
-    @pydantic.model_validator(mode="after")
+    @model_validator(mode="after")
     def _ordered(self) -> "SizeRange":
         if not self.least <= self.best <= self.most:
             raise ValueError(f"sizes {self.least}, {self.best}, {self.most} are not in order")
         return self
 
 
-class OptimizationProfile(_Data):
+class OptimizationProfile(Data):
     """One optimisation profile: `sizes` of each free dimension of the inputs (`batch`, `length`, `picks`)."""
 
     name: str
     sizes: dict[str, SizeRange]
 
 
-class Options(_Data):
+class Options(Data):
     """How an engine is built besides its target, precision and profiles.
 
     `stripped`: the weights are inputs, bound to buffers that are filled from the bundle at load. `workspace_bytes`: the
@@ -53,7 +47,7 @@ class Options(_Data):
     workspace_bytes: int | None = Field(default=None, gt=0)
 
 
-class EngineRecord(_Data):
+class EngineRecord(Data):
     """One engine: a stage built for a target in a precision.
 
     The order of `profiles` is that of the engine's optimisation profiles. `inputs` and `outputs` are the graph's but
@@ -96,7 +90,7 @@ class EngineRecord(_Data):
         return str(compute_dtype(self.precision).numpy())
 
 
-class EnginesManifest(_Data):
+class EnginesManifest(Data):
     """All engines of a bundle, and timing caches: (flavour, version, target) -> file."""
 
     format: Literal["stageline-engines"] = "stageline-engines"

@@ -10,44 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pydantic
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle.manifest import FileEntry
-from stageline.runtime.engines.tensorrt.records import VERSION, EngineRecord, EnginesManifest
+from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest
+from stageline.runtime.validation import read_document
 
 FOLDER = "engines"
 MANIFEST = f"{FOLDER}/manifest.json"
 UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
-_MANIFEST_LIMIT_BYTES = 256 * 1024**2
-
-
-class _Head(pydantic.BaseModel):
-    format: str
-    version: int
 
 
 def read_engines(bundle: Path) -> EnginesManifest:
-    """The engines of the bundle in folder `bundle`; none where it has no manifest of engines. BundleError where that
+    """The engines of the bundle in folder `bundle`; none if it has no manifest of engines. BundleError if that
     is not valid: the bundle itself opens all the same."""
-    file = bundle / MANIFEST
-    again = f"delete {bundle / FOLDER} and build again: stageline build {bundle} --target TARGET"
+    advice = f"delete {bundle / FOLDER} and build again: stageline build {bundle} --target TARGET"
     try:
-        if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
-            raise BundleError(f"{file} has more bytes than any manifest; {again}")
-        data = file.read_bytes()
+        return read_document(EnginesManifest, bundle / MANIFEST, advice)
     except FileNotFoundError:
         return EnginesManifest()
-    try:
-        head = _Head.model_validate_json(data)
-        if head.format != "stageline-engines":
-            raise BundleError(f"{file} has format {head.format!r}, not 'stageline-engines'; {again}")
-        if head.version != VERSION:
-            raise BundleError(f"{file} has version {head.version}; this stageline reads version {VERSION}; {again}")
-        return EnginesManifest.model_validate_json(data)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise BundleError(f"{file} is not valid ({place}: {first['msg']}); {again}") from error
 
 
 class EngineStore:

@@ -202,7 +202,7 @@ def test_a_missing_or_broken_profile_is_told_in_one_line(bundle: Bundle) -> None
     data["points"][0]["seconds"] = -1
     file.write_text(json.dumps(data))
     with pytest.raises(
-        BundleError, match=r"no valid profile \(points.0.seconds: .*greater than 0\); run stageline profile"
+        BundleError, match=r"is not valid \(points.0.seconds: .*greater than 0.*\); run stageline profile"
     ):
         load(bundle.path, Machine.here())
 
