@@ -1,4 +1,4 @@
-"""A bundle on disk: opening, checking and writing it. docs/bundle.md specifies the format."""
+"""A bundle on disk: opening, checking and writing it. docs/reference/bundle.md specifies the format."""
 
 import hashlib
 import math

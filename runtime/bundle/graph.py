@@ -7,7 +7,7 @@ import onnx_ir as ir
 from stageline.runtime.bundle.manifest import BATCH, LENGTH, CacheSpec
 
 NOMINAL = {BATCH: 8, LENGTH: 128}  # sizes at which the bytes that cross a cut are compared
-CACHE_ATTENTION = "CacheAttention"  # in the domain "stageline"; docs/bundle.md specifies it
+CACHE_ATTENTION = "CacheAttention"  # in the domain "stageline"; docs/reference/bundle.md specifies it
 
 
 def size_bytes(shape: Sequence[int | str], dtype: str) -> int:

@@ -1,6 +1,6 @@
 """The manifest: what a bundle holds, as data that is validated once, when it is read.
 
-docs/bundle.md specifies the format. Paths are POSIX, relative to the bundle's folder, and never leave it.
+docs/reference/bundle.md specifies the format. Paths are POSIX, relative to the bundle's folder, and never leave it.
 """
 
 from collections.abc import Sequence
@@ -152,7 +152,9 @@ class UncutManifest(Data):
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
-    attention: str | None = None  # cache, cache-torch, fused or primitive (docs/bundle.md); version 2 does not say
+    attention: str | None = (
+        None  # cache, cache-torch, fused or primitive (docs/reference/bundle.md); version 2 does not say
+    )
     refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
     no_cache_reason: str | None = None  # why a model of text keeps no keys and values
     made_by: dict[str, str]  # package -> version

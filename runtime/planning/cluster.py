@@ -115,7 +115,7 @@ def _near(a: Kind, b: Kind, handover_s: float) -> Link:
 
 
 def read_cluster(path: Path) -> Cluster:
-    """The cluster of a file (docs/planning.md specifies it). StagelineError in one line if it is not valid."""
+    """The cluster of a file (docs/how-to/plan.md specifies it). StagelineError in one line if it is not valid."""
     try:
         data = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

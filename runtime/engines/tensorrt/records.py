@@ -1,6 +1,6 @@
 """The engines' manifest: the contents of a bundle's `engines/`, as data that is validated once, when it is read.
 
-docs/bundle.md specifies the format.
+docs/reference/bundle.md specifies the format.
 """
 
 from typing import Annotated, Literal
