@@ -167,7 +167,7 @@ def test_serving_commands_never_import_torch(bundle: Path) -> None:
     code = """
 import sys
 sys.modules.update(dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "onnxscript")))
-from stageline.exporter.cli import main
+from stageline.exporter.commands.cli import main
 b = sys.argv[1]
 for command in (["inspect", b], ["run", b, "--text", "a cat"], ["recut", b, "--stages", "3"], ["models", "list"]):
     assert main(command) == 0, command
