@@ -152,9 +152,7 @@ class UncutManifest(Data):
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
-    attention: str | None = (
-        None  # cache, cache-torch, fused or primitive (docs/reference/bundle.md); version 2 does not say
-    )
+    attention: str | None = None  # cache, cache-torch, fused or primitive (docs/reference/bundle.md); None in version 2
     refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
     no_cache_reason: str | None = None  # why a model of text keeps no keys and values
     made_by: dict[str, str]  # package -> version

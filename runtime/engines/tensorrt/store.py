@@ -1,4 +1,4 @@
-"""The engines in a bundle's folder: reads and writes `engines/` and its manifest, as docs/reference/bundle.md specifies.
+"""The engines in a bundle's folder: reads and writes `engines/` and its manifest (docs/reference/bundle.md).
 
 A build may end at any moment. So files are written aside and renamed, the manifest last, and only files in the manifest
 count. One build at a time holds the folder's lock; it removes what a killed one left behind.

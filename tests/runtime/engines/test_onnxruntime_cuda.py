@@ -12,26 +12,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from fake_cuda import FakeDriver
-from stageline.exporter.export import export
-from stageline.exporter.synthesize import synthesize
+from llamas import THREE_BLOCKS
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 
 SECONDS = 60
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 99,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.5,
-}
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 DEVICES = [
     ["cuda:0"],
@@ -43,11 +30,9 @@ DEVICES = [
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decoder(export_once: Callable[..., Path]) -> Path:
     """A Llama of three blocks in three stages."""
-    folder = tmp_path_factory.mktemp("cuda")
-    synthesize(CONFIG, folder / "checkpoint", seed=2, dtype="float32")
-    return export(folder / "checkpoint", folder / "bundle", stages=3).path
+    return export_once(THREE_BLOCKS, stages=3, seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from stageline.exporter.export import export
+from llamas import TIED
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
 from stageline.runtime.engines.lowering.nbits import to_nbits
@@ -87,12 +87,10 @@ def test_a_cut_is_crossed_by_the_hidden_state_and_the_mask(tiny_bundle: Path) ->
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_weights_count_as_an_engine_holds_them(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, weights: WeightDtype
+    export_once: Callable[..., Path], weights: WeightDtype
 ) -> None:
     """A Llama whose matrices are large enough, and whose head is its table, quantised once more."""
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 300}
-    bundle = export(make_checkpoint(tmp_path / "checkpoint", **llama, **sizes), tmp_path / "bundle").path
+    bundle = export_once(TIED)
     opened = Bundle.open(bundle)
     (stage,) = opened.manifest.stages
     model = ir.load(bundle / stage.file)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeDriver
 from fake_tensorrt import FakeTensorRT
-from stageline.exporter.export import export
-from stageline.exporter.synthesize import synthesize
+from llamas import THREE_BLOCKS
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.devices import cuda
@@ -26,29 +25,16 @@ from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.workload import Workload
 
 SECONDS = 60
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 99,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.5,
-}
 LOAD = Workload(micro_batch=4, length=32, slots=4, capacity=64)
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 Install = Callable[[FakeDriver], FakeTensorRT]
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decoder(export_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of three blocks in two stages, with engines for sm89."""
-    folder = tmp_path_factory.mktemp("tensorrt")
-    synthesize(CONFIG, folder / "checkpoint", seed=2, dtype="float32")
-    bundle = export(folder / "checkpoint", folder / "bundle", stages=2).path
+    made = export_once(THREE_BLOCKS, stages=2, seed=2)
+    bundle = Path(shutil.copytree(made, tmp_path_factory.mktemp("tensorrt") / "bundle"))
     fake_tensorrt.build(bundle, LOAD)
     return bundle
 
