@@ -25,7 +25,7 @@ LLAMA = {
     "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-QUICK = PolicySettings(window_s=0.1, windows=2, fewest_runs=3, rest_s=0.2)
+QUICK = PolicySettings(window_s=0.1, windows=2, min_runs=3, rest_s=0.2)
 
 
 class Timed:
@@ -117,7 +117,7 @@ def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCa
         assert (told.mode, told.advice.layers, told.advice.now) == ("advise", (3, 3), (5, 1))
         assert told.advice.gain > 0.3
         assert (pipeline.layers, pipeline.stats().changeovers) == ((5, 1), 0)
-        assert any("layers 3,3 instead of 5,1 would give" in record.message for record in caplog.records)
+        assert any("layers 3,3 instead of 5,1 would have" in record.message for record in caplog.records)
         pipeline.recut([3, 3])  # taken by hand: it does not hold any more
         after = pipeline.stats().rebalance
         assert after is not None
