@@ -2,8 +2,8 @@
 
 A way registers a function of its own with transformers for as long as a trace takes. The cache's operator is
 `stageline::CacheAttention` (docs/reference/bundle.md), whose keys and values of earlier tokens are state that no graph
-input shows. It encodes the mask itself: causal, a window, soft caps, sinks. If a model's masks or attention do more than an
-operator, that way refuses the model, with the reason, and the next one is tried.
+input shows. It encodes the mask itself: causal, a window, soft caps, sinks. If a model's masks or attention do more
+than an operator, that way refuses the model, with the reason, and the next one is tried.
 """
 
 import contextlib

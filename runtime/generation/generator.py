@@ -350,8 +350,8 @@ class Generator:
 
 
 def _engine_error(what: str, error: BaseException) -> EngineError:
-    """What the submitters are told of something unforeseen: its first line, and the thing itself as the cause."""
+    """The submitters' error for something unforeseen: its first line, and the thing itself as the cause."""
     line = str(error).strip().split("\n", 1)[0]
-    told = EngineError(f"{what}: {type(error).__name__}: {line}")
-    told.__cause__ = error
-    return told
+    failure = EngineError(f"{what}: {type(error).__name__}: {line}")
+    failure.__cause__ = error
+    return failure

@@ -6,8 +6,8 @@ A continuation and its slot:
        └──────────────────┴───────────cancelled or failed──────────┘
 
 The slots of a group are a contiguous range, so that a step's rows are a range of the cache and nothing is copied. Each
-group has at most one decode step under way, which holds all its decoding rows; with a group for each stage, every stage
-has a group to work on while another's tokens are chosen. Prefill goes in chunks, as many under way as there are stages,
+group has at most one running decode step, which holds all its decoding rows; with a group for each stage, every stage
+has a group to work on while another's tokens are chosen. Prefill goes in chunks, as many at a time as there are stages,
 so that a long prompt stalls the others for a chunk at most. Steps are done in the order they were issued, at every
 stage: what a slot holds "once the issued steps are done" is therefore known here, at once.
 
@@ -29,7 +29,7 @@ MIN_SHARED = 16  # tokens: a shorter common beginning is not worth a copy
 
 @dataclass(eq=False, slots=True)
 class Continuation:
-    """One choice of a request on its way: its `tokens` so far, `prompt_length` of which were given.
+    """One choice of a running request: its `tokens` so far, `prompt_length` of which were given.
 
     `leader` is the choice of the same request whose cache it copies the prompt from; it is admitted after that one.
     """
@@ -110,7 +110,7 @@ class Step:
 @dataclass(eq=False)
 class Scheduler:
     """`slot_count` slots of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
-    `prefills` of them under way."""
+    `prefills` of them running."""
 
     slot_count: int
     capacity: int
@@ -124,7 +124,7 @@ class Scheduler:
             Slot(number, _group_of(number, self.groups, self.slot_count), *np.zeros((2, self.capacity), np.int64))
             for number in range(self.slot_count)
         ]
-        self._decoding = [False] * self.groups  # a decode step of the group is under way
+        self._decoding = [False] * self.groups  # a decode step of the group is running
         self._prefilling = 0
         self._clock = 0
         self._steps = 0
@@ -137,7 +137,7 @@ class Scheduler:
         self.waiting.append(continuation)
 
     def end(self, continuation: Continuation, keep: int | None = None) -> None:
-        """Let go of a continuation wherever it is. What its slot holds stays for others to begin with, or only the
+        """Let go of a continuation, whatever its state. What its slot holds stays for others to begin with, or only the
         first `keep` tokens of it, where what follows cannot be trusted."""
         continuation.ended = True
         slot = continuation.slot
@@ -152,8 +152,8 @@ class Scheduler:
             slot.count = min(slot.count, keep)
 
     def switch(self, groups: int, prefills: int, forget: bool = False) -> None:
-        """Go on with other numbers of groups and prefills, while no step is under way. Slots keep what they hold;
-        `forget`: none runs, and they hold nothing any more."""
+        """Switch to other numbers of groups and prefills, while no step is running. Slots keep what they hold;
+        `forget`: no continuation runs, and they hold nothing any more."""
         assert not self._prefilling
         assert not any(self._decoding)
         self.groups, self.prefills, self._decoding, self._turn = groups, prefills, [False] * groups, 0
@@ -181,7 +181,7 @@ class Scheduler:
 
     def failed(self, step: Step) -> list[Continuation]:
         """The step has failed in a stage. Forget what it would have left in the caches, with all copies of it, and
-        return the continuations that it takes along: its own, and those that go on from its tokens."""
+        return the continuations that it takes along: its own, and those that continue its tokens."""
         self.done(step)
         lost = []
         for slot in self.slots:
@@ -229,9 +229,9 @@ class Scheduler:
         """The slot that holds most of the prompt's beginning, and how much; the last token is always computed."""
         best: tuple[Slot | None, int] = (None, 0)
         for slot in self.slots:
-            most = min(slot.count, len(prompt) - 1)
-            unlike = np.flatnonzero(slot.tokens[:most] != prompt[:most])
-            shared = int(unlike[0]) if len(unlike) else most
+            bound = min(slot.count, len(prompt) - 1)
+            unlike = np.flatnonzero(slot.tokens[:bound] != prompt[:bound])
+            shared = int(unlike[0]) if len(unlike) else bound
             if shared >= MIN_SHARED and (shared, slot.continuation is None) > (best[1], False):
                 best = slot, shared
         return best

@@ -73,13 +73,13 @@ class Rebalancer:
         if cut.bundle is None or len(cut.layers) != len(after) or not after[0].runs - before[0].runs:
             return
         amounts = {kind: amount.since(before[0].amounts[kind]) for kind, amount in after[0].amounts.items()}
-        told = work_seconds(self._use_seconds(cut.bundle, after), amounts, self._past)
+        expected = work_seconds(self._use_seconds(cut.bundle, after), amounts, self._past)
         window = Observation(
             cut.layers,
             tuple(now.busy_s - then.busy_s for then, now in zip(before, after, strict=True)),
             tuple(now.runs - then.runs for then, now in zip(before, after, strict=True)),
-            told.use_s,
-            told.later_stage_s,
+            expected.use_s,
+            expected.later_stage_s,
         )
         advice = self._policy.observe(monotonic(), window)
         if advice is None:

@@ -29,7 +29,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """A stage to be opened: the names it reads and gives, and what opens its engine on its device."""
+    """A stage to be opened: the names it reads and computes, and what opens its engine on its device."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -52,7 +52,7 @@ class Amount:
 @dataclass(frozen=True)
 class StageStats:
     """What one stage did since the pipeline opened. `utilisation` is busy time over wall time, 0 to 1; `copy_s`, of
-    copies between engines and cache rows, is no part of it. On a GPU `busy_s` is the device's own time, `cores` are
+    copies between engines and cache rows, is not part of it. On a GPU `busy_s` is the device's own time, `cores` are
     those that feed it."""
 
     device: str

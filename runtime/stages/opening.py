@@ -111,7 +111,7 @@ def check_same_model(running: Bundle, new: Bundle) -> None:
         ("number of blocks", a.blocks, b.blocks),
         ("task", a.task, b.task),
         ("vocabulary", a.vocabulary, b.vocabulary),
-        ("most positions", a.max_positions, b.max_positions),
+        ("max positions", a.max_positions, b.max_positions),
         (f"shape of {unlike}", shapes[0].get(unlike or ""), shapes[1].get(unlike or "")),
         ("inputs", [spec.name for spec in a.inputs], [spec.name for spec in b.inputs]),
         ("outputs", [spec.name for spec in a.outputs], [spec.name for spec in b.outputs]),

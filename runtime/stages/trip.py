@@ -3,8 +3,7 @@
     start ──> stage's inbox ──> visit, run ──> next stage's inbox ──> visit, run ──> landing ──> landed(outputs)
                                    └─ raises: landed(error), after the other stages if `visits_all`
 
-Each stage has an inbox. A worker takes a trip from its inbox, runs its engine on it and puts it into the inbox of the
-next stage: it alone owns the trip in between.
+A stage's worker takes a trip from its inbox and puts it into the next stage's: it alone owns the trip in between.
 """
 
 from abc import ABC, abstractmethod

@@ -453,7 +453,7 @@ def test_only_weights_may_differ(llamas: list[Path]) -> None:
     for change, told in (
         ({"vocabulary": 299}, "its vocabulary is 299, not 300"),
         ({"uses": new.manifest.uses[1:]}, "its number of blocks is 5, not 6"),
-        ({"max_positions": 64}, "its most positions is 64, not 128"),
+        ({"max_positions": 64}, "its max positions is 64, not 128"),
         ({"outputs": ()}, r"its outputs is \[\], not \['logits'\]"),
     ):
         with pytest.raises(BundleError, match=told):

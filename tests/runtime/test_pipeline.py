@@ -448,5 +448,5 @@ def test_stats_measure_busy_time() -> None:
 
 def test_stages_that_do_not_connect_are_refused() -> None:
     stages = [PipelineStage(("z",), ("y",), lambda device: PythonStage("y", lambda values: values["z"]))]
-    with pytest.raises(BundleError, match=r"no stage gives 'h' before it is read"):
+    with pytest.raises(BundleError, match=r"no stage computes 'h' before it is read"):
         Pipeline.of_stages(CURVE, stages)

@@ -20,7 +20,7 @@ from stageline.runtime.rebalance.rebalancer import Rebalancer
 
 SECONDS = 20  # for what must happen; nothing takes that long
 BLOCK_S = 0.002
-QUICK = PolicySettings(window_s=0.1, windows=2, fewest_runs=3, rest_s=0.2)
+QUICK = PolicySettings(window_s=0.1, windows=2, min_runs=3, rest_s=0.2)
 
 
 class Timed:
@@ -109,7 +109,7 @@ def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCa
         assert (told.mode, told.advice.layers, told.advice.now) == ("advise", (3, 3), (5, 1))
         assert told.advice.gain > 0.3
         assert (pipeline.layers, pipeline.stats().changeovers) == ((5, 1), 0)
-        assert any("layers 3,3 instead of 5,1 would give" in record.message for record in caplog.records)
+        assert any("layers 3,3 instead of 5,1 would have" in record.message for record in caplog.records)
         pipeline.recut([3, 3])  # taken by hand: it does not hold any more
         after = pipeline.stats().rebalance
         assert after is not None

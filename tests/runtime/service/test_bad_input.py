@@ -223,7 +223,7 @@ def test_a_client_that_asks_before_it_sends_is_told_at_once(service: Any) -> Non
 
 @pytest.mark.parametrize(
     ("content", "status", "told"),
-    [("refuse", 400, "no such chats"), ("escape", 500, "chat template"), ("loop", 500, "processor time")],
+    [("refuse", 400, "no such chats"), ("escape", 500, "chat template"), ("loop", 500, "CPU time")],
 )
 def test_a_hostile_chat_template(service: Any, content: str, status: int, told: str) -> None:
     refused(

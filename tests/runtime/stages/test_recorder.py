@@ -72,7 +72,7 @@ class Numbered:
 
 
 def test_a_long_run_keeps_whole_windows_from_its_beginning_to_its_end() -> None:
-    recorder, most, count = Recorder(most=1000), 1000, 100_000
+    recorder, most, count = Recorder(max_spans=1000), 1000, 100_000
     for number in range(count):
         for stage in range(2):
             recorder.ran(stage, float(number), number + 0.5, Numbered(number))
