@@ -2,11 +2,11 @@
 
     python benchmarks/tensorrt_builds.py --json benchmarks/results/tensorrt_builds.json
 
-The reference bundles (bundles/minilm, bundles/smollm2, made by `make demo`) are copied, cut into 2 stages and built
-for all targets in fp16 and bf16, and for one with quantised weights; built again, which must build nothing; and, for
-the first target and precision, again after one weight was changed, which must build one stage. The architectures of
-tests/exporter/test_parity.py are made up, exported, and built in 2 stages for all targets; where TensorRT refuses one,
-the table has its reason. No GPU is needed.
+The reference bundles (bundles/minilm, bundles/smollm2, from `make demo`) are copied, cut into 2 stages and built for
+all targets in fp16 and bf16, and for one with quantised weights. A second build must build nothing. After one weight is
+changed, a third one, for the first target and precision, must build one stage. The architectures of
+tests/exporter/test_parity.py are synthesised, exported, and built in 2 stages for all targets; if TensorRT rejects one,
+the table shows its reason. No GPU is needed.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stageline.exporter.commands.show import human_bytes, table
+from stageline.exporter.commands.show import table
 from stageline.exporter.export import export
+from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, Wanted, build
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
@@ -41,7 +42,7 @@ STRIPPED_TARGET = QUANTISED_TARGET = "sm89"
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine of a reference bundle. Bytes are of the plan on disk."""
+    """One engine of a reference bundle. `plan_bytes`: its engine file on disk."""
 
     model: str
     stage: int
@@ -54,7 +55,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Again:
-    """What building a second time did: with nothing changed, and with one tensor of one stage changed."""
+    """What later builds did: with nothing changed, and with one tensor of one stage changed."""
 
     model: str
     engines: int
@@ -69,8 +70,8 @@ class Again:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of the parity list for one target in one precision: bytes and seconds of all its stages, or
-    TensorRT's reason."""
+    """An architecture of the parity list for one target and precision: bytes and seconds of all stages, or TensorRT's
+    reason to reject it."""
 
     name: str
     target: str
@@ -110,7 +111,7 @@ def _engine(name: str, outcome: BuildOutcome) -> Engine:
 
 
 def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
-    """Build every architecture of the parity list for all that is wanted."""
+    """Build every architecture of the parity list for all wanted targets and precisions."""
     spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/exporter/test_parity.py")
     assert spec is not None
     assert spec.loader is not None
@@ -139,7 +140,7 @@ def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
 def _build(path: Path, wanted: Sequence[Wanted], options: Options) -> list[BuildOutcome]:
     bundle = Bundle.open(path)
     limit = bundle.manifest.max_positions or 2048
-    load = Workload(length=min(128, limit), context=min(2048, limit))
+    load = Workload(length=min(128, limit), capacity=min(2048, limit))
     return build(bundle, wanted, load, options, done=lambda outcome: print(".", end="", file=sys.stderr))
 
 
@@ -149,7 +150,7 @@ def _copy(bundle: Path, to: Path) -> Path:
 
 
 def _change_one_weight(path: Path) -> tuple[str, int]:
-    """Change one element of a matrix that the last stage alone reads; its name, and that stage."""
+    """Change one element of a matrix that only the last stage reads; returns its name and that stage."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     last = len(manifest.stages) - 1
@@ -175,7 +176,7 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
     parts = []
     if engines:
         rows = [
-            [e.model, str(e.stage), e.target, e.precision, e.weights, human_bytes(e.plan_bytes), f"{e.build_s:.1f}"]
+            [e.model, str(e.stage), e.target, e.precision, e.weights, words.size(e.plan_bytes), f"{e.build_s:.1f}"]
             for e in engines
         ]
         head = ["model", "stage", "target", "precision", "weights", "engine", "build s"]
@@ -189,21 +190,21 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
     if architectures:
         rows = [
             [a.name, a.target, a.precision, "yes" if a.caches else "no",
-             human_bytes(a.plan_bytes) if not a.error else "-", f"{a.build_s:.1f}" if not a.error else "-",
+             words.size(a.plan_bytes) if not a.error else "-", f"{a.build_s:.1f}" if not a.error else "-",
              a.error or "builds"]
             for a in architectures
         ]  # fmt: skip
         parts.append(table(["architecture", "target", "precision", "caches", "engines", "build s", ""], rows))
-        refused = sum(a.error is not None for a in architectures)
-        parts.append(f"{len(architectures) - refused} of {len(architectures)} build")
+        rejected = sum(a.error is not None for a in architectures)
+        parts.append(f"{len(architectures) - rejected} of {len(architectures)} build")
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    """Run what is asked for, print the tables, and write the JSON."""
+    """Run, print the tables, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["reference", "parity"], help="one half")
-    parser.add_argument("--target", action="append", help="of the architectures; each of all unless given")
+    parser.add_argument("--only", choices=["reference", "parity"], help="run only one half")
+    parser.add_argument("--target", action="append", help="of the architectures (default: all)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the architectures")
     parser.add_argument("--json", type=Path, help="write the figures here; a half keeps the other half of the file")
     arguments = parser.parse_args()

@@ -15,9 +15,9 @@ from stageline.exporter.verify.against_torch import load_reference
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.sentence import pooling
 from stageline.runtime.bench.baselines import one_by_one
-from stageline.runtime.bench.contenders import EMBEDDING, CallContender, RequestOutcome
+from stageline.runtime.bench.contenders import CallContender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import EMBEDDING, Manifest
 from stageline.runtime.engines import Array
 from transformers.generation.streamers import BaseStreamer
 

@@ -61,18 +61,9 @@ class TextEncoder:
             elif not encoding.ids:
                 raise RequestError(f"text {number} ({inputs[number]!r}) has no tokens; give a text with some")
 
-        shape = (len(encodings), max(len(encoding.ids) for encoding in encodings))
-        arrays = {
-            "input_ids": np.full(shape, self.pad_id, np.int64),
-            "attention_mask": np.zeros(shape, np.int64),
-            "token_type_ids": np.zeros(shape, np.int64),
-        }
-        for row, encoding in enumerate(encodings):
-            length = len(encoding.ids)
-            arrays["input_ids"][row, :length] = encoding.ids
-            arrays["attention_mask"][row, :length] = encoding.attention_mask
-            arrays["token_type_ids"][row, :length] = encoding.type_ids
-        return arrays
+        ids, mask = padded([encoding.ids for encoding in encodings], self.pad_id)
+        types, _ = padded([encoding.type_ids for encoding in encodings], 0)
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def ids(self, text: str, special: bool = True) -> list[int]:
         """The tokens of one text, of any number; `special`: with those that the tokenizer adds to every text.
@@ -118,6 +109,15 @@ class TextEncoder:
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.enable_truncation(self.max_length)
         return tokenizer
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of tokens as one array, padded on the right, and its attention mask; both int64 [rows, length]."""
+    shape = (len(rows), max(map(len, rows)))
+    ids, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+    return ids, mask
 
 
 def _inputs(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str] | list[tuple[str, str]]:

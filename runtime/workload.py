@@ -25,19 +25,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the pipeline will run. With caches: `slots` rows of `context` tokens, decoded in one group per stage, with
-    half of the context in the cache on average. Without: micro-batches of `batch` rows of `length` tokens."""
+    """What the pipeline will run. With caches: `slots` rows of `capacity` tokens, decoded in one group per stage, with
+    half of them in the cache on average. Without: micro-batches of `micro_batch` rows of `length` tokens."""
 
-    batch: int = 8
+    micro_batch: int = 8
     length: int = 128
     slots: int = 8
-    context: int = 2048
+    capacity: int = 2048
 
     def shape(self, cached: bool, stages: int | None) -> Shape:
         """The micro-batch that the plan is made for."""
         if not cached:
-            return Shape(self.batch, self.length)
-        return Shape(-(-self.slots // (stages or 1)), 1, max(1, self.context // 2), 1)
+            return Shape(self.micro_batch, self.length)
+        return Shape(-(-self.slots // (stages or 1)), 1, max(1, self.capacity // 2), 1)
 
 
 def poisson(rate_per_s: float, count: int, seed: int) -> list[float]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import BundleError, EngineError, RequestError
-from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.models.tokenizer import TextEncoder, padded
+from stageline.runtime.bundle.manifest import EMBEDDING, Manifest
 from stageline.runtime.engines.base import Array
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
@@ -56,7 +56,7 @@ def encoder_of(folder: Path, manifest: Manifest) -> TextEncoder:
 
 def sentence_similarity(session: Session, texts: Sequence[str]) -> Answer:
     """The embedding of each text, and the cosine between each two."""
-    vectors = session.run(session.encoder.encode(texts), "sentence_embedding")
+    vectors = session.run(session.encoder.encode(texts), EMBEDDING)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
     return {"embeddings": vectors.tolist(), "similarity": (unit @ unit.T).tolist()}
 
@@ -171,13 +171,9 @@ def _continue(session: Session, prompt: list[int], new_tokens: int) -> list[int]
 
 def _next_logits(session: Session, rows: list[list[int]]) -> Array:
     """The logits [batch, vocabulary] after the last token of each row."""
-    lengths = np.array([len(row) for row in rows])
-    ids = np.full((len(rows), lengths.max()), session.encoder.pad_id, np.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    ids, mask = padded(rows, session.encoder.pad_id)
     logits = session.run({"input_ids": ids, "attention_mask": mask}, "logits")
-    last: Array = logits[np.arange(len(rows)), lengths - 1]
+    last: Array = logits[np.arange(len(rows)), mask.sum(axis=1) - 1]
     return last
 
 

@@ -1,8 +1,10 @@
-"""What the `stageline` command prints: tables in plain text, and numbers as people read them."""
+"""What the `stageline` command prints: tables in plain text, bundles, and answers to texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stageline.runtime import words
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.graph import NOMINAL, size_bytes
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 
@@ -18,32 +20,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def human_bytes(count: int) -> str:
-    """1234567 -> 1.2 MB."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def bundle(manifest: Manifest, summary: Mapping[str, Any]) -> str:
+def bundle(opened: Bundle) -> str:
     """A bundle: what it is, its stages, and what crosses each cut."""
+    manifest = opened.manifest
     head = [
         f"{manifest.architecture}, {manifest.task}, {manifest.dtype}: {manifest.blocks} blocks, "
-        f"{summary['parameters']:,} parameters, {human_bytes(summary['weight_bytes'])} of weights",
+        f"{opened.parameters:,} parameters, {words.size(opened.weight_bytes)} of weights",
         f"trace: {manifest.trace}",
+        attention(manifest),
         "",
         table(
             ["stage", "blocks", "parameters", "weights"],
             [
-                [str(n), f"{s.first_block}-{s.last_block}", f"{s.parameters:,}", human_bytes(s.weight_bytes)]
+                [str(n), f"{s.first_block}-{s.last_block}", f"{s.parameters:,}", words.size(s.weight_bytes)]
                 for n, s in enumerate(manifest.stages)
             ],
         ),
     ]
     crossing = [
-        [f"{n - 1} -> {n}", spec.name, spec.dtype, _shape(spec), human_bytes(size_bytes(spec.shape, spec.dtype))]
+        [f"{n - 1} -> {n}", spec.name, spec.dtype, _shape(spec), words.size(size_bytes(spec.shape, spec.dtype))]
         for n, specs in enumerate(cuts(manifest), start=1)
         for spec in specs
     ]
@@ -53,9 +48,22 @@ def bundle(manifest: Manifest, summary: Mapping[str, Any]) -> str:
     return "\n".join(head)
 
 
+def attention(manifest: Manifest) -> str:
+    """How attention was traced, in one line."""
+    how = {
+        None: "not recorded",
+        "cache": "with a KV cache",
+        "cache-torch": "with a KV cache, in place of torch's function",
+        "fused": "as one operator",
+        "primitive": "as the model computes it",
+    }.get(manifest.attention, manifest.attention)
+    without = f"; no KV cache: {manifest.no_cache_reason}" if manifest.no_cache_reason else ""
+    return f"attention: {how}{without}"
+
+
 def cuts(manifest: Manifest) -> list[list[TensorSpec]]:
-    """For each cut what crosses it: values made before it and read after it. The model's inputs are left out, since
-    they are at hand everywhere."""
+    """The values that cross each cut: made before it and read after it. The model's inputs are left out, because every
+    stage can have them."""
     given = {spec.name for spec in manifest.inputs}
     result = []
     for number in range(1, len(manifest.stages)):
@@ -66,7 +74,7 @@ def cuts(manifest: Manifest) -> list[list[TensorSpec]]:
 
 
 def answer(task: str, texts: Sequence[str], result: Mapping[str, Any]) -> str:
-    """What a pipeline said to texts, one line or a few for each text."""
+    """A pipeline's answers to texts, one or more lines per text."""
     if task == "sentence-similarity":
         return _similarity(texts, result)
     lines: list[str] = []

@@ -143,7 +143,7 @@ def _jobs(
 
         @cache
         def lowered(precision: Precision, file: StageFile = file) -> Lowered:
-            return lower(file, precision, workload.context, options.stripped)
+            return lower(file, precision, workload.capacity, options.stripped)
 
         for kind in wanted:
             try:
@@ -169,7 +169,7 @@ def _key(
     document = {
         "graph": hashlib.sha256(lowered.proto).hexdigest(),
         "weights": weights,
-        "flavour": kind.flavour.name,
+        "flavour": kind.flavour.module,
         "version": kind.flavour.version,
         "target": kind.target,
         "profiles": [profile.model_dump(by_alias=True) for profile in profiles],
@@ -288,7 +288,7 @@ class _Building:
             flavour=job.wanted.flavour.name,
             target=job.wanted.target,
             precision=job.wanted.precision,
-            capacity=self.workload.context,
+            capacity=self.workload.capacity,
             profiles=job.profiles,
             options=self.options,
             plan=self.store.aside(plan),
@@ -317,7 +317,7 @@ class _Building:
             inputs=job.lowered.inputs,
             outputs=job.lowered.outputs,
             weights=job.lowered.weight_specs if self.options.stripped else (),
-            capacity=self.workload.context if caches else None,
+            capacity=self.workload.capacity if caches else None,
             caches=caches,
             build_s=result.build_s,
         )

@@ -11,17 +11,17 @@ from stageline.runtime.workload import Workload
 def profiles_of(manifest: Manifest, workload: Workload) -> tuple[OptimizationProfile, ...]:
     """The optimisation profiles of a bundle's engines.
 
-    A model without caches has one, `rows`: up to `workload.batch` rows of any length that the model accepts, tuned for
-    full batches of `workload.length` tokens. A model with caches has three: `decode`, one token for each of up to
-    `workload.slots` rows; `prefill`, chunks of up to `workload.length` tokens, with the logits of one token per row;
-    and `rows`, the same with all logits. Only `rows` needs memory for them.
+    A model without caches has one, `rows`: up to `workload.micro_batch` rows of any length that the model accepts,
+    tuned for full batches of `workload.length` tokens. A model with caches has three: `decode`, one token for each of
+    up to `workload.slots` rows; `prefill`, chunks of up to `workload.length` tokens, with the logits of one token per
+    row; and `rows`, the same with all logits. Only `rows` needs memory for them.
     """
     if not manifest.cached:
         max_length = max(workload.length, (manifest.text and manifest.text.max_length) or 0)
         max_length = min(max_length, manifest.max_positions or max_length)
         length = SizeRange(min=1, opt=min(workload.length, max_length), max=max_length)
-        return (OptimizationProfile(name="rows", sizes={BATCH: _up_to(workload.batch), LENGTH: length}),)
-    batch, chunk = _up_to(workload.slots), _up_to(min(workload.length, workload.context))
+        return (OptimizationProfile(name="rows", sizes={BATCH: _up_to(workload.micro_batch), LENGTH: length}),)
+    batch, chunk = _up_to(workload.slots), _up_to(min(workload.length, workload.capacity))
     one, at_most_one = SizeRange(min=1, opt=1, max=1), SizeRange(min=0, opt=1, max=1)
     return (
         OptimizationProfile(name="decode", sizes={BATCH: batch, LENGTH: one, PICKS: at_most_one}),

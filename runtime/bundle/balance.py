@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import UncutManifest
 
 
-def part_costs(manifest: Manifest, parts: Sequence[ir.Model]) -> list[int]:
+def part_costs(manifest: UncutManifest, parts: Sequence[ir.Model]) -> list[int]:
     """The cost of each use in order (prologue, blocks, epilogue): the number of weights that multiply each token."""
     costs = []
     for use in manifest.uses:

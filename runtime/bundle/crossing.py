@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.runtime.bundle.graph import size_bytes, size_read
-from stageline.runtime.bundle.manifest import Manifest, TensorSpec, uses_of
+from stageline.runtime.bundle.manifest import TensorSpec, UncutManifest, uses_of
 
 _RECOMPUTE_WEIGHT_BYTES = 64 * 1024  # a shared value that needs a larger weight is sent, not recomputed
 _UNBOUNDED = math.inf
@@ -19,7 +19,7 @@ _UNBOUNDED = math.inf
 class Crossing:
     """Where the cuts are and what crosses them."""
 
-    manifest: Manifest
+    manifest: UncutManifest
     parts: Sequence[ir.Model]
     ranges: tuple[tuple[int, int], ...]  # of each stage: its first block, and the first one after it
     inputs: tuple[tuple[str, ...], ...]
@@ -28,7 +28,7 @@ class Crossing:
     prologue: "Prologue"
 
     @classmethod
-    def of(cls, manifest: Manifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
+    def of(cls, manifest: UncutManifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
         """What crosses from stage to stage, if they have `counts` blocks each."""
         ends = list(itertools.accumulate(counts))
         ranges = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
@@ -54,7 +54,7 @@ class Crossing:
         return cls(manifest, parts, ranges, tuple(reads), tuple(outputs), specs, prologue)
 
 
-def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
+def _specs(manifest: UncutManifest) -> dict[str, TensorSpec]:
     """Every value of the model that a part writes, and its inputs, by name."""
     specs = {spec.name: spec for spec in manifest.inputs}
     for use in manifest.uses:
@@ -67,7 +67,7 @@ def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
 class Prologue:
     """The prologue's graph. It decides which of its values are sent to a later stage and which are recomputed there."""
 
-    def __init__(self, manifest: Manifest, model: ir.Model):
+    def __init__(self, manifest: UncutManifest, model: ir.Model):
         use = manifest.uses[0]
         self.graph = model.graph
         self.outputs = {use.writes[str(v.name)]: v for v in self.graph.outputs}

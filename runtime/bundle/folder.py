@@ -1,6 +1,7 @@
 """A bundle on disk: opening, checking and writing it. docs/bundle.md specifies the format."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,20 @@ class Bundle:
             except CheckpointError as error:
                 raise BundleError(f"bundle {folder}: {error}") from error
         return cls(folder, manifest, tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model; a tensor that two stages read counts once."""
+        return sum(math.prod(entry.shape) for entry in self._weights())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the whole model's weights on disk."""
+        return sum(entry.size_bytes for entry in self._weights())
+
+    def _weights(self) -> list[TensorEntry]:
+        names = {name for use in self.manifest.uses for name in use.weights.values()}
+        return [self.tensors[name] for name in names]
 
     def parts(self) -> list[ir.Model]:
         """The graphs of the parts. BundleError if one can no longer be read."""

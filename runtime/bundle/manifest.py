@@ -10,8 +10,8 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field
 from stageline.runtime.validation import Data
 
-VERSION = 2
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
+EMBEDDING = "sentence_embedding"  # the output of a model that embeds texts
 CACHED_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")
 """The inputs of a model with caches, all int64: token ids [batch, length], each row's tokens in the cache [batch], its
 new tokens [batch], and the positions among these whose logits are requested [batch, picks]."""
@@ -125,11 +125,18 @@ class TextSettings(Data):
     eos_ids: tuple[int, ...] = ()
 
 
-class Manifest(Data):
-    """Everything that the runtime needs to know about a bundle."""
+class Refusal(Data):
+    """A way to trace attention that the model does not allow, and why; the reason speaks of the model as "it"."""
+
+    attention: str
+    reason: str
+
+
+class UncutManifest(Data):
+    """The manifest of a bundle, except its stages: what they are stitched from."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"
-    version: Literal[2] = 2
+    version: Literal[2, 3] = 3
     task: str  # as Hugging Face names it: feature-extraction, sentence-similarity, text-classification, ...
     architecture: str  # the config's model_type
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -141,11 +148,13 @@ class Manifest(Data):
     text: TextSettings | None = None
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)
-    stages: tuple[Stage, ...] = Field(min_length=1)
     labels: tuple[str, ...] | None = None  # of a classifier
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
+    attention: str | None = None  # cache, cache-torch, fused or primitive (docs/bundle.md); version 2 does not say
+    refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
+    no_cache_reason: str | None = None  # why a model of text keeps no keys and values
     made_by: dict[str, str]  # package -> version
 
     @property
@@ -157,3 +166,16 @@ class Manifest(Data):
     def blocks(self) -> int:
         """Number of blocks."""
         return len(self.uses) - 2
+
+    @property
+    def no_generation_reason(self) -> str:
+        """Why a model that is not `cached` does not generate, as part of a sentence."""
+        if self.task != "text-generation":
+            return f"its task is {self.task}"
+        return self.no_cache_reason or "it was exported without a KV cache"
+
+
+class Manifest(UncutManifest):
+    """Everything a runtime needs to know of a bundle."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1)

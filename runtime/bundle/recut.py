@@ -1,6 +1,7 @@
 """Cutting a bundle into other stages, on disk, without torch."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.balance import balance, part_costs
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle, file_entry, removed_on_failure, write_manifest
-from stageline.runtime.bundle.manifest import FileEntry, Manifest, Stage
+from stageline.runtime.bundle.manifest import FileEntry, Stage, UncutManifest
 from stageline.runtime.bundle.stitch import stitch
 
 
-def plan_stages(manifest: Manifest, parts: Sequence[ir.Model], stages: int | Sequence[int]) -> list[int]:
+def plan_stages(manifest: UncutManifest, parts: Sequence[ir.Model], stages: int | Sequence[int]) -> list[int]:
     """Number of blocks in each stage: `stages` stages of even cost, or the given counts.
 
     StagelineError if they do not fit the model's blocks.
@@ -35,7 +36,11 @@ def check_stages(blocks: int, stages: int | Sequence[int]) -> None:
 
 
 def write_stages(
-    folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], parts: Sequence[ir.Model], counts: Sequence[int]
+    folder: Path,
+    manifest: UncutManifest,
+    tensors: dict[str, TensorEntry],
+    parts: Sequence[ir.Model],
+    counts: Sequence[int],
 ) -> tuple[list[Stage], list[FileEntry]]:
     """Stitch stages of `counts` blocks and write them into `folder`, each to a temporary file that is then renamed."""
     crossing = Crossing.of(manifest, parts, counts)
@@ -72,3 +77,15 @@ def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
     for name in before - {stage.file for stage in new}:
         (bundle.path / name).unlink(missing_ok=True)
     return Bundle(bundle.path, manifest, bundle.tensors)
+
+
+def recut_copy(path: str | Path, to: str | Path, stages: int | Sequence[int]) -> Bundle:
+    """Like `recut`, on a copy of the bundle in the new folder `to`, with hard links if the file system allows them."""
+    return recut(shutil.copytree(path, to, copy_function=_link), stages)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

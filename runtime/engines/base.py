@@ -32,6 +32,11 @@ class Engine(Protocol):
         """The names that `run` can compute."""
         ...
 
+    @property
+    def max_rows(self) -> int | None:
+        """The most rows of a batch, for an engine that was built for no more; None: any."""
+        ...
+
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> Mapping[str, Value]:
         """The named outputs of the stage for these inputs. Names in `inputs` that the stage does not read are ignored.
 

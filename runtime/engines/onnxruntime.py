@@ -30,6 +30,8 @@ class OnnxRuntimeEngine:
     The thread that runs the session is one of the session's threads; the others are pinned to a core each.
     """
 
+    max_rows = None
+
     def __init__(
         self,
         stage: StageFile,

@@ -41,6 +41,8 @@ class OnnxRuntimeCudaEngine:
     """One stage in an ONNX Runtime session on a GPU. Keeps the promises of `Engine`. Attention with a cache computes in
     float16, as its operator requires; everything else in the graph's types, bfloat16 in float32."""
 
+    max_rows = None
+
     def __init__(
         self, stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
     ) -> None:

@@ -118,7 +118,7 @@ class Planner:
         """The problem for a micro-batch and, if not None, a number of stages. On this machine each stage shares memory
         bandwidth with `beside` others that run at the same time."""
         manifest, costs = self.bundle.manifest, self.costs(shape)
-        cached_tokens = self.workload.slots * self.workload.context if manifest.cached else 0
+        cached_tokens = self.workload.slots * self.workload.capacity if manifest.cached else 0
         first, last = manifest.uses[0], manifest.uses[-1]
         tied = set(first.weights.values()) & set(last.weights.values())
         if self._quantise is not None:  # the embedding table stays beside the quantised matrix
@@ -310,11 +310,11 @@ class Planner:
         workload = self.workload
         if self.bundle.manifest.cached:
             slots = _largest(lambda k: self._with(replace(workload, slots=k))._fits(), workload.slots - 1)
-            context = 64 * _largest(
-                lambda k: self._with(replace(workload, context=64 * k))._fits(), (workload.context - 1) // 64
+            capacity = 64 * _largest(
+                lambda k: self._with(replace(workload, capacity=64 * k))._fits(), (workload.capacity - 1) // 64
             )
             yield from [f"--slots {slots} instead of {workload.slots}"] if slots else []
-            yield from [f"--context {context} instead of {workload.context}"] if context else []
+            yield from [f"--capacity {capacity} instead of {workload.capacity}"] if capacity else []
         for place, kind in enumerate(self.cluster.kinds):
             if kind.device is None or self.cluster.ordered:
                 continue

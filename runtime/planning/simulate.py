@@ -136,7 +136,7 @@ def simulate_generation(
     """
     max_tokens = max((request.prompt + request.output for request in requests), default=0)
     if max_tokens > capacity:
-        raise StagelineError(f"a request has {max_tokens} tokens, a cache row holds {capacity}; set a larger context")
+        raise StagelineError(f"a request has {max_tokens} tokens, a cache row holds {capacity}; set a larger capacity")
     return _GenerationRun(setting, slots, capacity, chunk, seed).run_all(requests)
 
 
@@ -325,7 +325,7 @@ class _GenerationRun(_Run):
         while (step := self.scheduler.next()) is not None:
             past = round(sum(row.start for row in step.rows) / len(step.rows))
             picks = int(any(row.last for row in step.rows))
-            self.send(Shape(step.slots, step.length, past, picks), partial(self.left, step))
+            self.send(Shape(step.slot_count, step.length, past, picks), partial(self.left, step))
 
     def left(self, step: Step) -> None:
         """A step has left the last stage, and the driver handles it."""

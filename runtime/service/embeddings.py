@@ -1,22 +1,23 @@
-"""/v1/embeddings: texts, or token ids, to vectors."""
+"""/v1/embeddings: turns texts or token ids into vectors."""
 
 import asyncio
 import base64
 from typing import Any
 
-import numpy as np
 from stageline.models.errors import RequestError
+from stageline.models.tokenizer import padded
+from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.engines import Array
 from stageline.runtime.service.errors import ApiError, as_json
-from stageline.runtime.service.model import EMBEDDING, Model
+from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import EmbeddingRequest, each
 from starlette.responses import Response
 
-MAX_INPUTS = 2048  # as OpenAI has it
+MAX_INPUTS = 2048  # OpenAI's limit
 
 
 async def embed(model: Model, body: EmbeddingRequest) -> Response:
-    """Answer with a vector for each input, in float32: as numbers, or as little-endian bytes in base64."""
+    """Respond with a float32 vector for each input, as numbers or as little-endian bytes in base64."""
     inputs = await asyncio.to_thread(_arrays, model, body)
     counts = inputs["attention_mask"].sum(axis=1)
     names = {spec.name for spec in model.pipeline.signature.inputs}
@@ -29,19 +30,17 @@ async def embed(model: Model, body: EmbeddingRequest) -> Response:
 
 
 def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
-    """What the model reads, int64 [inputs, length]."""
+    """The model's inputs by name, int64 [inputs, length]."""
     given = each(body.input)
     if not 1 <= len(given) <= MAX_INPUTS:
         raise ApiError(400, f"input holds {len(given)} texts; send 1 to {MAX_INPUTS}", param="input")
     if isinstance(given[0], str):
         return dict(model.encoder.encode(given, truncate=body.truncate))
     rows = [row[: model.length] if body.truncate else model.fitting(row) for row in given]
-    shape = (len(rows), max(map(len, rows)))
-    ids, mask = np.full(shape, model.encoder.pad_id, np.int64), np.zeros(shape, np.int64)
     for place, row in enumerate(rows):
         if not row:
             raise RequestError(f"input {place} has no tokens; give some")
-        ids[place, : len(row)], mask[place, : len(row)] = row, 1
+    ids, mask = padded(rows, model.encoder.pad_id)
     return {"input_ids": ids, "attention_mask": mask}
 
 

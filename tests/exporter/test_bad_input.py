@@ -226,9 +226,9 @@ def edit(bundle: Path, old: str, new: str) -> None:
 
 
 def test_a_newer_version(bundle: Path, told: Run) -> None:
-    edit(bundle, '"version": 2,', '"version": 3,')
+    edit(bundle, '"version": 3,', '"version": 4,')
     line = told("inspect", bundle)
-    assert "has version 3; this stageline reads version 2: install a newer stageline" in line
+    assert "has version 4; this stageline reads versions 2 and 3: install a newer stageline" in line
 
 
 def test_a_path_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
@@ -291,8 +291,8 @@ def test_weights_that_are_not_numbers(checkpoint: Path, out: Path, told: Run) ->
 
 
 def test_an_option_of_another_task(tiny_bundle: Path, told: Run) -> None:
-    line = told("run", tiny_bundle, "--text", "a cat", "--max-new-tokens", "3")
-    assert "is for text-generation, this bundle does text-classification; leave it out" in line
+    line = told("run", tiny_bundle, "--text", "a cat", "--new-tokens", "3")
+    assert "is for text-generation, but this bundle's task is text-classification; leave it out" in line
 
 
 @pytest.mark.slow

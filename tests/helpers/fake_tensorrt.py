@@ -39,7 +39,9 @@ def build(
     digests = {entry.path: entry.sha256 for entry in manifest.files}
     (bundle / FOLDER).mkdir(exist_ok=True)
     for number, stage in enumerate(manifest.stages):
-        lowered = lower(StageFile(number, bundle / stage.file, bundle, stage.caches), precision, load.context, stripped)
+        lowered = lower(
+            StageFile(number, bundle / stage.file, bundle, stage.caches), precision, load.capacity, stripped
+        )
         profiles = narrowed(profiles_of(manifest, load), lowered.inputs)
         ranges = [
             {spec.name: [one[0], one[2]] for spec in lowered.inputs for one in [shapes(spec, profile)]}
@@ -60,7 +62,7 @@ def build(
                 key="0" * 64,
                 graph_sha256=digests[stage.file] or "",
                 weight_files=weight_digests(manifest),
-                flavour="tensorrt_rtx",
+                flavour="tensorrt-rtx",
                 version=VERSION,
                 target=target,
                 precision=precision,
@@ -69,7 +71,7 @@ def build(
                 inputs=lowered.inputs,
                 outputs=lowered.outputs,
                 weights=lowered.weight_specs if stripped else (),
-                capacity=load.context if lowered.caches else None,
+                capacity=load.capacity if lowered.caches else None,
                 caches=lowered.caches,
                 build_s=0,
             )

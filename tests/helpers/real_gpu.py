@@ -69,7 +69,7 @@ class Scale:
         from cuda.bindings import driver as cuda
 
         assert isinstance(device, CudaDevice)
-        self.input_names, self.output_names = (reads,), (gives,)
+        self.input_names, self.output_names, self.max_rows = (reads,), (gives,), None
         self._a, self._b, self._device, self._cuda = a, b, device, cuda
         device.gpu.make_current()
         status, self._module = cuda.cuModuleLoadData(PTX)

@@ -114,7 +114,7 @@ class TensorRTEngine:
             for name, size in zip(pasts, (spec.key_size, spec.value_size), strict=True):
                 self._cache_shapes[name] = (spec.heads, capacity, size)
         self._row_bytes = {name: size_bytes(shape, self._cache_dtype) for name, shape in self._cache_shapes.items()}
-        self.most_rows = max((p.sizes[BATCH].max for p in record.profiles if BATCH in p.sizes), default=1)
+        self.max_rows = max((p.sizes[BATCH].max for p in record.profiles if BATCH in p.sizes), default=1)
         slots = cache.slots if cache is not None else 0
         self._slot_shapes = {name: (slots, *shape) for name, shape in self._cache_shapes.items()}
         self._check(cache)
@@ -146,7 +146,7 @@ class TensorRTEngine:
         if self._record.caches and not self._rows:
             try:
                 self._device.gpu.make_current()
-                self._rows = self._shared(self.most_rows)
+                self._rows = self._shared(self.max_rows)
             except CudaError as error:
                 raise self._device.failed(error) from error
         return self._launched(inputs, outputs, {name: buffer.address for name, buffer in self._rows.items()})
@@ -360,9 +360,9 @@ class TensorRTEngine:
                 f"{built} {record.capacity} tokens a slot, {cache.capacity} are requested; open with "
                 f"capacity={record.capacity}, or build it for more"
             )
-        if cache.slots > self.most_rows:
+        if cache.slots > self.max_rows:
             raise EngineError(
-                f"{built} {self.most_rows} slots, {cache.slots} are requested; open with slots={self.most_rows}, or "
+                f"{built} {self.max_rows} slots, {cache.slots} are requested; open with slots={self.max_rows}, or "
                 "build it for more"
             )
         if cache.dtype is not None and cache.dtype != record.cache_dtype:

@@ -1,4 +1,4 @@
-"""The two flavours of TensorRT behind one interface: `tensorrt` for data centres, `tensorrt_rtx` for RTX GPUs.
+"""The two flavours of TensorRT behind one interface: `tensorrt` for data centres, `tensorrt-rtx` for RTX GPUs.
 
 Their Python modules have the same classes. They differ in their targets and in some builder options.
 """
@@ -11,14 +11,15 @@ from typing import Any, Literal
 from stageline.models.errors import EngineError
 from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE, RTX_TARGETS, TargetGpu
 
-FlavourName = Literal["tensorrt", "tensorrt_rtx"]
+FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """One TensorRT. `name` is its Python module, `extra` the extra of stageline that installs it."""
+    """One TensorRT. `module` is its Python module, `extra` the extra of stageline that installs it."""
 
     name: FlavourName
+    module: str
     title: str
     distribution: str
     extra: str
@@ -44,9 +45,9 @@ class Flavour:
     def load(self) -> Any:
         """The module. EngineError if it is not installed (with the pip command) or does not load."""
         try:
-            return importlib.import_module(self.name)
+            return importlib.import_module(self.module)
         except ModuleNotFoundError as error:
-            if error.name != self.name:
+            if error.name != self.module:
                 raise
             raise self.missing() from error
         except OSError as error:
@@ -59,6 +60,7 @@ class Flavour:
 
 TENSORRT = Flavour(
     name="tensorrt",
+    module="tensorrt",
     title="TensorRT",
     distribution="tensorrt",
     extra="gpu",
@@ -68,9 +70,10 @@ TENSORRT = Flavour(
     version_compatible=True,
 )
 TENSORRT_RTX = Flavour(
-    name="tensorrt_rtx",
+    name="tensorrt-rtx",
+    module="tensorrt_rtx",
     title="TensorRT-RTX",
-    distribution="tensorrt_rtx",
+    distribution="tensorrt-rtx",
     extra="rtx",
     builds_anywhere=True,
     portable_means="RTX GPUs of compute capability 8.0 and later",

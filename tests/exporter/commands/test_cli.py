@@ -105,7 +105,7 @@ def test_run_continues_text_greedily(
 ) -> None:
     changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": None, "bos_token_id": 2}
     export(make_checkpoint(tmp_path / "c", **changes), tmp_path / "b", stages=3)
-    told = document(capsys, "run", tmp_path / "b", "--text", "a cat sat", "--text", "dog", "--max-new-tokens", "3")
+    told = document(capsys, "run", tmp_path / "b", "--text", "a cat sat", "--text", "dog", "--new-tokens", "3")
     assert [len(tokens) for tokens in told["next"]] == [5, 5]
     assert len(told["continuations"]) == 2
 
@@ -128,7 +128,7 @@ def test_a_made_up_checkpoint_exports_for_its_task(
     [
         (["recut", "b", "--stages", "0"], "'--stages'"),
         (["recut", "b", "--stages", "two"], "'--stages'"),
-        (["recut", "b", "--layers", "2,x"], "'2,x' is not numbers of blocks like 8,7,9"),
+        (["recut", "b", "--layers", "2,x"], "'2,x' is not a list of numbers such as 8,7,9"),
         (["recut", "b", "--layers", "2", "--stages", "1"], "not both"),
         (["recut", "b"], "give --stages or --layers"),
         (["export", "c"], "Missing option '-o'"),
@@ -159,7 +159,7 @@ def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> No
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stageline.exporter.commands.cli.Bundle.open", interrupted)
+    monkeypatch.setattr("stageline.exporter.commands.bundles.Bundle.open", interrupted)
     assert main(["inspect", str(bundle)]) == 130
 
 
@@ -167,7 +167,7 @@ def test_serving_commands_never_import_torch(bundle: Path) -> None:
     code = """
 import sys
 sys.modules.update(dict.fromkeys(("torch", "transformers", "accelerate", "gguf", "onnxscript")))
-from stageline.exporter.cli import main
+from stageline.exporter.commands.cli import main
 b = sys.argv[1]
 for command in (["inspect", b], ["run", b, "--text", "a cat"], ["recut", b, "--stages", "3"], ["models", "list"]):
     assert main(command) == 0, command

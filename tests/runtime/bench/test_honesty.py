@@ -26,11 +26,12 @@ from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import Slo
 from stageline.runtime.bundle.manifest import CACHED_INPUTS, TensorSpec
 from stageline.runtime.bundle.signature import Signature
-from stageline.runtime.engines import Array
-from stageline.runtime.generation.generator import Generator
+from stageline.runtime.engines import Array, CacheSize
+from stageline.runtime.executor import Executor
 from stageline.runtime.generation.text_model import TextModel
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline, PipelineStage
-from stageline.runtime.stages.route import route
+from stageline.runtime.stages.opening import StageSet
 
 pytestmark = pytest.mark.alone
 WITHIN = 0.03
@@ -45,6 +46,7 @@ class Sleeper:
     seconds: deque[float]
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    max_rows: int | None = None
     slept: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
     asked: float = 0.0
@@ -97,7 +99,7 @@ def tandem() -> Iterator[Callable[..., Tandem]]:
             PipelineStage(("x",), ("h",), lambda device: engines[0]),
             PipelineStage(("h",), ("y",), lambda device: engines[1]),
         ]
-        pipeline = Pipeline(Signature((x,), (y,)), stages, queue=4096)
+        pipeline = Pipeline.of_stages(Signature((x,), (y,)), stages, queue=4096)
         made.append(Tandem(engines, PipelineContender("stageline", pipeline)))
         return made[-1]
 
@@ -242,10 +244,9 @@ def generated(prompt: int, new: int, seconds: float) -> Generated:
     ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length"))
     rest = tuple(TensorSpec(name=name, dtype="int64", shape=("batch",)) for name in CACHED_INPUTS[1:])
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "length", vocabulary))
-    pipeline = Pipeline(Signature((ids,), (logits,), derived=rest), stages)
-    hops = route(names, CACHED_INPUTS, ["logits"])
-    pipeline._generator = Generator(pipeline._serving.lanes, hops, TextModel(vocabulary, (), None), 2, 64, 32)
-    pipeline._serving.generator = pipeline._generator
+    signature, model = Signature((ids,), (logits,), derived=rest), TextModel(vocabulary, (), None)
+    options = PipelineOptions(prefill_chunk=32)
+    pipeline = Pipeline(Executor.open(signature, StageSet(tuple(stages)), options, model, CacheSize(2, 64)))
     contender = PipelineContender("stageline", pipeline)
     try:
         before = pipeline.stats().stages

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not TENSORRT_RTX.installed, reason="tensorrt-rtx is not installed"),
 ]
-LOAD = Workload(batch=2, length=8, slots=2, context=16)
+LOAD = Workload(micro_batch=2, length=8, slots=2, capacity=16)
 SM89 = Wanted(TENSORRT_RTX, "sm89", "fp16")
 PORTABLE = Wanted(TENSORRT_RTX, "portable", "fp16")
 

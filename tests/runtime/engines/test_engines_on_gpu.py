@@ -33,7 +33,7 @@ CONFIG = {
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
 }
-LOAD = Workload(batch=4, length=32, slots=4, context=128)
+LOAD = Workload(micro_batch=4, length=32, slots=4, capacity=128)
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 OPTIONS: dict[str, Any] = {"slots": 4, "capacity": 128, "prefill_chunk": 32}
 
@@ -82,7 +82,7 @@ def check(bundle: Path, engine: str, atol: float) -> None:
 
 
 @pytest.mark.parametrize("stripped", [False, True], ids=["whole", "stripped"])
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 def test_tensorrt_agrees_with_the_cpu(name: FlavourName, stripped: bool, decoder: Path, tmp_path: Path) -> None:
     flavour, gpu = FLAVOURS[name], gpu_here()
     if not flavour.installed:

@@ -114,7 +114,7 @@ def test_links_of_ordered_devices_lead_one_way(tmp_path: Path) -> None:
         ),
         (
             ORDERED + LINK.format("left", "right") + LINK.format("right", "left"),
-            "links form a cycle: left -> right -> left; in order they lead from the first stage to the last",
+            "links form a cycle: left -> right -> left; ordered devices lead from the first stage to the last",
         ),
         (TWO.replace('"H100"', '"H1000"'), "device 'right': unknown device 'H1000'; known devices: H100"),
         (TWO.replace("memory_gb = 70", "memory_gb = -70"), "device 'right': memory_gb: Input should be greater than 0"),

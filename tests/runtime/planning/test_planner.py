@@ -32,7 +32,7 @@ def small(memory_mb: float, count: int) -> Cluster:
 
 
 def test_even_blocks_on_like_devices_are_cut_evenly(tiny_bundle: Path) -> None:
-    planner = Planner(Bundle.open(tiny_bundle), small(100, 3), Workload(batch=4, length=16))
+    planner = Planner(Bundle.open(tiny_bundle), small(100, 3), Workload(micro_batch=4, length=16))
     best = planner.best("throughput")
     assert [stage.end - stage.first for stage in best.plan.stages] == [1, 1, 1]
     assert device_names(planner.cluster, best.plan) == [["small:0"], ["small:1"], ["small:2"]]
@@ -40,14 +40,14 @@ def test_even_blocks_on_like_devices_are_cut_evenly(tiny_bundle: Path) -> None:
 
 
 def test_the_plan_gives_what_its_simulation_gives(tiny_bundle: Path) -> None:
-    planner = Planner(Bundle.open(tiny_bundle), small(100, 2), Workload(batch=4, length=16))
+    planner = Planner(Bundle.open(tiny_bundle), small(100, 2), Workload(micro_batch=4, length=16))
     best = planner.best("throughput")
     report = simulate_batches(planner.setting(best), [BatchRequest(0.0, 4, 16)] * 500, 4)
     assert report.tokens_per_s == pytest.approx(best.tokens_per_s, rel=0.01)
 
 
 def test_groups_of_decoding_rows_are_as_many_as_stages(llama: Bundle) -> None:
-    planner = Planner(llama, small(100, 3), Workload(slots=6, context=128))
+    planner = Planner(llama, small(100, 3), Workload(slots=6, capacity=128))
     best = planner.best("throughput")
     assert best.shape == Shape(6 // len(best.plan.stages), 1, 64, 1)
     assert best.cycle_s >= best.plan.latency_s * (1 - 1e-9)
@@ -55,16 +55,16 @@ def test_groups_of_decoding_rows_are_as_many_as_stages(llama: Bundle) -> None:
 
 
 def test_a_cache_counts_for_memory(llama: Bundle) -> None:
-    few, many = (Planner(llama, small(1000, 1), Workload(slots=s, context=256)).best("latency").plan for s in (1, 9))
+    few, many = (Planner(llama, small(1000, 1), Workload(slots=s, capacity=256)).best("latency").plan for s in (1, 9))
     # 6 layers, 2 heads of 8 for keys and as many for values, 4 bytes each
     assert many.figures[0].memory_bytes - few.figures[0].memory_bytes > 8 * 256 * 6 * 2 * 16 * 4 * 0.99
 
 
 @pytest.mark.parametrize("objective", ["throughput", "latency"])
 def test_what_cannot_fit_says_what_is_short_and_what_would_fit(llama: Bundle, objective: str) -> None:
-    roomy = Planner(llama, small(1000, 1), Workload(slots=8, context=512)).best("latency").plan.figures[0].memory_bytes
+    roomy = Planner(llama, small(1000, 1), Workload(slots=8, capacity=512)).best("latency").plan.figures[0].memory_bytes
     limit_mb = roomy * 0.6 / 1e6
-    planner = Planner(llama, small(limit_mb, 1), Workload(slots=8, context=512))
+    planner = Planner(llama, small(limit_mb, 1), Workload(slots=8, capacity=512))
     with pytest.raises(StagelineError) as error:
         planner.best(objective)  # type: ignore[arg-type]
     message = str(error.value)
@@ -72,14 +72,14 @@ def test_what_cannot_fit_says_what_is_short_and_what_would_fit(llama: Bundle, ob
     assert f"blocks 0 to 5 need {roomy / 1e9:.3g} GB on small, which has {limit_mb / 1e3:.3g} GB: " in message
     assert f"short by {roomy * 0.4 / 1e9:.3g} GB" in message
     slots = int(re.search(r"--slots (\d+) instead of 8", message)[1])  # type: ignore[index]
-    context = int(re.search(r"--context (\d+) instead of 512", message)[1])  # type: ignore[index]
+    capacity = int(re.search(r"--capacity (\d+) instead of 512", message)[1])  # type: ignore[index]
     devices = int(re.search(r"(\d+) x small instead of 1", message)[1])  # type: ignore[index]
     for changed, fits in (
-        (Planner(llama, small(limit_mb, 1), Workload(slots=slots, context=512)), True),
-        (Planner(llama, small(limit_mb, 1), Workload(slots=slots + 1, context=512)), False),
-        (Planner(llama, small(limit_mb, 1), Workload(slots=8, context=context)), True),
-        (Planner(llama, small(limit_mb, 1), Workload(slots=8, context=context + 64)), False),
-        (Planner(llama, small(limit_mb, devices), Workload(slots=8, context=512)), True),
+        (Planner(llama, small(limit_mb, 1), Workload(slots=slots, capacity=512)), True),
+        (Planner(llama, small(limit_mb, 1), Workload(slots=slots + 1, capacity=512)), False),
+        (Planner(llama, small(limit_mb, 1), Workload(slots=8, capacity=capacity)), True),
+        (Planner(llama, small(limit_mb, 1), Workload(slots=8, capacity=capacity + 64)), False),
+        (Planner(llama, small(limit_mb, devices), Workload(slots=8, capacity=512)), True),
     ):
         if fits:
             changed.best("latency")
@@ -106,7 +106,7 @@ def test_stages_that_slow_each_other_down_are_planned_and_simulated_so(tiny_bund
     share = Contention(threads=1, batch=4, length=16, past=0, share=0.25)
     profile = MachineProfile(machine=Machine.here(), handover_s=0.0, points=points, contention=(share,))
     cpus = Cluster((Kind("cpu", None, ("cpu:0", "cpu:1")),), ((Link(),),))
-    planner = Planner(bundle, cpus, Workload(batch=4, length=16), profile=profile)
+    planner = Planner(bundle, cpus, Workload(micro_batch=4, length=16), profile=profile)
     both, lone = planner.best("throughput"), planner.best("latency")
     assert both.plan.bottleneck_s == pytest.approx(0.02 * 1.25, rel=1e-3)
     assert planner.cut([2, 1]).plan.bottleneck_s == pytest.approx(0.02 * 1.25, rel=1e-3)
@@ -130,7 +130,7 @@ def test_quantised_weights_on_a_cpu_take_what_the_engine_holds(
     profile = MachineProfile(machine=Machine.here(), handover_s=0.0, points=points)
     cpu = Cluster((Kind("cpu", None, ("cpu:0",)),), ((Link(),),))
     full, quantised = (
-        Planner(bundle, cpu, Workload(slots=1, context=64), dtype, profile=profile)
+        Planner(bundle, cpu, Workload(slots=1, capacity=64), dtype, profile=profile)
         .cut([2])
         .plan.figures[0]
         .memory_bytes

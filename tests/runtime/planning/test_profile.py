@@ -188,7 +188,7 @@ def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: B
     assert found.machine == here
     assert warning == (
         "the profile is for weights that are not quantised, not for int8 weights: times may be far off; "
-        f"run stageline profile {bundle.path} --weights int8"
+        f"run stageline profile {bundle.path} --quantise int8"
     )
 
 

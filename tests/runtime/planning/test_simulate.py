@@ -162,7 +162,7 @@ def test_replicas_are_the_fewest_that_keep_the_goal() -> None:
 
 
 def test_a_request_that_does_not_fit_a_cache_row_is_told() -> None:
-    with pytest.raises(StagelineError, match="a request has 30 tokens, a cache row holds 16; set a larger context"):
+    with pytest.raises(StagelineError, match="a request has 30 tokens, a cache row holds 16; set a larger capacity"):
         simulate_generation(equal_stages(1), [TextRequest(0.0, 20, 10)], 2, 16, 8)
 
 

@@ -127,7 +127,7 @@ def test_tensorrt_builds_quantised_stages(llama_bundle: Path, precision: Quantis
     pytest.importorskip("tensorrt_rtx")
     path = shutil.copytree(llama_bundle, tmp_path / "bundle")
     wanted = [Wanted(TENSORRT_RTX, "sm89", precision)]
-    for outcome in build(Bundle.open(path), wanted, Workload(length=8, slots=2, context=32), Options()):
+    for outcome in build(Bundle.open(path), wanted, Workload(length=8, slots=2, capacity=32), Options()):
         assert outcome.error is None
         assert outcome.record is not None
         assert outcome.record.cache_dtype == "float16"
@@ -136,7 +136,7 @@ def test_tensorrt_builds_quantised_stages(llama_bundle: Path, precision: Quantis
 def test_stripped_and_quantised_is_refused(llama_bundle: Path) -> None:
     wanted = [Wanted(TENSORRT_RTX, "sm89", "int8")]
     with pytest.raises(EngineError, match="--stripped reads weights unchanged from the bundle"):
-        build(Bundle.open(llama_bundle), wanted, Workload(length=8, slots=2, context=32), Options(stripped=True))
+        build(Bundle.open(llama_bundle), wanted, Workload(length=8, slots=2, capacity=32), Options(stripped=True))
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

@@ -38,7 +38,7 @@ CONFIG = {
     "max_position_embeddings": 128,
     "initializer_range": 0.5,
 }
-LOAD = Workload(batch=4, length=32, slots=4, context=64)
+LOAD = Workload(micro_batch=4, length=32, slots=4, capacity=64)
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 Install = Callable[[FakeDriver], FakeTensorRT]
 
@@ -114,7 +114,7 @@ def test_batches_are_cut_to_what_the_engines_were_built_for(decoder: Path, insta
 
 def test_an_encoder_runs_in_two_stages(tiny_bundle: Path, tmp_path: Path, install: Install) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    fake_tensorrt.build(bundle, Workload(batch=3, length=8))
+    fake_tensorrt.build(bundle, Workload(micro_batch=3, length=8))
     inputs = {"input_ids": np.random.default_rng(0).integers(5, 12, (7, 9))}
     with Pipeline.open(tiny_bundle) as pipeline:
         expected = pipeline.run(inputs)["logits"]
@@ -260,7 +260,9 @@ def test_stages_recut_have_no_engines_and_the_old_ones_continue(
     install(FakeDriver(gpus=2))
     with opened(decoder, devices=["cuda:0", "cuda:1"]) as pipeline:
         for stages in (1, 3):
-            with pytest.raises(EngineError, match=r"^stage \d was recut while the pipeline ran, and TensorRT"):
+            with pytest.raises(
+                EngineError, match=r"^stage \d was recut while the pipeline ran, and TensorRT engines are"
+            ):
                 pipeline.recut(stages)
         assert [tokens_of(future) for future in submitted(pipeline)] == wanted
 

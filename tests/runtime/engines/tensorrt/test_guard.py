@@ -32,7 +32,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _version(name: str, rtx: str) -> str:
-    if name != "tensorrt_rtx":
+    if name != "tensorrt-rtx":
         raise flavour.PackageNotFoundError(name)
     return rtx
 
@@ -42,7 +42,7 @@ def put(
     target: str = "sm89",
     stage: int = 1,
     precision: Precision = "fp16",
-    flavour_name: flavour.FlavourName = "tensorrt_rtx",
+    flavour_name: flavour.FlavourName = "tensorrt-rtx",
     options: Options | None = None,
 ) -> EngineRecord:
     """Put an engine of a stage into the bundle: 64 bytes that say what they are, since none is deserialised here."""
@@ -83,7 +83,7 @@ def refusal(path: Path, gpu: TargetGpu = ADA, precision: Precision | None = None
 def test_an_engine_that_fits_is_handed_out_with_its_bytes(bundle: Path) -> None:
     record = put(bundle)
     checked = checked_engine(Bundle.open(bundle), 1, ADA)
-    assert (checked.record, checked.flavour.name) == (record, "tensorrt_rtx")
+    assert (checked.record, checked.flavour.name) == (record, "tensorrt-rtx")
     assert checked.plan == (bundle / record.plan.path).read_bytes()
 
 
@@ -205,9 +205,9 @@ def test_the_manifest_survives_being_written_and_read(bundle: Path) -> None:
 
 
 def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert flavour.choose("sm89", None).name == "tensorrt_rtx"
-    assert flavour.choose("portable", ADA).name == "tensorrt_rtx"
-    assert flavour.choose("here", ADA).name == "tensorrt_rtx"
+    assert flavour.choose("sm89", None).name == "tensorrt-rtx"
+    assert flavour.choose("portable", ADA).name == "tensorrt-rtx"
+    assert flavour.choose("here", ADA).name == "tensorrt-rtx"
     for target, gpu, message in (
         ("here", None, "no NVIDIA GPU with a driver"),
         ("sm90", None, "builds for it only on such a GPU, and this machine has no NVIDIA GPU"),
@@ -219,12 +219,12 @@ def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.Mo
     monkeypatch.setattr(flavour, "version", lambda name: "10.15.1")  # both are installed
     assert flavour.choose("sm90", TargetGpu("H100", "sm90")).name == "tensorrt"
     assert flavour.choose("here", ADA).name == "tensorrt"
-    assert flavour.choose("sm120", ADA).name == "tensorrt_rtx"
+    assert flavour.choose("sm120", ADA).name == "tensorrt-rtx"
     with pytest.raises(EngineError, match="unknown target 'ada'"):
         check_target("ada")
 
 
 def test_without_tensorrt_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = replace(flavour.TENSORRT_RTX, name="tensorrt", distribution="tensorrt")
+    absent = replace(flavour.TENSORRT_RTX, module="tensorrt", distribution="tensorrt")
     with pytest.raises(EngineError, match=r'TensorRT-RTX is not installed: pip install "stageline\[rtx\]"'):
         absent.load()

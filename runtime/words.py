@@ -1,4 +1,4 @@
-"""Numbers as people read them, with their units, and times of day."""
+"""Numbers as people read them, with their units, and times of day: for the commands and the dashboard."""
 
 import math
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ def count(value: float) -> str:
 
 def size(value_bytes: float) -> str:
     """1234567 -> 1.23 MB; decimal, as everywhere in Stageline."""
-    return f"{_scaled(value_bytes)}B"
+    return f"{_scaled(value_bytes)}B" if abs(value_bytes) >= 1000 else f"{value_bytes:.0f} B"
 
 
 def rate(value: float, unit: str) -> str:

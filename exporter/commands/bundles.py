@@ -1,0 +1,125 @@
+"""The commands `stageline export`, `recut` and `inspect`: making a bundle, cutting it, looking at it."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from stageline.exporter.commands import show
+from stageline.exporter.commands.common import (
+    EXPORTER,
+    BundleArgument,
+    DtypeName,
+    JsonOption,
+    LayersOption,
+    needs,
+    numbers,
+    print_result,
+    progress_steps,
+)
+from stageline.runtime import words
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.graph import size_bytes
+from stageline.runtime.bundle.recut import recut
+
+StagesOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Number of stages; blocks are spread so that costs are even.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("export")(export_command)
+    app.command("recut")(recut_command)
+    app.command("inspect")(inspect_command)
+
+
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The new bundle's folder.")],
+    stages: StagesOption = None,
+    layers: LayersOption = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Weights' type (default: the checkpoint's).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="The model's task, such as text-generation (default: the checkpoint's).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a checkpoint to a bundle of pipeline stages.
+
+    Example: stageline export models/checkpoints/minilm -o minilm.bundle --stages 2
+    """
+    cuts = _cuts(stages, layers) or 1
+    begin = time.perf_counter()
+    with needs(*EXPORTER):
+        from stageline.exporter.export import export
+    with progress_steps() as progress:
+        bundle = export(checkpoint, output, stages=cuts, dtype=dtype, task=task, progress=progress)
+    seconds = time.perf_counter() - begin
+    manifest = bundle.manifest
+    how = {"trace": manifest.trace, "attention": manifest.attention, "no_cache_reason": manifest.no_cache_reason}
+    summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
+    print_result(
+        as_json,
+        summary,
+        f"{output}: {words.counted(summary['stages'], 'stage')}, {words.counted(summary['blocks'], 'block')}, "
+        f"{bundle.parameters:,} parameters, {words.size(bundle.weight_bytes)} of weights, in {seconds:.1f} s\n"
+        f"{manifest.trace}\n{show.attention(manifest)}",
+    )
+
+
+def recut_command(
+    bundle: BundleArgument, stages: StagesOption = None, layers: LayersOption = None, as_json: JsonOption = False
+) -> None:
+    """Write other stages into a bundle, in place. Needs neither the checkpoint nor torch.
+
+    Example: stageline recut minilm.bundle --layers 2,2,2
+    """
+    cuts = _cuts(stages, layers)
+    if cuts is None:
+        raise typer.BadParameter("give --stages or --layers", param_hint="--stages")
+    done = recut(bundle, cuts)
+    print_result(as_json, _description(done), show.bundle(done))
+
+
+def inspect_command(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Show a bundle's stages and the values that cross each cut.
+
+    Example: stageline inspect minilm.bundle
+    """
+    opened = Bundle.open(bundle)
+    print_result(as_json, _description(opened), show.bundle(opened))
+
+
+def _cuts(stages: int | None, layers: str | None) -> int | list[int] | None:
+    """What --stages or --layers asks for; None if neither is given."""
+    if layers is not None and stages is not None:
+        raise typer.BadParameter("give --stages or --layers, not both", param_hint="--layers")
+    return stages if layers is None else numbers(layers, "--layers", int)
+
+
+def _summary(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "stages": len(bundle.manifest.stages),
+        "blocks": bundle.manifest.blocks,
+        "parameters": bundle.parameters,
+        "weight_bytes": bundle.weight_bytes,
+    }
+
+
+def _description(bundle: Bundle) -> dict[str, Any]:
+    """What `inspect` and `recut` print as JSON."""
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        **{
+            name: getattr(manifest, name)
+            for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason")
+        },
+        **_summary(bundle),
+        "stages": [stage.model_dump(exclude={"inputs", "outputs"}) for stage in manifest.stages],
+        "cuts": [
+            [{**spec.model_dump(), "nominal_bytes": size_bytes(spec.shape, spec.dtype)} for spec in specs]
+            for specs in show.cuts(manifest)
+        ],
+    }

@@ -1,0 +1,126 @@
+"""What several commands share: their arguments and options, how a result is printed, progress, missing packages."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+from stageline.models.errors import RequestError, StagelineError
+from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.engines import WeightDtype
+from stageline.runtime.options import DEFAULT_CAPACITY
+from stageline.runtime.workload import Workload
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+EngineName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+_Number = TypeVar("_Number", int, float)
+EXPORTER = (
+    "this command needs the exporter",
+    "export",
+    "torch",
+    "transformers",
+    "accelerate",
+    "gguf",
+    "onnxscript",
+)  # what `needs` takes
+
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The benchmark runs' store (default: in the user's data folder)."),
+]
+LayersOption = Annotated[str | None, typer.Option(metavar="N,N,...", help="Blocks of each stage, such as 8,7,9.")]
+EngineOption = Annotated[EngineName, typer.Option(help="What runs the stages; see stageline doctor.")]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D,D,...", help="Devices that the stages take in turn, such as cuda:0,cuda:1 (default: the engine's)."
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU cores that the stages share (default: all that this process may use).")
+]
+QuantiseOption = Annotated[
+    WeightDtype | None,
+    typer.Option(help="Quantise the weights of matrix products when the pipeline opens: faster, less exact."),
+]
+SlotsOption = Annotated[int, typer.Option(min=1, help="Sequences generated at a time, one KV-cache row each.")]
+CapacityOption = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens of a slot, prompt and output together (default: the model's limit, up to 2048)."),
+]
+MicroBatchOption = Annotated[int, typer.Option(min=1, help="Max rows of a micro-batch (models without a KV cache).")]
+HostOption = Annotated[str, typer.Option(help="The address to listen on.")]
+
+
+def print_result(as_json: bool, data: Any, text: str) -> None:
+    """Print a command's result on stdout: `data` as one JSON document, or `text`."""
+    print(json.dumps(data, indent=2) if as_json else text)
+
+
+def workload(manifest: Manifest, micro_batch: int, length: int | None, slots: int, capacity: int | None) -> Workload:
+    """What the options ask of a bundle's pipeline, within what its model can place. RequestError if they ask more."""
+    limit = manifest.max_positions or DEFAULT_CAPACITY
+    for name, tokens in (("--length", length), ("--capacity", capacity)):
+        if manifest.max_positions is not None and tokens is not None and tokens > limit:
+            raise RequestError(f"{name} is {tokens}, the model can place {limit} tokens; lower it")
+    length = length or min(limit, Workload.length)
+    return Workload(micro_batch, length, slots, capacity or min(limit, DEFAULT_CAPACITY))
+
+
+def numbers(text: str | None, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
+    """The numbers in a comma-separated list; none for None. A usage error names `option`."""
+    try:
+        return [kind(number) for number in text.split(",")] if text else []
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 8,7,9", param_hint=option) from error
+
+
+def split(text: str | None) -> list[str] | None:
+    """The names in a comma-separated list; None for None."""
+    return [name.strip() for name in text.split(",")] if text else None
+
+
+@contextmanager
+def needs(what: str, extra: str, *packages: str) -> Iterator[None]:
+    """Put around imports of an extra's `packages`: StagelineError with the pip command if one is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in packages:
+            raise
+        raise StagelineError(f'{what}: pip install "stageline[{extra}]"') from error
+
+
+@contextmanager
+def progress_steps() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the current step on stderr: a spinner on a terminal, one line per step elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda step: print(step, file=sys.stderr)
+        return
+    with console.status("starting") as status:
+        yield status.update
+
+
+@contextmanager
+def progress_bar(*columns: Any) -> Iterator["Progress | None"]:
+    """Yield a bar of rich `columns` on stderr, erased at the end; None if stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress

@@ -1,0 +1,108 @@
+"""The command `stageline verify`."""
+
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from stageline.exporter.commands import show
+from stageline.exporter.commands.common import (
+    EXPORTER,
+    BundleArgument,
+    JsonOption,
+    needs,
+    print_result,
+    progress_steps,
+)
+from stageline.runtime.engines.tensorrt.lower import Precision
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("verify")(verify_command)
+
+
+def verify_command(
+    bundle: BundleArgument,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="The checkpoint that was exported; needed for onnxruntime."),
+    ] = None,
+    engine: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="The engine to verify.")] = "onnxruntime",
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="tensorrt: verify the engines of this precision (default: the last built; emulated: fp16)."),
+    ] = None,
+    emulated: Annotated[
+        bool,
+        typer.Option("--emulated", help="tensorrt: emulate the engines on CPU cores, rounding as they would."),
+    ] = False,
+    inner_values: Annotated[
+        bool, typer.Option("--inner-values", help="--emulated: compare every value inside the stages.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a bundle's stages with torch, on random inputs.
+
+    Each stage is compared alone, and all of them together, for rows of several lengths. The reference is transformers
+    with eager attention in float32. Exits with 1 if an error is larger than 1e-4 (float32), 1e-2 (float16) or 6e-2
+    (bfloat16) of torch's largest value for the same token.
+
+    With --engine tensorrt, each stage's engine is compared with ONNX Runtime in float32: 9 of 10 tokens must be within
+    1e-3 (fp32), 1e-2 (fp16) or 6e-2 (bf16). For int8, fp8 and int4 the reference has the same quantised weights and the
+    bound is 1e-2; the error that quantising adds is shown.
+
+    Example: stageline verify minilm.bundle --against models/checkpoints/minilm
+    """
+    if engine == "tensorrt":
+        _verify_tensorrt(bundle, precision, emulated, inner_values, as_json)
+    if against is None:
+        raise typer.BadParameter("give the checkpoint that the bundle was exported from", param_hint="--against")
+    with needs(*EXPORTER):
+        from stageline.exporter.verify.against_torch import verify
+    with progress_steps() as progress:
+        done = verify(bundle, against, seed=secrets.randbits(32), progress=progress)
+    rows = [
+        ["whole" if c.stage is None else f"stage {c.stage}", c.value, f"{c.max_error:.1e}", f"{c.mean_error:.1e}",
+         f"{c.relative_error:.1e}", "ok" if c.passed else "FAILED"]
+        for c in done.comparisons
+    ]  # fmt: skip
+    compared = show.table(["what", "value", "max error", "mean error", "relative", ""], rows)
+    verdict = "agrees with torch" if done.passed else "DIFFERS from torch"
+    comparisons = [{**asdict(c), "passed": c.passed} for c in done.comparisons]
+    print_result(
+        as_json,
+        {**asdict(done), "comparisons": comparisons, "passed": done.passed},
+        f"{compared}\n{bundle} {verdict} ({done.dtype}: relative error up to {done.tolerance:.0e}; seed {done.seed})",
+    )
+    raise typer.Exit(0 if done.passed else 1)
+
+
+def _verify_tensorrt(
+    bundle: Path, precision: Precision | None, emulated: bool, inner_values: bool, as_json: bool
+) -> NoReturn:
+    from stageline.exporter.verify.engines import TOLERANCE, verify_emulated, verify_engines
+
+    if inner_values and not emulated:
+        raise typer.BadParameter("values inside a stage are compared only with --emulated", param_hint="--inner-values")
+    seed = secrets.randbits(32)
+    with progress_steps() as progress:
+        if emulated:
+            done = verify_emulated(bundle, precision or "fp16", layers=inner_values, seed=seed, progress=progress)
+        else:
+            done = verify_engines(bundle, precision, seed=seed, progress=progress)
+    rows = [
+        [f"stage {c.stage}", c.value, c.precision, f"{c.median_error:.1e}", f"{c.p90_error:.1e}", f"{c.max_error:.1e}",
+         c.shown or ("ok" if c.passed else "FAILED")]
+        for c in done
+    ]  # fmt: skip
+    passed = all(c.passed for c in done)
+    compared = show.table(["what", "value", "precision", "median", "9 of 10", "max", ""], rows)
+    tolerances = ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items())
+    print_result(
+        as_json,
+        {"comparisons": [{**asdict(c), "passed": c.passed} for c in done], "passed": passed, "seed": seed},
+        f"{compared}\n{bundle} {'agrees with' if passed else 'DIFFERS from'} ONNX Runtime ({tolerances}; seed {seed})",
+    )
+    raise typer.Exit(0 if passed else 1)
