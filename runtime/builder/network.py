@@ -168,4 +168,4 @@ def _reason(network: Network) -> str:
     """TensorRT's reason for a failure, in one line."""
     errors = [network.parser.get_error(place) for place in range(network.parser.num_errors)]
     lines = [f"{error.desc()} (at {error.node_name()})" if error.node_name() else error.desc() for error in errors]
-    return " ".join((lines or network.logger.errors or ["TensorRT gives no reason"])[0].split())
+    return " ".join((lines or network.logger.errors or ["TensorRT reports no reason"])[0].split())

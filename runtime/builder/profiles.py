@@ -13,8 +13,8 @@ def profiles_of(manifest: Manifest, workload: Workload) -> tuple[OptimizationPro
 
     A model without caches has one, `rows`: up to `workload.micro_batch` rows of any length that the model accepts,
     tuned for full batches of `workload.length` tokens. A model with caches has three: `decode`, one token for each of
-    up to `workload.slots` rows; `prefill`, chunks of up to `workload.length` tokens, with the logits of one token per row;
-    and `rows`, the same with all logits. Only `rows` needs memory for them.
+    up to `workload.slots` rows; `prefill`, chunks of up to `workload.length` tokens, with the logits of one token per
+    row; and `rows`, the same with all logits. Only `rows` needs memory for them.
     """
     if not manifest.cached:
         max_length = max(workload.length, (manifest.text and manifest.text.max_length) or 0)

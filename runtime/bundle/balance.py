@@ -1,7 +1,8 @@
 """Blocks spread evenly over stages by the weights that they multiply.
 
-The planner (planning/partition.py) is exact for real devices. Export and recut know none: they need parts only, no
-costs, links or memory, and must not import the planner."""
+The planner (planning/partition.py) is exact for real devices with links and memory. Export and recut know no devices,
+and the bundle must not depend on the planner.
+"""
 
 import itertools
 import math

@@ -96,8 +96,8 @@ class CacheSize:
 
 class EngineFactory(Protocol):
     """Opens a stage on the given device, on the thread that will run it. With a `CacheSize` its caches are allocated
-    once, here; without, it cannot `step`. `quantise`: what the weights of matrix products are quantised to, None for
-    as they are."""
+    once, here; without, it cannot `step`. `quantise`: the type that the weights of matrix products are quantised to,
+    None: not at all."""
 
     def __call__(
         self,

@@ -201,7 +201,7 @@ def _refuse_circle(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
                 circle = [*trail[trail.index(name) :], name]
                 raise StagelineError(
                     f"{path}: links form a cycle: {' -> '.join(circle)}; "
-                    "with ordered = true they must lead from the first stage to the last"
+                    "ordered devices lead from the first stage to the last"
                 )
             if name not in done:
                 walk([*trail, name], done)

@@ -136,7 +136,7 @@ def simulate_generation(
     """
     max_tokens = max((request.prompt + request.output for request in requests), default=0)
     if max_tokens > capacity:
-        raise StagelineError(f"a request has {max_tokens} tokens, a cache row holds {capacity}; set a larger context")
+        raise StagelineError(f"a request has {max_tokens} tokens, a cache row holds {capacity}; set a larger capacity")
     return _GenerationRun(setting, slots, capacity, chunk, seed).run_all(requests)
 
 

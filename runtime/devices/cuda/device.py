@@ -89,8 +89,8 @@ class CudaDevice:
         return self.gpu.failed(f"stage {self.stage}", error)
 
     def close(self) -> None:
-        """Wait for what is under way. Streams and memory go when the pipeline's last GPU stage is closed, since the
-        others may still read here. May be called again."""
+        """Wait for running work. Streams and memory are freed when the pipeline's last GPU stage is closed: the others
+        may still read here. May be called again."""
         closed, self._closed = self._closed, None
         if closed is None:
             return

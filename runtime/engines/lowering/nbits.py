@@ -127,6 +127,6 @@ def _replace(
     graph.insert_before(node, product)
     result = product.outputs[0]
     old = node.outputs[0]
-    result.name, result.shape, result.type = f"{old.name}.nbits", old.shape, old.type
+    result.name, result.shape, result.type = old.name, old.shape, old.type
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)

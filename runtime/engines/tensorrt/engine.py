@@ -283,7 +283,7 @@ class TensorRTEngine:
         context, stream = binding.context, self._device.stream
         binding.key = ()  # until it is complete
         if context.active_optimization_profile != place and not context.set_optimization_profile_async(place, stream):
-            raise self._refused(f"did not take its profile {self._record.profiles[place].name}")
+            raise self._refused(f"refused its profile {self._record.profiles[place].name}")
         for name, shape in shapes.items():
             self._set_shape(context, name, shape)
             binding.inputs[name] = self._grown(binding.inputs.get(name), size_bytes(shape, self._dtypes[name]))
@@ -310,13 +310,13 @@ class TensorRTEngine:
     def _context(self) -> Any:
         context = self._engine.create_execution_context(self._config)
         if context is None:
-            raise self._refused("has no room for another execution context")
+            raise self._refused("has no memory for another execution context")
         context.set_device_memory(self._scratch.address, self._engine.device_memory_size_v2)
         return context
 
     def _runtime_config(self) -> Any:
-        """Contexts that share the engine's scratch memory and, where kernels are compiled for this GPU when they are
-        first used (TensorRT-RTX), what was compiled."""
+        """Contexts share the engine's scratch memory. With TensorRT-RTX, which compiles kernels for this GPU on their
+        first use, they also share the compiled kernels."""
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(config, "create_runtime_cache"):
@@ -325,11 +325,11 @@ class TensorRTEngine:
 
     def _set_shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
         if not context.set_input_shape(name, shape):
-            raise self._refused(f"did not take {name} of shape {list(shape)}")
+            raise self._refused(f"refused {name} of shape {list(shape)}")
 
     def _set_address(self, context: Any, name: str, address: int) -> None:
         if not context.set_tensor_address(name, address):
-            raise self._refused(f"did not take an address for {name}")
+            raise self._refused(f"refused an address for {name}")
 
     # Caches.
 

@@ -16,7 +16,7 @@ FlavourName = Literal["tensorrt", "tensorrt-rtx"]
 
 @dataclass(frozen=True)
 class Flavour:
-    """One TensorRT. `name` is its Python module, `extra` the extra of stageline that installs it."""
+    """One TensorRT. `module` is its Python module, `extra` the extra of stageline that installs it."""
 
     name: FlavourName
     module: str

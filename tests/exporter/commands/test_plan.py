@@ -102,8 +102,7 @@ def test_profile_of_other_weights_is_used_with_a_warning_that_names_both(
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "stageline: warning: the profile is for weights that are not quantised, not for int4 weights: "
-        "times may be far off; "
-        f"run stageline profile {profiled} --quantise int4"
+        f"times may be far off; run stageline profile {profiled} --quantise int4"
     )
 
 

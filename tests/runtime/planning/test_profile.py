@@ -1,4 +1,4 @@
-"""Measured stages, and the times of uses told from them."""
+"""Measured stages, and the times of uses derived from them."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def timings(bundle: Bundle, profile: MachineProfile) -> Timings:
     return Timings(profile, bundle.manifest, 1, lambda s: use_costs(bundle.manifest, bundle.tensors, parts, s))
 
 
-def test_times_of_uses_are_told_from_stages_and_between_shapes(bundle: Bundle) -> None:
+def test_times_of_uses_are_derived_from_stages_and_between_shapes(bundle: Bundle) -> None:
     times = timings(bundle, linear_profile(bundle, Grid((1, 4, 8), (2, 16)))).of(Shape(6, 9))
     assert times.use_s[1:-1] == pytest.approx([1e-6 * (5 + 12 + 54)] * 3, rel=1e-6)
     assert times.use_s[0] == pytest.approx(42e-6, rel=1e-6)
@@ -80,11 +80,11 @@ def test_the_share_that_stages_take_longer_beside_each_other_is_interpolated(bun
         for (batch, length), share in shares.items()
     )
     profile = linear_profile(bundle, Grid((1, 9), (4, 8))).model_copy(update={"contention": contention})
-    told = timings(bundle, profile)
-    assert told.of(Shape(1, 4)).contention == pytest.approx(0.4)
-    assert told.of(Shape(5, 4)).contention == pytest.approx(0.3)
-    assert told.of(Shape(5, 6)).contention == pytest.approx(0.175)
-    assert told.of(Shape(50, 4)).contention == pytest.approx(0.2)
+    found = timings(bundle, profile)
+    assert found.of(Shape(1, 4)).contention == pytest.approx(0.4)
+    assert found.of(Shape(5, 4)).contention == pytest.approx(0.3)
+    assert found.of(Shape(5, 6)).contention == pytest.approx(0.175)
+    assert found.of(Shape(50, 4)).contention == pytest.approx(0.2)
 
 
 def test_the_least_disturbed_try_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_a_model_too_large_for_one_quantised_graph_is_measured_in_quarters(
     assert set(ranges(bundle, "int8")) == {(0, 1), (1, 2), (2, 3)}
 
 
-def test_a_missing_or_broken_profile_is_told_in_one_line(bundle: Bundle) -> None:
+def test_a_missing_or_broken_profile_is_reported_in_one_line(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="has no profile of any machine; make one with: stageline profile"):
         read_profile(bundle.path, Machine.here())
     with pytest.raises(BundleError, match=r"make one with: stageline profile .* --quantise int4"):

@@ -1,4 +1,4 @@
-"""The CUDA side on real GPUs: what the made-up driver was told CUDA does. Run with: pytest -m gpu."""
+"""The CUDA side on real GPUs: what the fake driver assumes that CUDA does. Run with: pytest -m gpu."""
 
 import itertools
 from functools import partial
@@ -106,7 +106,7 @@ def test_a_kernel_is_captured_once_and_replayed() -> None:
 
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_a_pipeline_of_stages_on_gpus_computes(gpus: int) -> None:
-    """Three stages, and many batches under way, cut into micro-batches."""
+    """Three stages, and many batches running, cut into micro-batches."""
     need_gpus(gpus)
     spec = partial(TensorSpec, dtype="float32", shape=("batch", "width"))
     names = ["x", "h1", "h2", "y"]
@@ -128,7 +128,7 @@ def test_a_pipeline_of_stages_on_gpus_computes(gpus: int) -> None:
         assert all(stage.busy_s > 0 for stage in stats.stages)
 
 
-def test_stages_on_processors_and_on_a_gpu_mix() -> None:
+def test_stages_on_a_cpu_and_on_a_gpu_mix() -> None:
     need_gpus()
 
     class OnHost:
