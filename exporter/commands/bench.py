@@ -139,7 +139,7 @@ def run_command(
     pipeline = PipelineOptions(engine, common.names(devices), threads, _QUEUE, quantise=quantise, slots=slots)
     output = _output_tokens(opened, new_tokens, rows)
     cache = pipeline.cache_size(opened.manifest)
-    items, described = make_items(opened, given, rows, output, cache and cache.capacity, seed)
+    items, described = make_items(opened, given, rows, output, cache.capacity if cache else None, seed)
     settings = RunSettings(
         asked, repeats, seconds, warm_up, seed, described, rows, output, bounds, tuple(baseline or ()), pipeline
     )
