@@ -8,20 +8,22 @@ export STAGELINE_CHECKPOINTS := $(CURDIR)/$(CHECKPOINTS)
 BRIEF := --seconds 2 --repeats 2 --warm-up 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint types pytest checkpoints bench clean
+.PHONY: help demo test check lint types pytest docs docs-reference view checkpoints bench clean
 
 help:
-	@echo 'make demo   fetch the reference checkpoints, export each to two stages, run and measure them'
-	@echo 'make test   lint, types and all tests that need no GPU'
-	@echo 'make bench  the benchmarks, into benchmarks/results/'
-	@echo 'make clean  remove the virtual environment, bundles and caches (checkpoints stay)'
+	@echo 'make demo            fetch two real models, export each to two stages, run and measure them'
+	@echo 'make test            lint, types and all tests that need no GPU'
+	@echo 'make docs            the documentation as a site with search, into site/; fails on broken links'
+	@echo 'make docs-reference  write the generated pages again, after a command or an option changed'
+	@echo 'make bench           the benchmarks, into benchmarks/results/'
+	@echo 'make clean           remove the environment, bundles, site and caches (checkpoints stay)'
 
 # The stamp is newer than pyproject.toml when the environment fits it.
 $(VENV)/stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,export,serve,dashboard,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,export,serve,dashboard,docs,dev]'
 	@touch $@
 
 checkpoints: $(VENV)/stamp
@@ -38,7 +40,7 @@ demo: checkpoints
 	$(BIN)/stageline bench bundles/minilm $(BRIEF) --concurrency 1,4 --baseline onnxruntime
 	$(BIN)/stageline bench bundles/smollm2 $(BRIEF) --concurrency 1,4 --new-tokens 16
 	@echo
-	@echo 'The runs are kept. To look at them, and at much more, open the dashboard:'
+	@echo 'Both runs are stored. To see them, and the stages, plans and timelines, open the dashboard:'
 	@echo
 	@echo '    $(BIN)/stageline dashboard'
 	@echo
@@ -51,18 +53,27 @@ lint: $(VENV)/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow setuptools' package-dir; it sees the packages under their full names through these links.
-types: $(VENV)/stamp
+# mypy and the documentation do not follow setuptools' package-dir; these links give the packages their full names.
+view:
 	@mkdir -p .view/stageline
 	@for floor in $(FLOORS); do ln -sfn ../../$$floor .view/stageline/$$floor; done
+
+types: $(VENV)/stamp view
 	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
-	$(BIN)/mypy benchmarks examples
+	$(BIN)/mypy benchmarks examples docs/generate.py
 
 # A file's tests run in one process: what they share is made once. (pytest 9.2 loses the groups of pytest-xdist 3.8.)
 # Times against theory get three goes, for the machine may be shared: what our figures get wrong is wrong every time.
 pytest: checkpoints
 	$(BIN)/pytest -m 'not gpu and not alone' -n 2 --dist loadfile
 	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
+
+docs: $(VENV)/stamp view
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/zensical build --clean --strict
+
+docs-reference: $(VENV)/stamp
+	$(BIN)/python docs/generate.py
 
 bench: checkpoints
 	@mkdir -p benchmarks/results
@@ -72,4 +83,4 @@ bench: checkpoints
 	$(BIN)/python benchmarks/dashboard.py --json benchmarks/results/dashboard.json
 
 clean:
-	rm -rf $(VENV) .view bundles build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .view .cache site bundles build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -94,7 +94,7 @@ def measure(count: int) -> dict[str, float]:
                 values = engine.run(values, engine.output_names)
 
         direct_us = per_call_us(direct, 1000)
-        with Pipeline(signature, stages, queue=64) as pipeline:
+        with Pipeline.of_stages(signature, stages, queue=64) as pipeline:
             latency_us = per_call_us(lambda: pipeline.run({"v0": value}), 500)
 
             def burst() -> None:

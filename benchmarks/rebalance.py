@@ -72,12 +72,12 @@ class Load:
             "gap_max_ms": 1e3 * float(gaps.max()),
             "memory_mib": memory_mib(),
         }
-        if after.switches == before.switches:
+        if after.changeovers == before.changeovers:
             pairs = zip(before.stages, after.stages, strict=True)
             row["busy"] = [(now.busy_s - then.busy_s) / (ended - began) for then, now in pairs]
-        elif after.switch is not None:
-            row |= {"switches": after.switches - before.switches, "open_s": after.switch.open_s}
-            row["pause_ms"] = 1e3 * after.switch.pause_s
+        elif after.last_changeover is not None:
+            row |= {"switches": after.changeovers - before.changeovers, "open_s": after.last_changeover.open_s}
+            row["pause_ms"] = 1e3 * after.last_changeover.pause_s
         return row
 
     def measure(self, what: str) -> Row:
@@ -86,11 +86,11 @@ class Load:
 
     def until_another_cut(self, what: str) -> Row:
         """Measure until half a second after auto mode has switched to another cut."""
-        switches = self.pipeline.stats().switches
+        switches = self.pipeline.stats().changeovers
 
         def wait() -> None:
             ends = time.monotonic() + PATIENCE_S
-            while self.pipeline.stats().switches == switches and time.monotonic() < ends:
+            while self.pipeline.stats().changeovers == switches and time.monotonic() < ends:
                 time.sleep(0.02)
             time.sleep(0.5)
 

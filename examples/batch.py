@@ -1,15 +1,14 @@
-"""Complete a file of prompts, one a line: python examples/batch.py bundles/smollm2 prompts.txt out.jsonl"""
+"""Complete a file of prompts, one per line: python examples/batch.py bundles/smollm2 prompts.txt out.jsonl"""
 
 import json
 import sys
 from pathlib import Path
 
-from stageline.models.errors import StagelineError
-from stageline.runtime.pipeline import Pipeline
+from stageline.runtime import Pipeline, StagelineError
 
 
 def main(bundle: Path, prompts: Path, output: Path) -> None:
-    """As many run at a time as there are slots; lines come in the order of the prompts."""
+    """Complete the prompts, 16 at a time; the output keeps their order."""
     with Pipeline.open(bundle, slots=16) as pipeline, output.open("w") as file:
         lines = [line for line in prompts.read_text().splitlines() if line]
         # submit waits while the queue is full
@@ -17,10 +16,14 @@ def main(bundle: Path, prompts: Path, output: Path) -> None:
         for line, future in zip(lines, futures, strict=True):
             try:
                 answer = future.result()
-                said = {"text": answer.text, "tokens": answer.completion_tokens, "why": answer.choices[0].finish_reason}
+                row = {
+                    "text": answer.text,
+                    "tokens": answer.completion_tokens,
+                    "finish_reason": answer.choices[0].finish_reason,
+                }
             except StagelineError as error:
-                said = {"error": str(error)}
-            print(json.dumps({"prompt": line, **said}), file=file)
+                row = {"error": str(error)}
+            print(json.dumps({"prompt": line, **row}), file=file)
         stats = pipeline.stats().generation
         assert stats is not None
         print(f"{len(lines)} prompts, {stats.generated_tokens} tokens in {stats.active_s:.1f} s")

@@ -9,15 +9,14 @@ import sys
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
-from stageline.models.errors import RequestError
-from stageline.runtime.pipeline import Pipeline
+from stageline.runtime import Pipeline, RequestError
 
 app = FastAPI()
 
 
 @app.get("/continue")
 async def continue_(prompt: str, max_tokens: int = 64) -> StreamingResponse:
-    """Stream a text; a client that leaves cancels it."""
+    """Stream a text. A client that disconnects cancels its request."""
     try:
         generation = await generator.astart(generator.request(prompt, max_tokens=max_tokens))
     except RequestError as error:
@@ -27,7 +26,7 @@ async def continue_(prompt: str, max_tokens: int = 64) -> StreamingResponse:
 
 @app.get("/alike")
 async def alike(one: str, other: str) -> float:
-    """The cosine of two sentences."""
+    """The cosine similarity of two sentences."""
     assert embedder.encoder is not None
     vectors = (await embedder.arun(embedder.encoder.encode([one, other])))["sentence_embedding"]  # [2, width], unit
     return float(vectors[0] @ vectors[1])

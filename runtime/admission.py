@@ -1,4 +1,4 @@
-"""A bounded number of slots, handed out first come, first served, to threads and to coroutines."""
+"""A bounded number of permits, handed out first come, first served, to threads and to coroutines."""
 
 import asyncio
 import threading
@@ -9,17 +9,17 @@ from stageline.models.errors import QueueFullError, RequestError
 
 
 class Admission:
-    """`bound` slots. Each slot taken is given back once, by `give_back`."""
+    """`bound` permits. Each permit taken is given back once, by `give_back`."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._free = bound
-        self._tickets: deque[Future[None]] = deque()  # of those who wait; only while no slot is free
+        self._tickets: deque[Future[None]] = deque()  # of those who wait; only while no permit is free
         self._lock = threading.Lock()
         self._closed = ""  # why, once closed
 
     def take(self, wait: bool, timeout: float | None) -> None:
-        """Take a slot, waiting for at most `timeout` seconds (None: for ever) if `wait`.
+        """Take a permit, waiting for at most `timeout` seconds (None: for ever) if `wait`.
 
         QueueFullError if none came, RequestError if closed.
         """
@@ -32,12 +32,12 @@ class Admission:
             if ticket.cancel():
                 raise self._full(f" after {timeout} s") from None
             ticket.result()  # granted, or closed, in this moment
-        except BaseException:  # KeyboardInterrupt: nobody will use the slot
+        except BaseException:  # KeyboardInterrupt: nobody will use the permit
             self._leave(ticket)
             raise
 
     async def take_async(self) -> None:
-        """Take a slot, waiting without blocking the event loop."""
+        """Take a permit, waiting without blocking the event loop."""
         ticket = self._take_or_queue(wait=True)
         if ticket is None:
             return
@@ -48,7 +48,7 @@ class Admission:
             raise
 
     def give_back(self) -> None:
-        """Give a slot back; it goes to whoever has waited longest."""
+        """Give a permit back; it goes to whoever has waited longest."""
         with self._lock:
             while self._tickets:
                 ticket = self._tickets.popleft()
@@ -67,7 +67,7 @@ class Admission:
                 ticket.set_exception(RequestError(why))
 
     def _take_or_queue(self, wait: bool) -> Future[None] | None:
-        """None if a slot was taken, else a ticket that is done when one is."""
+        """None if a permit was taken, else a ticket that is done when one is."""
         with self._lock:
             if self._closed:
                 raise RequestError(self._closed)
@@ -81,7 +81,7 @@ class Admission:
             return ticket
 
     def _leave(self, ticket: Future[None]) -> None:
-        """Stop waiting; a slot that was granted in this moment goes back."""
+        """Stop waiting; a permit that was granted in this moment goes back."""
         if not ticket.cancel() and ticket.exception() is None:
             self.give_back()
 

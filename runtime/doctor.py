@@ -1,7 +1,6 @@
-"""What this machine has for Stageline, and the command that installs what it lacks: `diagnose` never fails.
+"""What this machine has for Stageline, and the command that installs what it lacks. `diagnose` never fails.
 
-Versions are read from the packages' metadata and GPUs through NVML, so that nothing heavy is imported and no CUDA
-context is made.
+Versions come from the packages' metadata and GPUs from NVML, so nothing heavy is imported and no CUDA context is made.
 """
 
 import importlib
@@ -19,8 +18,8 @@ from stageline.runtime.engines.tensorrt.targets import PORTABLE, RTX_TARGETS
 
 
 @dataclass(frozen=True)
-class Processor:
-    """The processors this process may use, and the machine's memory (None where the system does not say)."""
+class CpuInfo:
+    """The CPU, the cores that this process may use, and the machine's memory (None if the system does not show it)."""
 
     model: str
     cores: tuple[int, ...]
@@ -30,7 +29,7 @@ class Processor:
 
 @dataclass(frozen=True)
 class MigDevice:
-    """A part of a GPU that was divided by MIG; `name` as NVML has it."""
+    """A part of a GPU that MIG divides, under NVML's name."""
 
     name: str
     uuid: str
@@ -39,7 +38,7 @@ class MigDevice:
 
 @dataclass(frozen=True)
 class GpuInfo:
-    """An NVIDIA GPU. `mig`: its parts; empty unless MIG is on."""
+    """An NVIDIA GPU. `mig`: its parts; empty if MIG is off."""
 
     index: int
     name: str
@@ -52,7 +51,7 @@ class GpuInfo:
 
 @dataclass(frozen=True)
 class NvidiaDriver:
-    """The NVIDIA driver and the newest CUDA it runs; None and why in `problem` where there is none to be seen."""
+    """The NVIDIA driver and the newest CUDA it runs. If no driver is found, both are None and `problem` says why."""
 
     version: str | None
     cuda: str | None
@@ -61,8 +60,11 @@ class NvidiaDriver:
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """An engine that stages can run on. `version` is None where it is not installed; `install` is the way there.
-    `targets`: what it builds for on this machine; empty where nothing is built ahead."""
+    """A package that an engine can use: `--engine` takes `name`. TensorRT comes in two packages, either will do.
+
+    `version` is None if it is not installed; `install` is the command that installs it. `targets`: the GPUs that it
+    builds for on this machine; empty if nothing is built ahead.
+    """
 
     name: str
     package: str
@@ -74,7 +76,7 @@ class EngineStatus:
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of Stageline: its packages with their versions, None for those that are absent."""
+    """An optional part of Stageline: its packages with their versions, None for a package that is not installed."""
 
     name: str
     packages: Mapping[str, str | None]
@@ -82,7 +84,7 @@ class Extra:
 
     @property
     def complete(self) -> bool:
-        """Whether all packages are there."""
+        """Whether all packages are installed."""
         return None not in self.packages.values()
 
 
@@ -97,12 +99,12 @@ class CheckpointStatus:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All of it. `problems` are lines about what is there and will not work."""
+    """The whole diagnosis. `problems`: one line for each thing that is installed and will not work."""
 
     stageline: str
     python: str
     system: str
-    processor: Processor
+    cpu: CpuInfo
     driver: NvidiaDriver
     gpus: tuple[GpuInfo, ...]
     engines: tuple[EngineStatus, ...]
@@ -119,7 +121,7 @@ def diagnose() -> Diagnosis:
         _version("stageline") or "not installed",
         platform.python_version(),
         f"{platform.system()} {platform.release()} {platform.machine()}",
-        _processor(),
+        _cpu(),
         driver,
         gpus,
         _engines(capabilities),
@@ -140,17 +142,17 @@ def _version(*packages: str) -> str | None:
 
 
 def _engines(capabilities: tuple[str, ...]) -> tuple[EngineStatus, ...]:
-    processors, gpus, rtx_gpus = "processors", "NVIDIA GPUs", "NVIDIA RTX GPUs"
+    cores, gpus, rtx_gpus = "CPU cores", "NVIDIA GPUs", "NVIDIA RTX GPUs"
     cpu, gpu, rtx = (f'pip install "stageline[{extra}]"' for extra in ("cpu", "gpu", "rtx"))
     tensorrt = _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
     tensorrt_rtx = _version("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
     anywhere = (*RTX_TARGETS, PORTABLE)
     return (
-        # The GPU's package runs on processors as well.
-        EngineStatus("onnxruntime", "onnxruntime", _version("onnxruntime", "onnxruntime-gpu"), processors, (), cpu),
+        # The GPU's package runs on the CPU as well.
+        EngineStatus("onnxruntime", "onnxruntime", _version("onnxruntime", "onnxruntime-gpu"), cores, (), cpu),
         EngineStatus("onnxruntime-cuda", "onnxruntime-gpu", _version("onnxruntime-gpu"), gpus, (), gpu),
         EngineStatus("tensorrt", "tensorrt", tensorrt, gpus, capabilities if tensorrt else (), gpu),
-        EngineStatus("tensorrt-rtx", "tensorrt-rtx", tensorrt_rtx, rtx_gpus, anywhere if tensorrt_rtx else (), rtx),
+        EngineStatus("tensorrt", "tensorrt-rtx", tensorrt_rtx, rtx_gpus, anywhere if tensorrt_rtx else (), rtx),
     )
 
 
@@ -158,14 +160,14 @@ def _clashes(driver: NvidiaDriver) -> Iterator[str]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         yield (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, then "
-            "install onnxruntime-gpu alone: it runs on processors as well"
+            "install only onnxruntime-gpu: it runs on the CPU as well"
         )
     if driver.version and _version("onnxruntime-gpu", "tensorrt", "tensorrt-rtx") and not _version("cuda-bindings"):
-        yield 'there are a driver and an engine for GPUs, but not CUDA for Python: pip install "stageline[gpu]"'
+        yield 'a driver and an engine for GPUs are installed, but not CUDA for Python: pip install "stageline[gpu]"'
 
 
 def _extras() -> Iterator[Extra]:
-    """The extras of pyproject.toml, as the metadata of the installed package has them."""
+    """The extras of pyproject.toml, from the metadata of the installed package."""
     packages: dict[str, dict[str, str | None]] = {}
     for requirement in (metadata.requires("stageline") if _version("stageline") else None) or []:
         found = re.match(r"([\w.-]+).*\bextra\s*==\s*[\"']([\w-]+)[\"']", requirement)
@@ -181,12 +183,12 @@ def _checkpoints() -> Iterator[CheckpointStatus]:
         yield CheckpointStatus(name, str(folder) if folder.is_dir() else None, f"stageline models fetch {name}")
 
 
-def _processor() -> Processor:
+def _cpu() -> CpuInfo:
     info, memory = _text("/proc/cpuinfo"), _text("/proc/meminfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     sizes = [re.search(rf"^{name}:\s*(\d+) kB$", memory, re.MULTILINE) for name in ("MemTotal", "MemAvailable")]
     total, available = (int(size[1]) * 1024 if size else None for size in sizes)
-    return Processor(model[1] if model else platform.machine(), allowed_cores(), total, available)
+    return CpuInfo(model[1] if model else platform.machine(), allowed_cores(), total, available)
 
 
 def _text(file: str) -> str:
@@ -201,13 +203,13 @@ def _nvidia() -> tuple[NvidiaDriver, tuple[GpuInfo, ...], tuple[str, ...]]:
         nvml = importlib.import_module("pynvml")
     except ImportError:
         there = Path("/proc/driver/nvidia/version").exists()
-        told = "there is a driver, but it cannot be asked" if there else "not looked for"
-        return NvidiaDriver(None, None, f"{told}: pip install nvidia-ml-py"), (), ()
+        found = "a driver is installed, but its version cannot be read" if there else "not looked for"
+        return NvidiaDriver(None, None, f"{found}: pip install nvidia-ml-py"), (), ()
     return read_nvml(nvml)
 
 
 def read_nvml(nvml: Any) -> tuple[NvidiaDriver, tuple[GpuInfo, ...], tuple[str, ...]]:
-    """The driver, the GPUs, and a line for each GPU that does not answer, by a module with the functions of pynvml."""
+    """The driver, the GPUs, and a line for each GPU that does not answer. `nvml`: pynvml, or a stand-in for it."""
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -247,5 +249,5 @@ def _mig(nvml: Any, handle: Any) -> Iterator[MigDevice]:
             part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
             memory_bytes = nvml.nvmlDeviceGetMemoryInfo(part).total
             yield MigDevice(nvml.nvmlDeviceGetName(part), nvml.nvmlDeviceGetUUID(part), memory_bytes)
-        except nvml.NVMLError:  # a place that no part is at
+        except nvml.NVMLError:  # no part at this place
             continue

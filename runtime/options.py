@@ -59,7 +59,7 @@ class PipelineOptions:
     """Most tokens of a prompt per step, so that a long prompt does not hold up the others."""
     rebalance: RebalanceMode = "off"
     """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
-    ("auto"); docs/rebalance.md."""
+    ("auto"); docs/how-to/recut.md."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "queue", "micro_batch", "slots", "capacity", "prefill_chunk"):

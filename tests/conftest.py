@@ -1,5 +1,6 @@
 """Checkpoints and bundles that many tests read: tiny ones that are made up, and the reference ones."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+ExportOnce = Callable[..., Path]
 TINY_BERT: dict[str, Any] = {
     "model_type": "bert",
     "architectures": ["BertForSequenceClassification"],
@@ -33,6 +35,14 @@ TINY_LLAMA: dict[str, Any] = {
     "max_position_embeddings": 512,
     "bos_token_id": 2,
     "eos_token_id": None,
+}
+WORD_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
 }
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "on", "mats")
 
@@ -83,6 +93,24 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 
 @pytest.fixture(scope="session")
+def export_once(made_once: MadeOnce) -> ExportOnce:
+    """Exports a config with random weights, in so many stages: once for all who ask for the same. Do not change it."""
+    from stageline.exporter.export import export
+    from stageline.exporter.synthesize import synthesize
+    from stageline.runtime.bundle.recut import recut
+
+    def get(config: Mapping[str, Any], stages: int = 1, seed: int = 1) -> Path:
+        name = "export-" + hashlib.sha256(json.dumps([config, seed], sort_keys=True).encode()).hexdigest()[:16]
+        checkpoint = made_once(f"{name}-from", lambda folder: synthesize(config, folder, seed=seed, dtype="float32"))
+        whole = made_once(name, lambda folder: export(checkpoint, folder))
+        if stages == 1:
+            return whole
+        return made_once(f"{name}-{stages}", lambda folder: recut(shutil.copytree(whole, folder), stages))
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(made_once: MadeOnce) -> Path:
     """A BERT classifier of three blocks; do not change it."""
     return made_once("tiny-checkpoint", _make_checkpoint)
@@ -103,6 +131,20 @@ def tiny_llama(made_once: MadeOnce) -> Path:
 
     checkpoint = made_once("tiny-llama-checkpoint", lambda folder: _make_checkpoint(folder, **TINY_LLAMA))
     return made_once("tiny-llama", lambda folder: export(checkpoint, folder))
+
+
+@pytest.fixture(scope="session")
+def word_llama_checkpoint(made_once: MadeOnce) -> Path:
+    """A Llama of three blocks that generates the words of `WORDS`; do not change it."""
+    return made_once("word-llama-checkpoint", lambda folder: _make_checkpoint(folder, **WORD_LLAMA))
+
+
+@pytest.fixture(scope="session")
+def word_llama(word_llama_checkpoint: Path, made_once: MadeOnce) -> Path:
+    """`word_llama_checkpoint` exported to two stages; do not change it, copy it."""
+    from stageline.exporter.export import export
+
+    return made_once("word-llama", lambda folder: export(word_llama_checkpoint, folder, stages=2))
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from stageline.models.safetensors_file import read_header
 from stageline.runtime import words
 from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.engines.tensorrt.store import read_engines
 from stageline.runtime.planning.catalogue import Rates, catalogue
 from stageline.runtime.planning.cluster import Cluster, parse_devices
 from stageline.runtime.planning.cost import cut_values, values_bytes
 from stageline.runtime.planning.planner import Answer, Planner
-from stageline.runtime.planning.profile import Machine, MachineProfile, load
+from stageline.runtime.planning.profile import Machine, MachineProfile, read_profile
 from stageline.runtime.workload import Workload
 
 THIS_MACHINE = "this machine"
@@ -40,7 +40,7 @@ def open_unverified(folder: Path) -> Bundle:
 def profile_of(folder: Path) -> tuple[MachineProfile | None, str | None]:
     """The profile of this machine, or of another with a warning; without one, None and what to do."""
     try:
-        return load(folder, Machine.here())
+        return read_profile(folder, Machine.here())
     except StagelineError as error:
         return None, str(error)
 
@@ -64,7 +64,7 @@ def planner_for(bundle: Bundle, place: str, stages: int, workload: Workload, pro
         dtype = bundle.manifest.dtype if bundle.manifest.dtype in known else "float16"
         return Planner(bundle, cluster, workload, dtype)
     assert profile is not None
-    return Planner(bundle, _cores(stages, profile), workload, profile.machine.weights or "float32", profile=profile)
+    return Planner(bundle, _cores(stages, profile), workload, profile.machine.quantise or "float32", profile=profile)
 
 
 def _cores(stages: int, profile: MachineProfile) -> Cluster:
@@ -101,7 +101,7 @@ def block_rows(planner: Planner, answer: Answer) -> list[dict[str, Any]]:
     """The cost of each use: stage, time for a micro-batch, parameters, bytes of weights and cache."""
     costs, device = planner.costs(answer.shape), answer.problem.devices[0]
     manifest = planner.bundle.manifest
-    cache_tokens = planner.load.slots * planner.load.capacity if manifest.cached else 0
+    cache_tokens = planner.workload.slots * planner.workload.capacity if manifest.cached else 0
     last = len(costs) - 1
     rows = []
     for number, cost in enumerate(costs):
@@ -171,11 +171,11 @@ class Roofline:
 
 def roofline(planner: Planner, answer: Answer) -> Roofline:
     """The roofline of the plan's devices, with its stages."""
-    costs, last = planner.costs(answer.shape), planner.bundle.manifest.blocks
+    costs = planner.costs(answer.shape)
     rates = planner.rates(planner.cluster.kinds[0])
     rows = []
     for number, (stage, figures) in enumerate(zip(answer.plan.stages, answer.plan.figures, strict=True)):
-        uses = costs[0 if stage.first == 0 else stage.first + 1 : last + 2 if stage.end == last else stage.end + 1]
+        uses = uses_of(costs, stage.first, stage.end)
         flops = sum(use.flops for use in uses)
         moved_bytes = sum(use.weight_read_bytes + use.cache_read_bytes for use in uses)
         intensity, attained = flops / max(1, moved_bytes), flops / figures.compute_s

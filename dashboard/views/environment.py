@@ -15,7 +15,7 @@ def show() -> None:
     found = _diagnosis()
     for problem in found.problems:
         st.warning(problem, icon=":material/warning:")
-    processor = found.processor
+    processor = found.cpu
     with st.container(horizontal=True):
         st.metric("CPU cores", len(processor.cores), border=True, help=processor.model)
         memory = processor.memory_bytes

@@ -1,16 +1,22 @@
 """The command `stageline build`."""
 
-import json
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from stageline.exporter.commands.common import (
+    BundleArgument,
+    CapacityOption,
+    JsonOption,
+    MicroBatchOption,
+    SlotsOption,
+    print_result,
+    progress_bar,
+    workload,
+)
 from stageline.exporter.commands.show import table
-from stageline.models.errors import StagelineError
 from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, BuildProgress, Wanted, build, stale
 from stageline.runtime.bundle.folder import Bundle
@@ -19,10 +25,10 @@ from stageline.runtime.engines.tensorrt.lower import PRECISIONS, Precision
 from stageline.runtime.engines.tensorrt.records import Options
 from stageline.runtime.engines.tensorrt.store import locked
 from stageline.runtime.engines.tensorrt.targets import HERE, TargetGpu, check_target, gpu_here
-from stageline.runtime.options import DEFAULT_CAPACITY
 from stageline.runtime.workload import Workload
 
-_LENGTH = 128  # tokens of a chunk of a prompt unless given
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def register(app: typer.Typer) -> None:
@@ -31,59 +37,60 @@ def register(app: typer.Typer) -> None:
 
 
 def build_command(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundleArgument,
     target: Annotated[
         list[str],
-        typer.Option(metavar="TARGET", help="sm75 to sm121, portable, or here: this machine's GPU. Several: one each."),
+        typer.Option(metavar="TARGET", help="sm75 to sm121, portable, or here (this machine's GPU). May be repeated."),
     ],
     precision: Annotated[
         list[str] | None,
         typer.Option(
             metavar="P",
-            help="fp32, fp16 or bf16: what it computes in; int8, fp8 or int4: such weights, and computes in fp16. fp16 "
-            "unless given. Several: each.",
+            help="fp32, fp16 or bf16: what the engine computes in. int8, fp8 or int4: quantised weights, computing in "
+            "fp16 (default: fp16). May be repeated.",
         ),
     ] = None,
     flavour: Annotated[
-        FlavourName | None, typer.Option(help="Which TensorRT. Chosen by target and by what is installed unless given.")
+        FlavourName | None, typer.Option(help="Which TensorRT (default: by target and what is installed).")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="The most rows of a micro-batch (models without a cache).")] = 8,
+    micro_batch: MicroBatchOption = Workload.micro_batch,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row, or of a chunk of a prompt. Up to 128 unless given.")
+        int | None,
+        typer.Option(min=1, help="Max tokens of a row or a prompt's chunk (default: the model's limit, up to 128)."),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="The most requests at a time (models with a cache).")] = 8,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a cache row. Up to 2048 unless given.")] = None,
+    slots: SlotsOption = Workload.slots,
+    capacity: CapacityOption = None,
     stripped: Annotated[
-        bool, typer.Option("--stripped", help="Without weights: they are read from the bundle at load.")
+        bool, typer.Option("--stripped", help="Leave the weights out: they are read from the bundle at load.")
     ] = False,
     weight_streaming: Annotated[
-        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory when the GPU's is short.")
+        bool, typer.Option("--weight-streaming", help="Let weights stay in host memory if the GPU's is too small.")
     ] = False,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Newer TensorRTs of the same major version run it.")
+        bool, typer.Option("--version-compatible", help="Let newer TensorRTs of the same major version run it.")
     ] = False,
-    optimization_level: Annotated[int, typer.Option(min=0, max=5, help="5: slowest to build.")] = 3,
+    optimization_level: Annotated[
+        int, typer.Option(min=0, max=5, help="How long to search for fast kernels: 0 shortest, 5 longest.")
+    ] = 3,
     workspace_mb: Annotated[
-        int | None, typer.Option(min=1, help="The most scratch memory of a layer; what the GPU has unless given.")
+        int | None, typer.Option(min=1, help="Max scratch memory of a layer (default: what the GPU has).")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Builds at a time; as processors and memory allow unless given.")
+        int | None, typer.Option(min=1, help="Builds at a time (default: as CPU cores and memory allow).")
     ] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove engines of stages that were cut anew.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove engines of stages that a recut replaced.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Build TensorRT engines of every stage, for GPUs that need not be here. What is built already is kept.
+    """Build TensorRT engines of a bundle's stages.
+
+    The target GPUs need not be in this machine: TensorRT for RTX builds without them. Engines are stored in the bundle,
+    and only missing or outdated ones are built.
 
     Example: stageline build minilm.bundle --target sm89 --target portable --precision fp16
     """
     wanted = _wanted(target, _precisions(precision or ["fp16"]), flavour)
     opened = Bundle.open(bundle)
-    limit = opened.manifest.max_positions
-    for name, value in (("--length", length), ("--context", context)):
-        if limit is not None and value is not None and value > limit:
-            raise StagelineError(f"{name} is {value}, the model can place {limit} tokens; lower it")
-    most = limit or DEFAULT_CAPACITY
-    load = Workload(batch, length or min(most, _LENGTH), slots, context or min(most, DEFAULT_CAPACITY))
+    load = workload(opened.manifest, micro_batch, length, slots, capacity)
     options = Options(
         stripped=stripped,
         weight_streaming=weight_streaming,
@@ -91,26 +98,27 @@ def build_command(
         optimization_level=optimization_level,
         workspace_bytes=workspace_mb and workspace_mb * 2**20,
     )
-    with _progress(len(wanted) * len(opened.manifest.stages)) as bar:
-        outcomes = build(opened, wanted, load, options, jobs=jobs, progress=bar.step, done=bar.done)
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with progress_bar(*columns) as bar:
+        follower = _Follower(bar, len(wanted) * len(opened.manifest.stages))
+        outcomes = build(opened, wanted, load, options, jobs=jobs, progress=follower.step, done=follower.done)
     pruned = 0
     if prune:
         with locked(bundle) as store:
             pruned = store.prune(stale(opened, store))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    if as_json:
-        document = {"bundle": str(bundle), "engines": [_document(o) for o in outcomes], "pruned_bytes": pruned}
-        print(json.dumps(document, indent=2))
-    else:
-        print(table(["stage", "target", "precision", "size", "build s", "", "engine"], [_row(o) for o in outcomes]))
-        if prune:
-            print(f"removed engines of other cuts: {words.size(pruned)}")
-        for outcome in failed:
-            print(f"stage {outcome.stage}, {outcome.wanted.target}, {outcome.wanted.precision}: {outcome.error}")
+    lines = [table(["stage", "target", "precision", "size", "build s", "", "engine"], [_row(o) for o in outcomes])]
+    lines += [f"removed engines of other cuts: {words.size(pruned)}"] if prune else []
+    lines += [f"stage {o.stage}, {o.wanted.target}, {o.wanted.precision}: {o.error}" for o in failed]
+    document = {"bundle": str(bundle), "engines": [_document(o) for o in outcomes], "pruned_bytes": pruned}
+    print_result(as_json, document, "\n".join(lines))
     raise typer.Exit(1 if failed else 0)
 
 
 def _wanted(targets: Sequence[str], precisions: Sequence[Precision], name: FlavourName | None) -> list[Wanted]:
+    """Each target in each precision."""
     gpu: TargetGpu | None = gpu_here()
     result = []
     for target in dict.fromkeys(targets):
@@ -152,36 +160,23 @@ def _document(outcome: BuildOutcome) -> dict[str, Any]:
 _SHOWN = {"version", "plan", "report", "key", "build_s", "options", "profiles", "capacity"}
 
 
-class _Bar:
-    """Engines done, and what TensorRT is doing now, on a terminal; a line for each engine elsewhere."""
+class _Follower:
+    """Shows the builds on stderr: a bar with what TensorRT is doing on a terminal, one line per engine elsewhere."""
 
-    def __init__(self, progress: Any, task: Any) -> None:
-        self.progress, self.task, self.lock = progress, task, threading.Lock()
-        self.shares: dict[tuple[int, Wanted], float] = {}
+    def __init__(self, bar: "Progress | None", engines: int) -> None:
+        self.bar, self.lock = bar, threading.Lock()
+        self.task = None if bar is None else bar.add_task("lowering", total=engines)
 
     def step(self, step: BuildProgress) -> None:
-        if self.progress is None:
-            return
-        what = f"stage {step.stage} {step.wanted.target} {step.wanted.precision}: {step.phase} {step.step}/{step.steps}"
-        self.progress.update(self.task, description=what)
+        """TensorRT reached another step of a build."""
+        if self.bar is not None and self.task is not None:
+            stage = f"stage {step.stage} {step.wanted.target} {step.wanted.precision}"
+            self.bar.update(self.task, description=f"{stage}: {step.phase} {step.step}/{step.steps}")
 
     def done(self, outcome: BuildOutcome) -> None:
-        if self.progress is not None:
-            self.progress.advance(self.task)
+        """A build ended."""
+        if self.bar is not None and self.task is not None:
+            self.bar.advance(self.task)
         elif outcome.built or outcome.error:
             with self.lock:
                 print("  ".join(_row(outcome)).rstrip(), file=sys.stderr)
-
-
-@contextmanager
-def _progress(engines: int) -> Iterator[_Bar]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Bar(None, None)
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bar(progress, progress.add_task("lowering", total=engines))

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
-from stageline.models.errors import StagelineError
+from stageline.models.errors import RequestError, StagelineError
+from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import WeightDtype
+from stageline.runtime.options import DEFAULT_CAPACITY
+from stageline.runtime.workload import Workload
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -54,15 +57,22 @@ CapacityOption = Annotated[
     typer.Option(min=2, help="Tokens of a slot, prompt and output together (default: the model's limit, up to 2048)."),
 ]
 MicroBatchOption = Annotated[int, typer.Option(min=1, help="Max rows of a micro-batch (models without a KV cache).")]
-LengthOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens of a row or a prompt (default: the model's limit, up to 128).")
-]
 HostOption = Annotated[str, typer.Option(help="The address to listen on.")]
 
 
 def print_result(as_json: bool, data: Any, text: str) -> None:
     """Print a command's result on stdout: `data` as one JSON document, or `text`."""
     print(json.dumps(data, indent=2) if as_json else text)
+
+
+def workload(manifest: Manifest, micro_batch: int, length: int | None, slots: int, capacity: int | None) -> Workload:
+    """What the options ask of a bundle's pipeline, within what its model can place. RequestError if they ask more."""
+    limit = manifest.max_positions or DEFAULT_CAPACITY
+    for name, tokens in (("--length", length), ("--capacity", capacity)):
+        if manifest.max_positions is not None and tokens is not None and tokens > limit:
+            raise RequestError(f"{name} is {tokens}, the model can place {limit} tokens; lower it")
+    length = length or min(limit, Workload.length)
+    return Workload(micro_batch, length, slots, capacity or min(limit, DEFAULT_CAPACITY))
 
 
 def numbers(text: str | None, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
@@ -73,7 +83,7 @@ def numbers(text: str | None, option: str, kind: Callable[[str], _Number]) -> li
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 8,7,9", param_hint=option) from error
 
 
-def names(text: str | None) -> list[str] | None:
+def split(text: str | None) -> list[str] | None:
     """The names in a comma-separated list; None for None."""
     return [name.strip() for name in text.split(",")] if text else None
 

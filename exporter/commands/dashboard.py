@@ -1,4 +1,4 @@
-"""The command `stageline dashboard`. It starts the dashboard as a program: the exporter imports nothing of it."""
+"""The command `stageline dashboard`, which starts the dashboard as a program: the exporter does not import it."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from stageline.exporter.commands.common import HostOption, StoreOption
 from stageline.models.errors import StagelineError
 
 
@@ -16,19 +17,19 @@ def register(app: typer.Typer) -> None:
 
 
 def dashboard_command(
-    store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where benchmark runs are kept; as for stageline bench.")
-    ] = None,
+    store: StoreOption = None,
     bundles: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="A bundle, or a folder of bundles: ./bundles unless given. May be repeated."),
+        typer.Option(metavar="DIR", help="A bundle, or a folder of bundles (default: ./bundles). May be repeated."),
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    host: HostOption = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="8501, or the next that is free, unless given.")
+        int | None, typer.Option(min=1, max=65535, help="The port to listen on (default: 8501, or the next free one).")
     ] = None,
 ) -> None:
-    """Open the dashboard: what pipelines give, and why. It listens on this machine only and calls nobody.
+    """Open the dashboard: benchmark runs, plans and live pipelines in a browser.
+
+    It listens on localhost (default) and makes no outside connections.
 
     Example: stageline dashboard --bundles bundles
     """

@@ -1,10 +1,9 @@
 """The command `stageline doctor`."""
 
-import json
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
+from stageline.exporter.commands.common import JsonOption, print_result
 from stageline.exporter.commands.show import table
 from stageline.runtime import words
 from stageline.runtime.doctor import Diagnosis, diagnose
@@ -16,28 +15,35 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show this machine's engines, devices and drivers, and how to install what is absent.
+    """Show this machine's engines, devices and drivers, and how to install what is missing.
 
     Example: stageline doctor
     """
     found = diagnose()
-    print(json.dumps(asdict(found), indent=2) if as_json else text(found))
+    print_result(as_json, asdict(found), text(found))
 
 
 def text(found: Diagnosis) -> str:
-    """The diagnosis as a person reads it."""
-    processor, driver = found.processor, found.driver
-    memory = "" if processor.memory_bytes is None else f", {words.size(processor.memory_bytes)} of memory"
-    devices = [["cpu", processor.model, f"{len(processor.cores)} cores{memory}"]]
+    """The diagnosis as tables for people."""
+    cpu, driver = found.cpu, found.driver
+    memory = "" if cpu.memory_bytes is None else f", {words.size(cpu.memory_bytes)} of memory"
+    devices = [["cpu", cpu.model, f"{words.counted(len(cpu.cores), 'core')}{memory}"]]
     for gpu in found.gpus:
-        told = f"compute capability {gpu.compute_capability}, {words.size(gpu.memory_bytes)}"
-        devices.append([f"cuda:{gpu.index}", gpu.name, f"{told}, {words.size(gpu.free_bytes)} free"])
+        memory = f"{words.size(gpu.memory_bytes)}, {words.size(gpu.free_bytes)} free"
+        devices.append([f"cuda:{gpu.index}", gpu.name, f"compute capability {gpu.compute_capability}, {memory}"])
         devices += [["", f"  {part.name}", f"MIG, {words.size(part.memory_bytes)}"] for part in gpu.mig]
     nvidia = driver.problem or f"NVIDIA {driver.version}, CUDA up to {driver.cuda}"
     engines = [
-        [e.name, e.version or "absent", e.runs_on, " ".join(e.targets) or "-", "" if e.version else e.install]
+        [
+            e.name,
+            e.package,
+            e.version or "absent",
+            e.runs_on,
+            " ".join(e.targets) or "-",
+            "" if e.version else e.install,
+        ]
         for e in found.engines
     ]
     extras = [
@@ -53,7 +59,7 @@ def text(found: Diagnosis) -> str:
             "",
             table(["device", "name", ""], devices),
             "",
-            table(["engine", "version", "runs on", "builds for", "install"], engines),
+            table(["engine", "package", "version", "runs on", "builds for", "install"], engines),
             "",
             table(["extra", "packages", "install"], extras),
             "",

@@ -1,6 +1,5 @@
 """The commands `stageline profile` and `stageline plan`."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -8,16 +7,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from stageline.exporter.commands.common import (
+    BundleArgument,
+    CapacityOption,
+    DtypeName,
+    JsonOption,
+    LayersOption,
+    MicroBatchOption,
+    QuantiseOption,
+    SlotsOption,
+    numbers,
+    print_result,
+    progress_steps,
+    workload,
+)
 from stageline.exporter.commands.show import table
 from stageline.models.errors import StagelineError
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.engines import WeightDtype
 from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster
 from stageline.runtime.planning.measure import measure
-from stageline.runtime.planning.planner import Answer, Planner, device_names, weights_of
+from stageline.runtime.planning.planner import Answer, Planner, device_names, quantise_for
 from stageline.runtime.planning.problem import Objective
-from stageline.runtime.planning.profile import Machine, MachineProfile, load, save
+from stageline.runtime.planning.profile import Machine, MachineProfile, read_profile, write_profile
 from stageline.runtime.planning.simulate import (
     BatchRequest,
     SimulationResult,
@@ -29,8 +41,6 @@ from stageline.runtime.planning.simulate import (
 from stageline.runtime.workload import Workload, poisson
 
 _CHUNK, _SIMULATED, _SEED = 128, 500, 0
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ObjectiveName = Literal["throughput", "latency", "cost", "energy"]
 
 
@@ -42,107 +52,108 @@ def register(app: typer.Typer) -> None:
 
 def profile_command(
     bundle: BundleArgument,
-    threads: Annotated[str, typer.Option(metavar="N,N", help="Numbers of threads to measure.")] = "1,2",
-    weights: Annotated[
-        WeightDtype | None,
-        typer.Option(help="Quantise matrix products, as a pipeline opened so does. As they are unless given."),
-    ] = None,
+    threads: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of CPU cores to measure on.")] = "1,2",
+    quantise: QuantiseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle's parts on this machine and store the times in the bundle, for `stageline plan`.
+    """Measure a bundle's parts on this machine, for `stageline plan`.
 
-    Times with other --weights are stored beside those that are there.
+    The times are stored in the bundle, one profile per machine and --quantise.
 
     Example: stageline profile minilm.bundle
     """
     opened = Bundle.open(bundle)
-    profile = measure(
-        opened,
-        _numbers(threads, "--threads"),
-        progress=lambda step: print(step, file=sys.stderr),
-        weights=weights,
-    )
-    file = save(opened, profile)
-    if as_json:
-        print(profile.model_dump_json(indent=2))
-        return
+    with progress_steps() as progress:
+        profile = measure(opened, numbers(threads, "--threads", int), progress=progress, quantise=quantise)
+    file = write_profile(opened, profile)
     whole = [point for point in profile.points if (point.first, point.end) == (0, opened.manifest.blocks)]
     rows = [
         [str(p.threads), str(p.batch), str(p.length), str(p.past), f"{p.seconds * 1e3:.2f}", str(p.runs)] for p in whole
     ]
-    print(table(["threads", "batch", "length", "past", "ms", "runs"], rows))
-    print(f"{file}: {len(profile.points)} times of stages; the table shows the whole model\n{profile.machine}")
+    times = table(["threads", "batch", "length", "past", "ms", "runs"], rows)
+    print_result(
+        as_json,
+        profile.model_dump(mode="json"),
+        f"{times}\n{file}: {len(profile.points)} times; the table shows those of the whole model\n{profile.machine}",
+    )
 
 
 def plan_command(
     bundle: BundleArgument,
     devices: Annotated[
-        str | None, typer.Option(metavar="D,D", help="cpu:0,cpu:1 of this machine, or kinds: 4xL4,H100.")
+        str | None,
+        typer.Option(metavar="D,D,...", help="CPU cores of this machine (cpu:0,cpu:1) or kinds of device (4xL4,H100)."),
     ] = None,
-    cluster: Annotated[Path | None, typer.Option(metavar="TOML", help="Devices and links, from a file.")] = None,
-    objective: Annotated[ObjectiveName, typer.Option(help="What to make best.")] = "throughput",
-    layers: Annotated[str | None, typer.Option(metavar="N,N", help="How many blocks each stage gets: 8,7,9.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch (models without a cache).")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a row, or of a prompt.")] = 128,
-    output: Annotated[int, typer.Option(min=1, help="Tokens that a request is continued by.")] = 128,
-    slots: Annotated[int, typer.Option(min=1, help="Requests that run at a time (models with a cache).")] = 8,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a cache row.")] = None,
+    cluster: Annotated[Path | None, typer.Option(metavar="TOML", help="A file of devices and links.")] = None,
+    objective: Annotated[ObjectiveName, typer.Option(help="What to optimise.")] = "throughput",
+    layers: LayersOption = None,
+    micro_batch: MicroBatchOption = Workload.micro_batch,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row or a prompt (default: the model's limit, up to 128).")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens to generate per request, for --rate.")
+    ] = 128,
+    slots: SlotsOption = Workload.slots,
+    capacity: CapacityOption = None,
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16", "int8", "int4"] | None,
-        typer.Option(help="Of the weights on the devices; cpu: int8, int4 as `stageline profile --weights` measured."),
+        DtypeName | None, typer.Option(help="Weights' type on the devices (default: the bundle's; on the CPU float32).")
     ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="The most devices that may share one stage.")] = 1,
+    quantise: QuantiseOption = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Max devices that share one stage.")] = 1,
     overlap: Annotated[bool, typer.Option(help="Whether devices copy while they compute.")] = True,
-    rate: Annotated[float | None, typer.Option(min=0.0, metavar="R/S", help="Requests a second to serve.")] = None,
-    ttft_p99_ms: Annotated[float, typer.Option(min=0.0, help="For --rate: 99 of 100 first tokens within it.")] = 500.0,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why: every stage, and the next best plan.")] = False,
+    rate: Annotated[
+        float | None, typer.Option(min=0.0, metavar="R", help="Requests/s to serve: show how many devices it takes.")
+    ] = None,
+    ttft_p99_ms: Annotated[float, typer.Option(min=0.0, help="Max time to first token at p99, for --rate.")] = 500.0,
+    explain: Annotated[bool, typer.Option("--explain", help="Show each stage's costs and the next best plan.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say where to cut a bundle, what runs where, and what that will give. Nothing is changed: `stageline recut` cuts.
+    """Find the best cut of a bundle for some devices.
+
+    Shows which blocks run where and the predicted speed. The bundle stays as it is: `stageline recut` changes it.
 
     Example: stageline plan minilm.bundle --devices cpu:0,cpu:1 --explain
     """
     if (devices is None) == (cluster is None):
         raise typer.BadParameter("give --devices or --cluster", param_hint="--devices")
+    if dtype is not None and quantise is not None:
+        raise typer.BadParameter("give --dtype or --quantise, not both", param_hint="--quantise")
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     found = read_cluster(cluster) if cluster is not None else parse_devices(str(devices))
-    kept = dtype or ("float32" if found.local else manifest.dtype)
-    profile, warning = _profile(opened, found, kept)
+    weights_dtype = quantise or dtype or ("float32" if found.local else manifest.dtype)
+    profile, warning = _profile(opened, found, weights_dtype)
     if profile is not None and devices is not None:
         found = parse_devices(devices, profile.handover_s)
-    for limit in [manifest.max_positions] if manifest.max_positions else []:
-        if max(length, context or 0) > limit:
-            raise StagelineError(f"the model can place {limit} tokens; {max(length, context or 0)} are asked for")
-    room = context or min(manifest.max_positions or 2048, 2048)
     planner = Planner(
         opened,
         found,
-        Workload(batch, length, slots, room),
-        kept,
+        workload(manifest, micro_batch, length, slots, capacity),
+        weights_dtype,
         overlap,
         profile,
-        tuple(_numbers(layers, "--layers")) if layers is not None else None,
+        tuple(numbers(layers, "--layers", int)) or None,
         replicas,
     )
     best = planner.best(objective)
-    told = _Told(planner, best, objective, warning)
-    document: dict[str, Any] = told.document()
-    lines = [told.summary()]
+    report = _Report(planner, best, objective, warning)
+    document: dict[str, Any] = report.document()
+    lines = [report.summary()]
     if explain:
         second = planner.second(objective, best)
         document["next_best"] = None if second is None else _figures(planner, second)
-        lines += ["", told.stages(), "", told.reasons(second)]
+        lines += ["", report.stages(), "", report.reasons(second)]
     if rate:
-        sizes = _sizes(planner, objective, rate, ttft_p99_ms / 1e3, output)
+        sizes = _sizes(planner, objective, rate, ttft_p99_ms / 1e3, new_tokens)
         document["serving"] = [size for size, _ in sizes]
         lines += ["", _sizes_table(sizes, rate, ttft_p99_ms)]
     if warning:
         print(f"stageline: warning: {warning}", file=sys.stderr)
-    print(json.dumps(document, indent=2) if as_json else "\n".join(lines))
+    print_result(as_json, document, "\n".join(lines))
 
 
-class _Told:
+class _Report:
     """A plan in words and as data."""
 
     def __init__(self, planner: Planner, best: Answer, objective: Objective, warning: str | None):
@@ -157,23 +168,24 @@ class _Told:
         layers = ",".join(str(stage.end - stage.first) for stage in best.plan.stages)
         where = ", ".join("+".join(names) for names in self.names)
         shape = f"{best.shape.batch} x {best.shape.length} tokens"
-        load = self.planner.load
+        load = self.planner.workload
         what = (
-            f"{load.slots} slots in {len(best.plan.stages)} groups of {best.shape.batch}, {best.shape.past} past: "
-            f"{best.tokens_per_s:.1f} tokens/s, {best.cycle_s * 1e3:.2f} ms a token"
+            f"{load.slots} slots in {words.counted(len(best.plan.stages), 'group')} of {best.shape.batch}, "
+            f"{best.shape.past} tokens past: {best.tokens_per_s:.1f} tokens/s, {best.cycle_s * 1e3:.2f} ms per token"
             if cached
             else f"micro-batches of {shape}: {best.tokens_per_s:.0f} tokens/s, "
             f"{best.tokens_per_s / load.length:.1f} rows/s, {best.plan.latency_s * 1e3:.2f} ms through all stages"
         )
         costs = (
-            f", {best.price_per_million:.4f} dollars a million tokens, {best.energy_j_per_token * 1e3:.3f} mJ a token"
+            f", {best.price_per_million:.4f} dollars per million tokens, "
+            f"{best.energy_j_per_token * 1e3:.3f} mJ per token"
             if best.plan.price_per_h
             else ""
         )
         return f"--layers {layers} on {where}\n{what}{costs}"
 
     def stages(self) -> str:
-        """A row for each stage."""
+        """The table of stages."""
         best = self.best
         rows = []
         for number, (stage, figures) in enumerate(zip(best.plan.stages, best.plan.figures, strict=True)):
@@ -194,10 +206,10 @@ class _Told:
         return table(["stage", "device", "blocks", "compute ms", "copy ms", "bubble", "memory", "of device"], rows)
 
     def reasons(self, second: Answer | None) -> str:
-        """Which stage decides, and the next best plan."""
+        """The bottleneck, and the next best plan."""
         plan = self.best.plan
         worst = max(range(len(plan.stages)), key=lambda n: plan.figures[n].occupied_s)
-        lines = [f"stage {worst} is the bottleneck: {plan.bottleneck_s * 1e3:.3f} ms a micro-batch"]
+        lines = [f"stage {worst} is the bottleneck: {plan.bottleneck_s * 1e3:.3f} ms per micro-batch"]
         if second is None:
             return "\n".join([*lines, "there is no other plan"])
         layers = ",".join(str(stage.end - stage.first) for stage in second.plan.stages)
@@ -232,15 +244,15 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
 
 
 def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[MachineProfile | None, str | None]:
-    """The profile that processors of this machine need, and its warning."""
-    return load(bundle.path, Machine.here(weights_of(dtype))) if cluster.local else (None, None)
+    """The profile of this machine if the plan is for its CPU cores, and a warning if it is not quite the right one."""
+    return read_profile(bundle.path, Machine.here(quantise_for(dtype))) if cluster.local else (None, None)
 
 
 def _sizes(
-    planner: Planner, objective: Objective, rate: float, ttft_p99_s: float, output: int
+    planner: Planner, objective: Objective, rate: float, ttft_p99_s: float, new_tokens: int
 ) -> list[tuple[dict[str, Any], SimulationResult]]:
-    """For each kind of device alone, and each number of them in a pipeline: how many pipelines serve the rate. The
-    cheapest (or, without prices, the fewest devices) first."""
+    """How many pipelines serve the rate, for each kind of device alone and each number of them in a pipeline; sorted
+    by price, then by number of devices."""
     found = []
     for kind, link in zip(planner.cluster.kinds, _own_links(planner.cluster), strict=True):
         for count in range(1, kind.count + 1):
@@ -249,10 +261,10 @@ def _sizes(
             try:
                 answer = one.best(objective)
             except StagelineError:
-                continue  # so few do not hold the model
+                continue  # the model does not fit
             if len(answer.plan.stages) < count:
                 continue
-            needed = replicas_needed(_simulated(one, answer, output), rate, ttft_p99_s)
+            needed = replicas_needed(_simulated(one, answer, new_tokens), rate, ttft_p99_s)
             if needed is not None:
                 pipelines, report = needed
                 price = pipelines * answer.plan.price_per_h
@@ -266,35 +278,28 @@ def _own_links(cluster: Cluster) -> list[Any]:
     return [cluster.links[number][number] for number in range(len(cluster.kinds))]
 
 
-def _simulated(planner: Planner, answer: Answer, output: int) -> Callable[[float], SimulationResult]:
-    setting, asked = planner.setting(answer), planner.load
+def _simulated(planner: Planner, answer: Answer, new_tokens: int) -> Callable[[float], SimulationResult]:
+    setting, asked = planner.setting(answer), planner.workload
 
     def run(rate: float) -> SimulationResult:
         arrivals = poisson(rate, _SIMULATED, _SEED)
         if not planner.bundle.manifest.cached:
             return simulate_batches(setting, [BatchRequest(t, 1, asked.length) for t in arrivals], 1, _SEED)
-        texts = [TextRequest(t, asked.length, output) for t in arrivals]
+        texts = [TextRequest(t, asked.length, new_tokens) for t in arrivals]
         return simulate_generation(setting, texts, asked.slots, asked.capacity, _CHUNK, _SEED)
 
     return run
 
 
 def _sizes_table(sizes: Sequence[tuple[dict[str, Any], SimulationResult]], rate: float, ttft_p99_ms: float) -> str:
-    head = f"to serve {rate:g} requests/s, 99 of 100 first tokens within {ttft_p99_ms:g} ms ({_SIMULATED} simulated):"
+    head = f"to serve {rate:g} requests/s, p99 of the first token within {ttft_p99_ms:g} ms ({_SIMULATED} simulated):"
     if not sizes:
-        return f"{head}\nno number of pipelines of these devices keeps that; loosen it, or name faster devices"
+        return f"{head}\nno number of pipelines of these devices does; loosen the bound, or name faster devices"
     rows = [
         [size["kind"], str(size["devices"]), f"{size['pipelines']} x {size['stages']}", f"{size['price_per_h']:.2f}",
          f"{(report.ttft.p99 or report.latency.p99) * 1e3:.1f}", f"{report.tpot.p99 * 1e3:.2f}",
          f"{1 - report.bubble:.0%}"]
         for size, report in sizes
     ]  # fmt: skip
-    columns = ["kind", "devices", "pipelines", "dollars/h", "first token p99 ms", "each next p99 ms", "busy"]
+    columns = ["kind", "devices", "pipelines", "dollars/h", "TTFT p99 ms", "TPOT p99 ms", "busy"]
     return f"{head}\n{table(columns, rows)}"
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not numbers like 8,7,9", param_hint=option) from error

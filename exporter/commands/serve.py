@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from stageline.models.errors import StagelineError
-from stageline.runtime.engines import CacheDtype, WeightDtype
-from stageline.runtime.options import RebalanceMode
+from stageline.exporter.commands.common import (
+    CapacityOption,
+    DevicesOption,
+    EngineOption,
+    HostOption,
+    QuantiseOption,
+    SlotsOption,
+    ThreadsOption,
+    needs,
+    split,
+)
+from stageline.runtime.engines import CacheDtype
+from stageline.runtime.options import PipelineOptions, RebalanceMode
 from stageline.runtime.pipeline import Pipeline
 
-_EXTRA = {"fastapi", "prometheus_client", "uvicorn"}
-_PLACES = 4  # requests that may be under way for each place in a queue: readers may be slower than the pipeline
+_PER_PERMIT = 4  # responses being sent per request in a queue: clients may read more slowly than the pipeline answers
 
 
 def register(app: typer.Typer) -> None:
@@ -25,78 +34,66 @@ def register(app: typer.Typer) -> None:
 
 def serve_command(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles that generate or embed.")],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: HostOption = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: any free one.")] = 8000,
     name: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="What clients call the model: its folder's name; one each.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Name that clients use (default: the folder's). One for each bundle."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="STAGELINE_API_KEY", help="Clients must send it. None unless given.")
+        str | None, typer.Option(envvar="STAGELINE_API_KEY", help="Key that clients must send (default: none).")
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Continuations that run at a time.")] = 8,
-    capacity: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a slot: prompt and continuation. Up to 2048 unless given.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Processors for each bundle; all unless given.")] = None,
-    engine: Annotated[str, typer.Option(help="What runs the stages; stageline doctor lists them.")] = "onnxruntime",
-    device: Annotated[
-        list[str] | None, typer.Option(metavar="DEVICE", help="cpu, cuda:0, ...: of the stages in turn; several times.")
-    ] = None,
+    engine: EngineOption = "onnxruntime",
+    devices: DevicesOption = None,
+    threads: ThreadsOption = None,
+    quantise: QuantiseOption = None,
+    slots: SlotsOption = PipelineOptions.slots,
+    capacity: CapacityOption = None,
     cache_dtype: Annotated[
-        CacheDtype | None, typer.Option(help="Of the KV cache; what the engine likes best unless given.")
+        CacheDtype | None, typer.Option(help="Type of the KV cache (default: the engine's choice).")
     ] = None,
-    weights: Annotated[
-        WeightDtype | None, typer.Option(help="Quantise matrix products: faster, less exact. As they are unless given.")
-    ] = None,
-    rebalance: Annotated[
-        RebalanceMode,
-        typer.Option(help="Measure the stages, and say which cut would be better (advise), or change to it (auto)."),
-    ] = "off",
-    max_body_mb: Annotated[int, typer.Option(min=1, help="The largest body of a request.")] = 4,
     queue: Annotated[
-        int, typer.Option(min=1, help="Requests of a bundle that run or wait at a time; more are answered with 429.")
-    ] = 64,
+        int, typer.Option(min=1, help="Max unfinished requests per bundle; further ones get status 429.")
+    ] = PipelineOptions.queue,
+    rebalance: Annotated[
+        RebalanceMode, typer.Option(help="Measure the stages, and log a better cut (advise) or switch to it (auto).")
+    ] = PipelineOptions.rebalance,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Max size of a request's body.")] = 4,
     drain_s: Annotated[
-        float, typer.Option(min=0, help="Seconds that running requests get to finish in, on SIGTERM or SIGINT.")
+        float, typer.Option(min=0, help="Seconds that running requests have to finish after SIGTERM or SIGINT.")
     ] = 30.0,
 ) -> None:
-    """Serve bundles over HTTP, as OpenAI's clients speak it: chats, completions, embeddings, health and metrics.
+    """Serve bundles over HTTP with OpenAI's API.
+
+    Chats, completions and embeddings, with /health for probes and /metrics for Prometheus.
 
     Example: stageline serve smollm2.bundle --port 8000
     """
-    try:
+    with needs("this command needs the service", "serve", "fastapi", "prometheus_client", "uvicorn"):
         from stageline.runtime.service.app import create_app
         from stageline.runtime.service.server import DrainingServer, bound_socket
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
-            raise
-        raise StagelineError('this command needs the service: pip install "stageline[serve]"') from error
 
+    options = PipelineOptions(
+        engine=engine, devices=split(devices), threads=threads, queue=queue, quantise=quantise, slots=slots,
+        capacity=capacity, cache_dtype=cache_dtype, rebalance=rebalance,
+    )  # fmt: skip
     names = _names(bundles, name or [])
     if rebalance != "off":
         _log_rebalancing()
     with bound_socket(host, port) as listening, ExitStack() as stack:
-        pipelines: dict[str, Pipeline] = {}
-        for called, bundle in zip(names, bundles, strict=True):
-            opened = Pipeline.open(
-                bundle,
-                engine=engine,
-                devices=device,
-                threads=threads,
-                queue=queue,
-                quantise=weights,
-                slots=slots,
-                capacity=capacity,
-                cache_dtype=cache_dtype,
-                rebalance=rebalance,
-            )
-            pipelines[called] = stack.enter_context(opened)
+        pipelines = {
+            called: stack.enter_context(Pipeline.open(bundle, options))
+            for called, bundle in zip(names, bundles, strict=True)
+        }
         app = create_app(
-            pipelines, api_key=api_key, max_body_bytes=max_body_mb * 2**20, concurrency=_PLACES * queue * len(bundles)
+            pipelines,
+            api_key=api_key,
+            max_body_bytes=max_body_mb * 2**20,
+            concurrency=_PER_PERMIT * queue * len(bundles),
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         if api_key is None and not _is_local(host):
-            print(f"stageline: {url} has no API key: whoever reaches it may use it", file=sys.stderr)
+            print(f"stageline: {url} has no API key: anyone who can reach it can use it", file=sys.stderr)
 
         def ready() -> None:
             print(f"serving {', '.join(names)} at {url}", flush=True)
@@ -110,15 +107,15 @@ def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
     names = list(given) or [bundle.resolve().name for bundle in bundles]
     for called in names:
         if names.count(called) > 1:
-            raise typer.BadParameter(f"two bundles are called {called!r}; give each a name", param_hint="--name")
+            raise typer.BadParameter(f"two bundles are called {called!r}; give each a --name", param_hint="--name")
     return names
 
 
 def _log_rebalancing() -> None:
-    told = logging.StreamHandler()
-    told.setFormatter(logging.Formatter("stageline: %(message)s"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("stageline: %(message)s"))
     log = logging.getLogger("stageline.rebalance")
-    log.addHandler(told)
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
 
 

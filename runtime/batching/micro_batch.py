@@ -1,6 +1,6 @@
-"""Cutting a batch into micro-batches, and joining what they give, in the order of the rows.
+"""Cutting a batch into micro-batches, and joining their outputs, in the order of the rows.
 
-Rows padded on the right (as `attention_mask` tells) are sorted by length, and each micro-batch is cut to its own
+Rows padded on the right (by `attention_mask`) are sorted by length, and each micro-batch is cut to its own
 longest row; joined outputs are padded back with zeros. So an output at a padded position is either zero or what the
 model makes of padding: read it under the mask.
 """
@@ -16,12 +16,12 @@ from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines.base import Array
 
 MICRO_BATCHES_PER_STAGE = 2  # one that runs and one that is next
-FEWEST_TOKENS = 128  # in a micro-batch: below this a stage reads its weights for too little work
+MIN_TOKENS = 128  # in a micro-batch: below this a stage reads its weights for too little work
 
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Which rows of the batch a micro-batch holds, and how many tokens of each (None: all)."""
+    """The rows of the batch in a micro-batch (a slice, or int64 [rows]), and how many tokens of each (None: all)."""
 
     rows: slice | Array
     length: int | None
@@ -36,39 +36,39 @@ class RowSelection:
 def default_rows(rows: int, tokens: float, stages: int, ragged: bool) -> int:
     """Rows of a micro-batch, for `rows` rows of `tokens` tokens each (on average, padding left out).
 
-    Rows of one length: so many that all stages have work. Rows of different lengths: as few as make a worthwhile
+    Rows of one length: enough that all stages have work. Rows of different lengths: as few as make a worthwhile
     micro-batch, for the smaller it is, the less padding it computes. Measured on MiniLM: about 128 real tokens are best
     for ragged batches of any size, and double the speed of a single stage.
     """
-    worthwhile = math.ceil(FEWEST_TOKENS / tokens)
+    worthwhile = math.ceil(MIN_TOKENS / tokens)
     if ragged:
         return worthwhile
     return max(worthwhile, math.ceil(rows / (MICRO_BATCHES_PER_STAGE * stages))) if stages > 1 else rows
 
 
-def cut(
+def split(
     signature: Signature,
     inputs: Mapping[str, Array],
     sizes: Mapping[str, int],
     stages: int,
     micro_rows: int | None,
-    most_rows: int | None = None,
+    max_rows: int | None = None,
 ) -> list[RowSelection]:
-    """Even pieces of at most `micro_rows` rows each (None: by `default_rows`), and never more than `most_rows`, that
-    cover the batch once."""
+    """Even pieces of at most `micro_rows` rows each (None: by `default_rows`), and never more than `max_rows`, that
+    cover the batch once. `inputs` by name, each [batch, ...]; `sizes` of the free dimensions by name."""
     rows = sizes.get(BATCH, 1)
     lengths = _row_lengths(signature, inputs)
     if micro_rows is None:
         tokens = sizes.get(LENGTH, 1) if lengths is None else float(lengths.mean())
         ragged = lengths is not None and bool(lengths.min() < lengths.max())
         micro_rows = default_rows(rows, tokens, stages, ragged)
-    count = math.ceil(rows / min(micro_rows, most_rows or rows))
+    count = math.ceil(rows / min(micro_rows, max_rows or rows))
     bounds = [rows * i // count for i in range(count + 1)]
     if lengths is None:
         return [RowSelection(slice(start, end), None) for start, end in itertools.pairwise(bounds)]
     if count == 1:
-        longest = int(lengths.max())
-        return [RowSelection(slice(0, rows), longest if longest < sizes[LENGTH] else None)]
+        max_length = int(lengths.max())
+        return [RowSelection(slice(0, rows), max_length if max_length < sizes[LENGTH] else None)]
     order = np.argsort(-lengths, kind="stable")
     chunks = [order[start:end] for start, end in itertools.pairwise(bounds)]
     return [RowSelection(chunk, int(lengths[chunk[0]])) for chunk in chunks]
@@ -106,7 +106,7 @@ def _joined(
 
 
 def _row_lengths(signature: Signature, inputs: Mapping[str, Array]) -> Array | None:
-    """Tokens in each row, if the rows are padded on the right and may be cut; None if they must stay as they are."""
+    """Tokens in each row, int64 [rows], if rows are padded on the right and may be cut; None if they must not be."""
     mask = next((spec for spec in signature.inputs if spec.name == "attention_mask"), None)
     if mask is None or mask.shape != (BATCH, LENGTH):
         return None

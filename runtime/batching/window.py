@@ -1,4 +1,4 @@
-"""A window: so many may be under way at a time, the others wait for their turn. Nobody's thread waits."""
+"""A window: N may be inside at a time, the others wait for their turn. Nobody's thread waits."""
 
 import threading
 from collections import deque
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class Window(Generic[T]):
-    """Lets in `most` at a time, in the order in which they come, by calling `admit`, which must neither block nor call
+    """Lets in `size` at a time, in the order in which they come, by calling `admit`, which must neither block nor call
     back. Thread-safe."""
 
-    def __init__(self, most: int, admit: Callable[[T], None]) -> None:
+    def __init__(self, size: int, admit: Callable[[T], None]) -> None:
         self._admit = admit
         self._lock = threading.Lock()  # guards the rest, and the order of admissions
-        self._free = most
+        self._free = size
         self._waiting: deque[T] = deque()
 
     def enter(self, one: T) -> None:

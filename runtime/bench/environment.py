@@ -23,9 +23,9 @@ def here() -> Environment:
         except metadata.PackageNotFoundError:
             continue
     return Environment(
-        seen.processor.model,
-        len(seen.processor.cores),
-        seen.processor.memory_bytes or 0,
+        seen.cpu.model,
+        len(seen.cpu.cores),
+        seen.cpu.memory_bytes or 0,
         ", ".join(gpu.name for gpu in seen.gpus) or None,
         f"{platform.system()} {platform.release()} {platform.machine()}",
         versions,

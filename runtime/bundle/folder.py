@@ -1,4 +1,4 @@
-"""A bundle on disk: opening, checking and re-cutting it. docs/bundle.md says the format in prose."""
+"""A bundle on disk: opening, checking and writing it. docs/reference/bundle.md specifies the format."""
 
 import hashlib
 import math
@@ -18,13 +18,13 @@ from stageline.runtime.validation import read_document
 
 MANIFEST = "manifest.json"
 HASH_LIMIT_BYTES = 2 * 1024**3
-"""Linked weight files are hashed at export only up to this many bytes in all: beyond it, reading them would take longer
-than the rest of the export. Their size and header are checked instead."""
+"""Linked weight files are hashed at export only up to this many bytes in total: reading more would take longer than the
+rest of the export. Their size and header are checked instead."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, its manifest, and where each weight lies."""
+    """An opened bundle: its folder, its manifest, and the file and offset of each weight."""
 
     path: Path
     manifest: Manifest
@@ -32,8 +32,8 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":
-        """Open and check the bundle in folder `path`. BundleError where it is missing, changed, unsafe or of another
-        version. Every file with a digest is read and compared."""
+        """Open and check the bundle in folder `path`. Every file with a digest is read and compared. BundleError if the
+        bundle is missing, changed, unsafe or of another version."""
         folder = Path(path)
         manifest = read_manifest(folder)
         listed = {entry.path: entry for entry in manifest.files}
@@ -70,7 +70,7 @@ class Bundle:
         return [self.tensors[name] for name in names]
 
     def parts(self) -> list[ir.Model]:
-        """The part graphs. BundleError where one cannot be read any more."""
+        """The graphs of the parts. BundleError if one can no longer be read."""
         try:
             return [ir.load(self.path / part.file) for part in self.manifest.parts]
         except OSError as error:
@@ -80,7 +80,8 @@ class Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle in `folder`, validated. BundleError in one line where it is not one."""
+    """The manifest of the bundle in `folder`, validated. BundleError in one line if there is none or it is not
+    valid."""
     file = folder / MANIFEST
     if not folder.exists():
         raise BundleError(f"no bundle at {folder}; make one with: stageline export CHECKPOINT -o {folder}")
@@ -95,11 +96,11 @@ def _check_file(folder: Path, entry: FileEntry) -> None:
     file = folder / entry.path
     try:
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"bundle {folder}: {entry.path} leads out of the bundle; export the bundle again")
+            raise BundleError(f"bundle {folder}: {entry.path} is outside the bundle; export the bundle again")
         size = file.stat().st_size
         if size != entry.size_bytes:
             raise BundleError(
-                f"bundle {folder}: {entry.path} has {size} bytes, the manifest says {entry.size_bytes}; "
+                f"bundle {folder}: {entry.path} has {size} bytes, the manifest lists {entry.size_bytes}; "
                 "export the bundle again"
             )
         if entry.sha256 is not None and file_sha256(file) != entry.sha256:
@@ -130,7 +131,7 @@ def file_entry(folder: Path, name: str) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest aside, then rename it over the old one."""
+    """Write the manifest to a temporary file, then rename it over the old one."""
     aside = folder / f".{MANIFEST}.{os.getpid()}"
     with removed_on_failure([aside]):
         aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True))

@@ -27,7 +27,7 @@ class ChatTemplate:
     """The chat template of a bundle or checkpoint. Make one with `ChatTemplate.open`; several threads may use it.
 
     Templates are code of the checkpoint's author. They are rendered in a process of their own (owned, started at `open`
-    and again after a failure) and in jinja2's sandbox. A render has at most `chat_process.CPU_S` seconds of processor
+    and again after a failure) and in jinja2's sandbox. A render has at most `chat_process.CPU_S` seconds of CPU
     time, `MEMORY_BYTES` of memory, and a text of `LENGTH` characters plus four times what it was given.
     """
 
@@ -75,7 +75,7 @@ class ChatTemplate:
             variables: whatever else the template knows (documents, enable_thinking, ...), as JSON has it.
 
         Raises:
-            RequestError: something is no chat, or the template refuses it.
+            RequestError: something is not a chat, or the template refuses it.
             BundleError: the template is broken, unsafe or takes more than it may.
         """
         given = {
@@ -90,7 +90,7 @@ class ChatTemplate:
         try:
             line = json.dumps({"template": name, "variables": given})
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the chat is no JSON ({error}); give texts, numbers, lists and dicts") from error
+            raise RequestError(f"the chat is not JSON ({error}); give texts, numbers, lists and dicts") from error
         if len(line) > GIVEN_BYTES:
             raise RequestError(f"the chat has {len(line)} bytes as JSON, at most {GIVEN_BYTES} fit; shorten it")
         with self._lock:
@@ -175,7 +175,7 @@ class _Process:
             return dict(json.loads(answer))
         code = self._process.wait()
         if code == -signal.SIGPROF:
-            return {"bad": f"it takes more than {chat_process.CPU_S} s of processor time"}
+            return {"bad": f"it takes more than {chat_process.CPU_S} s of CPU time"}
         if code < 0:
             return {"bad": f"the process that renders it was ended by {signal.Signals(-code).name}"}
         raise StagelineError(
@@ -273,7 +273,7 @@ def _checked_tools(tools: Any) -> list[Mapping[str, Any]] | None:
     if tools is None:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RequestError("tools is no list of dicts; give the JSON schema of each function")
+        raise RequestError("tools is not a list of dicts; give the JSON schema of each function")
     return list(tools)
 
 

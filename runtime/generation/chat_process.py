@@ -3,7 +3,7 @@
 A template is a program of the checkpoint's author. jinja2's sandbox keeps it from Python's internals, but not from
 multiplying a string, a number or a list of lists until memory or patience ends, in one step of C code that nothing in
 the same process can stop. So stageline.runtime.generation.chat runs this file as a process of its own, which the system
-bounds: a render has CPU_S seconds of processor time and the process MEMORY_BYTES; the text is bounded in `_render`.
+bounds: a render has CPU_S seconds of CPU time and the process MEMORY_BYTES; the text is bounded in `_render`.
 
 It needs only the standard library and jinja2. Each line of standard input is JSON: first {name: template}, then one for
 each render: {"template": name, "variables": {...}}. One line of standard output answers each: {"text": ...}, or
@@ -71,13 +71,13 @@ def _compile(sources: dict[str, str]) -> dict[str, Template]:
     return {name: environment.from_string(source) for name, source in sources.items()}
 
 
-def _render(template: Template, variables: dict[str, Any], most: int) -> str:
+def _render(template: Template, variables: dict[str, Any], max_length: int) -> str:
     pieces, length = [], 0
     for piece in template.generate(variables):
         pieces.append(piece)
         length += len(piece)
-        if length > most:
-            raise TooLongError(f"it writes more than {most} characters")
+        if length > max_length:
+            raise TooLongError(f"it writes more than {max_length} characters")
     return "".join(pieces)
 
 

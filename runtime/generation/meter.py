@@ -14,7 +14,7 @@ _KEPT = 10_000  # the latest times, of which percentiles are taken
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of times, in seconds; all zero where there are none."""
+    """Percentiles of times, in seconds; all zero if there are none."""
 
     count: int
     mean: float
@@ -24,7 +24,7 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Percentiles":
-        """Linear interpolation between the two nearest."""
+        """Interpolated between the two nearest."""
         if not values:
             return cls(0, 0.0, 0.0, 0.0, 0.0)
         p50, p90, p99 = np.percentile(np.array(values), [50, 90, 99]).tolist()
@@ -36,7 +36,7 @@ class GenerationStats:
     """What generation did since the pipeline opened.
 
     `host_s` is the time of the driver's thread (scheduling, sampling, detokenising). `bubble_ratio` is the share of
-    stage time that was idle while steps were under way: 1 - busy time / (stages x `active_s`).
+    stage time that was idle while steps were running: 1 - busy time / (stages x `active_s`).
     """
 
     slots: int
@@ -75,7 +75,7 @@ class Meter:
         self._earlier_busy_s = self._earlier_stage_s = self._earlier_active_s = 0.0
 
     def switched(self, stages: Sequence[StageStats]) -> None:
-        """Other stages go on from here; `stages` are those that end."""
+        """Other stages run from here on; `stages` are those that end."""
         self._earlier_busy_s += sum(stage.busy_s for stage in stages)
         self._earlier_stage_s += len(stages) * (self.active_s - self._earlier_active_s)
         self._earlier_active_s = self.active_s

@@ -19,7 +19,7 @@ class Sampling:
 
     A token is drawn from the logits after, in this order: `repetition_penalty` (CTRL: a seen token's logit is divided
     by it if positive, else multiplied; prompt and output), `presence_penalty` and `frequency_penalty` (OpenAI:
-    subtracted once, and once an occurrence, for output tokens), `temperature` (0: the likeliest, nothing is drawn),
+    subtracted once, and once per occurrence, for output tokens), `temperature` (0: the likeliest, nothing is drawn),
     `top_k` (0: off), `top_p` (1: off), `min_p` (0: off; a fraction of the likeliest's probability).
     """
 
@@ -35,7 +35,7 @@ class Sampling:
     max_tokens: int | None = None
     """None: until an end token, a stop, or the cache's capacity."""
     min_tokens: int = 0
-    """Until so many tokens, no end token and no stop ends the choice: end and stop tokens are not drawn."""
+    """Until N tokens, no end token and no stop ends the choice: end and stop tokens are not drawn."""
     stop: tuple[str, ...] = ()
     """Texts that end a choice; they are not part of its text."""
     stop_token_ids: tuple[int, ...] = ()
@@ -105,7 +105,7 @@ _WHOLE = frozenset({"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "n"
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt, as text (special tokens in it are taken for what they are) or as token ids, and how to go on.
+    """A prompt, as text (special tokens in it are taken for what they are) or as token ids, and how to continue it.
 
     `deadline_s`: seconds from submission after which it fails with DeadlineError, wherever it is.
     """
@@ -134,7 +134,7 @@ class TokenLogprob:
 @dataclass(frozen=True)
 class Delta:
     """What one choice has new. Its texts joined are the choice's text; a piece may be empty where it ends the choice
-    or where its tokens do not make whole characters yet. str() gives the text."""
+    or where its tokens do not make whole characters yet. str() returns the text."""
 
     choice: int
     text: str

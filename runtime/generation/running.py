@@ -1,6 +1,5 @@
-"""A request while it is generated: its choices, what was drawn and written of each, and what it ends as."""
+"""A request while it is generated: its choices, the tokens and text of each, and what it ends as."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stageline.runtime.generation.detokenize import TextStream
@@ -20,14 +19,14 @@ from stageline.runtime.generation.text_model import TextModel
 
 @dataclass(eq=False, slots=True)
 class RunningChoice:
-    """One continuation of a job, with what is drawn from it and written of it."""
+    """One continuation of a job, with its tokens and its text."""
 
     job: "Job"
     number: int
     continuation: Continuation
     row: Row
     text: TextStream | None
-    most: int  # tokens
+    max_tokens: int
     written: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -48,7 +47,8 @@ class RunningChoice:
             text = self.text.push([token])
             if self.text.stopped:
                 self.finish_reason = "stop"
-        if self.finish_reason is None and len(self.continuation.tokens) - self.continuation.prompt_length >= self.most:
+        count = len(self.continuation.tokens) - self.continuation.prompt_length
+        if self.finish_reason is None and count >= self.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and self.text is not None and not self.text.stopped:
             text += self.text.finish()
@@ -65,28 +65,27 @@ class Job:
     request: GenerationRequest
     prompt: list[int]
     generation: Generation
-    release: Callable[[], None]
     submitted_at: float
     number: int = 0
     choices: list[RunningChoice] = field(default_factory=list)
     started_at: float | None = None
     first_token_at: float | None = None
     token_times: list[float] = field(default_factory=list)
-    """Of the first choice."""
+    """When each token of the first choice came."""
 
-    def begin(self, decoder: TextModel, capacity: int) -> None:
+    def begin(self, text_model: TextModel, capacity: int) -> None:
         """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
         sampling = self.request.sampling
         room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache
-        most = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
         leader = None
         for number in range(sampling.n):
             continuation = Continuation(list(self.prompt), len(self.prompt), leader)
             leader = leader or continuation
-            row = Row(sampling, decoder.vocabulary, self.prompt, decoder.end_ids, number)
-            encoder = decoder.encoder
+            row = Row(sampling, text_model.vocabulary, self.prompt, text_model.end_ids, number)
+            encoder = text_model.encoder
             text = None if encoder is None else TextStream(encoder, sampling.stop, sampling.min_tokens)
-            self.choices.append(RunningChoice(self, number, continuation, row, text, most))
+            self.choices.append(RunningChoice(self, number, continuation, row, text, max_tokens))
 
     def completion(self, now: float) -> Completion:
         """What it ends as, once every choice has finished."""

@@ -15,7 +15,7 @@ from stageline.runtime.generation.request import Sampling, TokenLogprob
 
 @dataclass(frozen=True)
 class Drawn:
-    """The token a row goes on with; `logprob` where the row's Sampling asks for it."""
+    """The next token of a row; `logprob` where the row's Sampling asks for it."""
 
     token_id: int
     logprob: TokenLogprob | None = None
@@ -109,7 +109,7 @@ def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | Eng
         rows: what each row of the logits belongs to; no Row twice.
 
     Returns:
-        One result a row. For a row whose logits hold NaN or +infinity, or leave no token, it is an EngineError, which
+        One result per row. For a row whose logits hold NaN or +infinity, or leave no token, it is an EngineError, which
         is returned and not raised: that row stays as it was, and the others have their tokens.
     """
     likeliest = logits.argmax(axis=1)
@@ -163,7 +163,7 @@ def weigh(scores: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.i
 
 
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Where the fewest likeliest tokens lie whose weights make up `top_p` of the sum; at least one, in rising order.
+    """Where the smallest set of likeliest tokens lies that weighs `top_p` of the sum; at least one, in rising order.
 
     Of equally likely tokens at the edge, the lowest ids stay (transformers' TopPLogitsWarper leaves that open).
     """

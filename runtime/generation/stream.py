@@ -11,9 +11,9 @@ from stageline.runtime.generation.request import Completion, Delta
 
 
 class Generation:
-    """A request under way. Iterate over it, with `for` or `async for`, for its pieces; it has one reader.
+    """A running request. Iterate over it, with `for` or `async for`, for its pieces; it has one reader.
 
-    Leaving the loop early cancels the request. `result()` or `await` gives the whole when it is done. Errors
+    Leaving the loop early cancels the request. `result()` or `await` returns the whole when it is done. Errors
     (EngineError, DeadlineError, RequestError when the pipeline is closed) are raised where the reader is.
     """
 

@@ -1,1 +1,1 @@
-"""Rebalancing: the running pipeline measures its stages, finds a better cut, and changes over to it."""
+"""Rebalancing: the running pipeline measures its stages, finds a better cut, and switches to it."""

@@ -1,4 +1,4 @@
-"""What the uses of a running model take for the work that its stages did, by its profile or else by a roofline."""
+"""Expected times of the uses of a running model for the work that its stages did, by its profile or a roofline."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -8,7 +8,7 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.planning.catalogue import device_kind
 from stageline.runtime.planning.cost import use_costs
-from stageline.runtime.planning.profile import Machine, load
+from stageline.runtime.planning.profile import Machine, read_profile
 from stageline.runtime.planning.timings import Timings, UseTimes
 from stageline.runtime.stages.lanes import Amount
 from stageline.runtime.stages.recorder import Kind
@@ -18,15 +18,15 @@ _ANY = "XeonPlatinum8480"  # only the proportions of a roofline count
 UseSeconds = Callable[[Shape], UseTimes]
 
 
-def use_seconds(bundle: Bundle, threads: int, on_processors: bool, quantise: WeightDtype | None = None) -> UseSeconds:
+def use_seconds(bundle: Bundle, threads: int, on_cpu: bool, quantise: WeightDtype | None = None) -> UseSeconds:
     """The time of each use for a micro-batch, in engines opened with `quantise`: from the profile of this machine with
     `threads`, if the bundle has it and the stages run on the CPU; else from a roofline, right in its proportions only.
     A profile of this machine with other weights is nearer to them than a roofline."""
     parts, machine = bundle.parts(), Machine.here(quantise)
-    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, weights=quantise)))
-    if on_processors:
+    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, quantise=quantise)))
+    if on_cpu:
         try:
-            profile, _ = load(bundle.path, machine)
+            profile, _ = read_profile(bundle.path, machine)
             if profile.machine.same_but_weights(machine):
                 timings = Timings(profile, bundle.manifest, threads, costs)
                 return cache(timings.of)
@@ -39,7 +39,7 @@ def use_seconds(bundle: Bundle, threads: int, on_processors: bool, quantise: Wei
 def work_seconds(use_s: UseSeconds, amounts: Mapping[Kind, Amount], past: int) -> UseTimes:
     """The same for all that a stage did: `amounts` of each kind, in micro-batches of their mean size. Steps that decode
     are taken to have `past` tokens in the cache."""
-    told: list[tuple[int, UseTimes]] = []
+    found: list[tuple[int, UseTimes]] = []
     for kind, amount in amounts.items():
         if not amount.runs:
             continue
@@ -47,8 +47,8 @@ def work_seconds(use_s: UseSeconds, amounts: Mapping[Kind, Amount], past: int) -
         shape = (
             Shape(rows, 1, past, 1) if kind == "decode" else Shape(rows, length, 0, 1 if kind == "prefill" else None)
         )
-        told.append((amount.runs, use_s(shape)))
+        found.append((amount.runs, use_s(shape)))
     return UseTimes(
-        tuple(sum(values) for values in zip(*([runs * s for s in times.use_s] for runs, times in told), strict=True)),
-        sum(runs * times.later_stage_s for runs, times in told),
+        tuple(sum(values) for values in zip(*([runs * s for s in times.use_s] for runs, times in found), strict=True)),
+        sum(runs * times.later_stage_s for runs, times in found),
     )

@@ -1,8 +1,8 @@
-"""When to cut anew, and where: from measured windows of a running pipeline to advice, as plain data.
+"""When to recut, and where: from measured windows of a running pipeline to advice, as plain data.
 
 Every stage does the same steps, so their busy times in a window compare directly. The bottleneck has to exceed the mean
-by a margin in several windows that follow each other. Then each stage's measured time over the time that the costs of
-its uses tell makes its device's slowness (another process on its processor is a slower device), and the exact
+by a margin in several windows that follow each other. Then each stage's measured time over the time expected from the
+costs of its uses is its device's slowness (another process on its cores is a slower device), and the exact
 partitioner finds the cut whose bottleneck is shortest on devices so slow. Costs need only be right in their shares, and
 what is wrong with them counts as slowness of a device: it shrinks as the cut comes near the best.
 
@@ -16,28 +16,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stageline.runtime.planning.partition import best_plan
-from stageline.runtime.planning.problem import DeviceCost, Link, Problem
+from stageline.runtime.planning.problem import DeviceCost, Link, Problem, stage_time_s
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """`margin` and `least_gain` are shares: 0.1 is a tenth. A rest doubles where the switch before it was less than
-    four rests ago, up to `longest_rest_s`."""
+    """`margin` and `min_gain` are shares: 0.1 is a tenth. A rest doubles where the switch before it was less than
+    four rests ago, up to `max_rest_s`."""
 
     window_s: float = 1.0
     windows: int = 3
-    fewest_runs: int = 8  # of each stage in a window: with fewer it tells nothing
+    min_runs: int = 8  # of each stage in a window: with fewer it shows nothing
     margin: float = 0.1
-    least_gain: float = 0.05
+    min_gain: float = 0.05
     rest_s: float = 10.0
-    longest_rest_s: float = 300.0
+    max_rest_s: float = 300.0
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the stages of `layers` blocks did for some time: `busy_s` and `runs` of each. `use_s` is what each use
-    (prologue, blocks, epilogue) is told to take for the same work, in whatever unit, `later_stage_s` what every stage
-    but the first takes besides."""
+    """What the stages of `layers` blocks did for some time: `busy_s` and `runs` of each. `use_s` is the expected time
+    of each use (prologue, blocks, epilogue) for the same work, in whatever unit, `later_stage_s` what every stage
+    except the first takes in addition."""
 
     layers: tuple[int, ...]
     busy_s: tuple[float, ...]
@@ -50,15 +50,10 @@ class Observation:
         """How much longer than the mean the bottleneck was busy, as a share of the mean."""
         return max(self.busy_s) * len(self.busy_s) / sum(self.busy_s) - 1
 
-    def told_s(self, first: int, end: int) -> float:
-        """What a stage of blocks `first` to `end` - 1 is told to take."""
-        total = sum(self.use_s[first + 1 : end + 1]) + (self.later_stage_s if first else self.use_s[0])
-        return total + (self.use_s[-1] if end == len(self.use_s) - 2 else 0.0)
-
 
 @dataclass(frozen=True)
 class Advice:
-    """A better cut. `gain` is the throughput it is told to give over that of now, less 1; `excess` is that of the
+    """A better cut. `gain` is its expected throughput over the current one, less 1; `excess` is that of the
     windows, `slowness` of each stage's device, that of the fastest being 1."""
 
     now: tuple[int, ...]
@@ -70,9 +65,9 @@ class Advice:
     def __str__(self) -> str:
         slow = [f"stage {n} {factor:.2f}" for n, factor in enumerate(self.slowness) if factor > 1.1]
         return (
-            f"layers {_joined(self.layers)} instead of {_joined(self.now)} would give {1 + self.gain:.2f} x the "
+            f"layers {_joined(self.layers)} instead of {_joined(self.now)} would have {1 + self.gain:.2f} x the "
             f"throughput: the bottleneck is busy {self.excess:.0%} longer than the mean"
-            + (f"; times longer than told: {', '.join(slow)}" if slow else "")
+            + (f"; times longer than expected: {', '.join(slow)}" if slow else "")
         )
 
 
@@ -91,8 +86,8 @@ class Policy:
         settings = self.settings
         if self._uneven and self._uneven[-1].layers != window.layers:
             self._uneven = []
-        told = len(window.layers) > 1 and min(window.runs) >= settings.fewest_runs and sum(window.busy_s) > 0
-        if not told or window.excess <= settings.margin or now_s < self._rests_until:
+        counts = len(window.layers) > 1 and min(window.runs) >= settings.min_runs and sum(window.busy_s) > 0
+        if not counts or window.excess <= settings.margin or now_s < self._rests_until:
             self._uneven = []
             return None
         self._uneven.append(window)
@@ -100,13 +95,13 @@ class Policy:
             return None
         seen, self._uneven = summed(self._uneven), []
         advice = better_cut(seen)
-        return advice if advice is not None and advice.gain >= settings.least_gain else None
+        return advice if advice is not None and advice.gain >= settings.min_gain else None
 
     def switched(self, now_s: float) -> None:
-        """It was switched to another cut, or tried in vain: rest."""
+        """The pipeline was switched to another cut, or could not be: rest."""
         settings = self.settings
         soon = now_s - self._switched_at < 4 * self._rest_s
-        self._rest_s = min(settings.longest_rest_s, 2 * self._rest_s) if soon else settings.rest_s
+        self._rest_s = min(settings.max_rest_s, 2 * self._rest_s) if soon else settings.rest_s
         self._switched_at, self._rests_until, self._uneven = now_s, now_s + self._rest_s, []
 
 
@@ -123,10 +118,13 @@ def summed(windows: Sequence[Observation]) -> Observation:
 
 def better_cut(window: Observation) -> Advice | None:
     """The best cut into as many stages, each on the device of the stage that it takes the place of; None where that is
-    the cut of now."""
+    the current cut."""
     ends = list(itertools.accumulate(window.layers))
-    told = [window.told_s(end - count, end) for count, end in zip(window.layers, ends, strict=True)]
-    factors = [busy / max(expected, 1e-12) for busy, expected in zip(window.busy_s, told, strict=True)]
+    expected_s = [
+        stage_time_s(window.use_s, end - count, end, window.later_stage_s)
+        for count, end in zip(window.layers, ends, strict=True)
+    ]
+    factors = [busy / max(expected, 1e-12) for busy, expected in zip(window.busy_s, expected_s, strict=True)]
     devices = tuple(
         DeviceCost(
             f"stage {number}",

@@ -1,6 +1,6 @@
-"""The service as an ASGI app: its routes over open pipelines, which it borrows.
+"""The service as an ASGI app: routes over open pipelines, which it borrows.
 
-app = create_app({"smollm2": pipeline})  # run it with uvicorn, or mount it in an app of your own
+app = create_app({"smollm2": pipeline})  # run it with uvicorn, or mount it in your own app
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service import chat, completions, embeddings, schema
 from stageline.runtime.service.errors import ApiError, as_json, from_stageline, from_validation
-from stageline.runtime.service.limits import Door, Exchange
-from stageline.runtime.service.metrics import AnswerCounter, Counted, ServiceCollector
+from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware
+from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
 from stageline.runtime.service.model import Model
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -32,21 +32,21 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     concurrency: int = CONCURRENCY,
 ) -> FastAPI:
-    """The app for pipelines opened from bundles, each under the name that clients call it by.
+    """The app for pipelines opened from bundles, each under the name that clients use.
 
-    At most `concurrency` requests are answered at a time; how many of them generate or wait to is bounded by the queue
-    of each pipeline. BundleError for a bundle that can neither generate nor embed.
+    At most `concurrency` requests are answered at a time. The queue of each pipeline bounds how many of them generate
+    or wait. BundleError for a bundle that can neither generate nor embed.
     """
     models = {name: Model(name, pipeline) for name, pipeline in pipelines.items()}
-    answers = AnswerCounter()
+    responses = ResponseCounter()
     registry = CollectorRegistry()
-    registry.register(ServiceCollector(list(models.values()), answers))
+    registry.register(ServiceCollector(list(models.values()), responses))
     ProcessCollector(registry=registry)
 
-    app = FastAPI(title="Stageline", version=version("stageline"), description="Pipelines, as OpenAI's clients speak.")
-    app.add_middleware(Exchange, max_body_bytes=max_body_bytes)
-    app.add_middleware(Door, api_key=api_key, concurrency=concurrency)
-    app.add_middleware(Counted, answers=answers)
+    app = FastAPI(title="Stageline", version=version("stageline"), description="Pipelines behind OpenAI's API.")
+    app.add_middleware(ConnectionMiddleware, max_body_bytes=max_body_bytes)
+    app.add_middleware(AccessMiddleware, api_key=api_key, concurrency=concurrency)
+    app.add_middleware(CountingMiddleware, responses=responses)
     _add_error_handlers(app, models)
     _add_routes(app, models)
 
@@ -63,7 +63,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         if name not in models:
             raise ApiError(
                 404,
-                f"there is no model {name!r}; there are: {', '.join(models)}",
+                f"there is no model {name!r}; models: {', '.join(models)}",
                 param="model",
                 code="model_not_found",
             )
@@ -72,7 +72,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         return models[name]
 
     def generating(name: str) -> Model:
-        return model_of(name, "generates", "embeds and does not generate; it answers at /v1/embeddings")
+        return model_of(name, "generates", "embeds and does not generate; send the request to /v1/embeddings")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: schema.ChatRequest) -> Response:
@@ -87,7 +87,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.post("/v1/embeddings")
     async def embeddings_(body: schema.EmbeddingRequest) -> Response:
         """A vector for each text."""
-        model = model_of(body.model, "embeds", "generates and does not embed; it answers at /v1/chat/completions")
+        model = model_of(body.model, "embeds", "generates and does not embed; send the request to /v1/chat/completions")
         return await embeddings.embed(model, body)
 
     @app.get("/v1/models")
@@ -104,7 +104,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
 
     @app.get("/health/live")
     async def live() -> Response:
-        """200 while the process answers at all."""
+        """200 while the process runs."""
         return _json({"status": "live"})
 
     @app.get("/health/ready")
@@ -123,7 +123,7 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
     }
 
     @app.exception_handler(StagelineError)
-    async def told(request: Request, error: StagelineError) -> Response:
+    async def failed(request: Request, error: StagelineError) -> Response:
         return from_stageline(error, any(model.pipeline.closed for model in models.values())).response
 
     @app.exception_handler(RequestValidationError)
@@ -134,13 +134,13 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         if not isinstance(error, ApiError):
-            told = f"{request.method} {request.url.path}: {error.detail}" if error.status_code != 400 else error.detail
-            error = ApiError(error.status_code, told, headers=error.headers)
+            where = "" if error.status_code == 400 else f"{request.method} {request.url.path}: "
+            error = ApiError(error.status_code, f"{where}{error.detail}", headers=error.headers)
         return error.response
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        return ApiError(500, "the service has a bug; its log says more", "server_error").response
+        return ApiError(500, "the service has a bug; see its log", "server_error").response
 
 
 def _described(model: Model) -> dict[str, Any]:

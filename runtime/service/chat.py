@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages to a prompt, and what comes of it to a message or to chunks of one."""
+"""/v1/chat/completions: turns messages into a prompt, and the generated text into a message or chunks of one."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 
 async def chat(model: Model, body: ChatRequest) -> Response:
-    """Answer with a whole message, or begin to stream it."""
+    """Respond with a whole message, or start to stream it."""
     prompt = await asyncio.to_thread(_prompt, model, body)
     generations = await Generations.start(model, [prompt], body.sampling, body.deadline_s)
     head = {
@@ -55,12 +55,12 @@ def _choice(model: Model, body: ChatRequest, number: int, choice: Choice) -> dic
 async def _chunks(
     model: Model, body: ChatRequest, generations: Generations, head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """For each choice its role, its text bit by bit, and why it ended; at the end the usage, if asked for."""
+    """For each choice its role, its text in pieces, and its finish reason; then the usage, if asked for."""
     if body.stream_options.include_usage:
         head = {**head, "usage": None}
 
-    def chunk(number: int, delta: dict[str, Any], told: Any = None, finish: str | None = None) -> dict[str, Any]:
-        return {**head, "choices": [{"index": number, "delta": delta, "logprobs": told, "finish_reason": finish}]}
+    def chunk(number: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
+        return {**head, "choices": [{"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]}
 
     begun: set[int] = set()
     async with aclosing(generations.pieces()) as pieces:
@@ -68,9 +68,9 @@ async def _chunks(
             if piece.choice not in begun:
                 begun.add(piece.choice)
                 yield chunk(piece.choice, {"role": "assistant", "content": "", "refusal": None})
-            told = of_chat(model, piece.logprobs) if body.logprobs else None
-            if piece.text or told:
-                yield chunk(piece.choice, {"content": piece.text}, told)
+            logprobs = of_chat(model, piece.logprobs) if body.logprobs else None
+            if piece.text or logprobs:
+                yield chunk(piece.choice, {"content": piece.text}, logprobs)
             if piece.finish_reason is not None:
                 yield chunk(piece.choice, {}, finish=piece.finish_reason)
     if body.stream_options.include_usage:

@@ -1,4 +1,4 @@
-"""/v1/completions: prompts, as texts or token ids, and their continuations."""
+"""/v1/completions: continues prompts, given as texts or token ids."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 
 async def complete(model: Model, body: CompletionRequest) -> Response:
-    """Answer with whole texts, or begin to stream them. Choice c of prompt p has the index p x n + c."""
+    """Respond with whole texts, or start to stream them. Choice c of prompt p has the index p x n + c."""
     prompts = await asyncio.to_thread(_prompts, model, body)
     generations = await Generations.start(model, prompts, body.sampling, body.deadline_s)
     head = {
@@ -58,11 +58,12 @@ async def _chunks(
     async with aclosing(generations.pieces()) as pieces:
         async for prompt, piece in pieces:
             index = prompt * body.n + piece.choice
-            told = None if body.logprobs is None else of_completion(model, piece.logprobs, offsets[index])
-            if told is not None:
-                offsets[index] += sum(map(len, told["tokens"]))
-            if piece.text or told or piece.finish_reason:
-                choice = {"index": index, "text": piece.text, "logprobs": told, "finish_reason": piece.finish_reason}
+            logprobs = None if body.logprobs is None else of_completion(model, piece.logprobs, offsets[index])
+            if logprobs is not None:
+                offsets[index] += sum(map(len, logprobs["tokens"]))
+            if piece.text or logprobs or piece.finish_reason:
+                reason = piece.finish_reason
+                choice = {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": reason}
                 yield {**head, "choices": [choice]}
     if body.stream_options.include_usage:
         yield {**head, "choices": [], "usage": usage(generations.finished())}

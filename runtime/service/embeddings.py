@@ -1,4 +1,4 @@
-"""/v1/embeddings: texts, or token ids, to vectors."""
+"""/v1/embeddings: turns texts or token ids into vectors."""
 
 import asyncio
 import base64
@@ -13,11 +13,11 @@ from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import EmbeddingRequest, each
 from starlette.responses import Response
 
-MAX_INPUTS = 2048  # as OpenAI has it
+MAX_INPUTS = 2048  # OpenAI's limit
 
 
 async def embed(model: Model, body: EmbeddingRequest) -> Response:
-    """Answer with a vector for each input, in float32: as numbers, or as little-endian bytes in base64."""
+    """Respond with a float32 vector for each input, as numbers or as little-endian bytes in base64."""
     inputs = await asyncio.to_thread(_arrays, model, body)
     counts = inputs["attention_mask"].sum(axis=1)
     names = {spec.name for spec in model.pipeline.signature.inputs}
@@ -30,7 +30,7 @@ async def embed(model: Model, body: EmbeddingRequest) -> Response:
 
 
 def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
-    """What the model reads, int64 [inputs, length]."""
+    """The model's inputs by name, int64 [inputs, length]."""
     given = each(body.input)
     if not 1 <= len(given) <= MAX_INPUTS:
         raise ApiError(400, f"input holds {len(given)} texts; send 1 to {MAX_INPUTS}", param="input")

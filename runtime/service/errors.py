@@ -1,4 +1,4 @@
-"""What goes wrong, as an HTTP status and the JSON that OpenAI's clients read.
+"""Errors as an HTTP status and the JSON that OpenAI's clients read.
 
 RequestError      400 invalid_request_error       DeadlineError     504 timeout
 unknown model     404 model_not_found             EngineError       500 server_error
@@ -18,7 +18,7 @@ RETRY_AFTER_S = 1
 
 
 class ApiError(HTTPException):
-    """An answer that is an error. `param` names the parameter at fault, `code` is for programs."""
+    """An error response. `param` names the parameter at fault; programs read `code`."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ def as_json(data: Any) -> bytes:
 
 
 def from_stageline(error: StagelineError, closed: bool) -> ApiError:
-    """`closed`: whether a pipeline was closed, which fails the requests it had."""
+    """The response to a runtime error. `closed`: a pipeline was closed, which fails its unfinished requests."""
     message = str(error)
     if isinstance(error, QueueFullError):
         return busy("the queue is full; try again in a moment")
@@ -59,26 +59,26 @@ def from_stageline(error: StagelineError, closed: bool) -> ApiError:
 
 
 def busy(message: str) -> ApiError:
-    """More was asked at once than is answered at once."""
+    """The response to one request too many at a time."""
     headers = {"Retry-After": str(RETRY_AFTER_S)}
     return ApiError(429, message, "rate_limit_error", code="queue_full", headers=headers)
 
 
 def from_validation(error: RequestValidationError, known: Sequence[str]) -> ApiError:
-    """The first thing wrong with a body; `known` are the parameters of its endpoint."""
+    """The response to a body's first error. `known`: the parameters of its endpoint."""
     first = max(error.errors(), key=lambda found: len(found["loc"]))
     path = [str(part) for part in first["loc"][1:]]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}, at byte {first['loc'][1]}")
-    told = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}, at byte {first['loc'][1]}")
+    message = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
     if first["type"] in ("dict_type", "model_attributes_type", "missing") and not path:
-        return ApiError(400, "the body is no JSON object; send one, with content-type application/json")
+        return ApiError(400, "the body is not a JSON object; send one, with content-type application/json")
     if not path:
-        return ApiError(400, told)
+        return ApiError(400, message)
     name = ".".join(path)
     if first["type"] == "extra_forbidden":
         place = f"; known: {', '.join(known)}" if len(path) == 1 else ""
         return ApiError(400, f"unknown or unsupported parameter {name!r}{place}", param=path[0])
     if first["type"] == "missing":
         return ApiError(400, f"{name} is missing", param=path[0])
-    return ApiError(400, f"{name}: {told}", param=path[0])
+    return ApiError(400, f"{name}: {message}", param=path[0])

@@ -1,4 +1,4 @@
-"""Server-sent events: a response that comes piece by piece."""
+"""Server-sent events: a response sent in pieces."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,9 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 
 class EventStream(Response):
-    """Sends each chunk as `data: JSON`, then `data: [DONE]`; or, where the chunks fail, an error in place of the rest.
+    """Sends each chunk as `data: JSON`, then `data: [DONE]`. If a chunk fails, it sends an error instead of the rest.
 
-    It owns the chunks: they are closed when the response ends, however it does. The next chunk is taken when the
+    It owns the chunks and closes them when the response ends, whatever ends it. It takes the next chunk only when the
     client has room for it.
     """
 
@@ -25,11 +25,11 @@ class EventStream(Response):
 
     @classmethod
     async def begin(cls, chunks: AsyncGenerator[dict[str, Any], None], pipeline: Pipeline) -> Self:
-        """Wait for the first chunk: what fails before it is still an error with a status of its own."""
+        """Wait for the first chunk. An error before it can still be a response with its own status."""
         return cls(chunks, await anext(chunks), pipeline)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all."""
+        """Send the whole response."""
         async with aclosing(self._chunks):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send(_event(as_json(self._first)))

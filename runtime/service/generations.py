@@ -1,4 +1,4 @@
-"""The requests to the runtime that one HTTP request makes: started, awaited, streamed and cancelled together."""
+"""The generation requests of one HTTP request: started, awaited, streamed and cancelled together."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -11,7 +11,7 @@ from stageline.runtime.service.model import Model
 
 
 class Generations:
-    """One for each prompt, in the order of the prompts. Whoever holds it cancels it."""
+    """One request per prompt, in the order of the prompts. The holder must cancel it."""
 
     def __init__(self) -> None:
         self._all: list[Generation] = []
@@ -20,8 +20,8 @@ class Generations:
     async def start(
         cls, model: Model, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], deadline_s: float | None
     ) -> Self:
-        """QueueFullError where there is no place for the first; the others wait for theirs. RequestError for sampling
-        parameters out of their range."""
+        """Start one request per prompt. QueueFullError if the pipeline has no permit for the first; the others wait for
+        theirs. RequestError for a sampling parameter out of its range."""
         requests = [model.pipeline.request(prompt, deadline_s=deadline_s, **sampling) for prompt in prompts]
         if len(prompts) * requests[0].sampling.n > MAX_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts with n choices each are more than {MAX_CHOICES}; send fewer")
@@ -36,14 +36,14 @@ class Generations:
         return started
 
     async def completions(self) -> list[Completion]:
-        """Wait for all of them; where one fails, or the waiting task is cancelled, all are cancelled."""
+        """Wait for all of them. If one fails or the waiting task is cancelled, all are cancelled."""
         try:
             return await asyncio.gather(*(generation.aresult() for generation in self._all))
         finally:
             self.cancel()
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """The pieces of all of them as they come, each with the number of its prompt. Closing it cancels them."""
+        """Yield the pieces of all requests as they come, each with its prompt's number. Closing it cancels them all."""
         sources = [aiter(generation) for generation in self._all]
         coming = {asyncio.ensure_future(anext(source, None)): number for number, source in enumerate(sources)}
         try:
@@ -62,17 +62,17 @@ class Generations:
             self.cancel()
 
     def finished(self) -> list[Completion]:
-        """What they came to, once `pieces` has ended."""
+        """All completions, once `pieces` has ended."""
         return [generation.result() for generation in self._all]
 
     def cancel(self) -> None:
-        """Stop those that are not done; their slots are free at the next step."""
+        """Stop the unfinished requests; their slots are free at the next step."""
         for generation in self._all:
             generation.cancel()
 
 
 def usage(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Counts of tokens, as OpenAI names them; a prompt counts once however many choices it has."""
+    """Token counts under OpenAI's names. A prompt counts once, however many choices it has."""
     prompt, new = (sum(getattr(c, name) for c in completions) for name in ("prompt_tokens", "completion_tokens"))
     return {
         "prompt_tokens": prompt,

@@ -1,4 +1,4 @@
-"""What is let in: who has the key, so many requests at a time, bodies of such a size. ASGI middleware."""
+"""ASGI middleware that limits requests: the API key, requests at a time, size of a body, stalled clients."""
 
 import asyncio
 import hmac
@@ -9,16 +9,17 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_TO_ALL = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
-STALL_S = 300.0  # a client that neither sends nor takes anything for so long is cut off
+STALL_S = 300.0  # a client that neither sends nor reads anything for this long is cut off
 _DISCARD_S = 10.0
 
 
 class _StalledError(Exception):
-    """The client takes nothing."""
+    """The client does not read."""
 
 
-class Door:
-    """Lets `concurrency` requests in at a time, those with the API key if there is one. Health and metrics are open."""
+class AccessMiddleware:
+    """Passes on at most `concurrency` requests at a time, and only with the API key if there is one. Health and metrics
+    are open to all."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, concurrency: int) -> None:
         self._app, self._concurrency = app, concurrency
@@ -26,13 +27,13 @@ class Door:
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401 or 429, or let it in."""
+        """Respond with 401 or 429, or pass the request on."""
         if scope["type"] != "http" or route_of(scope) in OPEN_TO_ALL:
             return await self._app(scope, receive, send)
         given = Headers(scope=scope).get("authorization", "").encode("latin-1")
         if self._key is not None and not hmac.compare_digest(given, self._key):
-            told = "send the service's API key, as Authorization: Bearer KEY"
-            return await refuse(ApiError(401, told, code="invalid_api_key"), scope, receive, send)
+            message = "send the service's API key, as Authorization: Bearer KEY"
+            return await refuse(ApiError(401, message, code="invalid_api_key"), scope, receive, send)
         if self._inside >= self._concurrency:
             return await refuse(
                 busy(f"{self._inside} requests are being answered; try again in a moment"), scope, receive, send
@@ -44,15 +45,15 @@ class Door:
             self._inside -= 1
 
 
-class Exchange:
-    """One request and its response: reads the body, of at most `max_body_bytes`, and ends the work on it, by
-    cancelling its task, when the client has gone."""
+class ConnectionMiddleware:
+    """Reads a request's body of at most `max_body_bytes`, and cancels the task that answers it if the client
+    disconnects."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 413 or 408, or pass the request on."""
+        """Respond with 413 or 408, or pass the request on."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         try:
@@ -63,10 +64,10 @@ class Exchange:
             await self._answer(scope, body, receive, send)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """None if the client went away before its end."""
+        """The whole body; None if the client disconnected before its end."""
         too_large = ApiError(
             413,
-            f"the body has more than {self._max_body_bytes} bytes; send less at a time",
+            f"the body has more than {self._max_body_bytes} bytes; send a smaller one",
             headers={"Connection": "close"},
         )
         declared = Headers(scope=scope).get("content-length", "0")
@@ -79,7 +80,7 @@ class Exchange:
                     message = await receive()
             except TimeoutError:
                 raise ApiError(
-                    408, f"nothing more of the body came for {STALL_S:.0f} s", headers={"Connection": "close"}
+                    408, f"no more of the body arrived for {STALL_S:.0f} s", headers={"Connection": "close"}
                 ) from None
             if message["type"] == "http.disconnect":
                 return None
@@ -111,20 +112,20 @@ class Exchange:
         answer = asyncio.ensure_future(self._app(scope, replay, watched))
         try:
             await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
-            if answered:  # then `gone` is no news
+            if answered:  # then `gone` does not matter
                 await asyncio.wait([answer])
         finally:
             gone.cancel()
             answer.cancel()
             await asyncio.wait([answer, gone])
         if not answer.cancelled():
-            with suppress(_StalledError):  # the server closes the connection, since the response is not whole
+            with suppress(_StalledError):  # the server closes the connection: the response is not whole
                 answer.result()
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer without the body. It is read and dropped first, for some seconds, unless the client waits to be asked for
-    it: many clients only read an answer when they have sent all."""
+    """Send an error without using the request's body. Many clients read a response only once they have sent everything,
+    so the body is read and dropped first, for some seconds, unless the client waits to be asked for it."""
     if Headers(scope=scope).get("expect", "").lower() != "100-continue":
         with suppress(TimeoutError):
             async with asyncio.timeout(_DISCARD_S):
@@ -134,7 +135,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
 
 
 def route_of(scope: Scope) -> str:
-    """The path below where the app is mounted."""
+    """The path, relative to where the app is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 

@@ -1,4 +1,4 @@
-"""/metrics: what the pipelines' stats and the answers of the service say, in Prometheus' text format."""
+"""/metrics: the pipelines' stats and the service's responses in Prometheus' text format."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,27 +12,27 @@ from stageline.runtime.service.model import Model
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ROUTES = OPEN_TO_ALL | {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"}
-_GONE = 499  # the client went away before an answer began
+_DISCONNECTED = 499  # the client disconnected before the response started
 
 
-class AnswerCounter:
-    """How many requests were answered, by route and status."""
+class ResponseCounter:
+    """Numbers of responses, by route and status."""
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, int]] = Counter()
 
 
-class Counted:
-    """Middleware that counts into `answers`."""
+class CountingMiddleware:
+    """ASGI middleware that counts responses."""
 
-    def __init__(self, app: ASGIApp, answers: AnswerCounter) -> None:
-        self._app, self._answers = app, answers
+    def __init__(self, app: ASGIApp, responses: ResponseCounter) -> None:
+        self._app, self._responses = app, responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on and note the status of its answer."""
+        """Pass the request on and count its status."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        status = _GONE
+        status = _DISCONNECTED
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -43,23 +43,25 @@ class Counted:
             await self._app(scope, receive, noted)
         finally:
             route = route_of(scope)
-            self._answers.counts[route if route in ROUTES else "other", status] += 1
+            self._responses.counts[route if route in ROUTES else "other", status] += 1
 
 
 class ServiceCollector(Collector):
-    """Reads everything at the moment of the scrape."""
+    """Collects the metrics when Prometheus asks for them."""
 
-    def __init__(self, models: Sequence[Model], answers: AnswerCounter) -> None:
-        self._models, self._answers = models, answers
+    def __init__(self, models: Sequence[Model], responses: ResponseCounter) -> None:
+        self._models, self._responses = models, responses
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics; those of a pipeline have a label `model`."""
-        answers = CounterMetricFamily(
-            "stageline_http_requests", "Answers by status; 499: the client went first.", labels=["route", "status"]
+        """All metrics. Those of a pipeline have a label `model`."""
+        responses = CounterMetricFamily(
+            "stageline_http_requests",
+            "Responses by status; 499: the client disconnected first.",
+            labels=["route", "status"],
         )
-        for (route, status), count in sorted(self._answers.counts.items()):
-            answers.add_metric([route, str(status)], count)
-        yield answers
+        for (route, status), count in sorted(self._responses.counts.items()):
+            responses.add_metric([route, str(status)], count)
+        yield responses
         stats = [(model.name, model.pipeline.stats()) for model in self._models]
         yield _requests(stats)
         yield from _stages(stats)
@@ -85,23 +87,23 @@ class ServiceCollector(Collector):
 
 
 _GAUGES: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
-    "slots": ("Continuations that can run at a time.", lambda s: s.slots),
-    "slots_running": ("Continuations that run.", lambda s: s.running),
-    "queue_waiting": ("Continuations that wait for a slot.", lambda s: s.waiting),
-    "bubble_ratio": ("Share of stage time that was idle while steps were under way.", lambda s: s.bubble_ratio),
+    "slots": ("Sequences that can be generated at a time.", lambda s: s.slots),
+    "slots_running": ("Sequences being generated.", lambda s: s.running),
+    "queue_waiting": ("Sequences that wait for a slot.", lambda s: s.waiting),
+    "bubble_ratio": ("Share of stage time that was idle while steps were running.", lambda s: s.bubble_ratio),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
-    "prompt_tokens": ("Tokens of the prompts of requests that are done.", lambda s: s.prompt_tokens),
-    "cached_tokens": ("Prompt tokens that were in the cache already.", lambda s: s.cached_tokens),
-    "generated_tokens": ("Tokens drawn.", lambda s: s.generated_tokens),
+    "prompt_tokens": ("Prompt tokens of finished requests.", lambda s: s.prompt_tokens),
+    "cached_tokens": ("Prompt tokens found in the cache.", lambda s: s.cached_tokens),
+    "generated_tokens": ("Generated tokens.", lambda s: s.generated_tokens),
     "prefill_steps": ("Steps that read prompts.", lambda s: s.prefill_steps),
-    "decode_steps": ("Steps that draw a token for each running continuation.", lambda s: s.decode_steps),
+    "decode_steps": ("Steps that generate one token per running sequence.", lambda s: s.decode_steps),
     "host_seconds": ("Time of the thread that schedules and samples.", lambda s: s.host_s),
 }
 _TIMES = {
-    "queue": "From submission to the first step, of the latest requests.",
-    "ttft": "Time to first token, of the latest requests.",
-    "tpot": "Time per output token after the first, of the latest tokens.",
+    "queue": "Time from submission to the first step, latest requests.",
+    "ttft": "Time to first token, latest requests.",
+    "tpot": "Time per output token after the first, latest tokens.",
 }
 
 
@@ -133,16 +135,16 @@ def _stages(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]:
 
 
 def _switches(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]:
-    switches = CounterMetricFamily("stageline_switches", "Changes to other stages.", labels=["model"])
-    pause = GaugeMetricFamily(
-        "stageline_switch_pause_seconds", "Of the latest change to other stages.", labels=["model"]
-    )
+    switches = CounterMetricFamily("stageline_switches", "Changeovers to other stages.", labels=["model"])
+    pause = GaugeMetricFamily("stageline_switch_pause_seconds", "Pause of the latest changeover.", labels=["model"])
     gain = GaugeMetricFamily(
-        "stageline_rebalance_gain", "Throughput that the advised cut would add, as a share; 0: none.", labels=["model"]
+        "stageline_rebalance_gain",
+        "Throughput that the advised cut would add, as a share; 0: none.",
+        labels=["model"],
     )
     for name, s in stats:
-        switches.add_metric([name], s.switches)
-        pause.add_metric([name], s.switch.pause_s if s.switch is not None else 0.0)
+        switches.add_metric([name], s.changeovers)
+        pause.add_metric([name], s.last_changeover.pause_s if s.last_changeover is not None else 0.0)
         if s.rebalance is not None:
             gain.add_metric([name], s.rebalance.advice.gain if s.rebalance.advice is not None else 0.0)
     yield from (switches, pause, gain)

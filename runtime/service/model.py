@@ -1,4 +1,4 @@
-"""A model that is served: an open pipeline under a name, and what the service wants to know of it."""
+"""A served model: an open pipeline under a name."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from stageline.runtime.service.errors import ApiError
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """BundleError where the pipeline neither generates nor embeds, or has no tokenizer."""
+    """A pipeline and its name. BundleError if it can neither generate nor embed, or has no tokenizer."""
 
     name: str
     pipeline: Pipeline
@@ -23,10 +23,9 @@ class Model:
     def __post_init__(self) -> None:
         manifest = self.pipeline.bundle.manifest
         if not self.generates and not self.embeds:
-            why = manifest.trace.partition("no KV cache, since ")[2] or f"its task is {manifest.task}"
             raise BundleError(
-                f"bundle {self.pipeline.bundle.path} can be served neither as a generating model nor as an embedding "
-                f"one: {why}; run it from Python: Pipeline.open(...).run(...)"
+                f"bundle {self.pipeline.bundle.path} can neither generate nor embed: {manifest.no_generation_reason}; "
+                "run it from Python: Pipeline.open(...).run(...)"
             )
         if manifest.text is None:
             raise BundleError(
@@ -41,7 +40,7 @@ class Model:
 
     @property
     def embeds(self) -> bool:
-        """Whether it gives embeddings."""
+        """Whether it answers embeddings."""
         return any(spec.name == EMBEDDING for spec in self.pipeline.signature.outputs)
 
     @property
@@ -53,22 +52,22 @@ class Model:
 
     @property
     def length(self) -> int:
-        """Tokens that fit: a prompt with its continuation, or a text to be embedded."""
+        """Max tokens: of a prompt and its output together, or of a text to embed."""
         return self.pipeline.capacity or self.encoder.max_length
 
     def fitting(self, tokens: list[int]) -> list[int]:
-        """These tokens, if they fit. ApiError with the code that OpenAI's clients look for otherwise."""
+        """The same tokens. ApiError with the code that OpenAI's clients look for if they do not fit."""
         if len(tokens) > self.length:
-            told = f"{len(tokens)} tokens were given, {self.name} takes at most {self.length}"
-            with_what = ", the continuation included" if self.generates else ""
-            raise ApiError(400, f"{told}{with_what}; shorten the text", code="context_length_exceeded")
+            message = f"{len(tokens)} tokens were given, {self.name} takes at most {self.length}"
+            included = ", the output included" if self.generates else ""
+            raise ApiError(400, f"{message}{included}; shorten the text", code="context_length_exceeded")
         return tokens
 
     def token_text(self, token: int) -> str:
-        """The text of a token as it is in the middle of a text; a special one's name."""
+        """The text of a token in the middle of a text; a special token's name."""
         if token in self._special:
             return self._special[token]
-        # Some decoders drop the space before the first token of all.
+        # Some decoders drop the space before a text's first token.
         once, twice = self.encoder.decode([token]), self.encoder.decode([token, token])
         return twice[len(once) :]
 

@@ -1,7 +1,7 @@
-"""What clients may send, with OpenAI's names and defaults; which values are in range, the runtime's Sampling checks.
+"""What clients may send, under OpenAI's names and defaults. The runtime's Sampling checks the ranges of values.
 
-Parameters that change nothing here are accepted (`IGNORED`), and null is a parameter not given. All others are refused
-by name: a client that asks for tools or a logit bias is not to get an answer made without them.
+Parameters that change nothing here are accepted (`IGNORED`), and null means that a parameter is not given. All others
+are refused by name: a client that asks for tools or a logit bias must not get an answer made without them.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
      "prediction", "parallel_tool_calls"}
 )  # fmt: skip
-_DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat goes on until it ends
+_DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat continues until it ends
 
 
 class _Body(BaseModel):
@@ -30,14 +30,14 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """`include_usage`: one more chunk at the end, with the counts of tokens."""
+    """`include_usage`: add a last chunk with the token counts."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # pads chunks at OpenAI; not here
+    include_obfuscation: bool = False  # OpenAI pads chunks; not here
 
 
 class Generating(_Body):
-    """What chats and completions have in common."""
+    """Parameters of both chats and completions."""
 
     model: str
     stream: bool = False
@@ -50,7 +50,7 @@ class Generating(_Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     max_tokens: int | None = None
-    # Not OpenAI's, but vLLM's.
+    # vLLM's, not OpenAI's.
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
@@ -70,7 +70,7 @@ class Generating(_Body):
 
 
 class TextPart(_Body):
-    """A part of a message; others than text are refused."""
+    """A part of a message; only text is accepted."""
 
     type: Literal["text"]
     text: str
@@ -85,14 +85,14 @@ class Message(_Body):
 
     @property
     def for_template(self) -> dict[str, str]:
-        """As chat templates read it: the text parts joined by line ends."""
+        """The form that chat templates read, text parts joined by line ends."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
         named = {} if self.name is None else {"name": self.name}
         return {"role": self.role, "content": "\n".join(parts), **named}
 
 
 class TextFormat(_Body):
-    """The one response format there is."""
+    """The only response format."""
 
     type: Literal["text"]
 
@@ -102,7 +102,7 @@ class ChatRequest(Generating):
 
     messages: list[Message]
     max_completion_tokens: int | None = None
-    """The newer name of `max_tokens`; wins where both are given."""
+    """The newer name of `max_tokens`; wins if both are given."""
     logprobs: bool = False
     top_logprobs: int | None = None
     response_format: TextFormat = TextFormat(type="text")
@@ -112,8 +112,9 @@ class ChatRequest(Generating):
     @property
     def sampling(self) -> dict[str, Any]:
         """Keywords for the runtime's `Sampling`."""
-        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return {**super().sampling, "max_tokens": most, "logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return {**super().sampling, "max_tokens": max_tokens, "logprobs": logprobs}
 
     @validator(mode="after")
     def _logprobs_to_be_top_of(self) -> "ChatRequest":
@@ -122,7 +123,7 @@ class ChatRequest(Generating):
         return self
 
 
-def _told_in_one_line(value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+def _one_message(value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
     try:
         return handler(value)
     except ValidationError:
@@ -132,7 +133,7 @@ def _told_in_one_line(value: Any, handler: ModelWrapValidatorHandler[Any]) -> An
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-TextsOrTokens = Annotated[str | list[str] | list[Token] | list[list[Token]], WrapValidator(_told_in_one_line)]
+TextsOrTokens = Annotated[str | list[str] | list[Token] | list[list[Token]], WrapValidator(_one_message)]
 
 
 def each(given: str | list[str] | list[Token] | list[list[Token]]) -> list[str] | list[list[Token]]:
@@ -156,7 +157,7 @@ class CompletionRequest(Generating):
     @validator(mode="after")
     def _best_of_all(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.n:
-            raise PydanticCustomError("best_of", "best_of other than n is not supported; ask for n and choose")
+            raise PydanticCustomError("best_of", "best_of must equal n; ask for n choices and pick the best")
         return self
 
     @property
@@ -172,4 +173,4 @@ class EmbeddingRequest(_Body):
     input: TextsOrTokens
     encoding_format: Literal["float", "base64"] = "float"
     truncate: bool = False
-    """Not OpenAI's: cut texts that are too long instead of refusing them."""
+    """Not OpenAI's: truncate texts that are too long instead of refusing them."""

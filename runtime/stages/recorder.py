@@ -38,7 +38,7 @@ class RequestSpan:
 
 
 class Recordable(Protocol):
-    """A micro-batch that can tell what it is; asked when it has run."""
+    """A micro-batch that can describe itself; asked when it has run."""
 
     @property
     def number(self) -> int:
@@ -51,13 +51,13 @@ class Recordable(Protocol):
 
 
 class Recorder:
-    """Keeps at most `most` spans of stages (or those of the first window, if that has more), and as many of requests.
+    """Keeps at most `max_spans` of stages (or those of the first window, if that has more), and as many of requests.
 
     Thread-safe.
     """
 
-    def __init__(self, most: int = 100_000) -> None:
-        self._most = most
+    def __init__(self, max_spans: int = 100_000) -> None:
+        self._max_spans = max_spans
         self._lock = threading.Lock()  # guards the rest
         self._spans: list[Span] = []
         self._requests: list[RequestSpan] = []
@@ -71,7 +71,7 @@ class Recorder:
         span = Span(stage, "copy" if copying else kind, work.number, began_s, ended_s, rows, tokens, requests)
         with self._lock:
             self._spans.append(span)
-            if len(self._spans) > self._most:
+            if len(self._spans) > self._max_spans:
                 self._stride *= 2
                 self._spans = [one for one in self._spans if _kept(one.micro_batch, self._stride)]
 
@@ -81,7 +81,7 @@ class Recorder:
             return
         with self._lock:
             self._requests.append(RequestSpan(number, began_s, ended_s))
-            if len(self._requests) > self._most:
+            if len(self._requests) > self._max_spans:
                 self._requests_stride *= 2
                 self._requests = [one for one in self._requests if _kept(one.number, self._requests_stride)]
 

@@ -1,4 +1,4 @@
-"""The way of a micro-batch through the stages, as data."""
+"""The route of a micro-batch through the stages, as data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ class Hop:
 def route(
     stages: Sequence[tuple[Sequence[str], Sequence[str]]], inputs: Sequence[str], outputs: Sequence[str]
 ) -> tuple[Hop, ...]:
-    """The steps from a model's inputs to its wanted outputs. `stages` holds the input and output names of each stage.
+    """The hops from a model's inputs to its wanted outputs. `stages` holds the input and output names of each stage.
 
-    A stage that gives nothing wanted is left out; a value is dropped after the last stage that reads it. BundleError
-    if a stage reads, or the model gives, what neither an earlier stage nor the inputs hold.
+    A stage that computes nothing wanted is left out; a value is dropped after the last stage that reads it. BundleError
+    if a stage reads, or the model returns, what neither an earlier stage nor the inputs hold.
     """
-    steps: list[Hop] = []
+    hops: list[Hop] = []
     wanted = frozenset(outputs)
-    for number, (reads, gives) in reversed(list(enumerate(stages))):
-        fetch = tuple(name for name in gives if name in wanted)
+    for number, (reads, computes) in reversed(list(enumerate(stages))):
+        fetch = tuple(name for name in computes if name in wanted)
         if fetch:
-            steps.append(Hop(number, fetch, wanted))
+            hops.append(Hop(number, fetch, wanted))
             wanted = (wanted - set(fetch)) | set(reads)
     unknown = sorted(wanted - set(inputs))
     if unknown:
-        raise BundleError(f"no stage gives {unknown[0]!r} before it is read, and it is not an input of the model")
-    return tuple(reversed(steps))
+        raise BundleError(f"no stage computes {unknown[0]!r} before it is read, and it is not an input of the model")
+    return tuple(reversed(hops))

@@ -1,21 +1,19 @@
 """A tiny bundle that generates, and a store with two real runs of it."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from stageline.exporter.commands.cli import main
-from stageline.exporter.export import export
 
 
 @pytest.fixture(scope="session")
-def bundles(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(word_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the bundle `llama`, of two stages; do not change it."""
-    folder = tmp_path_factory.mktemp("dashboard")
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2}
-    checkpoint = make_checkpoint(folder / "checkpoint", max_position_embeddings=256, **llama)
-    export(checkpoint, folder / "bundles" / "llama", stages=2)
-    return folder / "bundles"
+    folder = tmp_path_factory.mktemp("bundles")
+    shutil.copytree(word_llama, folder / "llama")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ class FakeDriver:
         self._called("release", ordinal)
         self._contexts[ordinal] -= 1
 
-    def use(self, context: int) -> None:
+    def make_current(self, context: int) -> None:
         self._local.ordinal = context - _FIRST_CONTEXT
 
     def allocate(self, size: int) -> int:

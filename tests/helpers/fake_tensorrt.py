@@ -62,7 +62,7 @@ def build(
                 key="0" * 64,
                 graph_sha256=digests[stage.file] or "",
                 weight_files=weight_digests(manifest),
-                flavour="tensorrt_rtx",
+                flavour="tensorrt-rtx",
                 version=VERSION,
                 target=target,
                 precision=precision,

@@ -25,14 +25,9 @@ LLAMA: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def llama_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama_bundle(export_once: Callable[..., Path]) -> Path:
     """A Llama of two blocks in two stages, with caches; do not change it, copy it."""
-    from stageline.exporter.export import export
-    from stageline.exporter.synthesize import synthesize
-
-    folder = tmp_path_factory.mktemp("llama")
-    synthesize(LLAMA, folder / "checkpoint", seed=3, dtype="float32")
-    return export(folder / "checkpoint", folder / "bundle", stages=2).path
+    return export_once(LLAMA, stages=2, seed=3)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""The engines in a bundle's folder: reading and writing `engines/` and its manifest, as docs/bundle.md has it.
+"""The engines in a bundle's folder: reads and writes `engines/` and its manifest (docs/reference/bundle.md).
 
-A build may end at any moment: files are written aside and renamed, the manifest last, and what is not in the manifest
-is not there. One build at a time holds the folder's lock, and removes what one that was killed left behind.
+A build may end at any moment. So files are written aside and renamed, the manifest last, and only files in the manifest
+count. One build at a time holds the folder's lock; it removes what a killed one left behind.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from stageline.runtime.validation import read_document
 
 FOLDER = "engines"
 MANIFEST = f"{FOLDER}/manifest.json"
-UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
+UNFINISHED = ".unfinished"  # suffix of files that are being written
 
 
 def read_engines(bundle: Path) -> EnginesManifest:
@@ -31,35 +31,35 @@ def read_engines(bundle: Path) -> EnginesManifest:
 
 
 class EngineStore:
-    """The engines of a bundle while a build holds the lock. Get one from `locked`."""
+    """The engines of a bundle while a build holds the lock. `locked` opens one."""
 
     def __init__(self, bundle: Path, manifest: EnginesManifest) -> None:
         self.bundle, self.manifest = bundle, manifest
 
     def aside(self, path: str) -> Path:
-        """Where to write what `keep` will rename to `path`, relative to the bundle. A name of this process's own: a
-        worker of a build that was killed may be writing still."""
+        """The temporary file that `keep` will rename to `path`, relative to the bundle. Its name includes the process
+        id: a worker of a killed build may still be writing."""
         file = self.bundle / path
         return file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
 
     def keep(self, path: str) -> None:
-        """Rename the file that was written aside for `path` into place."""
+        """Rename the temporary file of `path` into place."""
         self.aside(path).replace(self.bundle / path)
 
     def put(self, record: EngineRecord) -> None:
-        """Add an engine, or replace that of the same plan file."""
+        """Add an engine, or replace the one with the same file."""
         others = [engine for engine in self.manifest.engines if engine.plan.path != record.plan.path]
         self.write(self.manifest.model_copy(update={"engines": (*others, record)}))
 
     def put_timings(self, written: str, path: str, entry: FileEntry) -> None:
-        """Keep the timing cache that was written aside for `written` under the name `path`, in place of the old one."""
+        """Keep the timing cache in the temporary file of `written` as `path`, in place of the old one."""
         self.aside(written).replace(self.bundle / path)
         others = [timing for timing in self.manifest.timings if timing.path != path]
         timings = (*others, entry.model_copy(update={"path": path}))
         self.write(self.manifest.model_copy(update={"timings": timings}))
 
     def prune(self, stale: set[str]) -> int:
-        """Remove the engines whose plan files are named, and return their bytes."""
+        """Remove the engines whose files are named, and return their bytes."""
         gone = [engine for engine in self.manifest.engines if engine.plan.path in stale]
         kept = tuple(engine for engine in self.manifest.engines if engine.plan.path not in stale)
         self.write(self.manifest.model_copy(update={"engines": kept}))
@@ -69,10 +69,10 @@ class EngineStore:
         return sum(engine.plan.size_bytes + engine.report.size_bytes for engine in gone)
 
     def write(self, manifest: EnginesManifest) -> None:
-        """Write the manifest aside and rename it. An OSError leaves the old one in place."""
+        """Write the manifest to a temporary file and rename it. An OSError leaves the old one in place."""
         aside = self.aside(MANIFEST)
         try:
-            aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True))
+            aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True, by_alias=True))
             self.keep(MANIFEST)
         except BaseException:
             aside.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ class EngineStore:
 
 @contextmanager
 def locked(bundle: Path) -> Iterator[EngineStore]:
-    """The store of the bundle in folder `bundle`, for one build. BundleError where another build is running."""
+    """The store of the bundle in folder `bundle`, for one build. BundleError if another build is running."""
     folder = bundle / FOLDER
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -91,7 +91,7 @@ def locked(bundle: Path) -> Iterator[EngineStore]:
         for left in folder.glob(f".*{UNFINISHED}"):
             left.unlink(missing_ok=True)
         yield EngineStore(bundle, read_engines(bundle))
-        with suppress(OSError):  # not empty: it holds engines
+        with suppress(OSError):  # not empty: it has engines
             folder.rmdir()
     except BlockingIOError as error:
         raise BundleError(f"another build is running in {folder}; wait for it") from error

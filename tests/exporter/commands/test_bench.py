@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from stageline.exporter.commands.cli import main
-from stageline.exporter.export import export
 from stageline.runtime.bench.records import Figure, Run
 from stageline.runtime.bench.store import Store
 
@@ -33,12 +31,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 @pytest.fixture(scope="module")
-def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def llama(word_llama_checkpoint: Path, word_llama: Path) -> tuple[Path, Path]:
     """A checkpoint that generates, and its bundle of two stages."""
-    changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
-    folder = tmp_path_factory.mktemp("bench")
-    checkpoint = make_checkpoint(folder / "c", **changes, num_key_value_heads=2, bos_token_id=2, eos_token_id=3)
-    return checkpoint, export(checkpoint, folder / "b", stages=2).path
+    return word_llama_checkpoint, word_llama
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

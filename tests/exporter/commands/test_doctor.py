@@ -22,7 +22,7 @@ def test_doctor_tells_engines_devices_and_what_is_absent(capsys: pytest.CaptureF
 def test_doctor_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["processor"]["cores"] == list(allowed_cores())
+    assert told["cpu"]["cores"] == list(allowed_cores())
     assert {"driver", "gpus", "engines", "extras", "checkpoints", "problems"} <= set(told)
 
 

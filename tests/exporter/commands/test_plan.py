@@ -11,7 +11,7 @@ from hasty import hasty_profiles
 from stageline.exporter.commands.cli import main
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.planning.measure import measure
-from stageline.runtime.planning.profile import Grid, Machine, MachineProfile, load, save
+from stageline.runtime.planning.profile import Grid, Machine, MachineProfile, read_profile, write_profile
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,7 +26,7 @@ def profiled(hasty: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFa
     """A copy of the tiny bundle with a profile of this machine."""
     path = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("profiled") / "bundle"))
     bundle = Bundle.open(path)
-    save(bundle, measure(bundle, [1], [Grid((1, 4), (4, 16))]))
+    write_profile(bundle, measure(bundle, [1], [Grid((1, 4), (4, 16))]))
     return path
 
 
@@ -47,13 +47,13 @@ def test_profile_is_stored_in_the_bundle(tiny_bundle: Path, tmp_path: Path, caps
     told = capsys.readouterr().out
     assert f"{path}/profiles/" in told
     assert str(Machine.here()) in told
-    profile, warning = load(path, Machine.here())
+    profile, warning = read_profile(path, Machine.here())
     assert warning is None
     assert {point.threads for point in profile.points} == {1}
 
 
 def test_plan_for_processors_of_this_machine(profiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("plan", profiled, "--devices", "cpu:0,cpu:1", "--length", "16", "--batch", "4")
+    asked = ("plan", profiled, "--devices", "cpu:0,cpu:1", "--length", "16", "--micro-batch", "4")
     told = document(capsys, *asked)
     assert sum(told["layers"]) == 3
     assert told["tokens_per_s"] == pytest.approx(64 / told["bottleneck_s"])
@@ -69,15 +69,15 @@ def test_profile_of_quantised_weights_is_stored_beside(
     profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(shutil.copytree(profiled, tmp_path / "bundle"))
-    before, _ = load(path, Machine.here())
-    assert main(["profile", str(path), "--threads", "1", "--weights", "int8"]) == 0
+    before, _ = read_profile(path, Machine.here())
+    assert main(["profile", str(path), "--threads", "1", "--quantise", "int8"]) == 0
     told = capsys.readouterr().out
     assert f"{Machine.here('int8')}\n" in told
     assert "-int8-weights.json: " in told
-    profile, warning = load(path, Machine.here("int8"))
-    assert (profile.machine.weights, warning) == ("int8", None)
-    assert load(path, Machine.here()) == (before, None)
-    assert main(["plan", str(path), "--devices", "cpu:0", "--length", "16", "--dtype", "int8"]) == 0
+    profile, warning = read_profile(path, Machine.here("int8"))
+    assert (profile.machine.quantise, warning) == ("int8", None)
+    assert read_profile(path, Machine.here()) == (before, None)
+    assert main(["plan", str(path), "--devices", "cpu:0", "--length", "16", "--quantise", "int8"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -85,12 +85,12 @@ def test_plan_takes_the_times_of_its_weights(
     profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(shutil.copytree(profiled, tmp_path / "bundle"))
-    as_they_are, _ = load(path, Machine.here())
+    as_they_are, _ = read_profile(path, Machine.here())
     twice_as_fast = [point.model_copy(update={"seconds": point.seconds / 2}) for point in as_they_are.points]
     fields = {"machine": Machine.here("int8"), "points": twice_as_fast}
-    save(Bundle.open(path), MachineProfile.model_validate({**dict(as_they_are), **fields}))
-    asked = ("plan", path, "--devices", "cpu:0", "--length", "16", "--batch", "4")
-    slow, fast = document(capsys, *asked), document(capsys, *asked, "--dtype", "int8")
+    write_profile(Bundle.open(path), MachineProfile.model_validate({**dict(as_they_are), **fields}))
+    asked = ("plan", path, "--devices", "cpu:0", "--length", "16", "--micro-batch", "4")
+    slow, fast = document(capsys, *asked), document(capsys, *asked, "--quantise", "int8")
     assert (slow["warning"], fast["warning"]) == (None, None)
     assert fast["tokens_per_s"] == pytest.approx(2 * slow["tokens_per_s"], rel=0.01)
 
@@ -98,11 +98,12 @@ def test_plan_takes_the_times_of_its_weights(
 def test_profile_of_other_weights_is_used_with_a_warning_that_names_both(
     profiled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(profiled), "--devices", "cpu:0", "--length", "16", "--dtype", "int4"]) == 0
+    assert main(["plan", str(profiled), "--devices", "cpu:0", "--length", "16", "--quantise", "int4"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "stageline: warning: the profile is of weights as they are, not of int4 weights: times may be far off; "
-        f"run stageline profile {profiled} --weights int4"
+        "stageline: warning: the profile is for weights that are not quantised, not for int4 weights: "
+        "times may be far off; "
+        f"run stageline profile {profiled} --quantise int4"
     )
 
 
@@ -116,8 +117,8 @@ def test_profile_of_another_machine_is_used_with_a_warning_that_names_both(
     (path / "profiles" / "other.json").write_text(text)
     assert main(["plan", str(path), "--devices", "cpu:0", "--length", "16"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "warning: the profile is of another machine (Another CPU" in line
-    assert f"not of this one ({Machine.here()})" in line
+    assert "warning: the profile is from another machine (Another CPU" in line
+    assert f"not from this one ({Machine.here()})" in line
 
 
 @pytest.mark.parametrize("objective", ["throughput", "latency", "cost", "energy"])
@@ -141,7 +142,7 @@ def test_cost_and_throughput_want_different_devices(tiny_llama: Path, capsys: py
 
 
 def test_how_many_of_which_device_serve_a_rate(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--rate", "2000", "--ttft-p99-ms", "50", "--length", "64", "--output", "16", "--context", "128")
+    asked = ("--rate", "2000", "--ttft-p99-ms", "50", "--length", "64", "--new-tokens", "16", "--capacity", "128")
     told = document(capsys, "plan", tiny_llama, "--devices", "T4,H100", *asked)["serving"]
     assert {size["kind"] for size in told} == {"T4", "H100"}
     assert told == sorted(told, key=lambda size: size["price_per_h"])
@@ -161,15 +162,16 @@ def test_layers_are_pinned(tiny_llama: Path, capsys: pytest.CaptureFixture[str])
         ((), "give --devices or --cluster"),
         (("--devices", "L4", "--cluster", "c.toml"), "give --devices or --cluster"),
         (("--devices", "H1000"), "unknown device 'H1000'; known devices: H100"),
-        (("--devices", "L4", "--layers", "2,x"), "'2,x' is not numbers like 8,7,9"),
+        (("--devices", "L4", "--layers", "2,x"), "'2,x' is not a list of numbers such as 8,7,9"),
         (("--devices", "2xL4", "--layers", "2,5"), "layers 2,5 do not fit: give each stage at least 1 block, 6 in all"),
         (("--devices", "L4", "--layers", "3,3"), "no plan exists"),
-        (("--devices", "L4", "--context", "4096"), "the model can place 512 tokens; 4096 are asked for"),
+        (("--devices", "L4", "--capacity", "4096"), "--capacity is 4096, the model can place 512 tokens; lower it"),
         (("--devices", "L4", "--slots", "100000000", "--dtype", "float16"), "no plan fits: at the best cut"),
         (("--devices", "cpu:0"), "has no profile of any machine; make one with: stageline profile"),
-        (("--devices", "cpu:0", "--dtype", "int8"), "--weights int8"),
-        (("--devices", "L4", "--dtype", "int4"), "has no rate for int4; known: bfloat16"),
+        (("--devices", "cpu:0", "--quantise", "int8"), "--quantise int8"),
+        (("--devices", "L4", "--quantise", "int4"), "has no rate for int4; known: bfloat16"),
         (("--devices", "L4", "--objective", "beauty"), "'--objective'"),
+        (("--devices", "L4", "--dtype", "float16", "--quantise", "int8"), "give --dtype or --quantise, not both"),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_one_line(

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,14 @@ from typing import Any
 import httpx
 import pytest
 from stageline.exporter.commands.cli import main
-from stageline.exporter.export import export
 
 COMMAND = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; raise SystemExit(main())", "serve"]
 
 
 @pytest.fixture(scope="module")
-def llama(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(word_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a tiny Llama."""
-    folder = tmp_path_factory.mktemp("serve")
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 2}
-    checkpoint = make_checkpoint(folder / "checkpoint", max_position_embeddings=256, **llama)
-    return export(checkpoint, folder / "llama", stages=2).path
+    return Path(shutil.copytree(word_llama, tmp_path_factory.mktemp("serve") / "llama"))
 
 
 @contextmanager

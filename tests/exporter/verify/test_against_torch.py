@@ -16,7 +16,7 @@ from stageline.models.errors import ExportError
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
 
-CHECKPOINTS = Path(__file__).parents[2] / "models/checkpoints"
+CHECKPOINTS = Path(__file__).parents[3] / "models/checkpoints"
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -82,7 +82,7 @@ def check(bundle: Path, engine: str, atol: float) -> None:
 
 
 @pytest.mark.parametrize("stripped", [False, True], ids=["whole", "stripped"])
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 def test_tensorrt_agrees_with_processors(name: FlavourName, stripped: bool, decoder: Path, tmp_path: Path) -> None:
     flavour, gpu = FLAVOURS[name], gpu_here()
     if not flavour.installed:

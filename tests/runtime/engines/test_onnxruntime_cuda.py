@@ -12,26 +12,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from fake_cuda import FakeDriver
-from stageline.exporter.export import export
-from stageline.exporter.synthesize import synthesize
+from llamas import THREE_BLOCKS
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 
 SECONDS = 60
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 99,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.5,
-}
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 DEVICES = [
     ["cuda:0"],
@@ -43,11 +30,9 @@ DEVICES = [
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decoder(export_once: Callable[..., Path]) -> Path:
     """A Llama of three blocks in three stages."""
-    folder = tmp_path_factory.mktemp("cuda")
-    synthesize(CONFIG, folder / "checkpoint", seed=2, dtype="float32")
-    return export(folder / "checkpoint", folder / "bundle", stages=3).path
+    return export_once(THREE_BLOCKS, stages=3, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +176,9 @@ def test_a_pipeline_that_is_closed_at_work_leaves_nothing(decoder: Path, monkeyp
 def test_what_does_not_fit_is_told_in_one_line(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = on_gpus(monkeypatch, FakeDriver())
     for options, told in (
-        ({"devices": ["cuda:1"]}, "stage 0 is to run on cuda:1; this machine has cuda:0"),
+        ({"devices": ["cuda:1"]}, "stage 0 was to run on cuda:1; this machine has cuda:0"),
         ({"devices": ["gpu"]}, "unknown device 'gpu'; devices are called cpu, cuda:0, cuda:1, ..."),
-        ({"devices": ["cuda:0"] * 4}, "4 devices are named for 3 stages; name at least one, and at most one each"),
+        ({"devices": ["cuda:0"] * 4}, "4 devices are given for 3 stages; give 1 to 3"),
         ({"cache_dtype": "float32"}, "on a GPU caches are float16, not float32; leave cache_dtype out"),
     ):
         with pytest.raises((EngineError, RequestError)) as caught:

@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
         ([{"role": "user", "content": None}], "message 0 has no content; give a text"),
         ([{"role": "user", "content": 3}], "the content of message 0 is a int; give a text, or a list of parts"),
         ([{"role": "user", "content": ["Hi"]}], "the content of message 0 is a list"),
-        ([{"role": "user", "content": "Hi", "at": object()}], "the chat is no JSON"),
+        ([{"role": "user", "content": "Hi", "at": object()}], "the chat is not JSON"),
         ([{"role": "user", "content": "a" * GIVEN_BYTES}], r"the chat has \d+ bytes as JSON, at most 16777216 fit"),
     ],
 )
@@ -255,7 +255,7 @@ def test_what_is_no_chat_is_refused(chatml: ChatTemplate, messages: Any, message
 
 @pytest.mark.parametrize("tools", ["weather", [print], {"type": "function"}])
 def test_tools_that_are_no_schemas_are_refused(chatml: ChatTemplate, tools: Any) -> None:
-    with pytest.raises(RequestError, match="tools is no list of dicts; give the JSON schema of each function"):
+    with pytest.raises(RequestError, match="tools is not a list of dicts; give the JSON schema of each function"):
         chatml.render(PLAIN, tools=tools)
 
 
@@ -274,7 +274,7 @@ def test_what_a_template_raises_comes_in_one_line() -> None:
 
 
 MEMORY = "it takes more than 536870912 bytes of memory"
-CPU = "it takes more than 2 s of processor time"
+CPU = "it takes more than 2 s of CPU time"
 DEEP = "it is nested, or calls itself, too deeply"
 
 

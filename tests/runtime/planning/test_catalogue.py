@@ -34,7 +34,7 @@ def test_unknown_device_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(("flops", "weights", "seconds"), [(10**12, 1, 1.0), (1, 3 * 10**9, 3.0), (10**12, 10**9, 1.0)])
 def test_a_use_takes_the_longer_of_computing_and_moving(flops: int, weights: int, seconds: float) -> None:
     cost = UseCost(flops, 0, weights, 0, 0, 0, 0, 0)
-    assert Rates(flops_per_s=1e12, bytes_per_s=1e9, overhead_s=0.25).stage_s([cost]) == pytest.approx(0.25 + seconds)
+    assert Rates(flops_per_s=1e12, bytes_per_s=1e9, overhead_s=0.25).use_s(cost) == pytest.approx(seconds)
 
 
 def test_rates_are_the_peaks_times_what_is_reached() -> None:

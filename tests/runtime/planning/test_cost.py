@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from stageline.exporter.export import export
+from llamas import TIED
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
 from stageline.runtime.engines.lowering.nbits import to_nbits
@@ -87,19 +87,17 @@ def test_a_cut_is_crossed_by_the_hidden_state_and_the_mask(tiny_bundle: Path) ->
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_weights_count_as_an_engine_holds_them(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, weights: WeightDtype
+    export_once: Callable[..., Path], weights: WeightDtype
 ) -> None:
     """A Llama whose matrices are large enough, and whose head is its table, quantised once more."""
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 300}
-    bundle = export(make_checkpoint(tmp_path / "checkpoint", **llama, **sizes), tmp_path / "bundle").path
+    bundle = export_once(TIED)
     opened = Bundle.open(bundle)
     (stage,) = opened.manifest.stages
     model = ir.load(bundle / stage.file)
     ir.external_data.set_base_dir(model.graph, bundle)
     held = {name: value.const_value for name, value in to_nbits(model, weights).graph.initializers.items()}
     assert any(name.endswith(f".{weights}.0") for name in held)
-    found = use_costs(opened.manifest, opened.tensors, opened.parts(), Shape(1, 1), weights=weights)
+    found = use_costs(opened.manifest, opened.tensors, opened.parts(), Shape(1, 1), quantise=weights)
     total = sum(cost.parameter_bytes for cost in found)
     assert total == pytest.approx(sum(tensor.nbytes for tensor in held.values() if tensor is not None), rel=0.01)
     assert found[-1].weight_read_bytes == pytest.approx(found[-1].parameter_bytes, rel=0.01)

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 from stageline.models.errors import StagelineError
+from stageline.runtime.planning.memory_shortage import smallest_shortage
 from stageline.runtime.planning.partition import best_plan, runner_up
 from stageline.runtime.planning.problem import OBJECTIVES, DeviceCost, Link, Plan, PlannedStage, Problem
-from stageline.runtime.planning.shortage import smallest_shortage
 
 
 def cuts(blocks: int, stages: int) -> Iterator[list[tuple[int, int]]]:

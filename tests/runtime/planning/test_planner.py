@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stageline.exporter.export import export
+from llamas import TIED
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.planning.cluster import Cluster, Kind, parse_devices
@@ -117,12 +117,10 @@ def test_stages_that_slow_each_other_down_are_planned_and_simulated_so(tiny_bund
 
 
 def test_quantised_weights_on_processors_take_what_the_engine_holds(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    export_once: Callable[..., Path],
 ) -> None:
     """A head that is tied to the table of words is quantised beside it."""
-    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 300}
-    bundle = export(make_checkpoint(tmp_path / "checkpoint", **llama, **sizes), tmp_path / "bundle")
+    bundle = Bundle.open(export_once(TIED))
     points = tuple(
         Point(threads=1, batch=1, length=1, past=32, first=first, end=end, seconds=0.01 * (end - first), runs=5)
         for first, end in ranges(bundle)

@@ -158,11 +158,11 @@ def test_replicas_are_the_fewest_that_keep_the_goal() -> None:
     assert found is not None
     count, report = found
     assert report.ttft.p99 <= 0.3 < generation(200 / (count - 1)).ttft.p99
-    assert replicas_needed(generation, 200, 0.001, most=64) is None
+    assert replicas_needed(generation, 200, 0.001, max_replicas=64) is None
 
 
 def test_a_request_that_does_not_fit_a_cache_row_is_told() -> None:
-    with pytest.raises(StagelineError, match="a request has 30 tokens, a cache row holds 16; give a larger context"):
+    with pytest.raises(StagelineError, match="a request has 30 tokens, a cache row holds 16; set a larger context"):
         simulate_generation(equal_stages(1), [TextRequest(0.0, 20, 10)], 2, 16, 8)
 
 

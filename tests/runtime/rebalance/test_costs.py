@@ -7,7 +7,7 @@ import pytest
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
 from stageline.runtime.planning.measure import ranges
-from stageline.runtime.planning.profile import Machine, MachineProfile, Point, save
+from stageline.runtime.planning.profile import Machine, MachineProfile, Point, write_profile
 from stageline.runtime.rebalance.costs import use_seconds, work_seconds
 from stageline.runtime.stages.lanes import Amount
 from stageline.runtime.workload import Shape
@@ -32,12 +32,12 @@ def profiled(bundle: Bundle, machine: Machine, block_s: float = 1e-6) -> None:
         for batch, length in SHAPES
         for first, end in ranges(bundle)
     ]  # fmt: skip
-    save(bundle, MachineProfile(machine=machine, handover_s=0.0, points=tuple(points)))
+    write_profile(bundle, MachineProfile(machine=machine, handover_s=0.0, points=tuple(points)))
 
 
 def test_the_profile_of_this_machine_tells_the_times(bundle: Bundle) -> None:
     profiled(bundle, Machine.here())
-    told = use_seconds(bundle, 1, on_processors=True)
+    told = use_seconds(bundle, 1, on_cpu=True)
     assert told(Shape(4, 8)).use_s == pytest.approx([64e-6, 32e-6, 32e-6, 32e-6, 128e-6], rel=0.01)
     done = {"batch": Amount(runs=10, rows=20, tokens=120), "prefill": Amount(0, 0, 0), "decode": Amount(0, 0, 0)}
     work = work_seconds(told, done, past=0)  # ten micro-batches of two rows of six tokens
@@ -59,7 +59,7 @@ def test_without_one_a_roofline_tells_their_proportions(bundle: Bundle, why: str
     machine = Machine.here()
     if why != "no profile":
         profiled(bundle, machine.model_copy(update={"cpu": "another"}) if why == "another machine" else machine)
-    told = use_seconds(bundle, 2 if why == "other threads" else 1, on_processors=why != "no processors")
+    told = use_seconds(bundle, 2 if why == "other threads" else 1, on_cpu=why != "no processors")
     prologue, first, second, third, epilogue = told(Shape(4, 8)).use_s
     assert first == second == third > 0
     assert prologue < first  # it only looks up
@@ -67,7 +67,7 @@ def test_without_one_a_roofline_tells_their_proportions(bundle: Bundle, why: str
 
 
 def test_kinds_of_work_add_up(bundle: Bundle) -> None:
-    told = use_seconds(bundle, 1, on_processors=False)
+    told = use_seconds(bundle, 1, on_cpu=False)
     one, other = Amount(3, 6, 48), Amount(2, 2, 8)
     both = work_seconds(told, {"batch": one, "prefill": other}, past=5)
     apart = [work_seconds(told, {"batch": one}, past=5), work_seconds(told, {"prefill": other}, past=5)]

@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.runtime.rebalance.policy import Observation, Policy, PolicySettings, better_cut
 
-SETTINGS = PolicySettings(
-    window_s=1, windows=3, fewest_runs=8, margin=0.1, least_gain=0.05, rest_s=10, longest_rest_s=80
-)
+SETTINGS = PolicySettings(window_s=1, windows=3, min_runs=8, margin=0.1, min_gain=0.05, rest_s=10, max_rest_s=80)
 
 
 def times(layers: Sequence[int], use_s: Sequence[float], slowness: Sequence[float]) -> list[float]:
@@ -27,12 +25,12 @@ def times(layers: Sequence[int], use_s: Sequence[float], slowness: Sequence[floa
 
 
 def window(
-    layers: Sequence[int], use_s: Sequence[float], slowness: Sequence[float], told_s: Sequence[float] | None = None,
+    layers: Sequence[int], use_s: Sequence[float], slowness: Sequence[float], expected_s: Sequence[float] | None = None,
     runs: int = 20,
 ) -> Observation:  # fmt: skip
-    """What is measured of it; `told_s` is what the costs say, if they are wrong."""
+    """What is measured of it; `expected_s` is what the costs say, if they are wrong."""
     busy = tuple(runs * s for s in times(layers, use_s, slowness))
-    return Observation(tuple(layers), busy, (runs,) * len(layers), tuple(runs * s for s in told_s or use_s))
+    return Observation(tuple(layers), busy, (runs,) * len(layers), tuple(runs * s for s in expected_s or use_s))
 
 
 EVEN = [0.0, *[1.0] * 30, 8.0]  # 30 blocks, and a head that takes as long as eight
@@ -52,7 +50,7 @@ def test_an_uneven_cut_is_made_even_after_three_windows() -> None:
     assert advice.layers == (19, 11)
     assert advice.gain == pytest.approx(25 / 19 - 1)
     assert str(advice) == (
-        "layers 19,11 instead of 25,5 would give 1.32 x the throughput: the bottleneck is busy 32% longer than the mean"
+        "layers 19,11 instead of 25,5 would have 1.32 x the throughput: the bottleneck is busy 32% longer than the mean"
     )
 
 
@@ -61,7 +59,7 @@ def test_a_slowed_stage_gives_blocks_away_and_takes_them_back() -> None:
     assert slowed is not None
     assert slowed.layers == (12, 18)  # 24 and 26; 13 and 17 have the same bottleneck and a longer way
     assert slowed.slowness == pytest.approx((2, 1))
-    assert "times longer than told: stage 0 2.00" in str(slowed)
+    assert "times longer than expected: stage 0 2.00" in str(slowed)
     recovered = better_cut(window(slowed.layers, EVEN, [1, 1]))
     assert recovered is not None
     assert recovered.layers == (19, 11)
@@ -124,7 +122,7 @@ def test_a_disturbance_that_comes_and_goes_does_not_make_it_flap(period: int) ->
         if advice is not None:
             layers, switches = advice.layers, switches + 1
             policy.switched(now)
-    assert switches <= 3600 / SETTINGS.longest_rest_s + 5
+    assert switches <= 3600 / SETTINGS.max_rest_s + 5
 
 
 @settings(max_examples=100, deadline=None)
@@ -134,13 +132,13 @@ def test_it_settles_near_the_best_cut_whatever_the_costs_say(seed: int) -> None:
     rng = random.Random(seed)
     stages, blocks = rng.randint(2, 4), rng.randint(8, 30)
     use_s = [rng.uniform(0, 2), *([1.0] * blocks), rng.uniform(0, 8)]
-    told_s = [s * rng.uniform(0.75, 1.33) if n in (0, blocks + 1) else s for n, s in enumerate(use_s)]
+    expected_s = [s * rng.uniform(0.75, 1.33) if n in (0, blocks + 1) else s for n, s in enumerate(use_s)]
     slowness = [rng.choice([1.0, 1.0, 1.5, 2.0]) for _ in range(stages)]
     cuts = [0, *sorted(rng.sample(range(1, blocks), stages - 1)), blocks]
     layers = [b - a for a, b in itertools.pairwise(cuts)]
     for _ in range(8):
-        advice = better_cut(window(layers, use_s, slowness, told_s))
-        if advice is None or advice.gain < SETTINGS.least_gain:
+        advice = better_cut(window(layers, use_s, slowness, expected_s))
+        if advice is None or advice.gain < SETTINGS.min_gain:
             break
         layers = list(advice.layers)
     best = min(

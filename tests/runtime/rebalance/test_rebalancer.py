@@ -1,5 +1,6 @@
 """The thread that watches a pipeline, on engines that take as long as their blocks are told to."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stageline.exporter.export import export
-from stageline.exporter.synthesize import synthesize
+from llamas import SIX_BLOCKS
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import ENGINES, Device, Engine, StageFile, Value, engine_factory
@@ -19,13 +19,8 @@ from stageline.runtime.rebalance.policy import PolicySettings
 from stageline.runtime.rebalance.rebalancer import Rebalancer
 
 SECONDS = 20  # for what must happen; nothing takes that long
-BLOCKS, BLOCK_S = 6, 0.002
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 32,
-    "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-QUICK = PolicySettings(window_s=0.1, windows=2, fewest_runs=3, rest_s=0.2)
+BLOCK_S = 0.002
+QUICK = PolicySettings(window_s=0.1, windows=2, min_runs=3, rest_s=0.2)
 
 
 class Timed:
@@ -35,7 +30,7 @@ class Timed:
 
     def __init__(self, engine: Engine, stage: StageFile) -> None:
         self.engine, self.stage = engine, stage
-        self.input_names, self.output_names = engine.input_names, engine.output_names
+        self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
         self.give_caches, self.take_caches = engine.give_caches, engine.take_caches
 
@@ -45,12 +40,9 @@ class Timed:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(export_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of six blocks in stages of five and one; do not change it."""
-    folder = tmp_path_factory.mktemp("llama")
-    synthesize(LLAMA, folder / "checkpoint", seed=1, dtype="float32")
-    export(folder / "checkpoint", folder / "bundle")
-    return recut(folder / "bundle", [5, 1]).path
+    return recut(shutil.copytree(export_once(SIX_BLOCKS), tmp_path_factory.mktemp("llama") / "bundle"), [5, 1]).path
 
 
 Opened = Callable[..., Pipeline]
@@ -76,7 +68,7 @@ def opened(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
 
 def watch(pipeline: Pipeline, auto: bool) -> Rebalancer:
     """What `Pipeline.open(rebalance=...)` starts, with shorter windows."""
-    pipeline._rebalancer = Rebalancer(pipeline._serving, 16, pipeline.recut if auto else None, QUICK)
+    pipeline._rebalancer = Rebalancer(pipeline._executor, "auto" if auto else "advise", QUICK)
     return pipeline._rebalancer
 
 
@@ -99,8 +91,8 @@ def test_auto_makes_an_uneven_cut_even_and_follows_a_slow_stage(opened: Opened) 
         watch(pipeline, auto=True)
         tokens = keep_busy(pipeline, lambda: pipeline.layers == (3, 3))
         stats = pipeline.stats()
-        assert stats.switches >= 1
-        assert stats.switch is not None
+        assert stats.changeovers >= 1
+        assert stats.last_changeover is not None
         Timed.slow = {0: 2.5}
         tokens += keep_busy(pipeline, lambda: pipeline.layers in ((2, 4), (1, 5)))
         assert len(set(tokens)) == 4  # the same four texts over and over
@@ -116,8 +108,8 @@ def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCa
         assert told.advice is not None
         assert (told.mode, told.advice.layers, told.advice.now) == ("advise", (3, 3), (5, 1))
         assert told.advice.gain > 0.3
-        assert (pipeline.layers, pipeline.stats().switches) == ((5, 1), 0)
-        assert any("layers 3,3 instead of 5,1 would give" in record.message for record in caplog.records)
+        assert (pipeline.layers, pipeline.stats().changeovers) == ((5, 1), 0)
+        assert any("layers 3,3 instead of 5,1 would have" in record.message for record in caplog.records)
         pipeline.recut([3, 3])  # taken by hand: it does not hold any more
         after = pipeline.stats().rebalance
         assert after is not None
@@ -160,7 +152,7 @@ def test_an_idle_pipeline_is_left_alone_and_closes_at_once(opened: Opened) -> No
         told = pipeline.stats().rebalance
         assert told is not None
         assert (told.mode, told.advice) == ("auto", None)
-        assert pipeline.run({"input_ids": np.array([[5, 6, 7]])})["logits"].shape == (1, 3, 100)
+        assert pipeline.run({"input_ids": np.array([[5, 6, 7]])})["logits"].shape == (1, 3, SIX_BLOCKS["vocab_size"])
     assert set(threading.enumerate()) <= before
 
 

@@ -1,6 +1,7 @@
 """A service in a thread, of two tiny models: `llama` generates, `bert` embeds. Its llama can be told to misbehave."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,18 +12,12 @@ from typing import Any
 import httpx
 import pytest
 from stageline.exporter.export import export
+from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.engines import ENGINES, Array, CacheSize, Device, Engine, StageFile, engine_factory
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service.app import create_app
 from stageline.runtime.service.server import DrainingServer, bound_socket
 
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "eos_token_id": 3,
-}
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.content == 'loop' %}{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
@@ -34,11 +29,23 @@ Step = Callable[[int, Mapping[str, Array], dict[str, Array]], None]
 
 
 @pytest.fixture(scope="session")
-def bundles(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(word_llama: Path, make_checkpoint: Callable[..., Path], made_once: Callable[..., Path]) -> dict[str, Path]:
     """`llama`, of two stages, and `bert`. Do not change them."""
-    folder = tmp_path_factory.mktemp("service")
-    llama = make_checkpoint(folder / "llama", **LLAMA)
-    (llama / "chat_template.jinja").write_text(TEMPLATE)
+    return {
+        "llama": made_once("service-llama", lambda folder: _with_template(word_llama, folder)),
+        "bert": made_once("service-bert", lambda folder: _pooled_bert(make_checkpoint, folder)) / "bundle",
+    }
+
+
+def _with_template(bundle: Path, folder: Path) -> None:
+    """A copy of the bundle that chats."""
+    manifest = Bundle.open(shutil.copytree(bundle, folder)).manifest
+    (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    files = (*manifest.files, file_entry(folder, "tokenizer/chat_template.jinja"))
+    write_manifest(folder, manifest.model_copy(update={"files": files}))
+
+
+def _pooled_bert(make_checkpoint: Callable[..., Path], folder: Path) -> None:
     bert = make_checkpoint(folder / "bert", architectures=["BertModel"])
     modules = [
         {"type": "sentence_transformers.models.Transformer", "path": ""},
@@ -47,7 +54,7 @@ def bundles(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempP
     (bert / "modules.json").write_text(json.dumps(modules))
     (bert / "1_Pooling").mkdir()
     (bert / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    return {name: export(folder / name, folder / "bundles" / name, stages=2).path for name in ("llama", "bert")}
+    export(bert, folder / "bundle", stages=2)
 
 
 class Hooked:
@@ -55,7 +62,7 @@ class Hooked:
 
     def __init__(self, engine: Engine, number: int, faults: "Faults") -> None:
         self.engine, self.number, self.faults = engine, number, faults
-        self.input_names, self.output_names = engine.input_names, engine.output_names
+        self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
 
     def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from stageline.runtime.service import limits
-from stageline.runtime.service.limits import Exchange
+from stageline.runtime.service.limits import ConnectionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -40,7 +40,7 @@ def exchange(app: Any, *messages: Message, send: Any = None) -> list[Message]:
     async def keep(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(Exchange(app, 1000)(SCOPE, receiving(*messages), send or keep))
+    asyncio.run(ConnectionMiddleware(app, 1000)(SCOPE, receiving(*messages), send or keep))
     return sent
 
 

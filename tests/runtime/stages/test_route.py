@@ -26,7 +26,7 @@ def test_stages_after_the_last_wanted_value_are_left_out() -> None:
 
 
 def test_a_value_that_nobody_gives_is_named() -> None:
-    with pytest.raises(BundleError, match="no stage gives 'mask' before it is read"):
+    with pytest.raises(BundleError, match="no stage computes 'mask' before it is read"):
         route(STAGES, ["ids"], ["logits"])
-    with pytest.raises(BundleError, match="no stage gives 'h0' before it is read"):
+    with pytest.raises(BundleError, match="no stage computes 'h0' before it is read"):
         route(STAGES[1:], INPUTS, ["logits"])

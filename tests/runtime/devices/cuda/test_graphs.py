@@ -12,7 +12,7 @@ class Adder:
 
     def __init__(self) -> None:
         self.driver = FakeDriver()
-        self.driver.use(self.driver.retain(0))
+        self.driver.make_current(self.driver.retain(0))
         self.stream, self.address = self.driver.new_stream(), self.driver.allocate(256)
         self.driver.zero(self.address, 256, self.stream)
         self.enqueued = 0

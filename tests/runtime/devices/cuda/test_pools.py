@@ -14,7 +14,7 @@ from stageline.runtime.devices.cuda.pools import Buffer, Pool, size_class
 
 def opened(driver: FakeDriver) -> tuple[Pool, Events, int]:
     """A pool, events and a stream on GPU 0."""
-    driver.use(driver.retain(0))
+    driver.make_current(driver.retain(0))
     return Pool(driver.allocate, driver.free), Events(driver), driver.new_stream()
 
 

@@ -115,7 +115,9 @@ def test_a_pipeline_of_stages_on_gpus_computes(gpus: int) -> None:
         for n, (reads, gives) in enumerate(itertools.pairwise(names))
     ]
     devices = [f"cuda:{n % gpus}" for n in range(3)]
-    with Pipeline(Signature((spec(name="x"),), (spec(name="y"),)), stages, micro_batch=3, devices=devices) as pipeline:
+    with Pipeline.of_stages(
+        Signature((spec(name="x"),), (spec(name="y"),)), stages, micro_batch=3, devices=devices
+    ) as pipeline:
         given = [numbers(1 + n % 9, 2048) for n in range(64)]
         futures = [pipeline.submit({"x": array}) for array in given]
         for array, future in zip(given, futures, strict=True):
@@ -130,7 +132,7 @@ def test_stages_on_processors_and_on_a_gpu_mix() -> None:
     need_gpus()
 
     class OnHost:
-        input_names, output_names = ("h",), ("y",)
+        input_names, output_names, max_rows = ("h",), ("y",), None
 
         def run(self, inputs: Any, outputs: Any) -> Any:
             from stageline.runtime.devices.base import on_host
@@ -145,7 +147,9 @@ def test_stages_on_processors_and_on_a_gpu_mix() -> None:
         PipelineStage(("x",), ("h",), partial(Scale, "x", "h", 2.0, 0.0)),
         PipelineStage(("h",), ("y",), lambda device: OnHost()),  # type: ignore[arg-type,return-value]
     ]
-    with Pipeline(Signature((spec(name="x"),), (spec(name="y"),)), stages, devices=["cuda:0", "cpu"]) as pipeline:
+    with Pipeline.of_stages(
+        Signature((spec(name="x"),), (spec(name="y"),)), stages, devices=["cuda:0", "cpu"]
+    ) as pipeline:
         array = numbers(7, 300)
         np.testing.assert_array_equal(pipeline.run({"x": array})["y"], array * 2 + 1)
 
@@ -162,7 +166,7 @@ def test_peers_that_are_not_reachable_go_through_pinned_memory(monkeypatch: pyte
 
 def test_too_much_memory_is_an_error_that_leaves_the_gpu_usable() -> None:
     (device,) = open_gpus([(0, 0)], (0,), need_gpus())
-    device.gpu.use()
+    device.gpu.make_current()
     with pytest.raises(CudaError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         device.gpu.memory.take(1 << 45)
     array = numbers(10)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeDriver
 from fake_tensorrt import FakeTensorRT
-from stageline.exporter.export import export
-from stageline.exporter.synthesize import synthesize
+from llamas import THREE_BLOCKS
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.devices import cuda
@@ -26,29 +25,16 @@ from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.workload import Workload
 
 SECONDS = 60
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 99,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.5,
-}
 LOAD = Workload(micro_batch=4, length=32, slots=4, capacity=64)
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 Install = Callable[[FakeDriver], FakeTensorRT]
 
 
 @pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decoder(export_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of three blocks in two stages, with engines for sm89."""
-    folder = tmp_path_factory.mktemp("tensorrt")
-    synthesize(CONFIG, folder / "checkpoint", seed=2, dtype="float32")
-    bundle = export(folder / "checkpoint", folder / "bundle", stages=2).path
+    made = export_once(THREE_BLOCKS, stages=2, seed=2)
+    bundle = Path(shutil.copytree(made, tmp_path_factory.mktemp("tensorrt") / "bundle"))
     fake_tensorrt.build(bundle, LOAD)
     return bundle
 
@@ -240,8 +226,8 @@ def test_what_tensorrt_says_is_told(decoder: Path, install: Install) -> None:
 def test_what_the_engines_were_not_built_for_is_told(decoder: Path, install: Install) -> None:
     install(FakeDriver())
     for options, told in (
-        ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are asked for; open with capacity=64, or"),
-        ({"slots": 5}, "stage 0 was built for 4 slots, 5 are asked for; open with slots=4, or build it for more"),
+        ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are requested; open with capacity=64, or"),
+        ({"slots": 5}, "stage 0 was built for 4 slots, 5 are requested; open with slots=4, or build it for more"),
         ({"cache_dtype": "float16"}, "stage 0 was built for caches of float32, not float16; leave cache_dtype out"),
         ({"quantise": "int8"}, "quantise='int8' is for onnxruntime; a TensorRT engine has the precision that it was"),
     ):
@@ -260,7 +246,9 @@ def test_stages_cut_anew_have_no_engines_and_the_old_ones_go_on(
     install(FakeDriver(gpus=2))
     with opened(decoder, devices=["cuda:0", "cuda:1"]) as pipeline:
         for stages in (1, 3):
-            with pytest.raises(EngineError, match=r"^stage \d was cut anew while it runs, and TensorRT engines are"):
+            with pytest.raises(
+                EngineError, match=r"^stage \d was recut while the pipeline ran, and TensorRT engines are"
+            ):
                 pipeline.recut(stages)
         assert [tokens_of(future) for future in submitted(pipeline)] == wanted
 
@@ -280,7 +268,7 @@ def test_caches_go_from_engine_to_engine(decoder: Path, install: Install) -> Non
         found = engines[taker].step(after, [name], 2)[name].read().wait()  # type: ignore[union-attr]
         np.testing.assert_array_equal(found, expected)
     assert driver.live_blocks > before  # to another GPU they were copied
-    with pytest.raises(EngineError, match=r"^stage 0 is given no cache "):
+    with pytest.raises(EngineError, match=r"^stage 0 received no cache "):
         engines[1].take_caches({})
 
 

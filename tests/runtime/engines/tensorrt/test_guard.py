@@ -32,7 +32,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _version(name: str, rtx: str) -> str:
-    if name != "tensorrt_rtx":
+    if name != "tensorrt-rtx":
         raise flavour.PackageNotFoundError(name)
     return rtx
 
@@ -42,7 +42,7 @@ def put(
     target: str = "sm89",
     stage: int = 1,
     precision: Precision = "fp16",
-    flavour_name: flavour.FlavourName = "tensorrt_rtx",
+    flavour_name: flavour.FlavourName = "tensorrt-rtx",
     options: Options | None = None,
 ) -> EngineRecord:
     """Put an engine of a stage into the bundle: 64 bytes that say what they are, since none is deserialised here."""
@@ -64,7 +64,7 @@ def put(
         target=target,
         precision=precision,
         options=options or Options(),
-        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(least=1, best=2, most=2)}),),
+        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(min=1, opt=2, max=2)}),),
         inputs=cut.inputs,
         outputs=cut.outputs,
         build_s=1,
@@ -83,7 +83,7 @@ def refusal(path: Path, gpu: TargetGpu = ADA, precision: Precision | None = None
 def test_an_engine_that_fits_is_handed_out_with_its_bytes(bundle: Path) -> None:
     record = put(bundle)
     checked = checked_engine(Bundle.open(bundle), 1, ADA)
-    assert (checked.record, checked.flavour.name) == (record, "tensorrt_rtx")
+    assert (checked.record, checked.flavour.name) == (record, "tensorrt-rtx")
     assert checked.plan == (bundle / record.plan.path).read_bytes()
 
 
@@ -136,7 +136,7 @@ def test_an_engine_of_a_flavour_that_is_not_installed_is_refused(bundle: Path) -
 def test_an_engine_of_another_precision_is_refused_when_one_is_asked_for(bundle: Path) -> None:
     put(bundle)
     assert "fp16 with TensorRT-RTX" in refusal(bundle, precision="bf16")
-    assert "bf16 is asked for" in refusal(bundle, precision="bf16")
+    assert "bf16 is requested" in refusal(bundle, precision="bf16")
 
 
 def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
@@ -144,7 +144,7 @@ def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
 ) -> None:
     put(bundle)
     change_weight(bundle, 1)
-    assert "the bundle's weights were changed since" in refusal(bundle)
+    assert "the bundle's weights have changed since" in refusal(bundle)
     put(bundle, precision="bf16", options=Options(stripped=True))
     assert checked_engine(Bundle.open(bundle), 1, ADA).record.options.stripped
 
@@ -169,7 +169,7 @@ def test_an_engine_that_leads_out_of_the_bundle_is_refused(bundle: Path, tmp_pat
     file = bundle / put(bundle).plan.path
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    assert "leads out of the bundle" in refusal(bundle)
+    assert "is outside the bundle" in refusal(bundle)
 
 
 def test_engines_of_another_cut_are_not_used(bundle: Path) -> None:
@@ -205,9 +205,9 @@ def test_the_manifest_survives_being_written_and_read(bundle: Path) -> None:
 
 
 def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert flavour.choose("sm89", None).name == "tensorrt_rtx"
-    assert flavour.choose("portable", ADA).name == "tensorrt_rtx"
-    assert flavour.choose("here", ADA).name == "tensorrt_rtx"
+    assert flavour.choose("sm89", None).name == "tensorrt-rtx"
+    assert flavour.choose("portable", ADA).name == "tensorrt-rtx"
+    assert flavour.choose("here", ADA).name == "tensorrt-rtx"
     for target, gpu, told in (
         ("here", None, "no NVIDIA GPU with a driver"),
         ("sm90", None, "builds for it only on such a GPU, and this machine has no NVIDIA GPU"),
@@ -219,12 +219,12 @@ def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.Mo
     monkeypatch.setattr(flavour, "version", lambda name: "10.15.1")  # both are installed
     assert flavour.choose("sm90", TargetGpu("H100", "sm90")).name == "tensorrt"
     assert flavour.choose("here", ADA).name == "tensorrt"
-    assert flavour.choose("sm120", ADA).name == "tensorrt_rtx"
+    assert flavour.choose("sm120", ADA).name == "tensorrt-rtx"
     with pytest.raises(EngineError, match="unknown target 'ada'"):
         check_target("ada")
 
 
 def test_without_tensorrt_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = replace(flavour.TENSORRT_RTX, name="tensorrt", distribution="tensorrt")
+    absent = replace(flavour.TENSORRT_RTX, module="tensorrt", distribution="tensorrt")
     with pytest.raises(EngineError, match=r'TensorRT-RTX is not installed: pip install "stageline\[rtx\]"'):
         absent.load()
