@@ -243,7 +243,7 @@ def _batches_s(
 def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str, Any]]:
     """Throughput and percentiles under Poisson load at shares of the measured capacity, simulated and measured."""
     recut(bench.path, stages)
-    counts = [stage.last_block - stage.first_block + 1 for stage in Bundle.open(bench.path).manifest.stages]
+    counts = Bundle.open(bench.path).manifest.layers
     setting = bench.setting(counts, len(allowed_cores()))
     capacity = 0.0
     print(f"{'layers':>10}{'load':>6}  {'':<14}{'predicted':>12}{'measured':>12}{'error':>9}{'drift':>9}{'others':>9}")

@@ -74,11 +74,6 @@ def _cores(stages: int, profile: MachineProfile) -> Cluster:
     return parse_devices(",".join(names), profile.handover_s)
 
 
-def layers_of(manifest: Manifest) -> list[int]:
-    """The current number of blocks of each stage of the bundle."""
-    return [stage.last_block - stage.first_block + 1 for stage in manifest.stages]
-
-
 def layers_between(cuts: Sequence[int], blocks: int) -> list[int] | None:
     """The number of blocks of each stage for cuts before these blocks; None if a stage would be empty."""
     ends = [0, *sorted(cuts), blocks]

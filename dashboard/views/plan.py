@@ -73,7 +73,7 @@ def _facts(bundle: Bundle) -> None:
         st.metric("Parameters", words.count(bundle.parameters), border=True)
         st.metric("Weights", words.size(bundle.weight_bytes), border=True, help=f"as {manifest.dtype}")
         st.metric("Blocks", manifest.blocks, border=True, help=f"of {words.counted(kinds, 'kind')}")
-        now = ", ".join(map(str, figures.layers_of(manifest)))
+        now = ", ".join(map(str, manifest.layers))
         st.metric("Current stages", len(manifest.stages), border=True, help=f"of {now} blocks")
     st.caption(
         f"{manifest.architecture}, {manifest.task}, {manifest.dtype}. {manifest.trace[:1].upper()}{manifest.trace[1:]}."
@@ -102,7 +102,7 @@ def _cuts(bundle: Bundle, place: str, load: Workload) -> list[int] | None:
     """The number of blocks of each stage, from the sliders."""
     manifest = bundle.manifest
     limit = figures.max_stages(manifest, place, load)
-    now = figures.layers_of(manifest)
+    now = list(manifest.layers)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         options = list(range(1, limit + 1))
         default = min(len(now), limit)
@@ -121,7 +121,7 @@ def _cuts(bundle: Bundle, place: str, load: Workload) -> list[int] | None:
 
 
 def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, layers: list[int]) -> None:
-    now = figures.layers_of(bundle.manifest)
+    now = list(bundle.manifest.layers)
     same = len(now) == len(layers)
     before = planner.cut(now) if same and now != layers else None
     per_s = answer.tokens_per_s

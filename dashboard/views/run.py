@@ -160,13 +160,12 @@ def _start(order: Order) -> None:
 
 
 def _order(bundle: Path, manifest: Manifest) -> Order:
-    now = [stage.last_block - stage.first_block + 1 for stage in manifest.stages]
     with st.container(horizontal=True, vertical_alignment="bottom"):
         stages = st.selectbox(
             "Plan",
-            [0, *(n for n in range(1, min(8, manifest.blocks) + 1) if n != len(now))],
+            [0, *(n for n in range(1, min(8, manifest.blocks) + 1) if n != len(manifest.stages))],
             format_func=lambda n: (
-                f"{n} even stages" if n > 1 else "1 stage" if n else f"current: {' + '.join(map(str, now))}"
+                f"{n} even stages" if n > 1 else "1 stage" if n else f"current: {' + '.join(map(str, manifest.layers))}"
             ),
             key=f"plan of {bundle}",
             width=230,

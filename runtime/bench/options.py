@@ -114,7 +114,7 @@ def new_run(bundle: Bundle, settings: RunSettings, run_id: str | None = None, na
         manifest.dtype,
         settings,
         Layout(
-            tuple(stage.last_block - stage.first_block + 1 for stage in manifest.stages),
+            manifest.layers,
             tuple(f"cpu:{','.join(map(str, next(shares)))}" if own == "cpu" else own for own in names),
         ),
         here(),

@@ -163,6 +163,11 @@ class UncutManifest(Data):
         return any(part.caches for part in self.parts)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+        return tuple(stage.last_block - stage.first_block + 1 for stage in self.stages)
+
+    @property
     def blocks(self) -> int:
         """Number of blocks."""
         return len(self.uses) - 2

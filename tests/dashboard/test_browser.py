@@ -233,7 +233,7 @@ def test_timeline_shows_shapes_and_times_of_what_is_pointed_at(window: Callable[
 def test_benchmark_runs_to_its_end_whoever_looks(window: Callable[..., Window], store: Path) -> None:
     before = len(Store(store).runs())
     opened, other = window(), window(NARROW, "dark")
-    order(opened, "0.7")
+    order(opened, "2")
     opened.page.get_by_role("button", name="Cancel").wait_for(timeout=40_000)
     other.page.goto(other.url + "/run?bundle=llama")  # a second browser sees it, and cannot start another
     other.page.get_by_role("button", name="Cancel").wait_for(timeout=40_000)
