@@ -12,6 +12,7 @@ from stageline.exporter.commands.common import (
     DtypeName,
     JsonOption,
     LayersOption,
+    UsageError,
     needs,
     numbers,
     print_result,
@@ -75,7 +76,7 @@ def recut_command(
     """
     cuts = _cuts(stages, layers)
     if cuts is None:
-        raise typer.BadParameter("give --stages or --layers", param_hint="--stages")
+        raise UsageError("give --stages or --layers")
     done = recut(bundle, cuts)
     print_result(as_json, _description(done), show.bundle(done))
 
@@ -92,7 +93,7 @@ def inspect_command(bundle: BundleArgument, as_json: JsonOption = False) -> None
 def _cuts(stages: int | None, layers: str | None) -> int | list[int] | None:
     """What --stages or --layers asks for; None if neither is given."""
     if layers is not None and stages is not None:
-        raise typer.BadParameter("give --stages or --layers, not both", param_hint="--layers")
+        raise UsageError("give --stages or --layers, not both")
     return stages if layers is None else numbers(layers, "--layers", int)
 
 

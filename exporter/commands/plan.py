@@ -16,6 +16,7 @@ from stageline.exporter.commands.common import (
     MicroBatchOption,
     QuantiseOption,
     SlotsOption,
+    UsageError,
     numbers,
     print_result,
     progress_steps,
@@ -116,9 +117,9 @@ def plan_command(
     Example: stageline plan minilm.bundle --devices cpu:0,cpu:1 --explain
     """
     if (devices is None) == (cluster is None):
-        raise typer.BadParameter("give --devices or --cluster", param_hint="--devices")
+        raise UsageError("give --devices or --cluster")
     if dtype is not None and quantise is not None:
-        raise typer.BadParameter("give --dtype or --quantise, not both", param_hint="--quantise")
+        raise UsageError("give --dtype or --quantise, not both")
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     found = read_cluster(cluster) if cluster is not None else parse_devices(str(devices))

@@ -17,9 +17,11 @@ from stageline.exporter.commands.common import (
     QuantiseOption,
     SlotsOption,
     ThreadsOption,
+    UsageError,
     needs,
     split,
 )
+from stageline.runtime import words
 from stageline.runtime.engines import CacheDtype
 from stageline.runtime.options import PipelineOptions, RebalanceMode
 from stageline.runtime.pipeline import Pipeline
@@ -103,11 +105,11 @@ def serve_command(
 
 def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
     if given and len(given) != len(bundles):
-        raise typer.BadParameter(f"{len(given)} names for {len(bundles)} bundles; give one each", param_hint="--name")
+        raise UsageError(f"{len(given)} names for {words.counted(len(bundles), 'bundle')}; give each one --name")
     names = list(given) or [bundle.resolve().name for bundle in bundles]
     for called in names:
         if names.count(called) > 1:
-            raise typer.BadParameter(f"two bundles are called {called!r}; give each a --name", param_hint="--name")
+            raise UsageError(f"two bundles are called {called!r}; give each one --name")
     return names
 
 

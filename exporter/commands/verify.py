@@ -11,6 +11,7 @@ from stageline.exporter.commands.common import (
     EXPORTER,
     BundleArgument,
     JsonOption,
+    UsageError,
     needs,
     print_result,
     progress_steps,
@@ -58,7 +59,7 @@ def verify_command(
     if engine == "tensorrt":
         _verify_tensorrt(bundle, precision, emulated, inner_values, as_json)
     if against is None:
-        raise typer.BadParameter("give the checkpoint that the bundle was exported from", param_hint="--against")
+        raise UsageError("give --against and the checkpoint that the bundle was exported from")
     with needs(*EXPORTER):
         from stageline.exporter.verify.against_torch import verify
     with progress_steps() as progress:
@@ -85,7 +86,7 @@ def _verify_tensorrt(
     from stageline.exporter.verify.engines import TOLERANCE, verify_emulated, verify_engines
 
     if inner_values and not emulated:
-        raise typer.BadParameter("values inside a stage are compared only with --emulated", param_hint="--inner-values")
+        raise UsageError("--inner-values needs --emulated")
     seed = secrets.randbits(32)
     with progress_steps() as progress:
         if emulated:
