@@ -8,18 +8,7 @@ from itertools import takewhile
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands import (
-    bench,
-    build,
-    bundles,
-    checkpoints,
-    dashboard,
-    doctor,
-    plan,
-    run,
-    serve,
-    verify,
-)
+from stageline.exporter.commands import bench, build, bundles, checkpoints, dashboard, doctor, plan, run, serve, verify
 from stageline.models.errors import StagelineError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -61,7 +50,7 @@ def stageline(
 
 for command in (bundles, verify, run, plan, build, serve, bench, doctor, dashboard, checkpoints):
     command.register(app)
-_COMMANDS = {str(one.name) for one in (*app.registered_commands, *app.registered_groups)}
+_COMMANDS = {str(c.name) for c in app.registered_commands} | {str(group.name) for group in app.registered_groups}
 
 
 def _failed(message: str, status: int) -> int:
