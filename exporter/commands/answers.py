@@ -1,4 +1,4 @@
-"""What a pipeline says to texts, as plain data: one function a task."""
+"""A pipeline's answers to texts, as plain data: one function per task."""
 
 import json
 import math
@@ -22,7 +22,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Session:
-    """An open pipeline and what turns text into its inputs; `folder` is the bundle's."""
+    """An open pipeline and the tokenizer that makes its inputs. `folder`: the bundle's."""
 
     folder: Path
     manifest: Manifest
@@ -30,39 +30,39 @@ class Session:
     encoder: TextEncoder
 
     def run(self, encoded: Mapping[str, Array], output: str) -> Array:
-        """One output of the model for encoded texts."""
+        """One output of the model for encoded texts. EngineError if it holds NaN."""
         names = [spec.name for spec in self.pipeline.signature.inputs]
         given = {name: value for name, value in encoded.items() if name in names}
         values = self.pipeline.run(given, [output])[output]
         mask = encoded["attention_mask"]
-        real = values[mask > 0] if values.ndim == 3 else values  # at padding anything may come
+        real = values[mask > 0] if values.ndim == 3 else values  # values at padding mean nothing
         if np.isnan(real).any():
             raise EngineError(
-                f"the model's {output} is not a number (NaN); its weights, or what it was made from, are broken"
+                f"the model's {output} is not a number (NaN); its weights, or those of its checkpoint, are broken"
             )
         return values
 
 
 def encoder_of(folder: Path, manifest: Manifest) -> TextEncoder:
-    """The bundle's tokenizer. BundleError where it has none."""
+    """The bundle's tokenizer. BundleError if it has none."""
     if manifest.text is None:
         reads = ", ".join(spec.name for spec in manifest.inputs)
         raise BundleError(
-            f"bundle {folder} has no tokenizer, so it takes no text; "
+            f"bundle {folder} has no tokenizer, so it cannot read texts; "
             f"give it {reads} from Python: Pipeline.open(...).run(...)"
         )
     return TextEncoder.open(folder / manifest.text.tokenizer, manifest.text.max_length, manifest.text.pad_id)
 
 
 def sentence_similarity(session: Session, texts: Sequence[str]) -> Answer:
-    """The embedding of each text, and the cosine between each two."""
+    """The embedding of each text, and the cosine similarity of each pair."""
     vectors = session.run(session.encoder.encode(texts), EMBEDDING)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
     return {"embeddings": vectors.tolist(), "similarity": (unit @ unit.T).tolist()}
 
 
 def feature_extraction(session: Session, texts: Sequence[str]) -> Answer:
-    """For each text its shape [length, width] and the first values of its first token."""
+    """For each text the shape [length, width] of its features and the first values of its first token."""
     encoded = session.encoder.encode(texts)
     hidden = session.run(encoded, "last_hidden_state")
     lengths = encoded["attention_mask"].sum(axis=1)
@@ -75,13 +75,13 @@ def feature_extraction(session: Session, texts: Sequence[str]) -> Answer:
 
 
 def text_classification(session: Session, texts: Sequence[str]) -> Answer:
-    """The probability of each label for each text, the likeliest first."""
+    """The probability of each label for each text, highest first."""
     chances = _softmax(session.run(session.encoder.encode(texts), "logits"))
     return {"labels": [_best(row, _labels(session, len(row)), len(row)) for row in chances]}
 
 
 def token_classification(session: Session, texts: Sequence[str]) -> Answer:
-    """The likeliest label of each token of each text."""
+    """The most probable label of each token of each text."""
     encoded = session.encoder.encode(texts)
     logits = session.run(encoded, "logits")
     names = _labels(session, logits.shape[2])
@@ -98,14 +98,12 @@ def token_classification(session: Session, texts: Sequence[str]) -> Answer:
 
 
 def fill_mask(session: Session, texts: Sequence[str]) -> Answer:
-    """The likeliest tokens at each mask of each text."""
+    """The most probable tokens at each mask of each text."""
     mask_name, mask_id = _mask(session.folder / "tokenizer")
     encoded = session.encoder.encode(texts)
     for number, ids in enumerate(encoded["input_ids"]):
         if mask_id not in ids:
-            raise RequestError(
-                f"text {number} ({texts[number]!r}) has no {mask_name}; write it where a word is missing"
-            )
+            raise RequestError(f"text {number} ({texts[number]!r}) has no {mask_name}; write it in place of a word")
     logits = session.run(encoded, "logits")
     return {
         "masks": [
@@ -116,7 +114,7 @@ def fill_mask(session: Session, texts: Sequence[str]) -> Answer:
 
 
 def text_generation(session: Session, texts: Sequence[str], new_tokens: int) -> Answer:
-    """The likeliest next tokens of each text, and its greedy continuation by at most `new_tokens`."""
+    """The most probable next tokens of each text, and its greedy continuation by at most `new_tokens`."""
     if session.manifest.cached:
         return _generated(session, texts, new_tokens)
     encoded = session.encoder.encode(texts)
@@ -137,11 +135,11 @@ ANSWERS: dict[str, Callable[[Session, Sequence[str]], Answer]] = {
     "token-classification": token_classification,
     "fill-mask": fill_mask,
 }
-"""Task -> what answers it; text-generation, which takes a number of tokens too, stands apart."""
+"""Task -> its function. text-generation is not here: it also takes a number of tokens."""
 
 
 def _generated(session: Session, texts: Sequence[str], new_tokens: int) -> Answer:
-    """`text_generation` of a bundle with caches, all texts at once."""
+    """`text_generation` with KV caches, all texts at once."""
     sampling = Sampling(max_tokens=max(1, new_tokens), logprobs=TOP)
     futures = [session.pipeline.submit(GenerationRequest(text, sampling)) for text in texts]
     choices = [future.result().choices[0] for future in futures]
@@ -158,7 +156,7 @@ def _generated(session: Session, texts: Sequence[str], new_tokens: int) -> Answe
 
 
 def _continue(session: Session, prompt: list[int], new_tokens: int) -> list[int]:
-    """The likeliest token, again and again, the whole text anew each time: this model keeps no KV cache."""
+    """The greedy continuation without a KV cache: each step runs the whole text again."""
     assert session.manifest.text is not None
     ids = list(prompt)
     while len(ids) < min(len(prompt) + new_tokens, session.encoder.max_length):
@@ -178,7 +176,7 @@ def _next_logits(session: Session, rows: list[list[int]]) -> Array:
 
 
 def _best(chances: Array, names: Sequence[str] | TextEncoder, count: int = TOP) -> list[dict[str, Any]]:
-    """The `count` likeliest of `chances` [classes], each with its label or token and its probability."""
+    """The `count` highest of `chances` [classes], each with its label or token and its probability."""
     best = np.argsort(-chances)[:count]
     if isinstance(names, TextEncoder):
         return [{"token": names.decode([i]), "id": int(i), "probability": float(chances[i])} for i in best]
@@ -205,5 +203,5 @@ def _mask(folder: Path) -> tuple[str, int]:
         if token["content"] == name:
             return str(name), int(token["id"])
     raise BundleError(
-        f"{stated} names no mask_token that tokenizer.json knows; add it to the checkpoint and export again"
+        f"{stated} has no mask_token that tokenizer.json knows; add one to the checkpoint and export again"
     )

@@ -6,16 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from stageline.exporter.commands.common import (
-    BundleArgument,
-    CapacityOption,
-    JsonOption,
-    MicroBatchOption,
-    SlotsOption,
-    print_result,
-    progress_bar,
-    workload,
-)
+from stageline.exporter.commands import common
 from stageline.exporter.commands.show import table
 from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, BuildProgress, Wanted, build, stale
@@ -37,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def build_command(
-    bundle: BundleArgument,
+    bundle: common.BundleArgument,
     target: Annotated[
         list[str],
         typer.Option(metavar="TARGET", help="sm75 to sm121, portable, or here (this machine's GPU). May be repeated."),
@@ -53,13 +44,13 @@ def build_command(
     flavour: Annotated[
         FlavourName | None, typer.Option(help="Which TensorRT (default: by target and what is installed).")
     ] = None,
-    micro_batch: MicroBatchOption = Workload.micro_batch,
+    micro_batch: common.MicroBatchOption = Workload.micro_batch,
     length: Annotated[
         int | None,
         typer.Option(min=1, help="Max tokens of a row or a prompt's chunk (default: the model's limit, up to 128)."),
     ] = None,
-    slots: SlotsOption = Workload.slots,
-    capacity: CapacityOption = None,
+    slots: common.SlotsOption = Workload.slots,
+    capacity: common.CapacityOption = None,
     stripped: Annotated[
         bool, typer.Option("--stripped", help="Leave the weights out: they are read from the bundle at load.")
     ] = False,
@@ -79,7 +70,7 @@ def build_command(
         int | None, typer.Option(min=1, help="Builds at a time (default: as CPU cores and memory allow).")
     ] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove engines of stages that a recut replaced.")] = False,
-    as_json: JsonOption = False,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Build TensorRT engines of a bundle's stages.
 
@@ -90,7 +81,7 @@ def build_command(
     """
     wanted = _wanted(target, _precisions(precision or ["fp16"]), flavour)
     opened = Bundle.open(bundle)
-    load = workload(opened.manifest, micro_batch, length, slots, capacity)
+    load = common.workload(opened.manifest, micro_batch, length, slots, capacity)
     options = Options(
         stripped=stripped,
         weight_streaming=weight_streaming,
@@ -101,7 +92,7 @@ def build_command(
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with progress_bar(*columns) as bar:
+    with common.progress_bar(*columns) as bar:
         follower = _Follower(bar, len(wanted) * len(opened.manifest.stages))
         outcomes = build(opened, wanted, load, options, jobs=jobs, progress=follower.step, done=follower.done)
     pruned = 0
@@ -113,7 +104,7 @@ def build_command(
     lines += [f"removed engines of other cuts: {words.size(pruned)}"] if prune else []
     lines += [f"stage {o.stage}, {o.wanted.target}, {o.wanted.precision}: {o.error}" for o in failed]
     document = {"bundle": str(bundle), "engines": [_document(o) for o in outcomes], "pruned_bytes": pruned}
-    print_result(as_json, document, "\n".join(lines))
+    common.print_result(as_json, document, "\n".join(lines))
     raise typer.Exit(1 if failed else 0)
 
 

@@ -5,18 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from stageline.exporter.commands import show
-from stageline.exporter.commands.common import (
-    EXPORTER,
-    BundleArgument,
-    DtypeName,
-    JsonOption,
-    LayersOption,
-    needs,
-    numbers,
-    print_result,
-    progress_steps,
-)
+from stageline.exporter.commands import common, show
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.graph import size_bytes
@@ -38,12 +27,12 @@ def export_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The new bundle's folder.")],
     stages: StagesOption = None,
-    layers: LayersOption = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Weights' type (default: the checkpoint's).")] = None,
+    layers: common.LayersOption = None,
+    dtype: Annotated[common.DtypeName | None, typer.Option(help="Weights' type (default: the checkpoint's).")] = None,
     task: Annotated[
         str | None, typer.Option(help="The model's task, such as text-generation (default: the checkpoint's).")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Export a checkpoint to a bundle of pipeline stages.
 
@@ -51,15 +40,15 @@ def export_command(
     """
     cuts = _cuts(stages, layers) or 1
     begin = time.perf_counter()
-    with needs(*EXPORTER):
+    with common.needs(*common.EXPORTER):
         from stageline.exporter.export import export
-    with progress_steps() as progress:
+    with common.progress_steps() as progress:
         bundle = export(checkpoint, output, stages=cuts, dtype=dtype, task=task, progress=progress)
     seconds = time.perf_counter() - begin
     manifest = bundle.manifest
     how = {"trace": manifest.trace, "attention": manifest.attention, "no_cache_reason": manifest.no_cache_reason}
     summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
-    print_result(
+    common.print_result(
         as_json,
         summary,
         f"{output}: {words.counted(summary['stages'], 'stage')}, {words.counted(summary['blocks'], 'block')}, "
@@ -69,7 +58,10 @@ def export_command(
 
 
 def recut_command(
-    bundle: BundleArgument, stages: StagesOption = None, layers: LayersOption = None, as_json: JsonOption = False
+    bundle: common.BundleArgument,
+    stages: StagesOption = None,
+    layers: common.LayersOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Write other stages into a bundle, in place. Needs neither the checkpoint nor torch.
 
@@ -77,25 +69,25 @@ def recut_command(
     """
     cuts = _cuts(stages, layers)
     if cuts is None:
-        raise typer.BadParameter("give --stages or --layers", param_hint="--stages")
+        raise common.UsageError("give --stages or --layers")
     done = recut(bundle, cuts)
-    print_result(as_json, _description(done), show.bundle(done))
+    common.print_result(as_json, _description(done), show.bundle(done))
 
 
-def inspect_command(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+def inspect_command(bundle: common.BundleArgument, as_json: common.JsonOption = False) -> None:
     """Show a bundle's stages and the values that cross each cut.
 
     Example: stageline inspect minilm.bundle
     """
     opened = Bundle.open(bundle)
-    print_result(as_json, _description(opened), show.bundle(opened))
+    common.print_result(as_json, _description(opened), show.bundle(opened))
 
 
 def _cuts(stages: int | None, layers: str | None) -> int | list[int] | None:
     """What --stages or --layers asks for; None if neither is given."""
     if layers is not None and stages is not None:
-        raise typer.BadParameter("give --stages or --layers, not both", param_hint="--layers")
-    return stages if layers is None else numbers(layers, "--layers", int)
+        raise common.UsageError("give --stages or --layers, not both")
+    return stages if layers is None else common.numbers(layers, "--layers", int)
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands.common import EXPORTER, DtypeName, JsonOption, needs, print_result, progress_bar
+from stageline.exporter.commands import common
 from stageline.exporter.commands.show import table
 from stageline.models.catalogue import CATALOGUE, default_root, fetch
 from stageline.models.checkpoint import read_json_object
@@ -20,7 +20,7 @@ def register(parent: typer.Typer) -> None:
     parent.add_typer(app, name="models", help="List and fetch reference checkpoints, or make synthetic ones.")
 
 
-def list_command(as_json: JsonOption = False) -> None:
+def list_command(as_json: common.JsonOption = False) -> None:
     """List the reference checkpoints.
 
     Example: stageline models list
@@ -30,7 +30,7 @@ def list_command(as_json: JsonOption = False) -> None:
         {"name": name, "size_bytes": e.size_bytes, "license": e.license, "description": e.description}
         for name, e in CATALOGUE.items()
     ]
-    print_result(as_json, entries, table(["name", "download", "license", "description"], rows))
+    common.print_result(as_json, entries, table(["name", "download", "license", "description"], rows))
 
 
 def fetch_command(
@@ -45,7 +45,7 @@ def fetch_command(
     """
     from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
 
-    with progress_bar("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bar:
+    with common.progress_bar("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bar:
         task = None if bar is None else bar.add_task(name, total=None)
 
         def follow(done: int, total: int) -> None:
@@ -61,13 +61,13 @@ def synthesize_command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The new checkpoint's folder.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
     sparse: Annotated[bool, typer.Option("--sparse", help="Shapes only: all weights zero, no disk used.")] = False,
-    dtype: Annotated[DtypeName, typer.Option(help="Weights' type.")] = "float32",
+    dtype: Annotated[common.DtypeName, typer.Option(help="Weights' type.")] = "float32",
 ) -> None:
     """Make a synthetic checkpoint of any shape, with random weights or with none.
 
     Example: stageline models synthesize config.json -o big --sparse --dtype bfloat16
     """
-    with needs(*EXPORTER):
+    with common.needs(*common.EXPORTER):
         from stageline.exporter.synthesize import synthesize
     synthesize(read_json_object(config), output, seed=None if sparse else seed, dtype=dtype)
     print(output)

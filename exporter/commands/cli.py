@@ -4,21 +4,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import takewhile
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands import (
-    bench,
-    build,
-    bundles,
-    checkpoints,
-    dashboard,
-    doctor,
-    plan,
-    run,
-    serve,
-    verify,
-)
+from stageline.exporter.commands import bench, build, bundles, checkpoints, dashboard, doctor, plan, run, serve, verify
 from stageline.models.errors import StagelineError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -29,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(args=arguments, prog_name="stageline", standalone_mode=False) or 0)
     except typer.TyperException as error:
-        return _failed(f"{error.format_message().rstrip('.')}; see stageline --help", error.exit_code)
+        words = list(takewhile(_COMMANDS.__contains__, sys.argv[1:] if arguments is None else arguments))[:1]
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        return _failed(f"{message}; see {' '.join(['stageline', *words, '--help'])}", error.exit_code)
     except StagelineError as error:
         return _failed(str(error), 1)
     except BrokenPipeError:
@@ -58,6 +50,7 @@ def stageline(
 
 for command in (bundles, verify, run, plan, build, serve, bench, doctor, dashboard, checkpoints):
     command.register(app)
+_COMMANDS = {str(c.name) for c in app.registered_commands} | {str(group.name) for group in app.registered_groups}
 
 
 def _failed(message: str, status: int) -> int:

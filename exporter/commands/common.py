@@ -60,6 +60,12 @@ MicroBatchOption = Annotated[int, typer.Option(min=1, help="Max rows of a micro-
 HostOption = Annotated[str, typer.Option(help="The address to listen on.")]
 
 
+class UsageError(typer.TyperException):
+    """Options that are missing or do not go together."""
+
+    exit_code = 2
+
+
 def print_result(as_json: bool, data: Any, text: str) -> None:
     """Print a command's result on stdout: `data` as one JSON document, or `text`."""
     print(json.dumps(data, indent=2) if as_json else text)

@@ -7,20 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from stageline.exporter.commands.common import (
-    BundleArgument,
-    CapacityOption,
-    DtypeName,
-    JsonOption,
-    LayersOption,
-    MicroBatchOption,
-    QuantiseOption,
-    SlotsOption,
-    numbers,
-    print_result,
-    progress_steps,
-    workload,
-)
+from stageline.exporter.commands import common
 from stageline.exporter.commands.show import table
 from stageline.models.errors import StagelineError
 from stageline.runtime import words
@@ -51,10 +38,10 @@ def register(app: typer.Typer) -> None:
 
 
 def profile_command(
-    bundle: BundleArgument,
+    bundle: common.BundleArgument,
     threads: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of CPU cores to measure on.")] = "1,2",
-    quantise: QuantiseOption = None,
-    as_json: JsonOption = False,
+    quantise: common.QuantiseOption = None,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Measure a bundle's parts on this machine, for `stageline plan`.
 
@@ -63,15 +50,15 @@ def profile_command(
     Example: stageline profile minilm.bundle
     """
     opened = Bundle.open(bundle)
-    with progress_steps() as progress:
-        profile = measure(opened, numbers(threads, "--threads", int), progress=progress, quantise=quantise)
+    with common.progress_steps() as progress:
+        profile = measure(opened, common.numbers(threads, "--threads", int), progress=progress, quantise=quantise)
     file = write_profile(opened, profile)
     whole = [point for point in profile.points if (point.first, point.end) == (0, opened.manifest.blocks)]
     rows = [
         [str(p.threads), str(p.batch), str(p.length), str(p.past), f"{p.seconds * 1e3:.2f}", str(p.runs)] for p in whole
     ]
     times = table(["threads", "batch", "length", "past", "ms", "runs"], rows)
-    print_result(
+    common.print_result(
         as_json,
         profile.model_dump(mode="json"),
         f"{times}\n{file}: {len(profile.points)} times; the table shows those of the whole model\n{profile.machine}",
@@ -79,27 +66,28 @@ def profile_command(
 
 
 def plan_command(
-    bundle: BundleArgument,
+    bundle: common.BundleArgument,
     devices: Annotated[
         str | None,
         typer.Option(metavar="D,D,...", help="CPU cores of this machine (cpu:0,cpu:1) or kinds of device (4xL4,H100)."),
     ] = None,
     cluster: Annotated[Path | None, typer.Option(metavar="TOML", help="A file of devices and links.")] = None,
     objective: Annotated[ObjectiveName, typer.Option(help="What to optimise.")] = "throughput",
-    layers: LayersOption = None,
-    micro_batch: MicroBatchOption = Workload.micro_batch,
+    layers: common.LayersOption = None,
+    micro_batch: common.MicroBatchOption = Workload.micro_batch,
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row or a prompt (default: the model's limit, up to 128).")
     ] = None,
     new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens to generate per request, for --rate.")
     ] = 128,
-    slots: SlotsOption = Workload.slots,
-    capacity: CapacityOption = None,
+    slots: common.SlotsOption = Workload.slots,
+    capacity: common.CapacityOption = None,
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Weights' type on the devices (default: the bundle's; on the CPU float32).")
+        common.DtypeName | None,
+        typer.Option(help="Weights' type (default: the bundle's; on the CPU float32)."),
     ] = None,
-    quantise: QuantiseOption = None,
+    quantise: common.QuantiseOption = None,
     replicas: Annotated[int, typer.Option(min=1, help="Max devices that share one stage.")] = 1,
     overlap: Annotated[bool, typer.Option(help="Whether devices copy while they compute.")] = True,
     rate: Annotated[
@@ -107,7 +95,7 @@ def plan_command(
     ] = None,
     ttft_p99_ms: Annotated[float, typer.Option(min=0.0, help="Max time to first token at p99, for --rate.")] = 500.0,
     explain: Annotated[bool, typer.Option("--explain", help="Show each stage's costs and the next best plan.")] = False,
-    as_json: JsonOption = False,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Find the best cut of a bundle for some devices.
 
@@ -116,9 +104,9 @@ def plan_command(
     Example: stageline plan minilm.bundle --devices cpu:0,cpu:1 --explain
     """
     if (devices is None) == (cluster is None):
-        raise typer.BadParameter("give --devices or --cluster", param_hint="--devices")
+        raise common.UsageError("give --devices or --cluster")
     if dtype is not None and quantise is not None:
-        raise typer.BadParameter("give --dtype or --quantise, not both", param_hint="--quantise")
+        raise common.UsageError("give --dtype or --quantise, not both")
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     found = read_cluster(cluster) if cluster is not None else parse_devices(str(devices))
@@ -129,11 +117,11 @@ def plan_command(
     planner = Planner(
         opened,
         found,
-        workload(manifest, micro_batch, length, slots, capacity),
+        common.workload(manifest, micro_batch, length, slots, capacity),
         weights_dtype,
         overlap,
         profile,
-        tuple(numbers(layers, "--layers", int)) or None,
+        tuple(common.numbers(layers, "--layers", int)) or None,
         replicas,
     )
     best = planner.best(objective)
@@ -150,7 +138,7 @@ def plan_command(
         lines += ["", _sizes_table(sizes, rate, ttft_p99_ms)]
     if warning:
         print(f"stageline: warning: {warning}", file=sys.stderr)
-    print_result(as_json, document, "\n".join(lines))
+    common.print_result(as_json, document, "\n".join(lines))
 
 
 class _Report:

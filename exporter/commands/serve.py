@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands.common import (
-    CapacityOption,
-    DevicesOption,
-    EngineOption,
-    HostOption,
-    QuantiseOption,
-    SlotsOption,
-    ThreadsOption,
-    needs,
-    split,
-)
+from stageline.exporter.commands import common
+from stageline.runtime import words
 from stageline.runtime.engines import CacheDtype
 from stageline.runtime.options import PipelineOptions, RebalanceMode
 from stageline.runtime.pipeline import Pipeline
@@ -34,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def serve_command(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles that generate or embed.")],
-    host: HostOption = "127.0.0.1",
+    host: common.HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: any free one.")] = 8000,
     name: Annotated[
         list[str] | None,
@@ -43,12 +34,12 @@ def serve_command(
     api_key: Annotated[
         str | None, typer.Option(envvar="STAGELINE_API_KEY", help="Key that clients must send (default: none).")
     ] = None,
-    engine: EngineOption = "onnxruntime",
-    devices: DevicesOption = None,
-    threads: ThreadsOption = None,
-    quantise: QuantiseOption = None,
-    slots: SlotsOption = PipelineOptions.slots,
-    capacity: CapacityOption = None,
+    engine: common.EngineOption = "onnxruntime",
+    devices: common.DevicesOption = None,
+    threads: common.ThreadsOption = None,
+    quantise: common.QuantiseOption = None,
+    slots: common.SlotsOption = PipelineOptions.slots,
+    capacity: common.CapacityOption = None,
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="Type of the KV cache (default: the engine's choice).")
     ] = None,
@@ -69,12 +60,12 @@ def serve_command(
 
     Example: stageline serve smollm2.bundle --port 8000
     """
-    with needs("this command needs the service", "serve", "fastapi", "prometheus_client", "uvicorn"):
+    with common.needs("this command needs the service", "serve", "fastapi", "prometheus_client", "uvicorn"):
         from stageline.runtime.service.app import create_app
         from stageline.runtime.service.server import DrainingServer, bound_socket
 
     options = PipelineOptions(
-        engine=engine, devices=split(devices), threads=threads, queue=queue, quantise=quantise, slots=slots,
+        engine=engine, devices=common.split(devices), threads=threads, queue=queue, quantise=quantise, slots=slots,
         capacity=capacity, cache_dtype=cache_dtype, rebalance=rebalance,
     )  # fmt: skip
     names = _names(bundles, name or [])
@@ -103,11 +94,11 @@ def serve_command(
 
 def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
     if given and len(given) != len(bundles):
-        raise typer.BadParameter(f"{len(given)} names for {len(bundles)} bundles; give one each", param_hint="--name")
+        raise common.UsageError(f"{len(given)} names for {words.counted(len(bundles), 'bundle')}; give each one --name")
     names = list(given) or [bundle.resolve().name for bundle in bundles]
     for called in names:
         if names.count(called) > 1:
-            raise typer.BadParameter(f"two bundles are called {called!r}; give each a --name", param_hint="--name")
+            raise common.UsageError(f"two bundles are called {called!r}; give each one --name")
     return names
 
 

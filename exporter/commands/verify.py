@@ -6,15 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from stageline.exporter.commands import show
-from stageline.exporter.commands.common import (
-    EXPORTER,
-    BundleArgument,
-    JsonOption,
-    needs,
-    print_result,
-    progress_steps,
-)
+from stageline.exporter.commands import common, show
 from stageline.runtime.engines.tensorrt.lower import Precision
 
 
@@ -24,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def verify_command(
-    bundle: BundleArgument,
+    bundle: common.BundleArgument,
     against: Annotated[
         Path | None,
         typer.Option(metavar="CHECKPOINT", help="The checkpoint that was exported; needed for onnxruntime."),
@@ -41,7 +33,7 @@ def verify_command(
     inner_values: Annotated[
         bool, typer.Option("--inner-values", help="--emulated: compare every value inside the stages.")
     ] = False,
-    as_json: JsonOption = False,
+    as_json: common.JsonOption = False,
 ) -> None:
     """Compare a bundle's stages with torch, on random inputs.
 
@@ -58,10 +50,10 @@ def verify_command(
     if engine == "tensorrt":
         _verify_tensorrt(bundle, precision, emulated, inner_values, as_json)
     if against is None:
-        raise typer.BadParameter("give the checkpoint that the bundle was exported from", param_hint="--against")
-    with needs(*EXPORTER):
+        raise common.UsageError("give --against and the checkpoint that the bundle was exported from")
+    with common.needs(*common.EXPORTER):
         from stageline.exporter.verify.against_torch import verify
-    with progress_steps() as progress:
+    with common.progress_steps() as progress:
         done = verify(bundle, against, seed=secrets.randbits(32), progress=progress)
     rows = [
         ["whole" if c.stage is None else f"stage {c.stage}", c.value, f"{c.max_error:.1e}", f"{c.mean_error:.1e}",
@@ -71,7 +63,7 @@ def verify_command(
     compared = show.table(["what", "value", "max error", "mean error", "relative", ""], rows)
     verdict = "agrees with torch" if done.passed else "DIFFERS from torch"
     comparisons = [{**asdict(c), "passed": c.passed} for c in done.comparisons]
-    print_result(
+    common.print_result(
         as_json,
         {**asdict(done), "comparisons": comparisons, "passed": done.passed},
         f"{compared}\n{bundle} {verdict} ({done.dtype}: relative error up to {done.tolerance:.0e}; seed {done.seed})",
@@ -85,9 +77,9 @@ def _verify_tensorrt(
     from stageline.exporter.verify.engines import TOLERANCE, verify_emulated, verify_engines
 
     if inner_values and not emulated:
-        raise typer.BadParameter("values inside a stage are compared only with --emulated", param_hint="--inner-values")
+        raise common.UsageError("--inner-values needs --emulated")
     seed = secrets.randbits(32)
-    with progress_steps() as progress:
+    with common.progress_steps() as progress:
         if emulated:
             done = verify_emulated(bundle, precision or "fp16", layers=inner_values, seed=seed, progress=progress)
         else:
@@ -100,7 +92,7 @@ def _verify_tensorrt(
     passed = all(c.passed for c in done)
     compared = show.table(["what", "value", "precision", "median", "9 of 10", "max", ""], rows)
     tolerances = ", ".join(f"{name} {value:.0e}" for name, value in TOLERANCE.items())
-    print_result(
+    common.print_result(
         as_json,
         {"comparisons": [{**asdict(c), "passed": c.passed} for c in done], "passed": passed, "seed": seed},
         f"{compared}\n{bundle} {'agrees with' if passed else 'DIFFERS from'} ONNX Runtime ({tolerances}; seed {seed})",

@@ -255,7 +255,7 @@ def test_a_deleted_run_is_gone(three: Run, store: Store) -> None:
         (("import", "nowhere.json"), "nowhere.json does not exist"),
         (("import", "nowhere.xls"), "ends with '.xls'; give a file that ends with .json, .csv or .parquet"),
         (("cancel", "x"), "has no run x"),
-        ((), "Missing command; see stageline --help"),
+        ((), "Missing command; see stageline bench --help"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from stageline.exporter.commands.answers import encoder_of
 from stageline.exporter.commands.cli import app, main
 from stageline.exporter.export import export
 
@@ -77,26 +80,49 @@ def test_run_classifies(bundle: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(label["probability"] for label in labels) == pytest.approx(1)
 
 
+WORDS = ["", "", "", "", "", "a", "cat", "dog", "sat", "ran", "on", "mats"]  # by id; special tokens decode to nothing
+MASK = 4
+
+
+def features(model: Any, inputs: Any) -> list[str]:
+    (hidden,) = model(**inputs).last_hidden_state
+    return [f"  {list(hidden.shape)}  " + " ".join(f"{value:.4f}" for value in hidden[0, :5]) + " ..."]
+
+
+def masks(model: Any, inputs: Any) -> list[str]:
+    (chances,) = model(**inputs).logits[inputs["input_ids"] == MASK].softmax(-1)
+    best = chances.sort(descending=True)
+    named = zip(best.values[:5].tolist(), best.indices[:5].tolist(), strict=True)
+    return ["  mask 0", *(f"  {100 * chance:5.1f} %  {WORDS[i]!r}" for chance, i in named)]
+
+
+def labels(model: Any, inputs: Any) -> list[str]:
+    (best,) = model(**inputs).logits.argmax(-1).tolist()
+    tokens = [WORDS[i] for i in inputs["input_ids"][0].tolist()]
+    return [f"  {token}  LABEL_{label}" for token, label in zip(tokens, best, strict=True)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "text", "told"),
-    [
-        ("BertModel", "a cat", "[4, 32]  "),
-        ("BertForMaskedLM", "a [MASK] sat", " %  '"),
-        ("BertForTokenClassification", "a cat", "  cat  LABEL_"),
-    ],
-)
-def test_run_answers_by_task(
+    ("architecture", "text", "expected"),
+    [("BertModel", "a cat", features), ("BertForMaskedLM", "a [MASK] sat", masks),
+     ("BertForTokenClassification", "a cat", labels)],
+)  # fmt: skip
+def test_run_prints_what_transformers_answers(
     architecture: str,
     text: str,
-    told: str,
+    expected: Callable[[Any, Any], list[str]],
     make_checkpoint: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    export(make_checkpoint(tmp_path / "c", architectures=[architecture]), tmp_path / "b")
+    checkpoint = make_checkpoint(tmp_path / "c", architectures=[architecture])
+    bundle = export(checkpoint, tmp_path / "b")
+    ids = torch.tensor(encoder_of(bundle.path, bundle.manifest).encode([text])["input_ids"])
+    model = getattr(transformers, architecture).from_pretrained(checkpoint).eval()
     assert main(["run", str(tmp_path / "b"), "--text", text]) == 0
-    assert told in capsys.readouterr().out
+    with torch.no_grad():
+        assert capsys.readouterr().out.splitlines() == [text, *expected(model, {"input_ids": ids})]
 
 
 @pytest.mark.slow
@@ -104,10 +130,20 @@ def test_run_continues_text_greedily(
     make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": None, "bos_token_id": 2}
-    export(make_checkpoint(tmp_path / "c", **changes), tmp_path / "b", stages=3)
-    told = document(capsys, "run", tmp_path / "b", "--text", "a cat sat", "--text", "dog", "--new-tokens", "3")
-    assert [len(tokens) for tokens in told["next"]] == [5, 5]
-    assert len(told["continuations"]) == 2
+    checkpoint, texts = make_checkpoint(tmp_path / "c", **changes), ["a cat sat", "dog"]
+    bundle = export(checkpoint, tmp_path / "b", stages=3)
+    encoder = encoder_of(bundle.path, bundle.manifest)
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    answer = document(capsys, "run", bundle.path, "--text", texts[0], "--text", texts[1], "--new-tokens", "3")
+    for number, text in enumerate(texts):
+        prompt = torch.tensor([encoder.ids(text)])
+        with torch.no_grad():
+            best = model(prompt).logits[0, -1].softmax(-1).sort(descending=True)
+            row = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=3)[0]
+        assert [token["id"] for token in answer["next"][number]] == best.indices[:5].tolist()
+        chances = [token["probability"] for token in answer["next"][number]]
+        assert chances == pytest.approx(best.values[:5].tolist(), abs=1e-4)
+        assert answer["continuations"][number] == encoder.decode(row[prompt.shape[1] :].tolist())
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +175,8 @@ def test_usage_errors_are_one_line(arguments: list[str], told: str, capsys: pyte
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+    command = "" if arguments == ["nope"] else f"{arguments[0]} "
+    assert line.endswith(f"; see stageline {command}--help")
 
 
 def test_every_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ def test_what_cannot_be_served_is_told_in_a_line(
     assert "two bundles are called 'llama'" in said
     status, said = told(capsys, llama, "--name", "a", "--name", "b", "--port", "0")
     assert status == 2
-    assert "2 names for 1 bundles" in said
+    assert "2 names for 1 bundle;" in said
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, said = told(capsys, llama, "--port", str(taken.getsockname()[1]))
     assert status == 1
