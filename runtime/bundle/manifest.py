@@ -1,6 +1,6 @@
-"""The manifest: what a bundle holds, as data validated once at the door.
+"""The manifest: what a bundle holds, as data that is validated once, when it is read.
 
-docs/bundle.md says the format in prose. Paths are POSIX, relative to the bundle's folder, and never leave it.
+docs/bundle.md specifies the format in prose. Paths are POSIX, relative to the bundle's folder, and never leave it.
 """
 
 from pathlib import PurePosixPath
