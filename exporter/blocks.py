@@ -35,8 +35,8 @@ class Call:
 def watch(task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call]:
     """The calls of the model's blocks in order. ExportError when no stack of blocks is found.
 
-    The model is told that it is being exported, so that it takes the same way as in the trace, and keeps no tensor of
-    this call in its caches.
+    The model runs as if it were exported. So it takes the same path as in the trace, and keeps no tensor of this call
+    in its caches.
     """
     owner = {
         f"{path}.{name}" if path else name: path
@@ -94,14 +94,14 @@ def watch(task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call
 
 
 def _is_hidden(leaf: Any) -> bool:
-    """Whether it may be a hidden state; tables that are looked up by token ids are no blocks."""
+    """Whether it may be a hidden state; tables that are looked up by token ids are not blocks."""
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def kinds(stack: list[Call]) -> list[int]:
-    """For each block the index of the first block it is alike: same modules, same settings, same arguments.
+    """For each block the index of the first block like it: same modules, same settings, same arguments.
 
-    Alike is what the Python objects say; the trace then proves it on the graphs (stageline.exporter.cut).
+    This compares Python objects only; the trace then proves it on the graphs (stageline.exporter.cut).
     """
     firsts: list[int] = []
     result = []
@@ -117,7 +117,7 @@ def kinds(stack: list[Call]) -> list[int]:
 
 
 def stampable(stack: list[Call]) -> str | None:
-    """None where blocks may be stood in for by their inputs; else the reason why not."""
+    """None if the trace may replace blocks by their inputs; else the reason why not."""
     for index, call in enumerate(stack[1:], start=1):
         if call.chain is None:
             return f"what block {index - 1} ({stack[index - 1].module}) returns is not what block {index} is given"
@@ -130,7 +130,7 @@ def stampable(stack: list[Call]) -> str | None:
 
 
 def _same_call(a: Call, b: Call) -> bool:
-    """Whether two blocks got the same arguments but for the hidden state that runs through them."""
+    """Whether two blocks got the same arguments, except the hidden state that runs through them."""
     if a.chain != b.chain or len(a.inputs) != len(b.inputs):
         return False
     for position, (x, y) in enumerate(zip(a.inputs, b.inputs, strict=True)):
@@ -147,7 +147,7 @@ def _same_call(a: Call, b: Call) -> bool:
 
 def _same_module(a: torch.nn.Module, b: torch.nn.Module, index_a: int, index_b: int) -> bool:
     """Whether two modules are built alike: types, shapes, buffers, settings. A setting that is the block's own index in
-    both (layer_idx) counts as alike; whether the graph depends on it is for the trace to show."""
+    both (layer_idx) counts as equal; the trace shows whether the graph depends on it."""
     if a is b:
         return True
     pairs = list(_walk(a, b))
@@ -157,7 +157,7 @@ def _same_module(a: torch.nn.Module, b: torch.nn.Module, index_a: int, index_b: 
 
 
 def _walk(a: torch.nn.Module, b: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
-    """Matching submodules of two modules; nothing where their trees differ."""
+    """Matching submodules of two modules; nothing if their trees differ."""
     tree_a, tree_b = dict(a.named_modules()), dict(b.named_modules())
     if tree_a.keys() == tree_b.keys():
         yield from ((tree_a[name], tree_b[name]) for name in tree_a)
@@ -187,7 +187,7 @@ def _same_one(a: torch.nn.Module, b: torch.nn.Module, index_a: int, index_b: int
 
 
 def _same_values(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two tensors are equal. Two without data (weights) are taken to be: the trace shows what they are."""
+    """Whether two tensors are equal. Two without data (weights) count as equal: the trace shows what they are."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     without_data = [tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in (x, y)]

@@ -19,7 +19,7 @@ from stageline.runtime.bundle.graph import size_read
 from stageline.runtime.bundle.manifest import TensorSpec, Use
 
 CONSTANT, SIZES, SHARED, CHAIN = range(4)
-# Operators on sizes that give a scalar or a short list of sizes, so that repeating them in a block costs nothing.
+# Operators on sizes whose result is a scalar or a short list of sizes, so that repeating them in a block costs nothing.
 _SIZE_OPERATORS = frozenset(
     {
         "Squeeze", "Unsqueeze", "Reshape", "Concat", "Cast", "CastLike", "Add", "Sub", "Mul", "Div", "Gather", "Slice",
@@ -29,7 +29,7 @@ _SIZE_OPERATORS = frozenset(
 
 
 class NotProvenError(Exception):
-    """Two blocks that look alike have different graphs; they must all be traced."""
+    """Two blocks that look alike have different graphs, so all blocks must be traced."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,12 @@ def cut(
         outputs = [marks[tag].outputs[0] for tag in marks if tag.startswith(f"out.{index}.")]
         results[index] = [value for value in outputs if value.uses()] or outputs[:1]
         if len(results[index]) > 1 and len(real) < len(stack):
-            raise NotProvenError(f"block {index} hands on {len(results[index])} tensors")
+            raise NotProvenError(f"block {index} passes on {len(results[index])} tensors")
         for position, value in enumerate(results[index]):
             names[value] = f"hidden.{index + 1}" if position == 0 else f"extra.{index + 1}.{position}"
+    unread = [index for index in real if f"in.{index}.{stack[index].chain or 0}" not in marks]
+    if 0 in unread:  # what only an unread hidden state needed was removed from the graph
+        raise _no_chain(unread[-1], stack)
     hidden = marks[f"in.0.{stack[0].chain or 0}"].inputs[0]
     assert hidden is not None
     free = {d.value for d in hidden.shape or () if isinstance(d, ir.SymbolicDim)}
@@ -99,7 +102,7 @@ def cut(
 
 
 def _share(model: ir.Model, stack: list[Call]) -> None:
-    """Take away the markers of what the blocks share, so that what they compute from it alone is computed once."""
+    """Remove the markers of what the blocks share, so that what they compute from it alone is computed once."""
     for node in list(model.graph):
         if (node.domain, node.op_type) != MARK:
             continue
@@ -114,8 +117,8 @@ def _share(model: ir.Model, stack: list[Call]) -> None:
 
 
 def _own_weights(stack: list[Call], weight_names: frozenset[str]) -> frozenset[str]:
-    """The weights of blocks. What is computed with them belongs to a block even where no hidden state is in it
-    (DeBERTa projects its table of relative positions in each block): never hoisted."""
+    """The weights of blocks. What is computed with them belongs to a block and is never hoisted, even if no hidden
+    state takes part (DeBERTa projects its table of relative positions in each block)."""
     prefixes = tuple({call.module + "." for call in stack})
     return frozenset(name for name in weight_names if name.startswith(prefixes))
 
@@ -137,7 +140,7 @@ def _levels(graph: ir.Graph, free: set[str | None], own_weights: frozenset[str])
         if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
             raise ExportError(
                 f"operator {node.name} ({node.op_type}) draws random numbers, so no two runs of the model agree; "
-                "export one that does not"
+                "export a model that does not"
             )
         if (node.domain, node.op_type) == MARK:
             mine = CHAIN
@@ -205,21 +208,25 @@ class _Cutter:
 def _check_chain(blocks: dict[int, _Region], ends: set[ir.Value], stack: list[Call]) -> None:
     for index, region in blocks.items():
         if index and not any(value in ends for value in region.reads):
-            raise ExportError(
-                f"block {index} ({stack[index].module}) does not depend on the blocks before it; looked for a "
-                "hidden state that runs through all blocks and did not find one"
-            )
+            raise _no_chain(index, stack)
+
+
+def _no_chain(index: int, stack: list[Call]) -> ExportError:
+    return ExportError(
+        f"block {index} ({stack[index].module}) does not depend on the blocks before it; looked for a hidden state "
+        "that runs through all blocks and did not find one"
+    )
 
 
 def _spec(value: ir.Value, name: str) -> TensorSpec:
     if value.dtype is None or value.shape is None:
-        raise ExportError(f"value {value.name} crosses a cut but the trace gives it no type or shape")
+        raise ExportError(f"value {value.name} crosses a cut, but has no type or shape in the trace")
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
     return TensorSpec(name=name, dtype=np.dtype(value.dtype.numpy()).name, shape=shape)
 
 
 def _canonical(region: _Region, local: Mapping[ir.Value, str]) -> str:
-    """A digest that is equal for two regions exactly when their graphs are the same but for the names of values."""
+    """A digest that is equal for two regions exactly when their graphs are the same except the names of values."""
     numbers: dict[ir.Value, str] = {value: f"read{i}" for i, value in enumerate(region.reads)}
     lines = []
 
@@ -259,7 +266,7 @@ def _constant(tensor: ir.TensorProtocol) -> str:
 
 
 def _local_weights(region: _Region, module: str) -> dict[ir.Value, str]:
-    """Names of a region's weights, relative to its module where they lie in it."""
+    """Names of a region's weights, relative to its module if they belong to it."""
     prefix = module + "."
     return {
         v: str(v.name).removeprefix(prefix) if str(v.name).startswith(prefix) else "/" + str(v.name)

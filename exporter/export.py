@@ -75,7 +75,7 @@ def _wanted(
 
 
 def _write_part(folder: Path, number: int, part: PartGraph) -> Part:
-    """Write the graph of part `number`, and return what the manifest says of it."""
+    """Write the graph of part `number`, and return its entry in the manifest."""
     file = f"parts/{number}-{part.model.graph.name}.onnx"
     (folder / "parts").mkdir(exist_ok=True)
     ir.save(part.model, folder / file)

@@ -1,4 +1,4 @@
-"""Fusing what the trace spells out: norms and rotary embeddings become single ONNX operators, in place."""
+"""Fusing norms and rotary embeddings, which the trace spells out, into single ONNX operators, in place."""
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -7,7 +7,7 @@ from onnxscript.rewriter.rules.fusion import _layer_norm, _rms_normalization, _r
 
 
 def fuse_norms(model: ir.Model) -> None:
-    """Rewrite normalisation patterns to the operators of opset 23. Attention is one operator since the trace."""
+    """Rewrite normalisation patterns to the operators of opset 23."""
     rewrite(
         model,
         [
@@ -19,8 +19,8 @@ def fuse_norms(model: ir.Model) -> None:
 
 
 def fuse_rotary(model: ir.Model) -> None:
-    """Rewrite rotary patterns to RotaryEmbedding. On the whole model, before it is cut: that the two halves of a table
-    are equal is seen only where the table is made."""
+    """Rewrite rotary patterns to RotaryEmbedding. Run it on the whole model, before it is cut: only where a table is
+    computed can it be seen that its two halves are equal."""
     rewrite(model, [*_rotary_embedding.rotary_embedding_rules.rules])
     rewrite(model, [*_rotary_embedding.partial_embedding_rules.rules])
     for node in list(model.graph):
@@ -30,7 +30,7 @@ def fuse_rotary(model: ir.Model) -> None:
 
 
 def _give_rows(model: ir.Model, node: ir.Node, place: int) -> None:
-    """The operator wants a table for each row of the batch; one that all rows share is expanded."""
+    """Expand a table that all rows share: the operator needs one for each row of the batch."""
     table, x = node.inputs[place], node.inputs[0]
     assert table is not None
     assert x is not None

@@ -25,8 +25,8 @@ _name_map = lru_cache(maxsize=4)(gguf.get_tensor_name_map)
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """transformers opens the file anew for config and tokenizer (2 s each) and builds the table of names once for every
-    module of the model (10 s for 30 layers); inside this context both are made once."""
+    """transformers opens the file again for config and tokenizer (2 s each) and builds the table of names once for each
+    module of the model (10 s for 30 layers). Inside this context each is done once."""
     with patch.object(gguf, "GGUFReader", _reader), patch.object(gguf, "get_tensor_name_map", _name_map):
         yield
 

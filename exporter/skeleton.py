@@ -105,7 +105,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: SentencePooling) -> 
 
 
 def config_of(config: Mapping[str, Any]) -> Any:
-    """The transformers config object of a config.json. ExportError where transformers does not know the model_type."""
+    """The transformers config object of a config.json. ExportError if transformers does not know the model_type."""
     values = _floats(dict(config))
     kind = values.pop("model_type", None)
     if kind is None:
@@ -133,7 +133,7 @@ def config_of(config: Mapping[str, Any]) -> Any:
 
 
 def _floats(value: Any) -> Any:
-    """What JSON has no number for and transformers writes as {"__float__": "Infinity"}, as numbers."""
+    """The config with the floats that JSON lacks ({"__float__": "Infinity"} in transformers' files) as numbers."""
     if isinstance(value, dict):
         return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _floats(v) for k, v in value.items()}
     return [_floats(v) for v in value] if isinstance(value, list) else value
@@ -151,8 +151,8 @@ def task_of(config: Any, pooling: SentencePooling | None) -> str:
 
 
 def _class_of(config: Any, task: str) -> Any:
-    """What makes the model of a task: the class that the checkpoint was saved from where it is of that task (it may be
-    half of what the config describes: T5EncoderModel), else transformers' choice."""
+    """What makes the model of a task: the class that the checkpoint was saved from if it has that task (it may be half
+    of what the config describes: T5EncoderModel), else transformers' choice."""
     ending, factory = TASKS[task]
     for name in getattr(config, "architectures", None) or ():
         found: Any = getattr(transformers, name, None)
@@ -179,7 +179,7 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     if task not in TASKS:
         raise ExportError(f"task {task!r} is not known; known: {', '.join(TASKS)}")
     config.use_cache = False
-    config._attn_implementation_internal = None  # a config built with before still holds its choice
+    config._attn_implementation_internal = None  # a config that was used before still holds its choice
     try:
         with accelerate.init_empty_weights(include_buffers=False), no_such_attention(attention):
             model = _class_of(config, task)(config, dtype=dtype, attn_implementation=attention)
@@ -221,7 +221,7 @@ def max_positions(model: Any) -> int | None:
 
 
 def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
-    """What the model reads, from its own declaration and the signature of its forward."""
+    """The model's inputs, from its own declaration and the signature of its forward."""
     accepted = inspect.signature(model.forward).parameters
     main = model.main_input_name
     config = model.config
@@ -245,8 +245,8 @@ def fake_mode() -> FakeTensorMode:
 
 
 def fake_weights(model: torch.nn.Module, mode: FakeTensorMode, stored: Container[str]) -> None:
-    """Replace every meta parameter, and every buffer whose name is `stored` in the checkpoint, by a fake CPU tensor;
-    one that two modules share stays shared. The trace must not see the values that those buffers have now."""
+    """Replace every meta parameter, and every buffer whose name is `stored` in the checkpoint, by a fake CPU tensor, so
+    that the trace does not see the values that those buffers have now. A tensor that modules share stays shared."""
     made: dict[int, torch.nn.Parameter] = {}
     kept = []  # the ids above stay valid while their parameters live
     with mode:

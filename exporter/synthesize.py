@@ -1,4 +1,4 @@
-"""A made-up checkpoint for any config that transformers knows."""
+"""A synthetic checkpoint for any config that transformers knows."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from stageline.models.synthetic import write_random, write_sparse
 def synthesize(config: Mapping[str, Any], folder: Path, *, seed: int | None, dtype: str) -> None:
     """Write a checkpoint for `config` with weights drawn from `seed`; None: with shapes only, which read as zeros.
 
-    Its config.json names the class it was made for, so that its task is found again. StagelineError where transformers
+    Its config.json names the class it was made for, so that its task is found again. StagelineError if transformers
     does not know the config or the folder cannot be made.
     """
     parsed = skeleton.config_of(config)

@@ -1,4 +1,4 @@
-"""A check that the tokens of a row meet in cache attention alone: what else mixes them would have to be cached too."""
+"""A check that the tokens of a row meet only in cache attention: anything else that mixes them needs a cache too."""
 
 import itertools
 import math
@@ -22,11 +22,11 @@ _OTHER_DIMENSIONS = frozenset({"batch", "picks"})
 
 
 def check_apart(graph: ir.Graph) -> None:
-    """NoCacheError where a node other than CacheAttention mixes positions.
+    """NoCacheError if a node other than CacheAttention mixes positions.
 
     Judged by shapes: every free dimension but `batch` and `picks` counts tokens, and a node may not contract it, lose
     it, move along it, or take and join parts of it. Places where logits are wanted (indices with the dimension `picks`)
-    are chosen at the end, which is no mixing.
+    are chosen at the end, which does not mix tokens.
     """
     inferred: dict[ir.Value, list[str]] = {}
     for node in graph:
@@ -54,7 +54,7 @@ def _mixing(node: ir.Node, reads: list[list[str]]) -> str | None:
     for value in node.outputs:
         dims = _dims(value)
         if value.shape is None or (node.op_type == "Reshape" and _width(dims) == _width(first)):
-            continue  # a reshape that leaves what one token holds as it is
+            continue  # a reshape that keeps what one token holds
         if not any(_counts_tokens(d) for d in dims) or any(sign in d for d in dims for sign in "+-/"):
             return "takes some tokens or joins others to them"
     return None
@@ -86,14 +86,14 @@ def _axes_walked(node: ir.Node, dims: list[str]) -> list[int]:
 
 
 def _integers(node: ir.Node, place: int) -> list[int] | None:
-    """The constant that is the node's input at `place`; None where there is none, or it is not constant."""
+    """The constant that is the node's input at `place`; None if there is none, or it is not constant."""
     value = node.inputs[place] if place < len(node.inputs) else None
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return None if tensor is None else [int(x) for x in tensor.numpy().ravel()]
 
 
 def _inferred(node: ir.Node, reads: list[list[str]]) -> list[str]:
-    """The dimensions of the node's output, as far as they are needed here; none where unknown."""
+    """The dimensions of the node's output, as far as they are needed here; none if unknown."""
     match node.op_type:
         case "Transpose" if reads[0]:
             order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(reads[0]))[::-1]

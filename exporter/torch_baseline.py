@@ -1,6 +1,6 @@
 """Baselines that need torch: the checkpoint in transformers, eager or compiled.
 
-Requests that wait for generation are put together to static batches, for `generate` has no scheduler.
+Waiting requests to generate are grouped into static batches, because `generate` has no scheduler.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ Kind = Literal["torch", "torch-compile"]
 
 
 def torch_contender(kind: Kind, checkpoint: Path, manifest: Manifest, threads: int | None, slots: int) -> CallContender:
-    """transformers' model of a checkpoint in float32 with its own fastest attention on the processors.
+    """transformers' model of a checkpoint in float32 with its own fastest attention, on the CPU.
 
-    ExportError where it is of another model than the bundle; CheckpointError where it cannot be read.
+    ExportError if the bundle was made from another model; CheckpointError if it cannot be read.
     """
     opened = Checkpoint.open(checkpoint)
     model = load_reference(opened, manifest, attention="sdpa")
@@ -87,4 +87,4 @@ class _Times(BaseStreamer):  # type: ignore[misc]
         self.at.append(perf_counter())
 
     def end(self) -> None:
-        """Nothing is kept back."""
+        """Does nothing: no token is held back."""

@@ -1,7 +1,7 @@
 """One trace of the model with its blocks marked, as an ONNX graph without weights.
 
-Each block's arguments and results pass through marker operators, so that the graph says where a block begins and ends.
-Of each kind of block the first and the last are traced; the blocks between are stood in for by their input.
+Each block's arguments and results pass through marker operators, so that the graph shows where a block begins and ends.
+Of each kind of block the first and the last are traced; the blocks between are replaced by their input.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def _mark(tensor: torch.Tensor, tag: str) -> torch.Tensor:
 
 
 class _Marks:
-    """Replaces the forward of every block by one that marks, or stands in for, each call."""
+    """Replaces the forward of every block by one that marks, or skips, each call."""
 
     def __init__(self, stack: list[Call], kinds: list[int], real: frozenset[int]):
         self.stack, self.kinds, self.real = stack, kinds, real
@@ -87,7 +87,7 @@ class _Marks:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the tracer's warnings, which speak of its own insides and not of the user's model."""
+    """Hide the tracer's warnings, which are about its own insides and not about the user's model."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -111,7 +111,7 @@ def trace(
     kinds: list[int],
     real: frozenset[int],
 ) -> Trace:
-    """Trace `task` with blocks marked; those not in `real` are stood in for by their input."""
+    """Trace `task` with blocks marked; those not in `real` are replaced by their input."""
     free = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in task.inputs
@@ -136,7 +136,7 @@ def trace(
 
 
 def _longest(program: torch.export.ExportedProgram, inputs: tuple[Input, ...]) -> int | None:
-    """The least upper bound that the tracer found for the length of an input."""
+    """The smallest upper bound that the tracer found for the length of an input."""
     nodes = {node.name: node for node in program.graph.nodes}
     bounds = [
         program.range_constraints[size.node.expr].upper

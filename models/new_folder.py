@@ -14,7 +14,7 @@ from stageline.models.errors import CheckpointError
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside `target` to write into; it is renamed to `target` at the end, or removed on any error.
+    """Yield a folder beside `target` to write into; it is renamed to `target` at the end, or removed on any error.
 
     An unfinished folder is locked while its process lives. One that a killed process left behind is not, and is removed
     by the next try for the same `target`.

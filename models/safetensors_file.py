@@ -21,7 +21,7 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 # The format's name of each type we read, the NumPy (or ml_dtypes) name, bytes an element. The types of less than a
-# byte (F4, F6_E2M3, F6_E3M2) are absent: no engine takes them as they lie.
+# byte (F4, F6_E2M3, F6_E3M2) are absent: no engine takes them as stored.
 _DTYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
@@ -99,7 +99,7 @@ def write_streaming(
 ) -> str:
     """Write a safetensors file in one pass, holding one chunk at a time, and return the SHA-256 (hex) of the file.
 
-    `tensors` are (name, NumPy dtype name, shape). `chunks(name)` gives that tensor's bytes, little-endian and
+    `tensors` are (name, NumPy dtype name, shape). `chunks(name)` yields that tensor's bytes, little-endian and
     row-major, in pieces of any size; it is called once for each tensor, wider types first, which aligns every tensor
     to its type without holes. The file appears under `path` only when complete.
 

@@ -28,11 +28,11 @@ class SentencePooling:
     normalize: bool
     """Whether the vector is scaled to length 1 at the end."""
     max_seq_length: int | None
-    """The tokens, special ones included, at which sentence-transformers truncates a text; None where not stated."""
+    """The tokens, special ones included, at which sentence-transformers truncates a text; None if not stated."""
 
 
 def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
-    """Read modules.json and what it names; None where the checkpoint has none, so is no sentence-transformers one.
+    """Read modules.json and what it names; None if the checkpoint has none, so is not one of sentence-transformers.
 
     Raises:
         CheckpointError: the modules are damaged, or other than a Transformer, one pooling mode and a normalisation.

@@ -1,4 +1,4 @@
-"""Checkpoints made up on the spot: of any shape, without torch, and, where only shapes matter, without data.
+"""Synthetic checkpoints: of any shape, without torch, and without data if only shapes matter.
 
 A random one is as good as a real one for comparing engines with a reference; a sparse one has the shapes of a model
 of 70 billion parameters and takes a few kilobytes of disk.
@@ -29,7 +29,7 @@ def write_random(folder: Path, config: dict[str, Any], tensors: TensorShapes, se
     plus a tenth of a normal value.
 
     Raises:
-        CheckpointError: the folder exists, cannot be written, or a dtype is no floating type of safetensors.
+        CheckpointError: the folder exists, cannot be written, or a dtype is not a floating type of safetensors.
     """
 
     def chunks(name: str) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Where a tensor lies on disk: what every reader of weights, and everything that references them, agrees on."""
+"""Where a tensor is on disk: what every reader of weights, and everything that references them, agrees on."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -16,9 +16,9 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any, max_length: int, pad_id: int) -> None:
         self.max_length = max_length
-        """The most tokens a text may have, special ones included."""
+        """The maximum number of tokens of a text, special ones included."""
         self.pad_id = pad_id
-        # What tokenizer.json says of padding and truncation is how its model was trained, not how it is served.
+        # tokenizer.json states padding and truncation as its model was trained, not as it is served.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -28,7 +28,7 @@ class TextEncoder:
         """Read a tokenizer.json.
 
         Raises:
-            CheckpointError: the file cannot be read or is no tokenizer.
+            CheckpointError: the file cannot be read or is not a tokenizer.
         """
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -44,7 +44,7 @@ class TextEncoder:
         Returns input_ids, attention_mask and token_type_ids, each int64 [batch, length].
 
         Raises:
-            RequestError: no texts, something that is no text, a text without tokens, or one longer than
+            RequestError: no texts, something that is not a text, a text without tokens, or one longer than
                 `max_length` while `truncate` is off.
         """
         inputs = _inputs(texts, pairs)
@@ -69,7 +69,7 @@ class TextEncoder:
         """The tokens of one text, of any number; `special`: with those that the tokenizer adds to every text.
 
         Raises:
-            RequestError: it is no text.
+            RequestError: it is not a text.
         """
         (checked,) = _inputs([text], None)
         return list(self._tokenizer.encode(checked, add_special_tokens=special).ids)
@@ -78,7 +78,7 @@ class TextEncoder:
         """How many tokens the text has, special ones included.
 
         Raises:
-            RequestError: it is no text.
+            RequestError: it is not a text.
         """
         (checked,) = _inputs([text], None)
         return len(self._tokenizer.encode(checked).ids)
@@ -95,7 +95,7 @@ class TextEncoder:
             raise RequestError("a token id is negative or too large; ids come from encode or a model") from error
 
     def leaves_out(self, token: int) -> bool:
-        """Whether decode gives this token no text: it is a special one, or none of the tokenizer's."""
+        """Whether decode leaves this token out: it is a special one, or unknown to the tokenizer."""
         return token in self._special_ids or self._tokenizer.id_to_token(token) is None
 
     @cached_property

@@ -1,9 +1,9 @@
 """Verifying a bundle: each stage alone, and all of them together, against torch on fresh random inputs.
 
-The reference is transformers with eager attention, in float32, loaded from the checkpoint. A stage is fed what torch
-has at its borders, so an error shows in the stage that makes it. An error is judged as a fraction of the largest value
-that torch has for the same token (at least of 1), since some tokens carry values a thousand times larger than others.
-The tolerances: float32 leaves room for another order of summation, the halves for weights rounded to 11 and 8 bits.
+The reference is transformers with eager attention, in float32, loaded from the checkpoint. A stage gets torch's values
+as its inputs, so an error shows in the stage that makes it. An error is a fraction of the largest value that torch has
+for the same token (of 1 if that is larger), because some tokens carry values a thousand times larger than others. The
+tolerances leave room for another order of summation (float32), and for weights rounded to 11 and 8 bits (the halves).
 """
 
 from collections.abc import Callable, Mapping
@@ -72,8 +72,8 @@ def verify(
 ) -> Verification:
     """Compare the bundle with the checkpoint it was made from, on random inputs drawn from `seed`.
 
-    StagelineError where either cannot be opened or they are of different models; an error that is too large is no
-    exception but a comparison that did not pass.
+    StagelineError if one cannot be opened, or they are of different models. An error that is too large is not an
+    exception, but a comparison that did not pass.
     """
     progress("opening the bundle")
     bundle = Bundle.open(path)
@@ -106,7 +106,7 @@ def verify(
 
 
 def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """What torch has for these inputs at every cut (`hidden.K`) and for every output, by the manifest's names."""
+    """torch's values for these inputs at every cut (`hidden.K`) and for every output, by the manifest's names."""
     model = load_reference(checkpoint, manifest)
     head = pooling(checkpoint) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
@@ -186,7 +186,7 @@ def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None]) 
 def _compare(
     stage: int | None, spec: TensorSpec, got: Array, want: Array, mask: Array | None, tolerance: float
 ) -> TorchComparison:
-    """Padding is left out: what a model computes there has no meaning and is not kept."""
+    """Compare one value, padding left out: what a model computes there has no meaning."""
     if got.shape != want.shape:
         raise ExportError(
             f"{spec.name} has shape {list(got.shape)} in the bundle and {list(want.shape)} in torch; "

@@ -1,12 +1,12 @@
-"""Verifying TensorRT engines: each stage against ONNX Runtime in float32, fed what that has at the stage's border.
+"""Verifying TensorRT engines: each stage against ONNX Runtime in float32, with ONNX Runtime's values as inputs.
 
-Where no GPU is, the lowered stages can be run on processors instead, each value rounded to its type. An error is judged
-for a token, as a share of the largest value that ONNX Runtime has for it (at least of 1), and 9 of 10 tokens must be
-within the tolerance: a few are beyond any half precision. In SmolLM2 torch itself, in bfloat16, is off by more than
+Without a GPU, the lowered stages can run on the CPU instead, each value rounded to its type. A token's error is a
+fraction of the largest value that ONNX Runtime has for it (of 1 if that is larger). 9 of 10 tokens must be within the
+tolerance: a few are beyond any half precision. In SmolLM2 torch itself, in bfloat16, is off by more than
 a token's largest value at some (benchmarks/tensorrt_precision.py).
 
-Where weights are quantised, an engine is judged by the same stage with these weights computed in float32. How far
-they take it from the weights as they were is shown.
+If weights are quantised, an engine is compared with the same stage and the same weights, computed in float32. What
+quantising itself changes is shown, and not judged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,13 +63,13 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
     """Compare the engines that fit this machine's GPU, of `precision` (None: the last built), on inputs drawn from
     `seed`.
 
-    EngineError where there is no GPU, or no engine for it.
+    EngineError if there is no GPU, or no engine for it.
     """
     gpu = gpu_here()
     if gpu is None:
         raise EngineError(
             "verifying TensorRT engines runs them: it needs an NVIDIA GPU with a driver, and this machine has none; "
-            "--emulated compares the lowered stages on processors"
+            "--emulated compares the lowered stages on the CPU"
         )
     comparisons = []
     bundle = Bundle.open(path)
@@ -90,8 +90,8 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
 def verify_emulated(
     path: Path, precision: Precision, *, layers: bool, seed: int, progress: Progress
 ) -> list[EngineComparison]:
-    """Compare the stages as lowered for `precision`, run on processors, on inputs drawn from `seed`. With `layers`
-    every value inside them is compared as well, with the same value where the stage is lowered for float32."""
+    """Compare the stages as lowered for `precision`, run on the CPU, on inputs drawn from `seed`. With `layers`
+    every value inside them is compared as well, with the same value of the stage lowered for float32."""
     comparisons = []
     bundle = Bundle.open(path)
     for fed in _reference(bundle, seed):
@@ -114,7 +114,7 @@ def verify_emulated(
 
 
 def _exactly(fed: "_Fed", precision: Precision, inside: Sequence[str] = ()) -> Mapping[str, Array]:
-    """What the stage gives in float32 with the weights of `precision`, and the values `inside` it."""
+    """The stage's outputs in float32 with the weights of `precision`, and the values `inside` it."""
     if not inside and precision not in QUANTISED:
         return fed.outputs
     lowered = lower_exactly(fed.file, precision, fed.length)
@@ -124,7 +124,7 @@ def _exactly(fed: "_Fed", precision: Precision, inside: Sequence[str] = ()) -> M
 def _judged(
     fed: "_Fed", precision: Precision, got: Mapping[str, Array], exactly: Mapping[str, Array]
 ) -> list[EngineComparison]:
-    """Outputs against ONNX Runtime's; those of quantised weights against `exactly`, and what quantising adds beside."""
+    """Outputs against ONNX Runtime's; those of quantised weights against `exactly`, and then what quantising adds."""
     number = fed.file.number
     if precision not in QUANTISED:
         return [compare(number, name, precision, got[name], want, fed.real) for name, want in fed.outputs.items()]
@@ -144,7 +144,7 @@ def compare(
     real: Array | None,
     shown: Shown | None = None,
 ) -> EngineComparison:
-    """Judge one value, [rows, length, ...] without the places where `real` is 0; NaN is as wrong as can be."""
+    """Judge one value, [rows, length, ...] without the places where `real` is 0; NaN counts as an infinite error."""
     if real is not None and want.shape[:2] == real.shape:
         got, want = got[real == 1], want[real == 1]
     scale = np.abs(want.astype(np.float64)).max(axis=-1, keepdims=True, initial=1)
@@ -155,7 +155,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Fed:
-    """A stage, its inputs, and what ONNX Runtime gives for them in float32. `real` [rows, length] is 0 at padding."""
+    """A stage, its inputs, and ONNX Runtime's outputs for them in float32. `real` [rows, length] is 0 at padding."""
 
     file: StageFile
     inputs: dict[str, Array]
@@ -165,7 +165,7 @@ class _Fed:
 
     @property
     def length(self) -> int:
-        """Tokens of a row."""
+        """Tokens in a row."""
         return next((array.shape[1] for array in self.inputs.values() if array.ndim == 2), 1)
 
 

@@ -11,6 +11,7 @@ from stageline.exporter.export import export
 from stageline.models.errors import BundleError, ExportError
 from stageline.models.synthetic import write_random, write_sparse
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import Refusal
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.pipeline import Pipeline
 
@@ -104,6 +105,27 @@ def test_masks_are_recomputed_and_not_shipped(tmp_path: Path) -> None:
         assert all(spec.shape.count("length") <= 1 for spec in stage.inputs), stage.inputs
     assert recut(tmp_path / "b", [2, 1, 1]).manifest.stages[0].last_block == 1
     assert Bundle.open(tmp_path / "b").manifest.stages[2].first_block == 3
+
+
+@pytest.mark.parametrize("function", ["trace_model.kinds", "attention.watch"])
+def test_a_key_error_of_our_own_is_a_bug_and_keeps_its_traceback(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint(tmp_path / "c", "llama", "LlamaForCausalLM", num_key_value_heads=2)
+    empty: dict[str, Any] = {}
+    monkeypatch.setattr(f"stageline.exporter.{function}", lambda *given: empty["mistake"])
+    with pytest.raises(KeyError, match="mistake"):
+        export(source, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_attention_that_transformers_lacks_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """data2vec looks its attention up in a table of its own."""
+    source = checkpoint(tmp_path / "c", "data2vec-vision", "Data2VecVisionForImageClassification",
+                        image_size=32, patch_size=16, num_hidden_layers=2)  # fmt: skip
+    manifest = export(source, tmp_path / "b").manifest
+    assert manifest.attention == "primitive"
+    assert manifest.refused == (Refusal(attention="fused", reason="it computes attention itself"),)
 
 
 def test_a_task_the_checkpoint_was_not_saved_for_names_the_missing_tensor(tmp_path: Path) -> None:

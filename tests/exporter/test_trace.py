@@ -1,0 +1,86 @@
+"""The smallest models are built without data and traced with their blocks marked."""
+
+import pytest
+import torch
+from stageline.exporter import skeleton
+from stageline.exporter.attention import Attention, CacheAttention, FusedAttention
+from stageline.exporter.skeleton import RefusedError
+from stageline.exporter.trace import Trace, first_line, representatives, trace
+from stageline.models.errors import ExportError
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "intermediate_size": 12, "num_hidden_layers": 3, "vocab_size": 19,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def traced(attention: Attention, real: frozenset[int]) -> Trace:
+    with attention.installed():
+        model = skeleton.build(skeleton.config_of(LLAMA), "text-generation", torch.float32, attention.implementation)
+        mode = skeleton.fake_mode()
+        skeleton.fake_weights(model, mode, ())
+        task = attention.wrap(model, torch.float32, "text-generation", None)
+        with mode:
+            samples = tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in task.inputs)
+        with mode, torch.no_grad():
+            stack = attention.watch(task, samples)
+        return trace(task, samples, stack, [0] * len(stack), real)
+
+
+@pytest.mark.parametrize(
+    ("attention", "operator"), [(CacheAttention(), "CacheAttention"), (FusedAttention(), "Attention")]
+)
+def test_blocks_are_marked_and_those_left_out_are_stood_in_for(attention: Attention, operator: str) -> None:
+    graph = traced(attention, frozenset({0, 2})).model.graph
+    tags = [node.attributes["tag"].as_string() for node in graph if node.op_type == "Mark"]
+    assert {tag.split(".")[1] for tag in tags} == {"0", "2"}
+    assert {"in.0.0", "out.0.0", "in.2.0", "out.2.0"} <= set(tags)
+    assert sum(node.op_type == operator for node in graph) == 2
+    assert [str(d) for d in graph.inputs[0].shape or ()] == ["batch", "length"]
+    assert attention.implementation not in AttentionInterface._global_mapping, "transformers is as it was"
+
+
+def test_weights_have_shapes_but_no_data() -> None:
+    model = skeleton.build(skeleton.config_of(LLAMA), "text-generation", torch.float16, "eager")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    skeleton.fake_weights(model, skeleton.fake_mode(), ())
+    assert all(isinstance(parameter.data, FakeTensor) for parameter in model.parameters())
+    assert type(dict(model.named_buffers())["model.rotary_emb.inv_freq"]) is torch.Tensor
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = skeleton.build(
+        skeleton.config_of({**LLAMA, "tie_word_embeddings": True}), "text-generation", torch.float32, "eager"
+    )
+    skeleton.fake_weights(model, skeleton.fake_mode(), ())
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_a_task_is_read_from_the_class_that_the_checkpoint_names() -> None:
+    assert skeleton.task_of(skeleton.config_of(LLAMA), None) == "text-generation"
+    assert skeleton.task_of(skeleton.config_of({"model_type": "bert"}), None) == "feature-extraction"
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ExportError, match=r"task 'poetry' is not known; known: text-generation, "):
+        skeleton.build(skeleton.config_of(LLAMA), "poetry", torch.float32, "eager")
+
+
+def test_only_the_lookup_of_the_attention_is_a_refusal() -> None:
+    with pytest.raises(RefusedError, match="it computes attention itself"), skeleton.no_such_attention("fast"):
+        {}["fast"]
+    with pytest.raises(KeyError, match="other"), skeleton.no_such_attention("fast"):
+        {}["other"]
+
+
+def test_the_first_and_the_last_block_of_each_kind_are_traced() -> None:
+    assert representatives([0, 0, 2, 0, 2, 0]) == {0, 2, 4, 5}
+
+
+def test_the_first_line_of_an_error_is_that_of_its_root() -> None:
+    error = RuntimeError("pages of advice")
+    error.__cause__ = ValueError("\n  the cause\nadvice")
+    assert first_line(error) == "ValueError: the cause"
