@@ -123,9 +123,13 @@ class Machine:
         return count
 
     def check_slots(self) -> None:
-        """With no step under way, a slot holds what the scheduler takes it to hold."""
+        """With no step running, a slot holds what the scheduler takes it to hold, once copies that wait for a step are
+        made: they wait when the continuation that wanted one has ended before its first step."""
+        cache = self.cache.copy()
+        for copy in self.scheduler._copies:
+            cache[copy.target, : copy.tokens] = cache[copy.source, : copy.tokens]
         for slot in self.scheduler.slots:
-            np.testing.assert_array_equal(self.cache[slot.number, : slot.count], slot.tokens[: slot.count])
+            np.testing.assert_array_equal(cache[slot.number, : slot.count], slot.tokens[: slot.count])
 
 
 class AnyOrder(RuleBasedStateMachine):
