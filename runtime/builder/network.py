@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from stageline.models.errors import EngineError
 from stageline.runtime.builder.profiles import shapes
-from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
+from stageline.runtime.bundle.manifest import BATCH, CacheSpec, TensorSpec
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.cache_names import past_names
 from stageline.runtime.engines.tensorrt.lower import Lowered
@@ -104,7 +104,7 @@ def _packed(array: Array, dtype: ir.DataType) -> Array:
 def _pasts(cache: CacheSpec, capacity: int | None) -> Iterator[TensorSpec]:
     assert capacity is not None
     for name, size in zip(past_names(cache.name), (cache.key_size, cache.value_size), strict=True):
-        yield TensorSpec(name=name, dtype="", shape=("batch", cache.heads, capacity, size))
+        yield TensorSpec(name=name, dtype="", shape=(BATCH, cache.heads, capacity, size))
 
 
 def _flags(options: Options) -> Iterator[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import PAST_LENGTHS, CacheSpec
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
@@ -155,7 +155,7 @@ class OnnxRuntimeEngine:
         found: dict[Any, int] = {}
         for name in self.input_names:
             found.update(zip(self._shapes[name], inputs[name].shape, strict=True))
-        return found["batch"], found["length"]
+        return found[BATCH], found[LENGTH]
 
     def _failed(self, error: Exception) -> EngineError:
         return EngineError(f"stage {self._number} failed in ONNX Runtime: {first_line(error)}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, CacheSpec
 from stageline.runtime.devices.base import Array, Value
 from stageline.runtime.devices.cuda.arrays import CudaArray, size_bytes
 from stageline.runtime.devices.cuda.device import CudaDevice
@@ -83,7 +83,7 @@ class OnnxRuntimeCudaEngine:
             caches: dict[str, tuple[int, tuple[int, ...]]] = {}
             pairs: dict[tuple[int, ...], list[Buffer]] = {}  # one pair serves all layers of its shape
             for spec in self._specs:
-                shape = _shape(spec, sizes["batch"], sizes["length"])
+                shape = _shape(spec, sizes[BATCH], sizes[LENGTH])
                 pair = pairs.setdefault(shape, [launch.take(shape, _CACHE) for _ in range(2)])
                 caches.update((n, (b.address, shape)) for n, b in zip(past_names(spec.name), pair, strict=True))
             return self._launched(launch, inputs, outputs, caches, sizes)
@@ -94,7 +94,7 @@ class OnnxRuntimeCudaEngine:
             assert self._size is not None
             sizes, caches = self._sizes(inputs), {}
             for spec in self._specs:
-                shape = _shape(spec, sizes["batch"], self._size.capacity)
+                shape = _shape(spec, sizes[BATCH], self._size.capacity)
                 offset = first_slot * size_bytes(shape[1:], _CACHE)
                 for name in past_names(spec.name):
                     caches[name] = (self._slots[name].address + offset, shape)

@@ -7,6 +7,7 @@ place and copies nothing. Its `query_seqlens` allows rows that are padded on the
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
+from stageline.runtime.bundle.manifest import BATCH
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 
 _DOMAIN = "com.microsoft"
@@ -141,7 +142,7 @@ class _GroupQueryLowering:
         return value if self.dtype == self.activations else self.add("Cast", [value], to=dtype)
 
     def buffer(self, name: str, heads: int, size: int) -> ir.Value:
-        shape = ir.Shape(["batch", heads, "capacity", size])
+        shape = ir.Shape([BATCH, heads, "capacity", size])
         return ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
-from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.bundle.manifest import BATCH, CacheSpec
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 
@@ -101,7 +101,7 @@ class _TensorScatterLowering:
 
     def kept(self, rows: "_Rows", past: str, present: str, update: ir.Value, heads: int, size: int) -> ir.Value:
         """The cache after this step."""
-        shape, dtype = ir.Shape(["batch", heads, self.capacity, size]), ir.TensorType(ir.DataType.FLOAT)
+        shape, dtype = ir.Shape([BATCH, heads, self.capacity, size]), ir.TensorType(ir.DataType.FLOAT)
         before = ir.Value(name=past, shape=shape, type=dtype)
         self.graph.inputs.append(before)
         held = self.add("Slice", before, self.constant([0]), rows.length, self.constant([2]))
