@@ -3,10 +3,10 @@
 docs/bundle.md says the format in prose.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from stageline.runtime.bundle.manifest import BundlePath, CacheSpec, FileEntry, Sha256, TensorSpec
 from stageline.runtime.engines.tensorrt.flavour import FlavourName
 from stageline.runtime.engines.tensorrt.lower import Precision, compute_dtype
@@ -77,7 +77,7 @@ class EngineRecord(_Data):
     graph_sha256: Sha256
     weights_sha256: Sha256 | None = None  # of a stripped engine, which works with any
     weight_files: dict[BundlePath, Sha256]
-    flavour: Annotated[FlavourName, BeforeValidator(lambda name: str(name).replace("_", "-"))]
+    flavour: FlavourName
     version: str
     target: str
     precision: Precision
