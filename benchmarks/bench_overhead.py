@@ -1,11 +1,10 @@
-"""What measuring costs: throughput with nothing on, with metrics, and with metrics and tracing, turn by turn.
+"""What measuring costs: throughput alone, with metrics, and with metrics and tracing, in turns.
 
-`off` is the pipeline alone: requests kept under way, nobody looks on. `metrics` adds what a benchmark and a scraped
-service do: every answer written down, and the counters sampled twice a second. `tracing` adds the recorder. The three
-take turns in random order, because machines drift; each is compared with `off` of the same round, and the interval is
-Student's t over the rounds. Processor time of the whole process, per request, is compared as well: it is steadier
-on a machine that others use. Last, the parts of measuring are timed by themselves, in processor time, which no
-neighbour disturbs, and put in relation to a request's.
+`off` is the pipeline alone, with requests in progress and no measurement. `metrics` adds what a benchmark and a scraped
+service do: every answer is recorded, and the counters are sampled twice a second. `tracing` adds the recorder. The
+three take turns in random order, because machines drift. Each is compared with `off` of the same round; the interval
+is Student's t over the rounds. CPU time of the process per request is compared as well: it is steadier on a shared
+machine. Finally the parts of measuring are timed one by one, in CPU time, and compared with that of a request.
 
     python benchmarks/bench_overhead.py bundles/minilm --json bench_overhead.json
 """
@@ -38,7 +37,7 @@ NEW = 16
 
 
 def bare(pipeline: Pipeline, outputs: list[str] | None, items: list[Item], concurrency: int, seconds: float) -> int:
-    """Keep so many requests under way for so long, without the benchmark's client; how many were answered."""
+    """Keep `concurrency` requests in progress for `seconds` without the benchmark's client; returns the answers."""
     ended: SimpleQueue[None] = SimpleQueue()
     sent = answered = 0
     end = perf_counter() + seconds
@@ -61,7 +60,7 @@ def bare(pipeline: Pipeline, outputs: list[str] | None, items: list[Item], concu
 def one(
     mode: str, contender: PipelineContender, items: list[Item], concurrency: int, seconds: float
 ) -> dict[str, float]:
-    """Requests a second, and processor seconds a request."""
+    """Requests per second, and CPU seconds per request."""
     pipeline = contender.pipeline
     assert pipeline is not None
     client, meters = Client(contender, items, Event()), Meters()
@@ -80,17 +79,17 @@ def one(
 
 
 def parts(pipeline: Pipeline, contender: PipelineContender, items: list[Item]) -> dict[str, float]:
-    """What each part of measuring takes by itself, in seconds."""
+    """The time of each part of measuring alone, in seconds."""
 
     class Answered:
-        """A contender that answers at once."""
+        """A contender that answers immediately."""
 
         name, pipeline = "nothing", None
 
         def submit(self, item: Item) -> "Future[RequestOutcome]":
-            told: Future[RequestOutcome] = Future()
-            told.set_result(RequestOutcome(perf_counter()))
-            return told
+            outcome: Future[RequestOutcome] = Future()
+            outcome.set_result(RequestOutcome(perf_counter()))
+            return outcome
 
         def close(self) -> None: ...
 
@@ -158,14 +157,14 @@ def main() -> None:
             f"{row['cpu_s'] * 1e3:>18.2f}{costs[1]:>10.2f}{ranges[1]:>18}"
         )
     cpu_s, rate = (statistics.median(r[name] for r in seen["off"]) for name in ("cpu_s", "requests_per_s"))
-    runs = stages * ((new or 0) + 1) if new else stages  # of stages for a request, were each step for it alone
+    runs = stages * ((new or 0) + 1) if new else stages  # of stages per request, if no step were shared
     metrics_s = direct["write_a_request_s"] + direct["take_a_sample_s"] / PERIOD_S / rate
     direct["metrics_percent"] = 100 * metrics_s / cpu_s
     direct["tracing_percent"] = 100 * (metrics_s + runs * direct["record_a_run_s"]) / cpu_s
     results["parts"] = direct
     record, write, sample = (1e6 * direct[f"{name}_s"] for name in ("record_a_run", "write_a_request", "take_a_sample"))
     print(
-        f"by parts: {record:.1f} us to record a run, {write:.1f} us to write down a request, {sample:.0f} us a sample\n"
+        f"by parts: {record:.1f} us to record a run, {write:.1f} us to record a request, {sample:.0f} us per sample\n"
         f"of a request's CPU time: metrics {direct['metrics_percent']:.2f} %, with tracing "
         f"{direct['tracing_percent']:.2f} % (at most {runs} runs of stages)"
     )

@@ -1,9 +1,9 @@
-"""How long each page of the dashboard takes until it is ready, in a browser, on a large store; and the server's memory.
+"""How long each page of the dashboard takes to be ready in a browser, on a large store; and the server's memory.
 
-The store holds 2,000 made-up runs, one of them with a million requests and one with 100,000 spans. A page is ready when
-its script has run and its charts are drawn: the first time in a browser that knows nothing of it, then in new tabs of
-that browser. Two bare Streamlit pages are opened the same way, a heading alone and a heading with one chart: that much
-of a page's time is Streamlit's own. Needs Chromium, as the browser tests do.
+The store holds 2,000 synthetic runs, one of them with a million requests and one with 100,000 spans. A page is ready
+when its script has run and its charts are drawn: first in a browser without a cache, then in new tabs of it. Two bare
+Streamlit pages, a heading alone and a heading with one chart, show Streamlit's own share. Needs Chromium, as the
+browser tests do.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from stageline.runtime.bench.records import (
     ladder,
 )
 from stageline.runtime.bench.store import Store
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.stages.recorder import Span
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
@@ -49,7 +50,7 @@ LOADS = (Load("SingleStream", 1), *(Load("Concurrency", n) for n in (2, 4, 8)), 
 
 
 def some_requests(count: int, seed: int, repeat: int = 0) -> Requests:
-    """Requests with latencies like a queue's: most short, few long."""
+    """Requests with latencies like those of a queue: most short, few long."""
     draw = np.random.default_rng(seed)
     intended = np.sort(draw.uniform(0, count / 500, count))
     first = draw.lognormal(-3, 0.3, count).astype(np.float32)
@@ -68,7 +69,7 @@ def some_requests(count: int, seed: int, repeat: int = 0) -> Requests:
 def some_run(
     seed: int, created: float, requests: int = 200, loads: tuple[Load, ...] = LOADS
 ) -> tuple[Run, list[Requests]]:
-    """A run of three repeats for each load, by the pipeline and one baseline; its figures are of its requests."""
+    """A run of the pipeline and one baseline, three repeats per load; its figures follow from its requests."""
     slo = Slo(latency_s=0.5)
     measurements, kept = [], []
     for contender in (OURS, "onnxruntime"):
@@ -92,9 +93,9 @@ def some_run(
             kept.append(every)
     bundle = f"bundles/{('smollm2', 'minilm')[seed % 2]}"
     settings = RunSettings(
-        loads, 3, 2.0, 1.0, seed, "made-up requests", 1, 24, slo, ("onnxruntime",), "onnxruntime", 2, None, 8
+        loads, 3, 2.0, 1.0, seed, "synthetic requests", 1, 24, slo, ("onnxruntime",), PipelineOptions(threads=2)
     )
-    environment = Environment("a made-up machine", 2, 2**34, None, "Linux", {"stageline": "0.1.0"}, None)
+    environment = Environment("a synthetic machine", 2, 2**34, None, "Linux", {"stageline": "0.1.0"}, None)
     run = Run(
         uuid.uuid4().hex, "", created, bundle, f"{seed % 2:064d}", "model", "text-generation", "float32", settings,
         Layout((18, 12), ("cpu:0", "cpu:1")), environment, "done", None, created + 60.0,
@@ -104,7 +105,7 @@ def some_run(
 
 
 def some_spans(count: int) -> Timeline:
-    """Micro-batches through two stages of unlike length."""
+    """Micro-batches through two stages of different length."""
     spans, free = [], [0.0, 0.0]
     for number in range(count // 2):
         at = free[0]
@@ -116,12 +117,14 @@ def some_spans(count: int) -> Timeline:
 
 
 def filled(path: Path, runs: int, requests: int, spans: int) -> tuple[Store, Run, Run]:
-    """A store with `runs` runs, of which the newest two have so many requests, and so many spans."""
+    """A store with `runs` runs; the newest two have `requests` requests and `spans` spans."""
     store, now = Store(path), time.time()
-    unlike = [some_run(seed, now)[0] for seed in range(8)]
+    templates = [some_run(seed, now)[0] for seed in range(8)]
     for number in range(runs - 2):
         created = now - 600.0 * (runs - number)
-        store.put(replace(unlike[number % 8], id=f"made-up-{number:06d}", created=created, finished=created + 60.0))
+        store.put(
+            replace(templates[number % 8], id=f"synthetic-{number:06d}", created=created, finished=created + 60.0)
+        )
     large, kept = some_run(0, now - 120.0, requests, (Load("Server", rate_per_s=500.0),))
     store.put(large, kept[:1])
     traced, kept = some_run(0, now - 60.0, 3000, (Load("Server", rate_per_s=500.0), *LOADS))
@@ -135,7 +138,7 @@ def dashboard(store: Path) -> AbstractContextManager[tuple[str, int]]:
 
 
 def bare(folder: Path, lines: Sequence[str]) -> AbstractContextManager[tuple[str, int]]:
-    """A Streamlit page of these lines and nothing else: its address and its process id."""
+    """A Streamlit page of just these lines: its address and its process id."""
     script = folder / "bare.py"
     script.write_text("\n".join(["import streamlit as st", "st.title('Bare')", *lines]) + "\n")
     options = ("--server.headless=true", "--browser.gatherUsageStats=false", "--server.fileWatcherType=none")
@@ -165,7 +168,7 @@ BARE = {
 
 
 def timed(browser: Any, name: str, url: str, process_id: int) -> dict[str, float]:
-    """Open a page in a new browser profile and print what it takes, first and later, and the server's memory."""
+    """Open a page in a new browser profile; print the time at first and later, and the server's memory."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})  # nothing cached
     first, *later = (ready_s(context, url) for _ in range(ROUNDS))
     context.close()
@@ -185,7 +188,7 @@ PICTURES = (
 
 
 def pictures(store: Path, folder: Path) -> None:
-    """Pictures of the pages as they show the runs in `store`, for the documents."""
+    """Pictures of the pages with the runs in `store`, for the documentation."""
     from PIL import Image
     from playwright.sync_api import sync_playwright
 
@@ -210,7 +213,7 @@ def pictures(store: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Fill a store, open each page several times, print and write what it took."""
+    """Fill a store, open each page several times, print and write the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--runs", type=int, default=RUNS)
@@ -234,7 +237,7 @@ def main() -> None:
             "Compare, a million requests with themselves": f"/compare?runs={large.id},{large.id}",
             "Run a benchmark": "/run",
             "Live": "/live",
-            "Layout": "/plan",
+            "Plan": "/plan",
             "Environment": "/environment",
         }
         found: dict[str, Any] = {}

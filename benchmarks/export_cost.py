@@ -1,10 +1,10 @@
-"""What an export costs: time, peak memory and bytes moved, for real checkpoints and for made-up ones of any size.
+"""What an export costs: time, peak memory and bytes moved, for real checkpoints and synthetic ones of any size.
 
-Each case runs in a process of its own, so that its peak memory is its own; the peak holds the import of torch and
-transformers, which the row `imports` shows alone. The made-up Llamas have true headers and no data (sparse files): an
-export that read their weights would show it in `read`. `read` and `written` are what the process asked the system for
-while exporting (what is read through a memory map, as a .gguf is, shows in the peak instead), `new` what the bundle
-takes on the disk (linked weights take none).
+Each case runs in a process of its own, to measure its peak memory. The peak includes the import of torch and
+transformers; the row `imports` shows that alone. The synthetic Llamas have real headers and no data (sparse files): an
+export that read their weights would show in `read`. `read` and `written` count system calls during the export; reads
+through a memory map, as of a .gguf, show in the peak instead. `new` is the disk space of the bundle (linked weights
+take none).
 
     python benchmarks/export_cost.py --json export_cost.json
     python benchmarks/export_cost.py --peers      also transformers' own ONNX exporter on SmolLM2 (minutes)
@@ -63,7 +63,7 @@ SWEEPS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one case cost. The two import figures are from before the export began; `peak_bytes` is the process's."""
+    """The cost of one case. The import figures are from before the export; `peak_bytes` is of the whole process."""
 
     name: str
     parameters: int
@@ -79,7 +79,7 @@ class Cost:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held."""
+    """Peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -90,22 +90,22 @@ def moved() -> tuple[int, int]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """What the files of a folder take on the disk, without those that are linked from elsewhere."""
+    """Disk space of the files in a folder, except those linked from elsewhere."""
     stats = [file.stat() for file in folder.rglob("*") if file.is_file()]
     return sum(stat.st_blocks * 512 for stat in stats if stat.st_nlink == 1)
 
 
 def size_bytes(checkpoint: Path) -> int:
-    """What the checkpoint's weights take as they are counted, holes included."""
+    """Size of a checkpoint's weights, holes included."""
     files = [checkpoint] if checkpoint.is_file() else checkpoint.iterdir()
     return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".gguf"))
 
 
-# What runs in a child process.
+# In a child process
 
 
 def write(config: dict[str, Any], folder: Path) -> None:
-    """Write a made-up checkpoint without data."""
+    """Write a synthetic checkpoint without data."""
     import torch
     from stageline.exporter import skeleton
     from stageline.models.synthetic import write_sparse
@@ -115,7 +115,7 @@ def write(config: dict[str, Any], folder: Path) -> None:
 
 
 def measure(name: str, checkpoint: Path, bundle: Path) -> Cost:
-    """Export and tell what it cost."""
+    """Export, and return the cost."""
     began = perf_counter()
     from stageline.exporter.export import export
 
@@ -141,7 +141,7 @@ def measure(name: str, checkpoint: Path, bundle: Path) -> Cost:
 
 
 def measure_peer(name: str, checkpoint: Path, folder: Path) -> Cost:
-    """Export with transformers' own exporter, prefill and decode, as it is documented."""
+    """Export prefill and decode with transformers' own exporter, as documented."""
     began = perf_counter()
     import torch
     import transformers
@@ -174,7 +174,7 @@ def measure_peer(name: str, checkpoint: Path, folder: Path) -> Cost:
 
 
 def child(order: dict[str, Any]) -> None:
-    """Do one job and print what it cost as JSON."""
+    """Do one job and print its cost as JSON."""
     if order["job"] == "write":
         write(order["config"], Path(order["to"]))
         return
@@ -182,7 +182,7 @@ def child(order: dict[str, Any]) -> None:
     print(json.dumps(asdict(job(order["name"], Path(order["checkpoint"]), Path(order["to"])))))
 
 
-# What runs in the parent, which stays small: on Linux a child's peak begins at its parent's.
+# In the parent, which stays small: on Linux a child's peak begins at its parent's
 
 
 def in_child(**order: Any) -> str:
@@ -195,15 +195,15 @@ def in_child(**order: Any) -> str:
 
 
 @contextmanager
-def made_up(config: dict[str, Any], folder: Path) -> Iterator[Path]:
-    """A checkpoint of these shapes, for as long as it is needed."""
+def synthetic(config: dict[str, Any], folder: Path) -> Iterator[Path]:
+    """A temporary checkpoint of these shapes."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         in_child(job="write", config=config, to=f"{made}/checkpoint")
         yield Path(made, "checkpoint")
 
 
 def run(job: str, name: str, checkpoint: Path, folder: Path) -> Cost:
-    """One case, into a bundle that is thrown away."""
+    """Run one case, into a temporary bundle."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         cost = Cost(**json.loads(in_child(job=job, name=name, checkpoint=str(checkpoint), to=f"{made}/bundle")))
     print(row(cost), flush=True)
@@ -243,7 +243,7 @@ def main() -> None:
         for name, title in REFERENCES.items():
             costs.append(run("export", title, arguments.checkpoints / name, folder))
         for title, config in {**MODELS, **({} if arguments.no_sweeps else SWEEPS)}.items():
-            with made_up(config, folder) as checkpoint:
+            with synthetic(config, folder) as checkpoint:
                 costs.append(run("export", title, checkpoint, folder))
         if arguments.peers:
             costs.append(run("peer", "transformers, SmolLM2", arguments.checkpoints / "smollm2", folder))
@@ -253,7 +253,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         figures = {
-            "processors": len(os.sched_getaffinity(0)),
+            "cores": len(os.sched_getaffinity(0)),
             "stages": STAGES,
             "costs": [asdict(cost) for cost in costs],
         }

@@ -1,8 +1,8 @@
-"""Generation on this machine, side by side: our pipeline and its peers, each in a process of its own, round by round.
+"""Generation on this machine: our pipeline and its peers, each in a process of its own, round by round.
 
-Every contender gets the same token ids and draws the same number of tokens greedily, end tokens ignored. Decode
-tokens/s are those after the first of each stream; `total` counts the time of the prompts as well. Prefill is one prompt
-of 512 tokens. Peers are those that are installed (pip install "stageline[bench]") and whose model is given:
+Every contender gets the same token ids and draws the same number of tokens greedily, ignoring end tokens. Decode
+tokens/s exclude the first token of each stream; `total` includes the time of the prompts. Prefill is one prompt of 512
+tokens. Peers take part if they are installed (pip install "stageline[bench]") and their model is given:
 
     python benchmarks/generation.py bundles/smollm2 --hf smollm2-hf --gguf models/checkpoints/smollm2/*.gguf \\
         --genai-int4 genai-int4 --genai-fp32 genai-fp32 --json benchmarks/results/generation.json
@@ -16,7 +16,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,16 +28,16 @@ from typing import Any
 import numpy as np
 
 Run = Callable[[list[list[int]], int], None]
-"""Continue all prompts at once, each by so many tokens."""
+"""Continue all prompts at once, each by this number of tokens."""
 PROMPT, NEW = 64, 48
 
 
-def stageline(bundle: str, threads: int, weights: Any, slots: int) -> tuple[Run, Any]:
-    """Our pipeline, as it is opened for a service."""
+def stageline(bundle: str, threads: int, quantise: Any, slots: int) -> tuple[Run, Any]:
+    """Our pipeline, opened as for a service."""
     from stageline.runtime.generation.request import GenerationRequest, Sampling
     from stageline.runtime.pipeline import Pipeline
 
-    pipeline = Pipeline.open(bundle, threads=threads, quantise=weights, slots=slots, capacity=1024)
+    pipeline = Pipeline.open(bundle, threads=threads, quantise=quantise, slots=slots, capacity=1024)
 
     def run(prompts: list[list[int]], new: int) -> None:
         sampling = Sampling(max_tokens=new, min_tokens=new)
@@ -50,7 +49,7 @@ def stageline(bundle: str, threads: int, weights: Any, slots: int) -> tuple[Run,
 
 
 def genai(folder: str) -> Run:
-    """onnxruntime-genai: one batch, through the end."""
+    """onnxruntime-genai: one static batch."""
     import onnxruntime_genai as og
 
     model = og.Model(folder)
@@ -111,7 +110,7 @@ def hugging_face(folder: str) -> Run:
 
 
 def poisson(pipeline: Any, rate: float, count: int) -> dict[str, float]:
-    """TTFT and TPOT of `count` requests that arrive at random, `rate` a second, from the intended arrival."""
+    """TTFT and TPOT, from the intended arrival, of `count` requests that arrive at random, `rate` per second."""
     from stageline.runtime.generation.request import GenerationRequest, Sampling
 
     rng = random.Random(0)
@@ -133,13 +132,13 @@ def poisson(pipeline: Any, rate: float, count: int) -> dict[str, float]:
     }
 
 
-def worker(kind: str, model: str, threads: int, weights: str | None, slots: int) -> None:
-    """One contender: reads commands as JSON lines, answers with seconds."""
+def worker(kind: str, model: str, threads: int, quantise: str | None, slots: int) -> None:
+    """One contender: reads commands as JSON lines and answers with seconds."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # peers print; stdout is for answers
     pipeline = None
     if kind == "stageline":
-        run, pipeline = stageline(model, threads, weights, slots)
+        run, pipeline = stageline(model, threads, quantise, slots)
     else:
         run = {"genai": genai, "openvino": openvino, "transformers": hugging_face}[kind](model)
     print("ready", file=out, flush=True)
@@ -156,19 +155,19 @@ def worker(kind: str, model: str, threads: int, weights: str | None, slots: int)
 
 
 class Contender:
-    """A worker's process."""
+    """The process of a worker."""
 
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, __file__, "--worker", *arguments]
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, text=True
         )
         self.peak_mib = 0.0
         assert self.process.stdout is not None
         if self.process.stdout.readline().strip() != "ready":
-            self.said.seek(0)
-            raise SystemExit(f"{' '.join(arguments)} did not open: {self.said.read().decode()[-500:]}")
+            self.stderr.seek(0)
+            raise SystemExit(f"{' '.join(arguments)} did not open: {self.stderr.read().decode()[-500:]}")
 
     def ask(self, **command: Any) -> Any:
         """Send a command and wait for its answer."""
@@ -180,7 +179,7 @@ class Contender:
 
 
 def prompts(streams: int, length: int, seed: int) -> list[list[int]]:
-    """Prompts that begin unlike, so that nothing is shared."""
+    """Prompts with different beginnings, so that no prefix is shared."""
     rng = random.Random(f"{streams} {length} {seed}")
     return [[rng.randrange(3, 40_000) for _ in range(length)] for _ in range(streams)]
 
@@ -198,19 +197,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     streams = [int(n) for n in arguments.streams.split(",")]
-    most = str(max(streams))
+    slots = str(max(streams))
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as folder:
-        from stageline.runtime.bundle.recut import recut
+        from stageline.runtime.bundle.recut import recut_copy
 
-        bundles = {}
-        for stages in (1, 2):
-            bundles[stages] = str(shutil.copytree(arguments.bundle, Path(folder) / str(stages), copy_function=os.link))
-            recut(bundles[stages], stages)
+        bundles = {n: str(recut_copy(arguments.bundle, Path(folder) / str(n), n).path) for n in (1, 2)}
         wanted = {
-            "stageline fp32, 1 stage x 2 threads": ("stageline", bundles[1], "2", "", most),
-            "stageline fp32, 2 stages x 1 thread": ("stageline", bundles[2], "2", "", most),
-            "stageline int8, 1 stage x 2 threads": ("stageline", bundles[1], "2", "int8", most),
-            "stageline int4, 1 stage x 2 threads": ("stageline", bundles[1], "2", "int4", most),
+            "stageline fp32, 1 stage x 2 threads": ("stageline", bundles[1], "2", "", slots),
+            "stageline fp32, 2 stages x 1 thread": ("stageline", bundles[2], "2", "", slots),
+            "stageline int8, 1 stage x 2 threads": ("stageline", bundles[1], "2", "int8", slots),
+            "stageline int4, 1 stage x 2 threads": ("stageline", bundles[1], "2", "int4", slots),
             "onnxruntime-genai fp32": ("genai", arguments.genai_fp32),
             "onnxruntime-genai int4": ("genai", arguments.genai_int4),
             "openvino-genai, Q4_1 gguf": ("openvino", arguments.gguf),
@@ -256,7 +252,7 @@ def main() -> None:
             values = [1e3 * p[f"{kind}_p{at}_s"] for kind in ("ttft", "tpot") for at in (50, 90, 99)]
             print(f"{name:38}{p['rate']:7.2f}" + "".join(f"{value:7.0f} ms" for value in values))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"processors": os.cpu_count(), "results": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"cores": os.cpu_count(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Host time of a decode step apart from the engines: scheduling, hops, sampling, detokenising, streaming.
+"""Host time of a decode step without the engines: scheduling, hops, sampling, detokenising, streaming.
 
-The stages' engines do nothing here and give the same logits each time; all else is what serves. What a step takes is
-then the overhead. A step is one token of every row of a group; with N stages there are N groups.
+The engines of the stages do nothing here and return the same logits each time; everything else runs as in a service.
+The time of a step is then the overhead. A step is one token for every row of a group; N stages have N groups.
 
     python benchmarks/generation_host.py bundles/smollm2 --json benchmarks/results/generation_host.json
 """
@@ -31,7 +31,7 @@ def main() -> None:
         "temperature 0.8, top-k 50": Sampling(max_tokens=TOKENS, temperature=0.8, top_k=50, seed=1),
     }
     rows = []
-    print(f"{'':28}{'streams':>8}{'stages':>8}{'us a step':>11}{'us a token':>12}")
+    print(f"{'':28}{'streams':>8}{'stages':>8}{'us/step':>11}{'us/token':>12}")
     for kind, sampling in kinds.items():
         for streams, stages in ((1, 1), (8, 1), (8, 2), (32, 2)):
             found = [1e6 * step_s(decoder, streams, stages, sampling) for _ in range(arguments.rounds)]

@@ -1,9 +1,9 @@
 """Greedy tokens of the pipeline against transformers' `generate`, float32: the same, token for token?
 
-40 prompts of 3 to 900 tokens, in several languages and code, go in at once into 8 slots, at several numbers of stages;
-then with random arrivals, a third of them cancelled, and other prefill chunks. Where torch's two likeliest logits are
-within 1e-4 of each other either token is right: such a place is counted as a tie, and the rest of that text is
-compared as logits, by letting torch score our tokens: each must be within 1e-4 of torch's likeliest.
+40 prompts of 3 to 900 tokens, in several languages and code, are submitted at once to 8 slots, with several numbers of
+stages; then at random times, a third of them cancelled, with other prefill chunks. If torch's two highest logits are
+within 1e-4 of each other, either token is right. Such a place counts as a tie, and torch scores the rest of that text:
+each of our tokens must be within 1e-4 of torch's highest logit.
 
     python benchmarks/generation_parity.py models/checkpoints/smollm2 bundles/smollm2
 """
@@ -11,7 +11,6 @@ compared as logits, by letting torch score our tokens: each must be within 1e-4 
 import argparse
 import json
 import random
-import shutil
 import tempfile
 import time
 from concurrent.futures import CancelledError
@@ -25,7 +24,7 @@ import transformers
 from stageline.exporter.verify.against_torch import load_reference
 from stageline.models.checkpoint import Checkpoint
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.recut import recut, recut_copy
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 
@@ -46,7 +45,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Result:
-    """One way of running all prompts. `ties`: texts that leave torch's at a tie; `wrong`: those that are wrong."""
+    """One way to run all prompts. `ties`: texts that leave torch's at a tie; `wrong`: other differing texts."""
 
     name: str
     requests: int
@@ -58,9 +57,9 @@ class Result:
     seconds: float
 
 
-def prompts(encode: Any, count: int, longest: int) -> list[list[int]]:
-    """Prompts of 3 to `longest` tokens, the lengths spread evenly on a logarithmic scale."""
-    lengths = np.geomspace(3, longest, count).round().astype(int)
+def prompts(encode: Any, count: int, max_tokens: int) -> list[list[int]]:
+    """Prompts of 3 to `max_tokens` tokens, lengths evenly spaced on a logarithmic scale."""
+    lengths = np.geomspace(3, max_tokens, count).round().astype(int)
     rng = random.Random(0)
     found = []
     for length in lengths:
@@ -73,7 +72,7 @@ def prompts(encode: Any, count: int, longest: int) -> list[list[int]]:
 
 
 def reference(model: Any, ids: list[int], new_tokens: int) -> list[int]:
-    """What transformers' generate continues with, greedily."""
+    """The greedy continuation of transformers' generate."""
     with torch.no_grad():
         out = model.generate(
             torch.tensor([ids]),
@@ -97,7 +96,7 @@ def judged(model: Any, prompt: list[int], got: list[int], want: list[int]) -> st
 
 
 def main() -> None:
-    """Run, print a table, write JSON if asked; exits with 1 if a text is wrong."""
+    """Run, print a table, write JSON if asked; exit with 1 if a text is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("bundle", type=Path)
@@ -111,7 +110,7 @@ def main() -> None:
     model = load_reference(Checkpoint.open(arguments.checkpoint), Bundle.open(arguments.bundle).manifest)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as folder:
-        bundle = Path(shutil.copytree(arguments.bundle, Path(folder) / "bundle", copy_function=_link))
+        bundle = recut_copy(arguments.bundle, Path(folder) / "bundle", 1).path
         with Pipeline.open(bundle) as pipeline:
             assert pipeline.encoder is not None
             given = prompts(pipeline.encoder.ids, arguments.prompts, arguments.longest)
@@ -161,10 +160,6 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     raise SystemExit(any(r.wrong for r in results))
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What a hop between two stages costs, with stages that do nothing (an identity graph in ONNX Runtime).
 
 The cost of a hop is (time of a request through S stages - S direct calls of the engine, one after the other) / S, so it
-holds the submission and the result as well. Latency has one request in flight, throughput many. With more stages than
-processors, throughput cannot rise: each stage's work is still done by someone. Most of a hop's latency is the system
-waking a thread: the table begins with what that costs on this machine, through the same queue, doing nothing else.
+includes submission and result. Latency has one request in flight, throughput many. With more stages than cores,
+throughput cannot rise, because the cores share the work. Most of a hop's latency is the system waking a thread: the
+first line shows that cost on this machine, through the same kind of queue.
 
     python benchmarks/hop.py --json hop.json
 """
@@ -31,7 +31,7 @@ ROUNDS = 7  # the median of these is reported
 
 
 def identity_stages(folder: Path, count: int) -> tuple[Signature, list[PipelineStage]]:
-    """A chain v0 -> v1 -> ... of graphs that only hand their input on."""
+    """A chain v0 -> v1 -> ... of graphs that pass on their input."""
     stages = []
     for number in range(count):
         text = f"""<ir_version: 10, opset_import: ["" : 20]>
@@ -48,7 +48,7 @@ def identity_stages(folder: Path, count: int) -> tuple[Signature, list[PipelineS
 
 
 def per_call_us(call: Callable[[], object], calls: int) -> float:
-    """Microseconds of one call: the median over rounds of the mean over `calls`."""
+    """Microseconds per call: the median over rounds of the mean over `calls`."""
     rounds = []
     for _ in range(ROUNDS):
         begin = perf_counter()
@@ -94,7 +94,7 @@ def measure(count: int) -> dict[str, float]:
                 values = engine.run(values, engine.output_names)
 
         direct_us = per_call_us(direct, 1000)
-        with Pipeline(signature, stages, queue=64) as pipeline:
+        with Pipeline.of_stages(signature, stages, queue=64) as pipeline:
             latency_us = per_call_us(lambda: pipeline.run({"v0": value}), 500)
 
             def burst() -> None:
@@ -122,8 +122,8 @@ def main() -> None:
     wake_up = {"same_core": wake_up_us(cores[:1], cores[:1]), "other_core": wake_up_us(cores[:1], cores[-1:])}
     rows = [measure(count) for count in arguments.stages]
     here, there = wake_up.values()
-    print(f"{len(cores)} processors; waking a thread takes {here:.1f} us on the same one, {there:.1f} us on another")
-    print("microseconds a request, and what each hop adds:")
+    print(f"{len(cores)} cores; waking a thread takes {here:.1f} us on the same core, {there:.1f} us on another")
+    print("microseconds per request, and per hop:")
     print("stages  direct  latency  per hop  throughput  per hop")
     for row in rows:
         print(

@@ -1,8 +1,8 @@
-"""Sentences a second of MiniLM: stages on a core each, beside one session on all of it and two sessions side by side.
+"""Sentences per second of MiniLM: a stage per core, one session on all cores, and two sessions side by side.
 
-Everything runs the same graph in the same process, interleaved round by round (A B C D, A B C D, ...), because machines
-drift; medians over the rounds are compared. The rivals are plain ONNX Runtime sessions with its own defaults. Several
-requests are in flight wherever the runner can use them; the time to fill and to drain is counted.
+All runners use the same graph in the same process, interleaved (A B C D, A B C D, ...), because machines drift; medians
+over the rounds are compared. The sessions are plain ONNX Runtime with its defaults. Several requests are in flight if
+the runner can use them; the time to fill and drain counts.
 
     python benchmarks/pipeline.py bundles/minilm --json pipeline.json
 """
@@ -10,7 +10,6 @@ requests are in flight wherever the runner can use them; the time to fill and to
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from time import perf_counter
 
 import numpy as np
 import onnxruntime as ort
-from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.recut import recut_copy
 from stageline.runtime.devices.cpu import allowed_cores, start_worker
 from stageline.runtime.engines import Array
 from stageline.runtime.pipeline import Pipeline
@@ -30,7 +29,7 @@ OUTPUT = "sentence_embedding"
 IN_FLIGHT = 8
 Feed = dict[str, Array]
 Runner = Callable[[Sequence[Feed]], list[Array]]
-"""Runs requests, as many at a time as it can, and gives their outputs in order."""
+"""Runs requests, as many at a time as it can, and returns their outputs in order."""
 
 
 def session(graph: Path, threads: int) -> ort.InferenceSession:
@@ -41,7 +40,7 @@ def session(graph: Path, threads: int) -> ort.InferenceSession:
 
 
 def one_session(graph: Path, threads: int) -> Runner:
-    """One session, a request after the other."""
+    """One session, one request after the other."""
     opened = session(graph, threads)
 
     def run(feeds: Sequence[Feed]) -> list[Array]:
@@ -51,7 +50,7 @@ def one_session(graph: Path, threads: int) -> Runner:
 
 
 def side_by_side(graph: Path, cores: Sequence[int]) -> Runner:
-    """A one-thread session for each core, pinned to it, that takes the next request when it has done one."""
+    """A one-thread session pinned to each core, each taking the next request when it is free."""
     opened = [session(graph, 1) for _ in cores]
 
     def run(feeds: Sequence[Feed]) -> list[Array]:
@@ -92,7 +91,7 @@ def feed(rows: int, tokens: int, vocabulary: int) -> Feed:
 def measure(
     runners: dict[str, Runner], request: Feed, rows: int, rounds: int, round_s: float
 ) -> dict[str, list[float]]:
-    """Sentences a second of each runner, one figure a round."""
+    """Sentences per second of each runner, one figure per round."""
     answers = [run([request])[0] for run in runners.values()]
     for answer in answers[1:]:
         np.testing.assert_allclose(answer, answers[0], atol=1e-4)
@@ -113,20 +112,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?", default=Path("bundles/minilm"), help="an exported minilm")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--round-s", type=float, default=1.5, help="about how long one runner works in a round, in seconds"
-    )
+    parser.add_argument("--round-s", type=float, default=1.5, help="seconds that one runner works per round, about")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     cores = allowed_cores()[:2]
     if len(cores) < 2:
-        raise SystemExit("this process may use one processor only; two stages side by side need two")
+        raise SystemExit("this process may use only one core; two stages side by side need two")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        graphs = {}
-        for stages in (1, 2):
-            copy = shutil.copytree(arguments.bundle, folder / f"{stages}-stage")
-            graphs[stages] = recut(copy, stages)
+        graphs = {stages: recut_copy(arguments.bundle, folder / f"{stages}-stage", stages) for stages in (1, 2)}
         whole = graphs[1].path / graphs[1].manifest.stages[0].file
         vocabulary = graphs[1].manifest.vocabulary or 2000
         pipeline = stack.enter_context(Pipeline.open(graphs[2].path, threads=2, queue=IN_FLIGHT))
@@ -138,8 +132,7 @@ def main() -> None:
         }
         ours = list(runners)[-1]
         print(
-            f"sentences/s, median of {arguments.rounds} interleaved rounds (lowest to highest), "
-            f"onnxruntime {ort.__version__}"
+            f"sentences/s, median of {arguments.rounds} interleaved rounds (min to max), onnxruntime {ort.__version__}"
         )
         print(f"{'batch':8}" + "".join(f"{name:>24}" for name in runners) + f"{'stages / best other':>22}")
         results = []
@@ -162,7 +155,7 @@ def main() -> None:
         cuts = [[stage.first_block, stage.last_block] for stage in graphs[2].manifest.stages]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        setting = {"processors": os.cpu_count(), "onnxruntime": ort.__version__, "stages": cuts, "in_flight": IN_FLIGHT}
+        setting = {"cores": os.cpu_count(), "onnxruntime": ort.__version__, "stages": cuts, "in_flight": IN_FLIGHT}
         arguments.json.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
 
 

@@ -1,19 +1,18 @@
-"""What the planner predicts beside what the pipeline does: stages, uneven cuts, threads, batch sizes, and Poisson load.
+"""The planner's predictions against the pipeline: stages, uneven cuts, threads, batch sizes, and Poisson load.
 
-It runs in parts of at most some minutes. What they find is kept in the JSON file, where the next part looks for it:
+It runs in parts of a few minutes. The JSON file keeps their results, where the next part looks for them:
 
     profile:1      for stages of one thread      profile:2      for stages of two
-    batches:1      every cut on one processor    poisson:1      one stage under Poisson load
+    batches:1      every cut on one core         poisson:1      one stage under Poisson load
     batches:2      every cut on two              poisson:2      two stages
     batches:wide   one stage with two threads
 
-Batches are submitted all at once; of generation, the requests come at random times at parts of what the pipeline does
-when all come at once, and the prediction is simulated with the runtime's own scheduler. Predictions come from the
-profile alone. In each round of a case a reference is timed as well, on as many processors at once: how much slower it
-is than beside the profile is the drift of the machine, and no fault of the prediction. Each case waits until others
-take less than a tenth of a processor; what they disturb nevertheless is measured again, up to twice, and if that does
-not help left out of the summary. With `--more` a part measures only the cuts that are missing from the JSON file or
-were disturbed.
+Batches are submitted all at once. Requests for generation arrive at random, at shares of the throughput when all come
+at once; the runtime's own scheduler simulates the prediction. Predictions use only the profile. Each round of a case
+also times a reference, on as many cores at once. Its slowdown since the profile is the drift of the machine, not an
+error of the prediction. Each case waits until other processes use less than a tenth of a core. A disturbed case is
+measured again, up to twice, and then left out of the summary. With `--more` a part measures only cuts that are missing
+from the JSON file or were disturbed.
 
     python benchmarks/planner.py bundles/minilm bundles/smollm2 --json benchmarks/results/planner.json
     python benchmarks/planner.py bundles/smollm2 --part profile:1 --part poisson:2 --json planner.json
@@ -34,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.recut import recut, recut_copy
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores
 from stageline.runtime.engines import StageFile, engine_factory
@@ -61,10 +60,10 @@ PARTS = {  # threads of a stage
 }  # fmt: skip
 RUN_S = 0.4  # about how long a batch run takes
 ROUNDS = 5  # batch runs of a case: the median counts
-REFERENCE_S, REFERENCE_RUNS, SHORT_REFERENCE_S = 1.0, 3, 0.2  # at least
-CALM, MOST_WAITS_S = 0.1, 20  # of a processor; before a case
+REFERENCE_S, REFERENCE_RUNS, SHORT_REFERENCE_S = 1.0, 3, 0.2  # min
+CALM, MAX_WAIT_S = 0.1, 20  # share of a core; before a case
 LOADS = (0.5, 0.8, 0.95)  # of the capacity
-FAR = 0.25  # an error that is told apart
+FAR = 0.25  # an error that is counted separately
 SLOTS, CAPACITY, CHUNK, PROMPT, OUTPUT = 8, 256, 64, 40, 24
 ENCODER_SHAPES = ((1, 32), (4, 128), (8, 64), (16, 32), (6, 100))
 DECODER_SHAPES = ((1, 16), (1, 48), (4, 32))
@@ -72,7 +71,7 @@ REFERENCE = (4, 32)
 
 
 def cuts(blocks: int) -> list[list[int]]:
-    """Numbers of blocks: one to four stages, even and uneven."""
+    """Blocks per stage: one to four stages, even and uneven."""
     third, half = blocks // 3, blocks // 2
     found = [
         [blocks],
@@ -87,7 +86,7 @@ def cuts(blocks: int) -> list[list[int]]:
 
 
 class Reference:
-    """The whole model on each processor by itself, whose times tell how fast the machine is just now."""
+    """The whole model on each core alone: its times show the current speed of the machine."""
 
     def __init__(self, path: Path, feed: dict[str, Any]) -> None:
         bundle = Bundle.open(path)
@@ -101,20 +100,19 @@ class Reference:
         ]
         self._run = [partial(engine.run, values, engine.output_names[:1]) for engine in self._engines]
 
-    def times_s(self, least_s: float, fewest: int) -> tuple[float, ...]:
-        """The median of a run on 1, 2, ... processors at once, each for at least so long and so often."""
-        return tuple(self.time_s(count, least_s, fewest) for count in range(1, len(self._workers) + 1))
+    def times_s(self, min_s: float, min_runs: int) -> tuple[float, ...]:
+        """The median time of a run on 1, 2, ... cores at once, each for at least `min_s` and `min_runs`."""
+        return tuple(self.time_s(count, min_s, min_runs) for count in range(1, len(self._workers) + 1))
 
-    def time_s(self, processors: int, least_s: float, fewest: int) -> float:
-        """The same on so many."""
+    def time_s(self, cores: int, min_s: float, min_runs: int) -> float:
+        """The median time of a run on this number of cores."""
 
         def median() -> float:
             taken: list[float] = []
-            while sum(taken) < least_s or len(taken) < fewest:
+            while sum(taken) < min_s or len(taken) < min_runs:
                 began = perf_counter()
                 for future in [
-                    worker.submit(run)
-                    for worker, run in zip(self._workers[:processors], self._run[:processors], strict=True)
+                    worker.submit(run) for worker, run in zip(self._workers[:cores], self._run[:cores], strict=True)
                 ]:
                     future.result()
                 taken.append(perf_counter() - began)
@@ -130,15 +128,14 @@ class Reference:
 
 
 class Bench:
-    """A bundle's copy to be cut, its profile, and what the reference took beside that."""
+    """A copy of a bundle to cut, its profile, and the reference's times during the profile."""
 
     def __init__(self, path: Path, known: dict[str, Any] | None, threads: int, passes: int):
-        """`known` is what `as_data` gave; None: profile now."""
+        """`known`: the result of `as_data`; None: profile now."""
         self.path, self.bundle = path, Bundle.open(path)
         self.vocabulary = self.bundle.manifest.vocabulary or 1000
-        whole = shutil.copytree(path, path.with_name("reference"))
-        recut(whole, 1)
-        self._reference = Reference(whole, self.feed(*REFERENCE))
+        whole = recut_copy(path, path.with_name("reference"), 1)
+        self._reference = Reference(whole.path, self.feed(*REFERENCE))
         if known is None:
             before = self._reference.times_s(REFERENCE_S, REFERENCE_RUNS)
             self.profile = measure(self.bundle, [threads], None, lambda step: print(f"# {step}", flush=True), passes)
@@ -151,19 +148,19 @@ class Bench:
         self._timings = cache(lambda count: Timings(self.profile, self.bundle.manifest, count, costs))
 
     def as_data(self) -> dict[str, Any]:
-        """What parts that measure need."""
+        """What later parts need."""
         return {"reference_s": self._before_s, "profile": self.profile.model_dump(mode="json")}
 
-    def drift(self, processors: int, least_s: float = REFERENCE_S, fewest: int = REFERENCE_RUNS) -> float:
-        """What the reference takes now on so many processors at once, over what it took beside the profile."""
-        return self._reference.time_s(processors, least_s, fewest) / self._before_s[processors - 1]
+    def drift(self, cores: int, min_s: float = REFERENCE_S, min_runs: int = REFERENCE_RUNS) -> float:
+        """The reference's current time on this number of cores, relative to that during the profile."""
+        return self._reference.time_s(cores, min_s, min_runs) / self._before_s[cores - 1]
 
     def feed(self, rows: int, tokens: int) -> dict[str, Any]:
         """A batch of random tokens."""
         return {"input_ids": np.random.default_rng(0).integers(100, self.vocabulary, (rows, tokens))}
 
     def setting(self, counts: Sequence[int], threads: int) -> Setting:
-        """The pipeline that `Pipeline.open` makes of these cuts on so many processors."""
+        """The pipeline that `Pipeline.open` makes of these cuts on `threads` cores."""
         ends = list(np.cumsum(counts))
         shares = share_cores(len(counts), allowed_cores()[:threads])
         stages = []
@@ -189,8 +186,8 @@ class Bench:
 
 
 def wait_for_calm() -> None:
-    """Wait for a second in which others take hardly any processor, for some seconds at most."""
-    for _ in range(MOST_WAITS_S):
+    """Wait for a second in which other processes use hardly any CPU, up to MAX_WAIT_S."""
+    for _ in range(MAX_WAIT_S):
         before_s = others_cpu_s()
         time.sleep(1)
         if others_cpu_s() - before_s < CALM:
@@ -198,7 +195,7 @@ def wait_for_calm() -> None:
 
 
 def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iterator[dict[str, Any]]:
-    """Batches a second, predicted and measured, for every chosen cut and shape."""
+    """Batches per second, predicted and measured, for every chosen cut and shape."""
     print("      layers  threads  rows x tokens predicted/s  measured/s    error    drift   others")
     for counts in chosen:
         recut(bench.path, counts)
@@ -208,28 +205,27 @@ def batch_cases(bench: Bench, threads: int, chosen: Sequence[list[int]]) -> Iter
                 request = BatchRequest(0.0, rows, tokens)
                 lone_s = simulate_batches(setting, [request]).duration_s
                 count = max(4, min(400, round(RUN_S / lone_s * len(counts))))
-                told_s = simulate_batches(setting, [request] * count).duration_s
+                predicted_s = simulate_batches(setting, [request] * count).duration_s
                 wait_for_calm()
                 real_s, drift, others = _batches_s(bench, threads, pipeline, bench.feed(rows, tokens), count)
                 case = {
                     "layers": counts, "threads": threads, "rows": rows, "tokens": tokens,
-                    "predicted_per_s": count / told_s, "measured_per_s": count / real_s,
-                    "error": real_s / told_s - 1, "drift": drift, "others": others,
+                    "predicted_per_s": count / predicted_s, "measured_per_s": count / real_s,
+                    "error": real_s / predicted_s - 1, "drift": drift, "others": others,
                 }  # fmt: skip
                 layers = ",".join(map(str, counts))
                 print(
-                    f"{layers:>12}{threads:>9}{rows:>6} x {tokens:<5}{count / told_s:>12.2f}{count / real_s:>12.2f}"
-                    f"{case['error']:>9.1%}{drift - 1:>9.1%}{others:>9.1%}",
+                    f"{layers:>12}{threads:>9}{rows:>6} x {tokens:<5}{case['predicted_per_s']:>12.2f}"
+                    f"{case['measured_per_s']:>12.2f}{case['error']:>9.1%}{drift - 1:>9.1%}{others:>9.1%}",
                     flush=True,
                 )
                 yield case
 
 
 def _batches_s(
-    bench: Bench, processors: int, pipeline: Pipeline, feed: dict[str, Any], count: int
+    bench: Bench, cores: int, pipeline: Pipeline, feed: dict[str, Any], count: int
 ) -> tuple[float, float, float]:
-    """What so many batches take when they are submitted at once, the drift of the machine meanwhile, and the share of a
-    processor that others took."""
+    """The time of `count` batches submitted at once, the drift meanwhile, and the share of a core that others used."""
 
     def run() -> float:
         began = perf_counter()
@@ -238,14 +234,14 @@ def _batches_s(
         return perf_counter() - began
 
     pipeline.run(feed)
-    rounds = ((bench.drift(processors, SHORT_REFERENCE_S, 1), undisturbed(run)) for _ in range(ROUNDS))
+    rounds = ((bench.drift(cores, SHORT_REFERENCE_S, 1), undisturbed(run)) for _ in range(ROUNDS))
     drifts, found = zip(*rounds, strict=True)
     taken, others = zip(*found, strict=True)
     return statistics.median(taken), statistics.median(drifts), statistics.median(others)
 
 
 def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str, Any]]:
-    """Throughput and percentiles under Poisson load at parts of the measured capacity, simulated and measured."""
+    """Throughput and percentiles under Poisson load at shares of the measured capacity, simulated and measured."""
     recut(bench.path, stages)
     counts = [stage.last_block - stage.first_block + 1 for stage in Bundle.open(bench.path).manifest.stages]
     setting = bench.setting(counts, len(allowed_cores()))
@@ -256,7 +252,7 @@ def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str
         wait_for_calm()
         drift = bench.drift(len(allowed_cores()))
         texts = [TextRequest(t, PROMPT, OUTPUT) for t in arrivals]
-        told = _figures(simulate_generation(setting, texts, SLOTS, CAPACITY, CHUNK))
+        predicted = _figures(simulate_generation(setting, texts, SLOTS, CAPACITY, CHUNK))
         began, others_s = perf_counter(), others_cpu_s()
         real = _generate(bench, arrivals)
         others = (others_cpu_s() - others_s) / (perf_counter() - began)
@@ -268,14 +264,14 @@ def poisson_cases(bench: Bench, stages: int, requests: int) -> Iterator[dict[str
             "drift": drift,
             "others": others,
         }
-        for name, value in told.items():
+        for name, value in predicted.items():
             shown = "all" if load is None else f"{load:.0%}"
             print(
                 f"{','.join(map(str, counts)):>10}{shown:>6}  {name:<14}{value:>12.4f}{real[name]:>12.4f}"
                 f"{real[name] / value - 1:>9.1%}{drift - 1:>9.1%}{others:>9.1%}",
                 flush=True,
             )
-        yield {**case, "predicted": told, "measured": real}
+        yield {**case, "predicted": predicted, "measured": real}
 
 
 def _figures(report: SimulationResult) -> dict[str, float]:
@@ -286,7 +282,7 @@ def _figures(report: SimulationResult) -> dict[str, float]:
 
 
 def _generate(bench: Bench, arrivals: Sequence[float]) -> dict[str, float]:
-    """Send requests at their times and time their tokens."""
+    """Send requests at their arrival times, and time their tokens."""
     random = np.random.default_rng(1)
     sampling = Sampling(max_tokens=OUTPUT, min_tokens=OUTPUT)
     prompts = [tuple(map(int, random.integers(100, bench.vocabulary, PROMPT))) for _ in range(len(arrivals) + 1)]
@@ -310,8 +306,7 @@ def _generate(bench: Bench, arrivals: Sequence[float]) -> dict[str, float]:
 
 
 def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Median and worst size of the errors of the batch cases that others did not disturb, as they are and with the
-    drift taken out."""
+    """Median and worst error of the undisturbed batch cases, with and without the drift."""
     every = [case for name, part in parts.items() if name.startswith("batches") for case in part]
     cases = [case for case in every if case["others"] < CALM]
     if not cases:
@@ -325,8 +320,8 @@ def summary(parts: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def tell(bundle: str, entry: dict[str, Any]) -> None:
-    """Print the errors of each part's batch cases, and of all."""
+def report(bundle: str, entry: dict[str, Any]) -> None:
+    """Print the errors of the batch cases, per part and in all."""
     for part, cases in entry.get("parts", {}).items():
         if part.startswith("batches") and cases:
             sizes = [abs(case["error"]) for case in cases]
@@ -339,7 +334,7 @@ def tell(bundle: str, entry: dict[str, Any]) -> None:
 
 
 def undisturbed_cuts(found: Sequence[dict[str, Any]], shapes: int) -> list[dict[str, Any]]:
-    """The cases of cuts that were measured for all shapes, and disturbed for none."""
+    """The cases of cuts that were measured for all shapes without disturbance."""
     calm = [tuple(case["layers"]) for case in found if case["others"] < CALM]
     return [case for case in found if calm.count(tuple(case["layers"])) == shapes]
 
@@ -347,8 +342,7 @@ def undisturbed_cuts(found: Sequence[dict[str, Any]], shapes: int) -> list[dict[
 def run_part(
     source: Path, part: str, entry: dict[str, Any], arguments: argparse.Namespace, keep: Callable[[], None]
 ) -> None:
-    """Run a part on a copy of the bundle, and put what it finds into the bundle's entry; `keep` is called after each
-    case."""
+    """Run a part on a copy of the bundle and put its results into the bundle's entry; calls `keep` after each case."""
     kind, _, number = part.partition(":")
     threads = PARTS[part]
     profiles = entry.setdefault("profiles", {})
@@ -382,14 +376,14 @@ def run_part(
 
 
 def main() -> None:
-    """Run parts, print tables, merge their figures into JSON if asked."""
+    """Run parts, print tables, merge the figures into JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundles", type=Path, nargs="+", help="exported bundles; they are copied, not changed")
-    parser.add_argument("--part", choices=PARTS, action="append", help="run this part only; may be given again")
-    parser.add_argument("--more", action="store_true", help="measure only what is missing or was disturbed")
-    parser.add_argument("--summary", action="store_true", help="measure nothing, tell what the JSON file has")
-    parser.add_argument("--requests", type=int, default=60, help="of a Poisson run")
-    parser.add_argument("--passes", type=int, default=3, help="of a profile")
+    parser.add_argument("bundles", type=Path, nargs="+", help="exported bundles; copied, not changed")
+    parser.add_argument("--part", choices=PARTS, action="append", help="run only this part (repeatable)")
+    parser.add_argument("--more", action="store_true", help="measure only missing and disturbed cuts")
+    parser.add_argument("--summary", action="store_true", help="measure nothing, show the JSON file")
+    parser.add_argument("--requests", type=int, default=60, help="requests of a Poisson run")
+    parser.add_argument("--passes", type=int, default=3, help="passes of a profile")
     parser.add_argument("--json", type=Path, help="write the figures here; those of other parts stay")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"bundles": {}}
@@ -412,7 +406,7 @@ def main() -> None:
         ):
             print(f"{source.name}, {part}, {results['machine']}")
             run_part(source, part, entry, arguments, keep)
-        tell(source.name, entry)
+        report(source.name, entry)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Rebalancing while serving: an uneven cut, a stage on a slowed processor, and other numbers of stages.
+"""Rebalancing while serving: an uneven cut, a stage on a slowed core, and other numbers of stages.
 
-Eight streams generate without end, each the same text again and again: whatever happens to the stages, its tokens have
-to be those of an undisturbed run. Throughput is that of the seconds before and after each change.
+Eight streams generate without end, each the same text again and again: whatever happens to the stages, the tokens must
+equal those of an undisturbed run. Throughput is that of the seconds before and after each changeover.
 
     python benchmarks/rebalance.py bundles/smollm2 --json benchmarks/results/rebalance.json
 
 `uneven`: two stages cut 25/5 on purpose, mode auto. `slowed`: auto, from the even cut; a process that computes without
-end is pinned to the processor of stage 0, and ends again. `scaled`: by hand from 2 stages to 1 and back. `--scenario`
-runs one alone (each takes two minutes); `--json` keeps what the file has of the others.
+end is pinned to the core of stage 0, and stopped later. `scaled`: by hand from 2 stages to 1 and back. `--scenario`
+runs only one (each takes two minutes); `--json` keeps the others in the file.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from stageline.runtime.options import RebalanceMode
 from stageline.runtime.pipeline import Pipeline
 
 STREAMS, PROMPT, NEW, CAPACITY = 8, 64, 64, 256  # tokens
-PATIENCE_S = 30.0  # that auto mode gets to find another cut
+PATIENCE_S = 30.0  # time for auto mode to find another cut
 MEASURE_S = 8.0
 Row = dict[str, Any]
 
 
 class Load:
-    """Streams that generate until the load is closed, and the times at which their tokens came."""
+    """Streams that generate until the load is closed, and the times of their tokens."""
 
     def __init__(self, pipeline: Pipeline, prompts: Sequence[tuple[int, ...]], expected: Sequence[tuple[int, ...]]):
         self.pipeline, self.expected = pipeline, expected
@@ -57,7 +57,7 @@ class Load:
             self.wrong += tuple(tokens) != self.expected[number]
 
     def during(self, what: str, act: Callable[[], object]) -> Row:
-        """Throughput and gaps while `act` runs, and how busy the stages of its end were."""
+        """Throughput and gaps while `act` runs; how busy the stages were, or the figures of a changeover."""
         before, began = self.pipeline.stats(), time.perf_counter()
         act()
         after, ended = self.pipeline.stats(), time.perf_counter()
@@ -72,25 +72,25 @@ class Load:
             "gap_max_ms": 1e3 * float(gaps.max()),
             "memory_mib": memory_mib(),
         }
-        if after.switches == before.switches:
+        if after.changeovers == before.changeovers:
             pairs = zip(before.stages, after.stages, strict=True)
             row["busy"] = [(now.busy_s - then.busy_s) / (ended - began) for then, now in pairs]
-        elif after.switch is not None:
-            row |= {"switches": after.switches - before.switches, "open_s": after.switch.open_s}
-            row["pause_ms"] = 1e3 * after.switch.pause_s
+        elif after.last_changeover is not None:
+            row |= {"switches": after.changeovers - before.changeovers, "open_s": after.last_changeover.open_s}
+            row["pause_ms"] = 1e3 * after.last_changeover.pause_s
         return row
 
     def measure(self, what: str) -> Row:
-        """What comes in the next seconds."""
+        """Measure the next seconds."""
         return self.during(what, lambda: time.sleep(MEASURE_S))
 
     def until_another_cut(self, what: str) -> Row:
-        """Until auto mode has changed to another cut, and half a second more."""
-        switches = self.pipeline.stats().switches
+        """Measure until half a second after auto mode has switched to another cut."""
+        switches = self.pipeline.stats().changeovers
 
         def wait() -> None:
             ends = time.monotonic() + PATIENCE_S
-            while self.pipeline.stats().switches == switches and time.monotonic() < ends:
+            while self.pipeline.stats().changeovers == switches and time.monotonic() < ends:
                 time.sleep(0.02)
             time.sleep(0.5)
 
@@ -106,8 +106,8 @@ class Load:
 class Bench:
     """The scenarios on a bundle."""
 
-    def __init__(self, bundle: Path, weights: Any) -> None:
-        self.bundle, self.weights = bundle, weights
+    def __init__(self, bundle: Path, quantise: Any) -> None:
+        self.bundle, self.quantise = bundle, quantise
         rng = np.random.default_rng(0)
         self.prompts = [tuple(rng.integers(3, 40_000, PROMPT).tolist()) for _ in range(STREAMS)]
         with self.open(None, "off") as pipeline:
@@ -116,8 +116,8 @@ class Bench:
             self.layers = pipeline.layers
 
     def open(self, layers: Sequence[int] | None, rebalance: RebalanceMode) -> Pipeline:
-        """The bundle, cut so before anything runs."""
-        options: dict[str, Any] = {"slots": STREAMS, "capacity": CAPACITY, "quantise": self.weights}
+        """Open the bundle, recut before anything runs."""
+        options: dict[str, Any] = {"slots": STREAMS, "capacity": CAPACITY, "quantise": self.quantise}
         pipeline = Pipeline.open(self.bundle, rebalance=rebalance, **options)
         if layers is not None:
             pipeline.recut(layers)
@@ -125,7 +125,7 @@ class Bench:
 
     @contextmanager
     def load(self, layers: Sequence[int], rebalance: RebalanceMode, rows: list[Row]) -> Iterator[Load]:
-        """Streams on a pipeline; adds a row that says whether their tokens were right."""
+        """Streams on a pipeline; adds a row on whether their tokens were right."""
         with self.open(layers, rebalance) as pipeline:
             load = Load(pipeline, self.prompts, self.expected)
             try:
@@ -138,19 +138,19 @@ class Bench:
             rows.append({"what": "texts", "texts": load.texts, "wrong": load.wrong, "failed": stats.failed})
 
     def uneven(self) -> Iterator[Row]:
-        """25/5 made even by auto mode."""
+        """25/5, evened by auto mode."""
         ends: list[Row] = []
         with self.load([25, 5], "off", ends) as load:
             yield load.measure("25/5, mode off")
         with self.load([25, 5], "auto", ends) as load:
-            yield load.until_another_cut("auto mode changes")
+            yield load.until_another_cut("auto mode switches")
             yield load.measure("after")
-            yield load.until_another_cut("whether it goes on")
-            yield load.measure("in the end")
+            yield load.until_another_cut("does it continue?")
+            yield load.measure("at the end")
         yield from ends
 
     def slowed(self) -> Iterator[Row]:
-        """The processor of stage 0 shared with another process for a while."""
+        """The core of stage 0, shared with another process for a while."""
         ends: list[Row] = []
         with self.load(self.layers, "auto", ends) as load:
             yield load.until_another_cut("auto mode, undisturbed")
@@ -179,19 +179,19 @@ class Bench:
 
 
 def memory_mib() -> float:
-    """What this process holds now."""
+    """Resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return float(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 def sampling() -> Sampling:
-    """Greedy, so many tokens."""
+    """Greedy, NEW tokens."""
     return Sampling(max_tokens=NEW, min_tokens=NEW)
 
 
 @contextmanager
 def competitor(core: int) -> Iterator[None]:
-    """A process that computes on one processor without end."""
+    """A process that computes on one core without end."""
     process = multiprocessing.get_context("spawn").Process(target=compute, args=(core,), daemon=True)
     process.start()
     try:
@@ -202,7 +202,7 @@ def competitor(core: int) -> Iterator[None]:
 
 
 def compute(core: int) -> None:
-    """Without end."""
+    """Compute without end."""
     os.sched_setaffinity(0, {core})
     while True:
         sum(range(100_000))
@@ -225,12 +225,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--scenario", choices=("uneven", "slowed", "scaled"), action="append")
-    parser.add_argument("--weights", choices=("int8", "int4"))
+    parser.add_argument("--quantise", "--weights", choices=("int8", "int4"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
-    bench = Bench(arguments.bundle, arguments.weights)
-    print(f"  {'':28}{'layers':>8}{'tokens/s':>10}{'gap ms':>9}{'longest':>9}{'MiB':>9}")
+    bench = Bench(arguments.bundle, arguments.quantise)
+    print(f"  {'':28}{'layers':>8}{'tokens/s':>10}{'gap ms':>9}{'max':>9}{'MiB':>9}")
     for name in arguments.scenario or ("uneven", "slowed", "scaled"):
         print(name)
         rows = []
@@ -239,7 +239,7 @@ def main() -> None:
             print(shown(row), flush=True)
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"  peak memory {peak_mib:.0f} MiB")
-        found[name] = {"rows": rows, "peak_mib": peak_mib, "weights": arguments.weights}
+        found[name] = {"rows": rows, "peak_mib": peak_mib, "quantise": arguments.quantise}
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,12 +1,12 @@
-"""Many clients at once against `stageline serve`, some of which leave or dawdle: is anything lost, leaked or growing?
+"""Many clients at once against `stageline serve`, some of which leave or pause: is anything lost, leaked or growing?
 
-OpenAI's client in this process, the service in one of its own. Of the requests, 15 % are left in the middle of a stream
-or before the answer, 15 % are read with pauses, the others are chats and completions, streamed or whole.
+OpenAI's client runs in this process, the service in its own. 15 % of the requests are abandoned in the middle of a
+stream or before the answer, 15 % are read with pauses. The others are chats and completions, streamed or whole.
 
     python benchmarks/soak.py bundles/smollm2 --seconds 300 --json benchmarks/results/soak.json
 
-It ends with 1 if a request that was not cut off has no answer, if a slot is still taken, if the service's own counts
-do not add up, or if its memory at the end is over that at a tenth of the time by more than 5 %.
+It exits with 1 if a request that was not abandoned has no answer, if a slot is still taken, if the service's counts do
+not add up, or if its memory at the end exceeds that after a tenth of the time by more than 5 %.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Body = dict[str, Any]
 
 @dataclass
 class Tally:
-    """What became of the requests, and how long those that were answered took."""
+    """Outcomes of the requests, and times of those answered."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -47,7 +47,7 @@ class Tally:
 
 @contextmanager
 def service(bundle: str, clients: int) -> Iterator[tuple[str, int]]:
-    """The address of a service that runs, and its process id; ended by SIGTERM."""
+    """The address and process id of a running service; SIGTERM ends it."""
     command = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; raise SystemExit(main())"]
     options = ["--name", "model", "--port", "0", "--queue", str(2 * clients)]
     process = subprocess.Popen([*command, "serve", bundle, *options], stdout=subprocess.PIPE, text=True)
@@ -65,7 +65,7 @@ def service(bundle: str, clients: int) -> Iterator[tuple[str, int]]:
 
 
 def some_request(chance: random.Random) -> tuple[bool, Body]:
-    """Whether it is a chat, and its body."""
+    """Whether the request is a chat, and its body."""
     about = f"Tell me something about {chance.choice(TOPICS)}, number {chance.randrange(1000)}. " * chance.randint(1, 6)
     body: Body = {"model": "model", "max_tokens": chance.randint(4, 48), "seed": chance.randrange(2**31)}
     if chance.random() < 0.7:
@@ -74,7 +74,7 @@ def some_request(chance: random.Random) -> tuple[bool, Body]:
 
 
 async def whole(client: openai.AsyncOpenAI, chat: bool, body: Body) -> int:
-    """An answer in one piece; the tokens it has."""
+    """Ask for an answer in one piece; returns its tokens."""
     create: Any = client.chat.completions.create if chat else client.completions.create
     answer = await create(**body)
     if answer.choices[0].finish_reason not in ("stop", "length"):
@@ -83,7 +83,7 @@ async def whole(client: openai.AsyncOpenAI, chat: bool, body: Body) -> int:
 
 
 async def streamed(client: openai.AsyncOpenAI, chat: bool, body: Body, pause_s: float, leave_after: int | None) -> int:
-    """A stream, read with pauses; the tokens it has, or 0 when left after so many chunks."""
+    """Read a stream with pauses; returns its tokens, or 0 if it is left after `leave_after` chunks."""
     create: Any = client.chat.completions.create if chat else client.completions.create
     stream = await create(**body, stream=True, stream_options={"include_usage": True})
     finished, tokens, chunks = False, 0, 0
@@ -101,7 +101,7 @@ async def streamed(client: openai.AsyncOpenAI, chat: bool, body: Body, pause_s: 
 
 
 async def one(client: openai.AsyncOpenAI, chance: random.Random, tally: Tally) -> None:
-    """One request, of one of the kinds."""
+    """Send one request of a random kind."""
     chat, body = some_request(chance)
     kind = chance.choices(("whole", "streamed", "slow", "left", "left before"), (30, 40, 15, 10, 5))[0]
     began = time.perf_counter()
@@ -118,7 +118,7 @@ async def one(client: openai.AsyncOpenAI, chance: random.Random, tally: Tally) -
             tally.tokens += await streamed(client, chat, body, pause_s, leave_after)
     except TimeoutError:
         tally.outcomes["left"] += 1
-    except Exception as error:  # whatever it is, it is what is counted here
+    except Exception as error:  # any failure is counted
         tally.outcomes["lost"] += 1
         tally.errors[f"{type(error).__name__}: {error}"[:100]] += 1
     else:
@@ -128,33 +128,33 @@ async def one(client: openai.AsyncOpenAI, chance: random.Random, tally: Tally) -
 
 
 async def soak(url: str, clients: int, seconds: float, seed: int) -> Tally:
-    """So many clients, each with a request after the other until the time is over."""
+    """Run `clients` clients, each with one request after the other, for `seconds`."""
     tally, end = Tally(), time.monotonic() + seconds
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
 
-        async def go_on(number: int) -> None:
+        async def client_loop(number: int) -> None:
             chance = random.Random(seed * 1000 + number)
             while time.monotonic() < end:
                 await one(client, chance, tally)
 
-        await asyncio.gather(*(go_on(number) for number in range(clients)))
+        await asyncio.gather(*(client_loop(number) for number in range(clients)))
     return tally
 
 
 def metrics(url: str) -> dict[str, float]:
-    """All of them, by name with labels."""
+    """All metrics, by name with labels."""
     lines = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 def resident_mib(process_id: int) -> float:
-    """The memory a process holds, in MiB."""
+    """Resident memory of a process, in MiB."""
     pages = int(Path(f"/proc/{process_id}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 async def watched(url: str, process_id: int, options: argparse.Namespace) -> tuple[Tally, list[float]]:
-    """The soak, and the service's memory in MiB at each hundredth of its time."""
+    """Run the soak; also returns the service's memory in MiB at each hundredth of the time."""
     memory: list[float] = []
 
     async def watch() -> None:
@@ -169,7 +169,7 @@ async def watched(url: str, process_id: int, options: argparse.Namespace) -> tup
 
 
 def main() -> int:
-    """Run it, print a table, and say what failed."""
+    """Run, print a table, and say what failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("bundle")
     parser.add_argument("--seconds", type=float, default=300)
@@ -201,21 +201,21 @@ def main() -> int:
         "answer p50, s": round(percentiles[0], 2),
         "answer p99, s": round(percentiles[2], 2),
         "ttft p50, s (service)": round(end['stageline_ttft_seconds{model="model",quantile="0.5"}'], 2),
-        "memory at a tenth, MiB": round(early, 1),
+        "memory after a tenth, MiB": round(early, 1),
         "memory at the end, MiB": round(late, 1),
-        "memory at most, MiB": round(max(memory), 1),
+        "memory max, MiB": round(max(memory), 1),
     }
     for name, value in rows.items():
         print(f"{name:<28}{value:>12,}")
     for error, count in tally.errors.items():
         print(f"{count} x {error}")
     failures = [
-        told
-        for told, wrong in {
+        message
+        for message, wrong in {
             "requests were lost": tally.outcomes["lost"],
             "slots are still taken": rows["slots running at the end"] or rows["waiting at the end"],
             "the service failed requests": outcome["failed"],
-            "the service has done other than was asked": outcome["done"] + outcome["cancelled"] > asked
+            "the service's counts do not match the requests": outcome["done"] + outcome["cancelled"] > asked
             or outcome["done"] < asked - tally.outcomes["left"] - tally.outcomes["lost"],
             "memory grew": late > GROWTH * early,
         }.items()

@@ -1,6 +1,6 @@
-"""The store at size: 2,000 runs, one of them with 1,000,000 requests: what writing, listing and opening take.
+"""A large store, 2,000 runs, one of them with 1,000,000 requests: the time to write, list and open.
 
-Every read is done in a fresh process as well, so that its peak memory is its own.
+Each kind of read has a process of its own, to measure its peak memory.
 
     python benchmarks/store_scale.py --json store_scale.json
 """
@@ -15,36 +15,38 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-import synthetic_runs as made_up  # type: ignore[import-not-found]  # beside this file
 from stageline.runtime.bench.records import Load
 from stageline.runtime.bench.store import Store
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+import synthetic_runs  # as the tests of the store do
 
 RUNS, REQUESTS, SPANS = 2_000, 1_000_000, 10_000
 LARGE = RUNS  # its number
 
 
 def seconds(do: Callable[[], object]) -> float:
-    """What it takes."""
+    """The time that `do` takes."""
     began = perf_counter()
     do()
     return perf_counter() - began
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held (of `exec` on: getrusage begins with the parent's)."""
+    """Peak memory of this process since `exec` (getrusage would begin with the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def fill(store: Store) -> dict[str, float]:
-    """Make the store; what its writes take."""
-    asked = made_up.requests(200)
+    """Fill the store; returns the times of its writes."""
+    asked = synthetic_runs.requests(200)
     loads = [Load("SingleStream"), Load("Offline"), Load("Server", rate_per_s=20.0)]
-    small = [made_up.run(number, loads) for number in range(RUNS - 1)]
+    small = [synthetic_runs.run(number, loads) for number in range(RUNS - 1)]
     each = [seconds(lambda run=run: store.put(run, [asked] * 6)) for run in small]  # type: ignore[misc]
-    many = made_up.requests(REQUESTS)
-    large = made_up.run(LARGE, loads[2:], count=REQUESTS)
-    timeline = made_up.timeline(SPANS)
+    many = synthetic_runs.requests(REQUESTS)
+    large = synthetic_runs.run(LARGE, loads[2:], count=REQUESTS)
+    timeline = synthetic_runs.timeline(SPANS)
     return {
         "write a run, median": statistics.median(each),
         "write a run, p99": sorted(each)[len(each) * 99 // 100],
@@ -56,9 +58,9 @@ READS: dict[str, Callable[[Store], object]] = {
     "nothing": lambda store: None,
     f"list {RUNS:,} runs": lambda store: store.runs(),
     "list the newest 50": lambda store: store.runs(50),
-    "open a run": lambda store: store.run(made_up.run(LARGE).id),
-    f"load {REQUESTS:,} requests": lambda store: store.requests(made_up.run(LARGE).id, 0),
-    f"load a timeline of {2 * SPANS:,} spans": lambda store: store.timeline(made_up.run(LARGE).id, 0),
+    "open a run": lambda store: store.run(synthetic_runs.run(LARGE).id),
+    f"load {REQUESTS:,} requests": lambda store: store.requests(synthetic_runs.run(LARGE).id, 0),
+    f"load a timeline of {2 * SPANS:,} spans": lambda store: store.timeline(synthetic_runs.run(LARGE).id, 0),
 }
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/tensorrt_builds.py --json benchmarks/results/tensorrt_builds.json
 
-The reference bundles (bundles/minilm, bundles/smollm2, made by `make demo`) are copied, cut into 2 stages and built
-for all targets in fp16 and bf16, and for one with quantised weights; built again, which must build nothing; and, for
-the first target and precision, again after one weight was changed, which must build one stage. The architectures of
-tests/exporter/test_parity.py are made up, exported, and built in 2 stages for all targets; where TensorRT refuses one,
-the table has its reason. No GPU is needed.
+The reference bundles (bundles/minilm, bundles/smollm2, from `make demo`) are copied, cut into 2 stages and built for
+all targets in fp16 and bf16, and for one with quantised weights. A second build must build nothing. After one weight is
+changed, a third one, for the first target and precision, must build one stage. The architectures of
+tests/exporter/test_parity.py are synthesised, exported, and built in 2 stages for all targets; if TensorRT rejects one,
+the table shows its reason. No GPU is needed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ STRIPPED_TARGET = QUANTISED_TARGET = "sm89"
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine of a reference bundle. Bytes are of the plan on disk."""
+    """One engine of a reference bundle. `plan_bytes`: its engine file on disk."""
 
     model: str
     stage: int
@@ -55,7 +55,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Again:
-    """What building a second time did: with nothing changed, and with one tensor of one stage changed."""
+    """What later builds did: with nothing changed, and with one tensor of one stage changed."""
 
     model: str
     engines: int
@@ -70,8 +70,8 @@ class Again:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of the parity list for one target in one precision: bytes and seconds of all its stages, or
-    TensorRT's reason."""
+    """An architecture of the parity list for one target and precision: bytes and seconds of all stages, or TensorRT's
+    reason to reject it."""
 
     name: str
     target: str
@@ -111,7 +111,7 @@ def _engine(name: str, outcome: BuildOutcome) -> Engine:
 
 
 def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
-    """Build every architecture of the parity list for all that is wanted."""
+    """Build every architecture of the parity list for all wanted targets and precisions."""
     spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/exporter/test_parity.py")
     assert spec is not None
     assert spec.loader is not None
@@ -150,7 +150,7 @@ def _copy(bundle: Path, to: Path) -> Path:
 
 
 def _change_one_weight(path: Path) -> tuple[str, int]:
-    """Change one element of a matrix that the last stage alone reads; its name, and that stage."""
+    """Change one element of a matrix that only the last stage reads; returns its name and that stage."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     last = len(manifest.stages) - 1
@@ -195,16 +195,16 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
             for a in architectures
         ]  # fmt: skip
         parts.append(table(["architecture", "target", "precision", "caches", "engines", "build s", ""], rows))
-        refused = sum(a.error is not None for a in architectures)
-        parts.append(f"{len(architectures) - refused} of {len(architectures)} build")
+        rejected = sum(a.error is not None for a in architectures)
+        parts.append(f"{len(architectures) - rejected} of {len(architectures)} build")
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    """Run what is asked for, print the tables, and write the JSON."""
+    """Run, print the tables, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["reference", "parity"], help="one half")
-    parser.add_argument("--target", action="append", help="of the architectures; each of all unless given")
+    parser.add_argument("--only", choices=["reference", "parity"], help="run only one half")
+    parser.add_argument("--target", action="append", help="of the architectures (default: all)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the architectures")
     parser.add_argument("--json", type=Path, help="write the figures here; a half keeps the other half of the file")
     arguments = parser.parse_args()

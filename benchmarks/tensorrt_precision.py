@@ -1,13 +1,12 @@
-"""How far bfloat16 is from float32, token by token: the lowered stages, emulated, beside torch in bfloat16.
+"""How far bfloat16 is from float32, token by token: the lowered stages, emulated, and torch in bfloat16.
 
     python benchmarks/tensorrt_precision.py bundles/smollm2 models/checkpoints/smollm2 \\
         --json benchmarks/results/tensorrt_precision.json
 
-For a model that generates text. A copy of the bundle is cut into one stage for each block and run on prompts of random
-tokens, each stage fed what the one before gave; torch runs the same weights in bfloat16, with rotary tables in
-float32, as transformers loads them. Both are compared with torch in float32. An error is that of a token, as a share
-of its largest value (at least of 1). If the lowering were at fault, the errors would differ from torch's. No GPU is
-needed.
+For a model that generates text. A copy of the bundle is cut into one stage per block and run on prompts of random
+tokens. torch runs the same weights in bfloat16, with rotary tables in float32, as transformers loads them. Both are
+compared with torch in float32. The error of a token is relative to its largest value (to 1 if that is smaller). If the
+lowering were wrong, its errors would differ from torch's. No GPU is needed.
 """
 
 import argparse
@@ -41,9 +40,9 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class Errors:
-    """The errors of one value over all tokens of all prompts. `outside` are tokens beyond the tolerance of
-    `stageline verify`, `outside_early` those of them at places 0 to 3 of their prompt, `top1` the share of tokens
-    whose largest element is that of float32."""
+    """The errors of one value over all tokens of all prompts. `outside`: tokens beyond the tolerance of
+    `stageline verify`; `outside_early`: those of them at places 0 to 3 of their prompt; `top1`: the share of tokens
+    whose largest element is the same as in float32."""
 
     what: str
     value: str
@@ -59,7 +58,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Block:
-    """The token at whose middle the lowered stages are worst, behind one block."""
+    """The token with the worst error of the lowered stages at the middle block, behind one block."""
 
     prompt: int
     token: int
@@ -70,7 +69,7 @@ class Block:
 
 
 class Lowered:
-    """The model as it is lowered, a stage for each block, emulated."""
+    """The lowered model, one stage per block, emulated."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.signature = Signature.of(bundle.manifest)
@@ -89,7 +88,7 @@ class Lowered:
         ]
 
     def values(self, ids: Array) -> dict[str, Array]:
-        """Every stage's outputs for prompts [rows, length], all of full length. Caches begin anew at place 0."""
+        """Every stage's outputs for prompts [rows, length], all of full length. Caches begin at place 0."""
         values = dict(self.signature.check_inputs({"input_ids": ids, "attention_mask": np.ones_like(ids)})[0])
         for stage in self.stages:
             values |= stage.run(values)
@@ -97,7 +96,7 @@ class Lowered:
 
 
 def torch_values(model: Any, ids: Array) -> dict[str, Array]:
-    """What torch has behind each block, and its logits, in float32."""
+    """torch's values behind each block, and its logits, in float32."""
     values: dict[str, Array] = {}
     with ExitStack() as hooks, torch.no_grad():
         for number, block in enumerate(model.model.layers, 1):
@@ -128,7 +127,7 @@ def token_errors(got: Array, want: Array) -> Array:
 
 
 def measure(bundle: Bundle, model: Any, seed: int) -> Iterator[Errors | Block]:
-    """The errors behind the middle block and at the end, and, block by block, those of the worst token."""
+    """The errors behind the middle block and at the end, and those of the worst token, block by block."""
     middle = f"hidden.{len(bundle.manifest.stages) // 2}"
     runs = {"lowered": Lowered(bundle).values}
     half = in_bfloat16(model)
@@ -160,15 +159,15 @@ def measure(bundle: Bundle, model: Any, seed: int) -> Iterator[Errors | Block]:
     for (what, value), found in errors.items():
         all_errors = np.concatenate(found)
         outside = all_errors > TOLERANCE[PRECISION]
-        median, p90, p99, most = (float(q) for q in np.quantile(all_errors, [0.5, 0.9, 0.99, 1]))
+        median, p90, p99, largest = (float(q) for q in np.quantile(all_errors, [0.5, 0.9, 0.99, 1]))
         top1 = float(np.mean(same[what, value]))
         early = int(outside[:, :4].sum())
-        yield Errors(what, value, median, p90, p99, most, all_errors.size, int(outside.sum()), early, top1)
+        yield Errors(what, value, median, p90, p99, largest, all_errors.size, int(outside.sum()), early, top1)
     yield from trail
 
 
 def main() -> None:
-    """Print the tables and write the JSON."""
+    """Measure, print the tables, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path)

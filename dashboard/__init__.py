@@ -1,1 +1,1 @@
-"""The Streamlit dashboard: pages in views/, charts in charts.py, what they show in plain modules beside them."""
+"""The Streamlit dashboard: pages in views/, charts in charts/, their data in figures/, child processes in children/."""

@@ -1,4 +1,4 @@
-"""Opens the dashboard: `python -m stageline.dashboard`, which `stageline dashboard` runs, becomes Streamlit itself."""
+"""Opens the dashboard: `python -m stageline.dashboard`, run by `stageline dashboard`, becomes Streamlit itself."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Replace this process by Streamlit, listening on this machine alone unless told otherwise."""
+    """Replace this process by Streamlit. It listens on this machine only, unless `--host` says otherwise."""
     parser = argparse.ArgumentParser(prog="stageline dashboard")
     parser.add_argument("--store", default="")
     parser.add_argument("--bundles", action="append", default=[])

@@ -1,4 +1,4 @@
-"""The script that Streamlit runs: the pages and how one gets from one to another."""
+"""The script that Streamlit runs: the pages and their navigation."""
 
 from pathlib import Path
 
@@ -21,5 +21,5 @@ SECTIONS = {
 }
 
 st.set_page_config(page_title="Stageline", page_icon=str(Path(__file__).with_name("icon.png")), layout="wide")
-st.session_state["pages"] = PAGES  # what page links lead to
+st.session_state["pages"] = PAGES  # for page links
 st.navigation({name: [PAGES[page] for page in pages] for name, pages in SECTIONS.items()}, expanded=True).run()

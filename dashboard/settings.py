@@ -1,4 +1,4 @@
-"""What the dashboard was started with: the store, and where bundles lie."""
+"""The dashboard's options: the store, and where to look for bundles."""
 
 import functools
 import sys
@@ -12,14 +12,14 @@ from stageline.runtime.bundle.folder import MANIFEST
 
 @dataclass(frozen=True)
 class DashboardSettings:
-    """`store` None: the user's own. `bundles` are bundles or folders of bundles."""
+    """`store` None: the user's default store. `bundles`: bundles, or folders of bundles."""
 
     store: Path | None
     bundles: tuple[Path, ...]
 
     @classmethod
     def given(cls) -> "DashboardSettings":
-        """Of this process's command line, as stageline.dashboard's __main__ passes it on."""
+        """The settings in this process's command line, which `__main__` passes on."""
         return _parsed(tuple(sys.argv[1:]), Path.cwd())
 
 
@@ -33,7 +33,7 @@ def _parsed(arguments: tuple[str, ...], here: Path) -> DashboardSettings:
 
 
 def as_typed(path: Path | str) -> str:
-    """A path as one would type it: relative to the working folder where it lies in it."""
+    """A path as a user would type it: relative to the working folder if it lies inside."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
@@ -41,7 +41,7 @@ def as_typed(path: Path | str) -> str:
 
 
 def find_bundles(places: Iterable[Path]) -> list[Path]:
-    """The bundles among `places` and directly in them, each once, by name."""
+    """The bundles among `places` and directly inside them, each once, sorted by name."""
     found: dict[Path, None] = {}
     for place in places:
         try:

@@ -5,8 +5,8 @@ computed once, in the prologue, and shared), or on the hidden state (then it bel
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -22,47 +22,29 @@ CONSTANT, SIZES, SHARED, CHAIN = range(4)
 # Operators on sizes that give a scalar or a short list of sizes, so that repeating them in a block costs nothing.
 _SIZE_OPERATORS = frozenset(
     {
-        "Squeeze",
-        "Unsqueeze",
-        "Reshape",
-        "Concat",
-        "Cast",
-        "CastLike",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Gather",
-        "Slice",
-        "Max",
-        "Min",
-        "Neg",
-        "Identity",
-        "Mod",
+        "Squeeze", "Unsqueeze", "Reshape", "Concat", "Cast", "CastLike", "Add", "Sub", "Mul", "Div", "Gather", "Slice",
+        "Max", "Min", "Neg", "Identity", "Mod",
     }
-)
+)  # fmt: skip
 
 
 class NotProvenError(Exception):
     """Two blocks that look alike have different graphs; they must all be traced."""
 
 
-@dataclass
-class Parts:
-    """Part graphs, and how the model uses them in order: prologue, blocks, epilogue."""
+@dataclass(frozen=True)
+class PartGraph:
+    """One part: its graph, and the specs of the graph's inputs (activations, then weights) and outputs."""
 
-    parts: list[ir.Model] = field(default_factory=list)
-    inputs: list[tuple[TensorSpec, ...]] = field(default_factory=list)
-    outputs: list[tuple[TensorSpec, ...]] = field(default_factory=list)
-    weights: list[tuple[TensorSpec, ...]] = field(default_factory=list)
-    uses: list[Use] = field(default_factory=list)
-    longest: int | None = None
-    """Tokens in a row that the trace holds for, if it does not for all."""
+    model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    weights: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
 
-@dataclass
-class _Piece:
-    """A region of the marked graph: its nodes in order, and what it reads, binds and gives."""
+@dataclass(frozen=True)
+class _Region:
+    """A region of the marked graph: its nodes in order, and what it reads, binds and computes."""
 
     nodes: list[ir.Node]
     reads: list[ir.Value]
@@ -70,10 +52,13 @@ class _Piece:
     outputs: list[ir.Value]
 
 
-def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozenset[str]) -> Parts:
-    """Cut the trace. `weight_names` are the initializers that come from the checkpoint; all others are constants.
+def cut(
+    trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozenset[str]
+) -> tuple[tuple[PartGraph, ...], list[Use]]:
+    """The distinct parts of the trace, and the model as a chain of uses of them: prologue, blocks, epilogue.
 
-    NotProvenError where stamping is not proven; ExportError where the graph cannot be cut at all.
+    `weight_names` are the initializers that come from the checkpoint; all others are constants. NotProvenError if
+    stamping is not proven; ExportError if the graph cannot be cut at all.
     """
     model = trace.model
     _share(model, stack)
@@ -94,17 +79,23 @@ def cut(trace: Trace, stack: list[Call], kinds: list[int], weight_names: frozens
     assert hidden is not None
     free = {d.value for d in hidden.shape or () if isinstance(d, ir.SymbolicDim)}
     level = _levels(graph, free, _own_weights(stack, weight_names))
-    cutter = _Cutter(level, ends, weight_names, free)
-    blocks = {index: cutter.piece(results[index]) for index in real}
-    epilogue = cutter.piece(list(graph.outputs), through=False)
+    cutter = _Cutter(level, ends, weight_names)
+    blocks = {index: cutter.region(results[index]) for index in real}
+    epilogue = cutter.region(list(graph.outputs), through=False)
     names.setdefault(hidden, "hidden.0")
-    shared = [v for piece in (*blocks.values(), epilogue) for v in piece.reads if v not in ends]
+    shared = [v for region in (*blocks.values(), epilogue) for v in region.reads if v not in ends]
     for value in shared:
         names.setdefault(value, f"shared.{sum(n.startswith('shared.') for n in names.values())}")
     inputs = set(graph.inputs)
     prologue = cutter.prologue([v for v in dict.fromkeys(shared) if v not in inputs])
     _check_chain(blocks, ends, stack)
-    return _assemble(trace, stack, kinds, prologue, blocks, epilogue, names)
+    parts = _Parts(model, names)
+    uses = [
+        parts.use(prologue, "prologue"),
+        *_block_uses(parts, stack, kinds, blocks),
+        parts.use(epilogue, "epilogue", writes=[str(value.name) for value in graph.outputs]),
+    ]
+    return tuple(parts.parts.values()), uses
 
 
 def _share(model: ir.Model, stack: list[Call]) -> None:
@@ -164,68 +155,56 @@ def _levels(graph: ir.Graph, free: set[str | None], own_weights: frozenset[str])
 
 
 class _Cutter:
-    """Collects the region of the graph that gives wanted values."""
+    """Collects the region of the graph that computes wanted values."""
 
-    def __init__(self, level: dict[ir.Value, int], ends: set[ir.Value], weights: frozenset[str], free: set[str | None]):
-        self.level, self.ends, self.weight_names, self.free = level, ends, weights, free
+    def __init__(self, level: dict[ir.Value, int], ends: set[ir.Value], weights: frozenset[str]):
+        self.level, self.ends, self.weight_names = level, ends, weights
 
-    def piece(self, outputs: list[ir.Value], through: bool = True) -> _Piece:
-        """A block or the epilogue: stops at the blocks before it and at shared values. `through` is False where an
-        output may itself be a block's result (an epilogue that does nothing)."""
-        nodes: dict[ir.Node, None] = {}
-        reads: dict[ir.Value, None] = {}
-        weights: dict[ir.Value, None] = {}
+    def region(self, outputs: list[ir.Value], through: bool = True) -> _Region:
+        """A block or the epilogue: stops at the blocks before it and at shared values. `through` is False if an output
+        may itself be a block's result (an epilogue that does nothing)."""
 
-        def visit(value: ir.Value, top: bool = False) -> None:
-            node = value.producer()
-            if not top and value in self.ends:
-                reads[value] = None
-            elif node is None:
-                if value.is_initializer():
-                    if value.name in self.weight_names:
-                        weights[value] = None
-                else:
-                    reads[value] = None
-            elif self.level[value] == SHARED and value.dtype is not None and value.shape is not None:
-                reads[value] = None
-            elif node not in nodes:
-                if self.level[value] != SIZES or size_read(node) is None:
-                    for source in node.inputs:
-                        if source is not None:
-                            visit(source)
-                nodes[node] = None
+        def is_read(value: ir.Value) -> bool:
+            if value in self.ends:
+                return not (through and value in wanted)
+            return self.level[value] == SHARED and value.dtype is not None and value.shape is not None
 
-        for value in outputs:
-            visit(value, top=through)
-        return _Piece(list(nodes), list(reads), list(weights), outputs)
+        wanted = set(outputs)
+        return self._collect(outputs, is_read, sizes=True)
 
-    def prologue(self, outputs: list[ir.Value]) -> _Piece:
+    def prologue(self, outputs: list[ir.Value]) -> _Region:
         """Everything that the shared values need."""
+        return self._collect(outputs, lambda value: False, sizes=False)
+
+    def _collect(self, outputs: list[ir.Value], is_read: Callable[[ir.Value], bool], sizes: bool) -> _Region:
+        """Walk from `outputs` to what `is_read`, to graph inputs and initializers. With `sizes` a node that reads the
+        size of a dimension needs nothing: any tensor of the region will have it."""
         nodes: dict[ir.Node, None] = {}
         reads: dict[ir.Value, None] = {}
         weights: dict[ir.Value, None] = {}
 
         def visit(value: ir.Value) -> None:
             node = value.producer()
-            if node is None:
-                if not value.is_initializer():
-                    reads[value] = None
-                elif value.name in self.weight_names:
+            if value.is_initializer():
+                if value.name in self.weight_names:
                     weights[value] = None
+            elif node is None or is_read(value):
+                reads[value] = None
             elif node not in nodes:
-                for source in node.inputs:
-                    if source is not None:
-                        visit(source)
+                if not (sizes and self.level[value] == SIZES and size_read(node) is not None):
+                    for source in node.inputs:
+                        if source is not None:
+                            visit(source)
                 nodes[node] = None
 
         for value in outputs:
             visit(value)
-        return _Piece(list(nodes), list(reads), list(weights), outputs)
+        return _Region(list(nodes), list(reads), list(weights), outputs)
 
 
-def _check_chain(blocks: dict[int, _Piece], ends: set[ir.Value], stack: list[Call]) -> None:
-    for index, piece in blocks.items():
-        if index and not any(value in ends for value in piece.reads):
+def _check_chain(blocks: dict[int, _Region], ends: set[ir.Value], stack: list[Call]) -> None:
+    for index, region in blocks.items():
+        if index and not any(value in ends for value in region.reads):
             raise ExportError(
                 f"block {index} ({stack[index].module}) does not depend on the blocks before it; looked for a "
                 "hidden state that runs through all blocks and did not find one"
@@ -239,9 +218,9 @@ def _spec(value: ir.Value, name: str) -> TensorSpec:
     return TensorSpec(name=name, dtype=np.dtype(value.dtype.numpy()).name, shape=shape)
 
 
-def _canonical(piece: _Piece, local: Mapping[ir.Value, str]) -> str:
-    """A digest that is equal for two pieces exactly when their graphs are the same but for the names of values."""
-    numbers: dict[ir.Value, str] = {value: f"read{i}" for i, value in enumerate(piece.reads)}
+def _canonical(region: _Region, local: Mapping[ir.Value, str]) -> str:
+    """A digest that is equal for two regions exactly when their graphs are the same but for the names of values."""
+    numbers: dict[ir.Value, str] = {value: f"read{i}" for i, value in enumerate(region.reads)}
     lines = []
 
     def name(value: ir.Value | None) -> str:
@@ -257,7 +236,7 @@ def _canonical(piece: _Piece, local: Mapping[ir.Value, str]) -> str:
             )
         return "constant " + _constant(value.const_value)
 
-    for count, node in enumerate(piece.nodes):
+    for count, node in enumerate(region.nodes):
         attributes = []
         for key in sorted(node.attributes):
             attribute = node.attributes[key]
@@ -270,8 +249,8 @@ def _canonical(piece: _Piece, local: Mapping[ir.Value, str]) -> str:
         lines.append(f"{node.domain}:{node.op_type}({', '.join(inputs)}){attributes}")
         for i, value in enumerate(node.outputs):
             numbers[value] = f"node{count}.{i}"
-    lines.append(str([numbers[v] for v in piece.outputs]))
-    lines.append(str([(str(v.dtype), str(v.shape)) for v in piece.reads]))
+    lines.append(str([numbers[v] for v in region.outputs]))
+    lines.append(str([(str(v.dtype), str(v.shape)) for v in region.reads]))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -279,84 +258,76 @@ def _constant(tensor: ir.TensorProtocol) -> str:
     return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.sha256(tensor.tobytes()).hexdigest()}"
 
 
-def _local_weights(piece: _Piece, module: str) -> dict[ir.Value, str]:
-    """Names of a piece's weights, relative to its module where they lie in it."""
+def _local_weights(region: _Region, module: str) -> dict[ir.Value, str]:
+    """Names of a region's weights, relative to its module where they lie in it."""
     prefix = module + "."
     return {
         v: str(v.name).removeprefix(prefix) if str(v.name).startswith(prefix) else "/" + str(v.name)
-        for v in piece.weights
+        for v in region.weights
     }
 
 
-def _assemble(
-    trace: Trace,
-    stack: list[Call],
-    kinds: list[int],
-    prologue: _Piece,
-    blocks: dict[int, _Piece],
-    epilogue: _Piece,
-    names: dict[ir.Value, str],
-) -> Parts:
-    result = Parts()
-    output_names = [str(v.name) for v in trace.model.graph.outputs]
-    known: dict[str, int] = {}
+class _Parts:
+    """Collects the distinct part graphs. `names` are the whole model's names of the values that cross cuts."""
 
-    def add(piece: _Piece, module: str, label: str) -> tuple[int, dict[ir.Value, str], str]:
-        local = _local_weights(piece, module)
-        digest = _canonical(piece, local)
-        if digest not in known:
-            known[digest] = len(result.parts)
-            result.parts.append(_graph(piece, local, label, trace.model))
-            result.inputs.append(tuple(_spec(v, f"in{i}") for i, v in enumerate(piece.reads)))
-            result.outputs.append(tuple(_spec(v, f"out{i}") for i, v in enumerate(piece.outputs)))
-            result.weights.append(tuple(_spec(v, local[v]) for v in piece.weights))
-        return known[digest], local, digest
+    def __init__(self, source: ir.Model, names: Mapping[ir.Value, str]):
+        self.source, self.names = source, names
+        self.parts: dict[str, PartGraph] = {}  # by digest
 
-    def use(
-        piece: _Piece, module: str = "", call: int = 0, label: str = "", writes: list[str] | None = None
-    ) -> tuple[Use, str]:
-        part, local, digest = add(piece, module, label)
+    def use(self, region: _Region, label: str, call: Call | None = None, writes: Sequence[str] = ()) -> Use:
+        """The region as a use of a part, new or known: two uses have one part if their graphs are equal."""
+        local = _local_weights(region, call.module if call else "")
+        digest = _canonical(region, local)
+        if digest not in self.parts:
+            self.parts[digest] = PartGraph(
+                _graph(region, local, label, self.source),
+                inputs=tuple(_spec(v, f"in{i}") for i, v in enumerate(region.reads)),
+                weights=tuple(_spec(v, local[v]) for v in region.weights),
+                outputs=tuple(_spec(v, f"out{i}") for i, v in enumerate(region.outputs)),
+            )
         return Use(
-            part=part,
-            reads={f"in{i}": names[v] for i, v in enumerate(piece.reads)},
-            writes={f"out{i}": name for i, name in enumerate(writes or [names[v] for v in piece.outputs])},
-            weights={local[v]: str(v.name) for v in piece.weights},
-            module=module,
-            call=call,
-        ), digest
-
-    result.uses.append(use(prologue, label="prologue")[0])
-    made: dict[int, tuple[Use, str]] = {}
-    for index in sorted(blocks):
-        made[index] = use(blocks[index], stack[index].module, stack[index].count, f"block-{index}")
-        first, digest = made[kinds[index]]
-        if len(blocks) < len(stack) and (
-            made[index][1] != digest or _wiring(made[index][0], index) != _wiring(first, kinds[index])
-        ):
-            raise NotProvenError(f"blocks {kinds[index]} and {index} look alike but their graphs differ")
-    for index, call in enumerate(stack):
-        result.uses.append(
-            made[index][0]
-            if index in made
-            else _stamp(made[kinds[index]][0], stack[kinds[index]], call, kinds[index], index)
+            part=list(self.parts).index(digest),
+            reads={f"in{i}": self.names[v] for i, v in enumerate(region.reads)},
+            writes={f"out{i}": name for i, name in enumerate(writes or [self.names[v] for v in region.outputs])},
+            weights={local[v]: str(v.name) for v in region.weights},
+            module=call.module if call else "",
+            call=call.count if call else 0,
         )
-    result.uses.append(use(epilogue, label="epilogue", writes=output_names)[0])
-    if len(blocks) < len(stack):
-        _thread_hidden(result, blocks, stack)
-    return result
 
 
-def _wiring(use: Use, index: int) -> dict[str, str]:
-    """What a block reads, with its place in the chain taken out."""
-    return {k: "hidden" if v.startswith("hidden.") else v for k, v in use.reads.items()}
+def _block_uses(parts: _Parts, stack: list[Call], kinds: list[int], blocks: Mapping[int, _Region]) -> list[Use]:
+    """A use for each block: of those in `blocks` their own, of the others that of the first block of their kind.
+
+    NotProvenError if blocks were left out and two traced ones of a kind differ.
+    """
+    traced = {index: parts.use(region, f"block-{index}", stack[index]) for index, region in sorted(blocks.items())}
+    if len(traced) == len(stack):
+        return list(traced.values())
+    for index, use in traced.items():
+        first = traced[kinds[index]]
+        if (use.part, _led(use, 0).reads) != (first.part, _led(first, 0).reads):
+            raise NotProvenError(f"blocks {kinds[index]} and {index} look alike but their graphs differ")
+    # The hidden state skipped the blocks that were left out; lead it through every block in order.
+    uses = []
+    for index, call in enumerate(stack):
+        first = kinds[index]
+        use = traced[index] if index in traced else _stamped(traced[first], stack[first].module, call, index)
+        uses.append(_led(use, index))
+    return uses
 
 
-def _stamp(use: Use, first: Call, call: Call, first_index: int, index: int) -> Use:
-    """The use of block `first` moved to block `call`."""
-    prefix = first.module + "."
+def _led(use: Use, index: int) -> Use:
+    """The use, reading the hidden state that block `index` reads."""
+    reads = {k: f"hidden.{index}" if v.startswith("hidden.") else v for k, v in use.reads.items()}
+    return use.model_copy(update={"reads": reads})
+
+
+def _stamped(use: Use, module: str, call: Call, index: int) -> Use:
+    """The use of a block in `module` moved to block `index`, which is `call`."""
+    prefix = module + "."
     return Use(
         part=use.part,
-        reads={k: f"hidden.{index}" if v.startswith("hidden.") else v for k, v in use.reads.items()},
+        reads=use.reads,
         writes=dict.fromkeys(use.writes, f"hidden.{index + 1}"),
         weights={
             k: call.module + "." + v.removeprefix(prefix) if v.startswith(prefix) else v for k, v in use.weights.items()
@@ -366,31 +337,22 @@ def _stamp(use: Use, first: Call, call: Call, first_index: int, index: int) -> U
     )
 
 
-def _thread_hidden(result: Parts, blocks: dict[int, _Piece], stack: list[Call]) -> None:
-    """In a trace with blocks left out, the hidden state skipped them; lead it through every block in order."""
-    for index in range(len(stack)):
-        use = result.uses[index + 1]
-        result.uses[index + 1] = use.model_copy(
-            update={"reads": {k: f"hidden.{index}" if v.startswith("hidden.") else v for k, v in use.reads.items()}}
-        )
-
-
-def _graph(piece: _Piece, local: Mapping[ir.Value, str], label: str, source: ir.Model) -> ir.Model:
-    """A piece as a model of its own: inputs in0, in1, ..., then its weights under their local names."""
+def _graph(region: _Region, local: Mapping[ir.Value, str], label: str, source: ir.Model) -> ir.Model:
+    """A region as a model of its own: inputs in0, in1, ..., then its weights under their local names."""
     new: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
-    for i, value in enumerate(piece.reads):
+    for i, value in enumerate(region.reads):
         new[value] = _border(value, f"in{i}")
         inputs.append(new[value])
-    for value in piece.weights:
+    for value in region.weights:
         new[value] = _border(value, local[value])
         inputs.append(new[value])
     constants: list[ir.Value] = []
     nodes = []
-    for node in piece.nodes:
+    for node in region.nodes:
         size = size_read(node)
         if size is not None and node.inputs[0] not in new:
-            nodes.append(_size_of(node, size, piece.reads, new))
+            nodes.append(_size_of(node, size, region.reads, new))
             continue
         mapped: list[ir.Value | None] = []
         for read in node.inputs:
@@ -410,7 +372,7 @@ def _graph(piece: _Piece, local: Mapping[ir.Value, str], label: str, source: ir.
             new[old] = value
         nodes.append(copy)
     outputs = []
-    for i, value in enumerate(piece.outputs):
+    for i, value in enumerate(region.outputs):
         end = ir.node("Identity", [new[value]])
         end.outputs[0].name, end.outputs[0].type, end.outputs[0].shape = f"out{i}", value.type, value.shape
         nodes.append(end)
@@ -427,7 +389,7 @@ def _border(value: ir.Value, name: str) -> ir.Value:
 
 
 def _size_of(node: ir.Node, size: str, reads: list[ir.Value], new: dict[ir.Value, ir.Value]) -> ir.Node:
-    """A Shape node that reads the same size from a tensor that the piece has."""
+    """A Shape node that reads the same size from a tensor that the region has."""
     for value in reads:
         for axis, dimension in enumerate(value.shape or ()):
             if isinstance(dimension, ir.SymbolicDim) and dimension.value == size:

@@ -1,30 +1,18 @@
-"""Exporting: from a checkpoint to a bundle. Trace, cut, place the weights, stitch the stages, write the manifest."""
+"""Exporting a checkpoint to a bundle: trace the model, write its parts, place the weights, stitch the stages."""
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from stageline.exporter import cached, gguf, skeleton
-from stageline.exporter.apart import NotApartError, check_apart
-from stageline.exporter.blocks import Call, kinds, stampable, watch
-from stageline.exporter.cut import NotProvenError, Parts, cut
-from stageline.exporter.fuse import fuse_norms
-from stageline.exporter.trace import (
-    ATTENTION,
-    OPSET,
-    NotFusedError,
-    first_line,
-    representatives,
-    trace,
-    watched_attention,
-)
-from stageline.exporter.weights import Weights, find, majority_dtype, place
+from stageline.exporter import gguf, skeleton
+from stageline.exporter.cut import PartGraph
+from stageline.exporter.trace import OPSET
+from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
+from stageline.exporter.weights import majority_dtype, place
 from stageline.models.checkpoint import Checkpoint, read_json_object
 from stageline.models.errors import ExportError
 from stageline.models.new_folder import new_folder
@@ -33,36 +21,10 @@ from stageline.models.sentence import SentencePooling, pooling
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of
-from stageline.runtime.bundle.manifest import VERSION, CacheSpec, FileEntry, Manifest, Part, TensorSpec, TextSettings
-from stageline.runtime.bundle.recut import check_stages, plan_stages, write_stages
+from stageline.runtime.bundle.manifest import FileEntry, Manifest, Part, TensorSpec, TextSettings, UncutManifest
+from stageline.runtime.bundle.recut import plan_stages, write_stages
 
-Dtype = Literal["float32", "float16", "bfloat16"]
 _NAMES_A_LIMIT = 1_000_000  # tokenizers without a limit state a huge one
-
-
-@dataclass(frozen=True)
-class TracedModel:
-    """What one trace of a model yields, before any weight is placed."""
-
-    model: Any
-    inputs: tuple[skeleton.Input, ...]
-    outputs: tuple[str, ...]
-    cut: Parts
-    how: str
-    weights: Weights
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What is traced, and for what."""
-
-    checkpoint: Checkpoint
-    config: Any
-    task: str
-    dtype: Dtype
-    head: SentencePooling | None
-    stages: int | Sequence[int]
-    progress: Callable[[str], None]
 
 
 def export(
@@ -76,172 +38,60 @@ def export(
 ) -> Bundle:
     """Export the checkpoint at `path` to a new bundle folder.
 
-    `stages` is how many, or how many blocks each; `dtype` is the checkpoint's own unless given; `task` is the one the
-    checkpoint was saved for unless given. `progress` is told each step as it begins. The bundle appears complete or not
-    at all. StagelineError where it cannot be done.
+    `stages` is how many, or how many blocks each has. Default for `dtype`: the checkpoint's own; for `task`: the one
+    that the checkpoint was saved for. `progress` is called with the name of each step when it begins. The bundle
+    appears complete or not at all. StagelineError if it cannot be made.
     """
     progress("reading the checkpoint")
-    checkpoint = Checkpoint.open(Path(path))
-    head = pooling(checkpoint) if checkpoint.kind == "safetensors" else None
-    values = gguf.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config
-    config = skeleton.config_of(values)
-    task = task or skeleton.task_of(config, head)
-    head = head if task == "sentence-similarity" else None
-    if task == "sentence-similarity" and head is None:
-        raise ExportError(
-            f"{path} says nothing of how to pool a sentence (no modules.json); use --task feature-extraction"
-        )
-    chosen: Dtype = dtype or majority_dtype(checkpoint)  # type: ignore[assignment]
-    with new_folder(Path(bundle)) as folder:
-        progress("tracing")
-        traced = _trace_parts(_Wanted(checkpoint, config, task, chosen, head, stages, progress))
-        _write_parts(folder, traced.cut)
-        progress("placing weights")
-        files = place(traced.weights, traced.model, config, chosen, folder)
-        progress("stitching stages")
-        manifest = _manifest(checkpoint, config, task, chosen, traced, folder, files, head)
-        tensors = _tensors(folder, manifest)
-        parts = [ir.load(folder / part.file) for part in manifest.parts]
-        written, entries = write_stages(folder, manifest, tensors, parts, plan_stages(manifest, parts, stages))
-        manifest = manifest.model_copy(update={"stages": tuple(written), "files": (*manifest.files, *entries)})
-        write_manifest(folder, manifest)
+    wanted = _wanted(Path(path), stages, dtype, task, progress)
     target = Path(bundle)
+    with new_folder(target) as folder:
+        progress("tracing")
+        traced = trace_model(wanted)
+        parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.traced.parts))
+        progress("placing weights")
+        weights = place(traced.weights, traced.task.model, wanted.config, wanted.dtype, folder)
+        progress("stitching stages")
+        uncut = _manifest(wanted, traced, folder, parts, weights)
+        manifest = _stitch(folder, uncut, stages)
+        write_manifest(folder, manifest)
     return Bundle(target, manifest, _tensors(target, manifest))
 
 
-def _trace_parts(wanted: _Wanted) -> TracedModel:
-    """Trace and cut: with a KV cache if it generates text, with fused attention if the model allows it, stamping blocks
-    if that is proven."""
-    why = ""
-    if wanted.task == "text-generation":
-        try:
-            return _trace_cached(wanted)
-        except (cached.NotCachedError, ExportError) as error:  # what is wrong without a cache as well is told below
-            why = f"; no KV cache, since {error}"
-            wanted.progress(f"tracing without a KV cache ({error})")
-    try:
-        traced = _trace(wanted, ATTENTION)
-    except (NotFusedError, KeyError, skeleton.AttentionError):
-        # softcaps, sinks, or a table of attention classes of its own: the primitive operators are always right
-        traced = _trace(wanted, "eager")
-    return replace(traced, how=traced.how + why)
-
-
-def _trace_cached(wanted: _Wanted) -> TracedModel:
-    try:
-        return _trace(wanted, cached.ATTENTION)
-    except NotApartError:
-        raise
-    except (cached.NotCachedError, KeyError, skeleton.AttentionError):
-        with cached.torch_attention():
-            try:
-                return _trace(wanted, "sdpa")
-            except (KeyError, skeleton.AttentionError) as error:
-                raise cached.NotCachedError("it computes attention itself") from error
-
-
-def _trace(wanted: _Wanted, attention: str) -> TracedModel:
-    torch_dtype = getattr(torch, wanted.dtype)
-    model = skeleton.build(wanted.config, wanted.task, torch_dtype, attention)
-    weights = find(wanted.checkpoint, model)
-    mode = skeleton.fake_mode()
-    skeleton.fake_weights(model, mode, weights.names)
-    wrapped: skeleton.Task | cached.CachedTask
-    if attention in (cached.ATTENTION, "sdpa"):
-        wrapped = cached.CachedTask(model).eval()
-        inputs = wrapped.inputs
-    else:
-        inputs = skeleton.inputs_of(model, torch_dtype)
-        wrapped = skeleton.Task(model, inputs, skeleton.outputs_of(wanted.task), wanted.head).eval()
-    outputs = wrapped.output_names
-
-    def samples() -> tuple[torch.Tensor, ...]:
-        with mode:
-            return tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in inputs)
-
-    try:
-        with mode, torch.no_grad(), watched_attention() as callers:
-            if isinstance(wrapped, cached.CachedTask):
-                cached.check_masks(wrapped, samples())
-            stack = watch(wrapped, samples())
-        if attention == ATTENTION and not callers:
-            # The model computes attention itself, so it wants the mask that goes with that: a bias, no truth table.
-            raise NotFusedError("attention of its own")
-    except (NotFusedError, cached.NotCachedError, ExportError, KeyError):
-        raise
-    except Exception as error:
+def _wanted(
+    path: Path, stages: int | Sequence[int], dtype: Dtype | None, task: str | None, progress: Callable[[str], None]
+) -> Wanted:
+    """What to trace, with the choices that the checkpoint makes if the caller does not."""
+    checkpoint = Checkpoint.open(path)
+    head = pooling(checkpoint) if checkpoint.kind == "safetensors" else None
+    config = skeleton.config_of(gguf.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config)
+    task = task or skeleton.task_of(config, head)
+    if task == "sentence-similarity" and head is None:
         raise ExportError(
-            f"{type(model).__name__} cannot be run on {', '.join(i.name for i in inputs)} alone: {first_line(error)}"
-        ) from error
-    check_stages(len(stack), wanted.stages)  # before what takes time
-    kind = kinds(stack)
-    reason = stampable(stack)
-    real = representatives(kind) if reason is None else frozenset(range(len(stack)))
-    if reason is None and len(real) < len(stack):
-        try:
-            result = _cut(wrapped, inputs, samples(), stack, kind, real, weights)
-            how = f"stamped: {len(stack)} blocks from {len(set(kind))} kinds, proven on {len(real)} traced blocks"
-            return TracedModel(model, inputs, outputs, _renamed(result, weights), how, weights)
-        except NotProvenError as error:
-            reason = str(error)
-    if reason is not None:
-        wanted.progress(f"tracing all {len(stack)} blocks ({reason})")
-    result = _cut(wrapped, inputs, samples(), stack, kind, frozenset(range(len(stack))), weights)
-    how = f"full: all {len(stack)} blocks traced" + (f", since {reason}" if reason else "")
-    return TracedModel(model, inputs, outputs, _renamed(result, weights), how, weights)
-
-
-def _cut(
-    wrapped: skeleton.Task | cached.CachedTask,
-    inputs: tuple[skeleton.Input, ...],
-    samples: tuple[torch.Tensor, ...],
-    stack: list[Call],
-    kind: list[int],
-    real: frozenset[int],
-    weights: Weights,
-) -> Parts:
-    traced = trace(wrapped, inputs, samples, stack, kind, real)
-    if isinstance(wrapped, cached.CachedTask):
-        check_apart(traced.model.graph)
-    names = frozenset("model." + name for name in weights.names)
-    result = cut(traced, stack, kind, names)
-    result.longest = traced.longest
-    for part in result.parts:
-        fuse_norms(part)
-    return result
-
-
-def _renamed(result: Parts, weights: Weights) -> Parts:
-    """The cut with its uses bound to the names of the weight files' tensors and of the model's modules."""
-    source = {"model." + name: tensor for name, tensor in weights.names.items()}
-    result.uses = [
-        use.model_copy(
-            update={
-                "weights": {local: source[name] for local, name in use.weights.items()},
-                "module": use.module.removeprefix("model."),
-            }
+            f"{path} does not state how to pool a sentence (it has no modules.json); use --task feature-extraction"
         )
-        for use in result.uses
-    ]
-    return result
+    chosen: Dtype = dtype or majority_dtype(checkpoint)  # type: ignore[assignment]
+    return Wanted(checkpoint, config, task, chosen, head if task == "sentence-similarity" else None, stages, progress)
 
 
-def _write_parts(folder: Path, result: Parts) -> None:
-    (folder / "parts").mkdir()
-    for index, part in enumerate(result.parts):
-        ir.save(part, folder / _part_file(index, part))
+def _write_part(folder: Path, number: int, part: PartGraph) -> Part:
+    """Write the graph of part `number`, and return what the manifest says of it."""
+    file = f"parts/{number}-{part.model.graph.name}.onnx"
+    (folder / "parts").mkdir(exist_ok=True)
+    ir.save(part.model, folder / file)
+    nodes = [node for node in part.model.graph if node.op_type == CACHE_ATTENTION]
+    caches = tuple(cache_of(node, str(count)) for count, node in enumerate(nodes))
+    return Part(file=file, inputs=part.inputs, outputs=part.outputs, weights=part.weights, caches=caches)
 
 
-def _caches(part: ir.Model) -> tuple[CacheSpec, ...]:
-    nodes = [node for node in part.graph if node.op_type == CACHE_ATTENTION]
-    return tuple(cache_of(node, str(number)) for number, node in enumerate(nodes))
+def _stitch(folder: Path, uncut: UncutManifest, stages: int | Sequence[int]) -> Manifest:
+    """Write the stages, from the parts as any later re-cut will read them."""
+    parts = [ir.load(folder / part.file) for part in uncut.parts]
+    written, entries = write_stages(folder, uncut, _tensors(folder, uncut), parts, plan_stages(uncut, parts, stages))
+    return Manifest(**{**dict(uncut), "stages": tuple(written), "files": (*uncut.files, *entries)})
 
 
-def _part_file(index: int, part: ir.Model) -> str:
-    return f"parts/{index}-{part.graph.name}.onnx"
-
-
-def _tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
+def _tensors(folder: Path, manifest: UncutManifest) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     for name in manifest.weight_files:
         tensors.update(read_header(folder / name))
@@ -249,55 +99,38 @@ def _tensors(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
 
 
 def _manifest(
-    checkpoint: Checkpoint,
-    config: Any,
-    task: str,
-    dtype: Dtype,
-    traced: TracedModel,
-    folder: Path,
-    weight_files: list[FileEntry],
-    head: SentencePooling | None,
-) -> Manifest:
-    """The manifest without its stages, which are stitched from it."""
-    result = traced.cut
-    parts = tuple(
-        Part(
-            file=_part_file(i, model),
-            inputs=result.inputs[i],
-            outputs=result.outputs[i],
-            weights=result.weights[i],
-            caches=_caches(model),
-        )
-        for i, model in enumerate(result.parts)
-    )
-    last = result.uses[-1]
-    final = {last.writes[spec.name]: spec for spec in result.outputs[last.part]}
-    places = [skeleton.max_positions(traced.model), None if any(p.caches for p in parts) else result.longest]
+    wanted: Wanted, traced: TracedModel, folder: Path, parts: tuple[Part, ...], weights: list[FileEntry]
+) -> UncutManifest:
+    config, model = wanted.config, traced.traced
+    last = model.uses[-1]
+    final = {last.writes[spec.name]: spec for spec in parts[last.part].outputs}
+    places = [skeleton.max_positions(traced.task.model), None if any(p.caches for p in parts) else model.longest]
     max_positions = min((limit for limit in places if limit is not None), default=None)
-    text, extra = _copy_tokenizer(checkpoint, config, folder, max_positions, head)
+    text, extra = _copy_tokenizer(wanted.checkpoint, config, folder, max_positions, wanted.pooling)
     names = getattr(config, "id2label", None) or {}
-    classifies = task in ("text-classification", "token-classification", "image-classification")
-    return Manifest.model_construct(
-        format="stageline-bundle",
-        version=VERSION,
-        task=task,
+    classifies = wanted.task in ("text-classification", "token-classification", "image-classification")
+    return UncutManifest(
+        task=wanted.task,
         architecture=config.model_type,
-        dtype=dtype,
+        dtype=wanted.dtype,
         opset=OPSET,
         inputs=tuple(
-            TensorSpec(name=i.name, dtype=str(i.dtype).removeprefix("torch."), shape=i.shape) for i in traced.inputs
+            TensorSpec(name=i.name, dtype=str(i.dtype).removeprefix("torch."), shape=i.shape)
+            for i in traced.task.inputs
         ),
-        outputs=tuple(final[name].model_copy(update={"name": name}) for name in traced.outputs),
+        outputs=tuple(final[name].model_copy(update={"name": name}) for name in traced.task.output_names),
         vocabulary=getattr(config, "vocab_size", None),
         max_positions=max_positions,
         text=text,
         parts=parts,
-        uses=tuple(result.uses),
-        stages=(),
+        uses=model.uses,
         labels=tuple(str(names[i]) for i in sorted(names)) if classifies and names else None,
-        weight_files=tuple(entry.path for entry in weight_files),
-        files=(*(file_entry(folder, part.file) for part in parts), *weight_files, *extra),
-        trace=traced.how,
+        weight_files=tuple(entry.path for entry in weights),
+        files=(*(file_entry(folder, part.file) for part in parts), *weights, *extra),
+        trace=model.how,
+        attention=traced.attention,
+        refused=traced.refused,
+        no_cache_reason=traced.no_cache_reason,
         made_by={name: version(name) for name in ("stageline", "torch", "transformers", "onnxscript", "onnx-ir")},
     )
 
@@ -305,7 +138,7 @@ def _manifest(
 def _copy_tokenizer(
     checkpoint: Checkpoint, config: Any, folder: Path, max_positions: int | None, head: SentencePooling | None
 ) -> tuple[TextSettings | None, list[FileEntry]]:
-    """Bring the tokenizer and the small files beside it into the bundle, and say how text becomes tensors."""
+    """Copy the tokenizer and the small files beside it into the bundle, and return how text becomes tensors."""
     target = folder / "tokenizer"
     target.mkdir()
     if checkpoint.kind == "gguf":

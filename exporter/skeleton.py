@@ -5,7 +5,8 @@ size costs kilobytes. Buffers stay real, because some (rotary frequencies) are c
 """
 
 import inspect
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,12 @@ TASKS: dict[str, tuple[str, Any]] = {
 SAMPLES = {"batch": 3, "length": 7, "picks": 5}  # unlike any usual width, so that none is taken for a constant
 
 
-class AttentionError(Exception):
-    """The model does not take the attention function it was asked to use."""
+class RefusedError(Exception):
+    """The model does not allow this way to trace its attention (stageline.exporter.attention); the message says why."""
+
+
+class NoCacheError(RefusedError):
+    """The model does not allow any way with a KV cache."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Task(torch.nn.Module):
     ):
         super().__init__()
         self.model = model
+        self.inputs = inputs
         self.input_names = tuple(i.name for i in inputs)
         self.output_names = outputs
         self.pooling = pooling
@@ -155,20 +161,33 @@ def _class_of(config: Any, task: str) -> Any:
     return factory.from_config
 
 
+@contextmanager
+def no_such_attention(name: str) -> Iterator[None]:
+    """Around calls into transformers: a model that looks up `name` in a table of its own, in vain, raises RefusedError.
+    Any other KeyError is a bug, and stays one."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (name,):
+            raise
+        raise RefusedError("it computes attention itself") from error
+
+
 def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
-    """The transformers model for a task, parameters on meta, in evaluation mode."""
+    """The transformers model for a task, parameters on meta, in evaluation mode. RefusedError if it cannot have this
+    attention."""
     if task not in TASKS:
         raise ExportError(f"task {task!r} is not known; known: {', '.join(TASKS)}")
     config.use_cache = False
     config._attn_implementation_internal = None  # a config built with before still holds its choice
     try:
-        with accelerate.init_empty_weights(include_buffers=False):
+        with accelerate.init_empty_weights(include_buffers=False), no_such_attention(attention):
             model = _class_of(config, task)(config, dtype=dtype, attn_implementation=attention)
             model.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on the router's choice
     except ValueError as error:
         first = " ".join(str(error).split())[:200]
         if attention != "eager" and "attention" in first.lower():
-            raise AttentionError(first) from error
+            raise RefusedError("it computes attention itself") from error
         raise ExportError(
             f"model_type {config.model_type!r} has no model for task {task!r} ({first}); choose another --task"
         ) from error

@@ -15,18 +15,13 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 from stageline.exporter.blocks import Call
-from stageline.exporter.cached import HARMLESS, CachedTask, NotCachedError
-from stageline.exporter.skeleton import Input, Task
+from stageline.exporter.cache_task import CacheTask
+from stageline.exporter.skeleton import Input, RefusedError, Task
 from stageline.models.errors import ExportError
 from torch.utils import _pytree
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 OPSET = 23
 MARK = ("stageline", "Mark")
-ATTENTION = "stageline"
-# Masks carry windows already, and what else is among these is read by `attention` itself.
-_HARMLESS = HARMLESS | {"sliding_window", "head_mask", "softcap", "scaling"}
 
 
 def first_line(error: BaseException) -> str:
@@ -35,60 +30,6 @@ def first_line(error: BaseException) -> str:
         error = error.__cause__
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {line[:300]}"
-
-
-class NotFusedError(Exception):
-    """Attention of this model asks for more than the Attention operator gives; trace it in primitive operators."""
-
-
-def attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """One ONNX Attention operator (opset 23): query [batch, heads, length, size], key and value with as many or fewer
-    heads. NotFusedError where the model asks for sinks, soft caps or biases."""
-    unknown = {k for k, v in options.items() if k not in _HARMLESS and v is not None and v is not False}
-    if unknown or options.get("softcap") is not None:
-        raise NotFusedError(", ".join(sorted(unknown)) or "softcap")
-    causal = options.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    if attention_mask is not None and attention_mask.shape[-1] != key.shape[-2]:
-        attention_mask = attention_mask[..., : key.shape[-2]]
-    if attention_mask is not None:  # ONNX Runtime broadcasts batch and heads, not the queries
-        attention_mask = attention_mask.expand(*attention_mask.shape[:-2], query.shape[-2], -1)
-    result = torch.onnx.ops.attention(
-        query,
-        key,
-        value,
-        attention_mask,
-        scale=options.get("scaling"),
-        is_causal=attention_mask is None and causal,
-    )
-    return result[0].transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-@contextlib.contextmanager
-def watched_attention() -> Iterator[list[torch.nn.Module]]:
-    """The modules that call `attention` meanwhile."""
-    callers: list[torch.nn.Module] = []
-
-    def watched(module: torch.nn.Module, *tensors: Any, **options: Any) -> tuple[torch.Tensor, None]:
-        callers.append(module)
-        return attention(module, *tensors, **options)
-
-    AttentionInterface.register(ATTENTION, watched)
-    try:
-        yield callers
-    finally:
-        AttentionInterface.register(ATTENTION, attention)
 
 
 @dataclass(frozen=True)
@@ -164,8 +105,7 @@ def representatives(kinds: list[int]) -> frozenset[int]:
 
 
 def trace(
-    task: Task | CachedTask,
-    inputs: tuple[Input, ...],
+    task: Task | CacheTask,
     samples: tuple[torch.Tensor, ...],
     stack: list[Call],
     kinds: list[int],
@@ -174,25 +114,25 @@ def trace(
     """Trace `task` with blocks marked; those not in `real` are stood in for by their input."""
     free = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in inputs
+        for spec in task.inputs
     )
     with _quiet(), _Marks(stack, kinds, real), torch.no_grad():
         try:
             program = torch.export.export(task, samples, dynamic_shapes=(free,), strict=False)
             exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
-        except (NotFusedError, NotCachedError):
+        except RefusedError:
             raise
         except Exception as error:
             raise ExportError(f"{type(task.model).__name__} cannot be traced: {first_line(error)}") from error
     assert exported is not None
     model = exported.model
-    name_borders(model, inputs, task.output_names)
+    name_borders(model, task.inputs, task.output_names)
     for initializer in model.graph.initializers.values():
         if isinstance(getattr(initializer.const_value, "raw", None), torch._subclasses.FakeTensor):
             initializer.const_value = None  # the optimiser must not look at data that is not there
     with _quiet():
         optimizer.optimize_ir(model, num_iterations=2, onnx_shape_inference=False)
-    return Trace(model, real, _longest(program, inputs))
+    return Trace(model, real, _longest(program, task.inputs))
 
 
 def _longest(program: torch.export.ExportedProgram, inputs: tuple[Input, ...]) -> int | None:

@@ -1,11 +1,11 @@
-"""Bringing the checkpoint's weights into a bundle: linked where they are right as they are, else streamed."""
+"""Bringing the checkpoint's weights into a bundle: linked if they need no change, else streamed."""
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 FOLDER = "weights"
+_FLOATING = frozenset({"float32", "float16", "bfloat16"})
 _CHUNK_BYTES = 16 * 1024**2
 
 
@@ -35,7 +36,7 @@ class Weights:
 def find(checkpoint: Checkpoint, model: Any) -> Weights:
     """Match the model's tensors with the checkpoint's, as transformers would load them.
 
-    ExportError where one is missing or of another shape.
+    ExportError if one is missing or has another shape.
     """
     if checkpoint.kind == "gguf":
         found = gguf.tensor_names(checkpoint, model)
@@ -89,58 +90,100 @@ def majority_dtype(checkpoint: Checkpoint) -> str:
     sizes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
         sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
-    floating = {dtype: size for dtype, size in sizes.items() if dtype in ("float32", "float16", "bfloat16")}
-    return (
-        max(floating, key=lambda dtype: floating[dtype]) if floating and checkpoint.kind == "safetensors" else "float32"
-    )
+    floating = {dtype: size for dtype, size in sizes.items() if dtype in _FLOATING}
+    return max(floating, key=floating.__getitem__) if floating and checkpoint.kind == "safetensors" else "float32"
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What to write, and where: every floating tensor with `dtype`, into the folder `target`."""
+
+    weights: Weights
+    model: Any
+    config: Any
+    dtype: str
+    target: Path
+
+    def write(self, tensors: list[tuple[str, str, tuple[int, ...]]], data: Callable[[str], Iterable[Any]]) -> FileEntry:
+        """Write one file of `tensors` (name, dtype, shape), whose `data` are asked for one by one."""
+        file = self.target / "model.safetensors"
+        return _entry(file, write_streaming(file, tensors, data))
 
 
 def place(weights: Weights, model: Any, config: Any, dtype: str, folder: Path) -> list[FileEntry]:
-    """Put the weights into `folder`/weights with `dtype` for every floating tensor, and return the files' entries."""
+    """Put the weights into `folder`/weights with `dtype` for every floating tensor, and return the files' entries.
+
+    Links keep the few tensors that have another dtype: the stages cast them.
+    """
     target = folder / FOLDER
     target.mkdir()
+    return _WAYS[_way(weights, dtype)](_Order(weights, model, config, dtype, target))
+
+
+def _way(weights: Weights, dtype: str) -> Literal["link", "convert", "dequantise", "materialise"]:
     checkpoint = weights.checkpoint
     if weights.converted:
-        return [_materialise(checkpoint, type(model), config, dtype, target / "model.safetensors")]
+        return "materialise"
     if checkpoint.kind == "gguf":
-        tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        shapes = {weights.names[n]: tuple(tensor.shape) for n, tensor in tensors.items() if n in weights.names}
-        read = gguf.reader(checkpoint, model)
-        sha = write_streaming(
-            target / "model.safetensors",
-            [(name, dtype, shape) for name, shape in shapes.items()],
-            lambda name: [_as(read(name), dtype)],
-        )
-        return [_entry(target / "model.safetensors", sha)]
-    used = set(weights.names.values())
-    floating = {
-        checkpoint.tensors[n].dtype for n in used if checkpoint.tensors[n].dtype in ("float32", "float16", "bfloat16")
-    }
-    if floating <= {dtype} or majority_dtype(checkpoint) == dtype:
-        return _link(checkpoint, sorted({checkpoint.tensors[n].file for n in used}), target)
-    entries = {name: checkpoint.tensors[name] for name in sorted(used)}
-    sha = write_streaming(
-        target / "model.safetensors",
-        [(e.name, dtype if e.dtype in floating else e.dtype, e.shape) for e in entries.values()],
-        lambda name: _converted_chunks(
-            entries[name], dtype if entries[name].dtype in floating else entries[name].dtype
-        ),
-    )
-    return [_entry(target / "model.safetensors", sha)]
+        return "dequantise"
+    floating = {checkpoint.tensors[name].dtype for name in weights.names.values()} & _FLOATING
+    return "link" if floating <= {dtype} or majority_dtype(checkpoint) == dtype else "convert"
 
 
-def _link(checkpoint: Checkpoint, files: list[Path], target: Path) -> list[FileEntry]:
-    """Hard-link the files, or copy them where the file system cannot link. Hashing is left out for very large ones."""
+def _link(order: _Order) -> list[FileEntry]:
+    """Hard-link the files, or copy them if the file system cannot link. Very large ones are not hashed."""
+    tensors = order.weights.checkpoint.tensors
+    files = sorted({tensors[name].file for name in order.weights.names.values()})
     hashed = sum(file.stat().st_size for file in files) <= HASH_LIMIT_BYTES
     entries = []
     for file in files:
-        copy = target / file.name
+        copy = order.target / file.name
         try:
             os.link(file.resolve(), copy)
         except OSError:
             shutil.copyfile(file, copy)
         entries.append(_entry(copy, file_sha256(copy) if hashed else None))
     return entries
+
+
+def _convert(order: _Order) -> list[FileEntry]:
+    """Copy the tensors that the model takes, the floating ones in another dtype, a few megabytes at a time."""
+    tensors = order.weights.checkpoint.tensors
+    entries = {name: tensors[name] for name in sorted(set(order.weights.names.values()))}
+    dtypes = {name: order.dtype if entry.dtype in _FLOATING else entry.dtype for name, entry in entries.items()}
+    specs = [(name, dtypes[name], entry.shape) for name, entry in entries.items()]
+    return [order.write(specs, lambda name: _converted_chunks(entries[name], dtypes[name]))]
+
+
+def _dequantise(order: _Order) -> list[FileEntry]:
+    """Write a .gguf file's tensors as floating ones, in transformers' layout."""
+    names = order.weights.names
+    tensors = dict([*order.model.named_parameters(), *order.model.named_buffers()])
+    shapes = {names[name]: tuple(tensor.shape) for name, tensor in tensors.items() if name in names}
+    read = gguf.reader(order.weights.checkpoint, order.model)
+    specs = [(name, order.dtype, shape) for name, shape in shapes.items()]
+    return [order.write(specs, lambda name: [_as(read(name), order.dtype)])]
+
+
+def _materialise(order: _Order) -> list[FileEntry]:
+    """Let transformers load the model, merging or splitting tensors as it does, and write what it got."""
+    model = type(order.model).from_pretrained(
+        order.weights.checkpoint.path,
+        config=order.config,
+        dtype=getattr(torch, order.dtype),
+        attn_implementation="eager",  # the config still names the attention of the trace
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    specs = [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()]
+    return [
+        order.write(specs, lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))])
+    ]
+
+
+_WAYS = {"link": _link, "convert": _convert, "dequantise": _dequantise, "materialise": _materialise}
 
 
 def _entry(file: Path, sha256: str | None) -> FileEntry:
@@ -175,22 +218,3 @@ def _converted_chunks(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
                 raise CheckpointError(f"{entry.file} ends inside tensor {entry.name}; download it again")
             left -= len(data)
             yield _as(np.frombuffer(data, _numpy(entry.dtype)), dtype)
-
-
-def _materialise(checkpoint: Checkpoint, model_class: Any, config: Any, dtype: str, file: Path) -> FileEntry:
-    """Let transformers load the model, merging or splitting tensors as it does, and write what it got."""
-    model = model_class.from_pretrained(
-        checkpoint.path,
-        config=config,
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    sha = write_streaming(
-        file,
-        [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()],
-        lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))],
-    )
-    return _entry(file, sha)

@@ -1,89 +1,114 @@
-"""The lanes that serve, with batches and generation on them, and their exchange for others while they do.
+"""The lanes that serve, with batches and generation on them, and their changeover to others while they do.
 
-A switch opens the new lanes beside the old ones, lets batches go on there, changes generation over between two steps,
-and closes the old lanes when nothing is left on them. Until generation has changed over everything can go back: a
-switch that fails leaves the old lanes serving. Switches are made one after the other, on their callers' threads.
+A changeover opens the new lanes beside the old ones, switches batches to them, switches generation between two steps,
+and closes the old lanes when nothing is left on them. Until generation has switched everything can go back: a
+changeover that fails leaves the old lanes serving. Changeovers are made one after the other, on their callers' threads.
 
-    opening ──> batches go on ──> the last batch has left ──> generation goes on ──> old lanes closed
-       │                                                          │
-       └── EngineError: new lanes closed                          └── error: batches go back, new lanes closed
+    opening ──> batches switch ──> the last batch has left ──> generation switches ──> old lanes closed
+       │                                                         │
+       └── EngineError: new lanes closed                         └── error: batches switch back, new lanes closed
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Self
 
-from stageline.models.errors import RequestError
+from stageline.models.errors import BundleError, RequestError
 from stageline.runtime.batching.batches import Batches
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import CACHED_INPUTS
+from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.devices import spread
+from stageline.runtime.engines import CacheSize
 from stageline.runtime.generation.generator import Generator
+from stageline.runtime.generation.text_model import TextModel
+from stageline.runtime.options import OpenKeywords, PipelineOptions
 from stageline.runtime.stages.lanes import Lanes
-from stageline.runtime.stages.opening import StageSet
+from stageline.runtime.stages.opening import Opener, StageSet, check_same_model
 from stageline.runtime.stages.recorder import Recorder
 from stageline.runtime.stages.route import Hop, route
 
-GRAPH_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")  # of a model with caches
-
 
 @dataclass(frozen=True)
-class Switched:
-    """How long a switch took: `open_s` to open the new stages while the old ones served, and `pause_s` in which no step
-    of generation was issued (requests that had not begun waited, where caches were not kept)."""
+class ChangeoverTimes:
+    """How long a changeover took: `open_s` to open the new stages while the old ones served, and `pause_s` in which no
+    step of generation was issued (requests that had not begun waited, where caches were not kept)."""
 
     open_s: float
     pause_s: float
 
 
 class Executor:
-    """Owns lanes, batches and generator until `close()`. `cut` is what the lanes were opened from."""
+    """The one owner of lanes, batches and generator until `close()`. `cut` is what the lanes were opened from."""
 
-    def __init__(self, lanes: Lanes, cut: StageSet, batches: Batches) -> None:
-        self.lanes, self.cut, self.batches = lanes, cut, batches
-        self.generator: Generator | None = None
-        self.switches = 0
-        self.last: Switched | None = None
+    def __init__(self, lanes: Lanes, cut: StageSet, batches: Batches, generator: Generator | None) -> None:
+        self.lanes, self.cut, self.batches, self.generator = lanes, cut, batches, generator
+        self.changeovers = 0
+        self.last_changeover: ChangeoverTimes | None = None
         self.closed = False
         self.earlier_s = 0.0
         """Seconds that the pipeline was open before these lanes were."""
         self._one = threading.Lock()  # held by whoever switches
         self._state = threading.Lock()  # guards `closed` and `_new`
-        self._new: Lanes | None = None  # beside the others, while switching
+        self._new: Lanes | None = None  # beside the others, during a changeover
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for switches under way; nobody else switches in this context. RequestError where that cannot be."""
-        if self.is_own_thread():
-            raise RequestError(
-                "stages cannot be exchanged by a callback on one of the pipeline's threads: it would wait for itself; "
-                "use another thread"
-            )
-        with self._one:
-            self._check_open()
-            yield
+    @classmethod
+    def open(
+        cls,
+        signature: Signature,
+        cut: StageSet,
+        options: PipelineOptions,
+        text_model: TextModel | None = None,
+        cache: CacheSize | None = None,
+    ) -> Self:
+        """Open all stages, each engine on its worker's thread; they generate if they are of a `text_model` with caches.
 
-    def switch(self, cut: StageSet, keep_caches: bool) -> Switched:
-        """Go on with other stages of the same model; returns when the old ones are closed. Call it in your `turn`.
-
-        With `keep_caches` continuations go on where they are; without, those that have begun are finished on the old
-        stages. EngineError if a stage does not open or caches do not move, RequestError if closed before.
+        EngineError if an engine does not open, BundleError if the stages do not compute the outputs of `signature`.
+        What fails leaves no thread running.
         """
-        began = perf_counter()
-        old, new = self.lanes, Lanes(cut.stages, cut.threads, cut.devices)
-        open_s = perf_counter() - began
-        new.record(old.recorder)
-        with self._state:
-            self._new = new
+        names = [(stage.inputs, stage.outputs) for stage in cut.stages]
+        route(names, [spec.name for spec in signature.graph_inputs], signature.check_outputs(None))
+        lanes, generator = Lanes(cut.stages, cut.threads, cut.devices), None
         try:
-            switched = Switched(open_s, self._change_over(new, cut, keep_caches))
-            self.switches, self.last = self.switches + 1, switched
-            return switched
-        finally:
-            with self._state:
-                self._new, closed = None, self.closed
-            (old if self.lanes is new else new).close()
-            if closed and self.generator is None:
-                self.lanes.close()
+            batches = Batches(signature, cut.stages, lanes, options.queue, options.micro_batch)
+            if text_model is not None and cache is not None:
+                hops = generation_hops(cut)
+                generator = Generator(lanes, hops, text_model, cache, options.prefill_chunk, options.queue)
+            return cls(lanes, cut, batches, generator)
+        except BaseException:
+            lanes.close()
+            raise
+
+    @property
+    def opener(self) -> Opener:
+        """What made the stages of the bundle. BundleError where there is none."""
+        if self.cut.opener is None:
+            raise BundleError("this pipeline was made of stages, not opened from a bundle; use Pipeline.open")
+        return self.cut.opener
+
+    def recut(
+        self, stages: int | Sequence[int], threads: int | None = None, devices: Sequence[str] | None = None
+    ) -> ChangeoverTimes:
+        """See `Pipeline.recut`."""
+        changes: OpenKeywords = {}
+        if threads is not None:
+            changes["threads"] = threads
+        if devices is not None:
+            spread(devices, stages if isinstance(stages, int) else len(stages))  # RequestError
+            changes["devices"] = devices
+        with self._turn():
+            opener = replace(self.opener, options=replace(self.opener.options, **changes))
+            with opener.recut(stages) as cut:
+                return self._switch(cut, keep_caches=True)
+
+    def swap_weights(self, bundle: Bundle) -> ChangeoverTimes:
+        """See `Pipeline.swap_weights`."""
+        check_same_model(self.opener.bundle, bundle)
+        with self._turn(), replace(self.opener, bundle=bundle).recut(self.cut.layers) as cut:
+            return self._switch(cut, keep_caches=False)
 
     def record(self, recorder: Recorder | None) -> None:
         """See `Pipeline.record`."""
@@ -96,41 +121,20 @@ class Executor:
         """Fail what is unfinished, then end all threads. See `Pipeline.close`."""
         with self._state:
             self.closed = True
-            switching = self._new is not None
         own_thread = self.is_own_thread()
         self.batches.close()
-        if self.generator is not None:
-            self.generator.close(wait=not own_thread)
-        elif not switching:
-            self.lanes.close()
+        if self.generator is None:
+            self._close_lanes()
+        else:
+            self.generator.close().add_done_callback(lambda _: self._close_lanes())
         if not own_thread:
-            self._one.acquire()  # a switch under way closes the lanes that are left
-            self._one.release()
-
-    def _change_over(self, new: Lanes, cut: StageSet, keep_caches: bool) -> float:
-        """The pause in seconds. What fails leaves all on the old lanes."""
-        changing = None
-        try:
-            self._check_open()
-            self.batches.go_on(new, cut.stages).result()
             if self.generator is not None:
-                changing = self.generator.go_on(new, generation_hops(cut), keep_caches)
-                changing.result()
-        except BaseException:
-            # Generation may have changed over nevertheless, where this thread was interrupted.
-            if changing is None or changing.cancel() or changing.exception() is not None:
-                self.batches.go_on(self.lanes, self.cut.stages).result()
-                raise
-            self._serve_on(new, cut)
-            raise
-        self._serve_on(new, cut)
-        return changing.result() if changing is not None else 0.0
+                self.generator.join()
+            with self._one:  # a running changeover closes the lanes that it leaves
+                pass
 
-    def _serve_on(self, lanes: Lanes, cut: StageSet) -> None:
-        self.earlier_s += self.lanes.open_s - lanes.open_s
-        self.lanes, self.cut = lanes, cut
-
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """RequestError once closed."""
         if self.closed:
             raise RequestError("the pipeline is closed")
 
@@ -143,7 +147,70 @@ class Executor:
             or (self.generator is not None and self.generator.is_driver())
         )
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for running changeovers; nobody else switches in this context. RequestError where that cannot be."""
+        if self.is_own_thread():
+            raise RequestError(
+                "stages cannot be switched by a callback on one of the pipeline's threads: it would wait for itself; "
+                "use another thread"
+            )
+        with self._one:
+            self.check_open()
+            yield
+
+    def _switch(self, cut: StageSet, keep_caches: bool) -> ChangeoverTimes:
+        """Switch to other stages of the same model; returns when the old ones are closed. Call it in your `_turn`.
+
+        With `keep_caches` continuations keep their places; without, those that have begun are finished on the old
+        stages. EngineError if a stage does not open or caches do not move, RequestError if closed before.
+        """
+        began = perf_counter()
+        old, new = self.lanes, Lanes(cut.stages, cut.threads, cut.devices)
+        open_s = perf_counter() - began
+        new.record(old.recorder)
+        with self._state:
+            self._new = new
+        try:
+            times = ChangeoverTimes(open_s, self._switch_work(new, cut, keep_caches))
+            self.changeovers, self.last_changeover = self.changeovers + 1, times
+            return times
+        finally:
+            with self._state:
+                self._new = None
+            (old if self.lanes is new else new).close()
+
+    def _switch_work(self, new: Lanes, cut: StageSet, keep_caches: bool) -> float:
+        """The pause in seconds. What fails leaves all work on the old lanes."""
+        pause_s = None
+        try:
+            self.check_open()
+            self.batches.switch(new, cut.stages).result()
+            if self.generator is not None:
+                pause_s = self.generator.switch(new, generation_hops(cut), keep_caches)
+                pause_s.result()
+        except BaseException:
+            # Generation may have switched nevertheless, where this thread was interrupted.
+            if pause_s is None or pause_s.cancel() or pause_s.exception() is not None:
+                self.batches.switch(self.lanes, self.cut.stages).result()
+                raise
+            self._serve_on(new, cut)
+            raise
+        self._serve_on(new, cut)
+        return pause_s.result() if pause_s is not None else 0.0
+
+    def _serve_on(self, lanes: Lanes, cut: StageSet) -> None:
+        self.earlier_s += self.lanes.open_s - lanes.open_s
+        self.lanes, self.cut = lanes, cut
+
+    def _close_lanes(self) -> None:
+        """Close all lanes, once no step of generation runs on them. A changeover may close its own a second time."""
+        with self._state:
+            lanes = [self.lanes] if self._new is None else [self.lanes, self._new]
+        for one in lanes:
+            one.close()
+
 
 def generation_hops(cut: StageSet) -> tuple[Hop, ...]:
-    """The way of a step of generation through the stages, to the logits."""
-    return route([(stage.inputs, stage.outputs) for stage in cut.stages], GRAPH_INPUTS, ["logits"])
+    """The route of a step of generation through the stages, to the logits."""
+    return route([(stage.inputs, stage.outputs) for stage in cut.stages], CACHED_INPUTS, ["logits"])

@@ -8,6 +8,7 @@ with Pipeline.open("bundles/smollm2") as pipeline:
         print(piece, end="")
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -16,25 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
-from stageline.models.errors import BundleError, RequestError
+from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.admission import Admission
-from stageline.runtime.batching.batches import Batches
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import Array, default_device, engine_factory
-from stageline.runtime.executor import Executor, Switched, generation_hops
+from stageline.runtime.executor import ChangeoverTimes, Executor
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.meter import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
-from stageline.runtime.generation.text_model import TextModel
+from stageline.runtime.generation.text_model import TextModel, open_encoder
 from stageline.runtime.options import OpenKeywords, PipelineOptions
-from stageline.runtime.stages.lanes import Lanes, PipelineStage, StageStats
-from stageline.runtime.stages.opening import Opener, StageSet, check_same_model
+from stageline.runtime.stages.lanes import PipelineStage, StageStats
+from stageline.runtime.stages.opening import Opener, StageSet
 from stageline.runtime.stages.recorder import Recorder
-from stageline.runtime.stages.route import route
 
 if TYPE_CHECKING:
     from stageline.runtime.generation.chat import ChatTemplate
@@ -48,8 +46,8 @@ class PipelineStats:
     """What a pipeline did since it opened. `in_flight` counts unfinished batches, those `queued` (no stage has started
     on them) included; `generation` is None for a model that does not generate.
 
-    `layers` are the blocks of each stage as they are cut now, `switch` the last of `switches` to other stages;
-    `rebalance` is None where nobody watches the stages.
+    `layers` are the blocks of each stage as they are cut now, `last_changeover` is the last of `changeovers` to other
+    stages; `rebalance` is None if nobody watches the stages.
     """
 
     open_s: float
@@ -61,97 +59,54 @@ class PipelineStats:
     queued: int
     generation: GenerationStats | None = None
     layers: tuple[int, ...] = ()
-    switches: int = 0
-    switch: Switched | None = None
+    changeovers: int = 0
+    last_changeover: ChangeoverTimes | None = None
     rebalance: "RebalanceStats | None" = None
 
 
 class Pipeline:
     """A model running as stages. Thread-safe; owns its threads, engines and caches until `close()`.
 
-    A batch is cut into micro-batches of at most `micro_batch` rows (None: chosen from the batch and the number of
-    stages); rows padded on the right lose their padding on the way, and outputs are zero there. `queue` bounds the
-    requests that are not finished, batches and generation each: with fewer than two a stage, stages idle.
+    A batch is cut into micro-batches; rows padded on the right lose their padding on the way, and outputs are zero
+    there.
     """
 
-    def __init__(
-        self,
-        signature: Signature,
-        stages: Sequence[PipelineStage],
-        *,
-        threads: int | None = None,
-        queue: int = 64,
-        micro_batch: int | None = None,
-        devices: Sequence[str] | None = None,
-    ) -> None:
-        """Open all stages, each on its own thread, on `threads` processors in all (None: all this process may use), or
-        each on its own one of `devices`.
-
-        EngineError if an engine does not open, BundleError if the stages do not give the outputs of `signature`.
-        """
-        PipelineOptions(threads=threads, queue=queue, micro_batch=micro_batch)  # RequestError
-        self.signature = signature
-        names = [(stage.inputs, stage.outputs) for stage in stages]
-        route(names, [spec.name for spec in signature.graph_inputs], signature.check_outputs(None))
-        lanes = Lanes(stages, threads, devices)
-        self._batches = Batches(signature, stages, lanes, queue, micro_batch)
-        self._serving = Executor(
-            lanes, StageSet(tuple(stages), threads, None if devices is None else tuple(devices)), self._batches
-        )
-        self._generator: Generator | None = None
-        self._generator_slots = Admission(queue)
-        self._opener: Opener | None = None
-        self._rebalancer: Rebalancer | None = None
+    def __init__(self, executor: Executor, rebalancer: "Rebalancer | None" = None) -> None:
+        """Made of its parts, which it owns from now on, by `open` and `of_stages`."""
+        self._executor, self._rebalancer = executor, rebalancer
+        self._template: ChatTemplate | None = None
+        self._template_lock = threading.Lock()  # guards the template
 
     @classmethod
-    def open(
-        cls,
-        bundle: str | Path,
-        options: PipelineOptions | None = None,
-        **keywords: Unpack[OpenKeywords],
-    ) -> Self:
+    def open(cls, bundle: str | Path, options: PipelineOptions | None = None, **keywords: Unpack[OpenKeywords]) -> Self:
         """Open a bundle with `options`; keywords, named like its fields, replace some of them.
 
         RequestError if an option is out of its range, BundleError if the bundle is missing or broken, EngineError if
         the engine is not there or refuses.
         """
         options = replace(options or PipelineOptions(), **keywords)
-        opened = Bundle.open(Path(bundle))
-        manifest, engine, threads = opened.manifest, options.engine, options.threads
-        cache = options.cache_size(manifest)
-        engine_factory(engine)  # EngineError for a name that is not known, before all else
-        names = options.devices or [default_device(engine)]
-        spread(names, len(manifest.stages))  # the same: RequestError
-        opener = Opener(engine, tuple(names), cache, options.quantise)
-        stages = opener.as_cut(opened, threads)
-        pipeline = cls(
-            Signature.of(manifest),
-            stages.stages,
-            threads=threads,
-            queue=options.queue,
-            micro_batch=options.micro_batch,
-            devices=stages.devices,
-        )
-        pipeline._serving.cut, pipeline._opener = stages, opener
-        if cache is not None:
-            hops = generation_hops(stages)
-            ends = manifest.text.eos_ids if manifest.text else ()
-            logits = next(spec for spec in manifest.outputs if spec.name == "logits")
-            try:
-                decoder = TextModel(int(logits.shape[-1]), ends, pipeline.encoder)
-            except BaseException:  # a broken tokenizer
-                pipeline.close()
-                raise
-            lanes = pipeline._serving.lanes
-            pipeline._generator = Generator(lanes, hops, decoder, cache.slots, cache.capacity, options.prefill_chunk)
-            pipeline._serving.generator = pipeline._generator
-        if options.rebalance != "off":
+        opener = Opener(Bundle.open(Path(bundle)), options)
+        manifest, cache = opener.bundle.manifest, opener.cache
+        engine_factory(options.engine)  # EngineError for a name that is not known, before all else
+        spread(options.devices or [default_device(options.engine)], len(manifest.stages))  # the same: RequestError
+        text_model = TextModel.of(opener.bundle) if cache else None
+        executor = Executor.open(Signature.of(manifest), opener.on_disk(), options, text_model, cache)
+        if options.rebalance == "off":
+            return cls(executor)
+        try:
             from stageline.runtime.rebalance.rebalancer import Rebalancer  # imports the planner
 
-            past = cache.capacity // 4 if cache is not None else 0
-            recut = pipeline.recut if options.rebalance == "auto" else None
-            pipeline._rebalancer = Rebalancer(pipeline._serving, past, recut, quantise=options.quantise)
-        return pipeline
+            return cls(executor, Rebalancer(executor, options.rebalance))
+        except BaseException:
+            executor.close()
+            raise
+
+    @classmethod
+    def of_stages(cls, signature: Signature, stages: Sequence[PipelineStage], **keywords: Unpack[OpenKeywords]) -> Self:
+        """Open stages that are not of a bundle, for batches only, with the keywords `threads`, `queue`, `micro_batch`
+        and `devices`, one for each stage. BundleError if the stages do not compute the outputs of `signature`."""
+        options = PipelineOptions(**keywords)
+        return cls(Executor.open(signature, StageSet(tuple(stages), options.threads, options.devices), options))
 
     # Batches.
 
@@ -167,7 +122,7 @@ class Pipeline:
 
         Cancelling the awaiting task cancels the request.
         """
-        return await self._batches.arun(inputs, outputs)
+        return await self._executor.batches.arun(inputs, outputs)
 
     @overload
     def submit(
@@ -198,21 +153,17 @@ class Pipeline:
         """
         if isinstance(request, GenerationRequest):
             return self.start(request, wait=wait, timeout=timeout).future
-        return self._batches.submit(request, outputs, wait, timeout)
+        return self._executor.batches.submit(request, outputs, wait, timeout)
 
     # Generation.
 
     def start(self, request: GenerationRequest, *, wait: bool = True, timeout: float | None = None) -> Generation:
         """Queue a request that generates; `wait` and `timeout` as in `submit`. Iterate over what it returns."""
-        generator, prompt = self._checked(request)
-        self._generator_slots.take(wait, timeout)
-        return generator.submit(request, prompt, self._generator_slots.give_back)
+        return self._generator.submit(request, wait, timeout)
 
     async def astart(self, request: GenerationRequest) -> Generation:
         """`start` for coroutines: waits for a free place without blocking the event loop."""
-        generator, prompt = self._checked(request)
-        await self._generator_slots.take_async()
-        return generator.submit(request, prompt, self._generator_slots.give_back)
+        return await self._generator.submit_async(request)
 
     def generate(self, prompt: str | Sequence[int], *, deadline_s: float | None = None, **sampling: Any) -> Generation:
         """Continue a prompt; keywords as in `Sampling`. Iterate over it (`for`, `async for`), or take its `.result()`.
@@ -233,13 +184,20 @@ class Pipeline:
 
         BundleError where the bundle has no chat template.
         """
-        generator = self._generating()
+        generator = self._generator
         text = self.chat_text(messages, **variables)
-        return tuple(generator.decoder.prompt_ids(text, generator.capacity, special=False))
+        return tuple(generator.text_model.prompt_ids(text, generator.capacity, special=False))
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt of `chat_prompt` as a text, its special tokens included."""
-        return self._template.render(messages, **variables)
+        from stageline.runtime.generation.chat import ChatTemplate  # imports jinja2
+
+        with self._template_lock:
+            self._executor.check_open()
+            if self._template is None:
+                self._template = ChatTemplate.open(self.bundle.path / "tokenizer")
+            template = self._template
+        return template.render(messages, **variables)
 
     def request(
         self, prompt: str | Sequence[int], *, deadline_s: float | None = None, **sampling: Any
@@ -251,109 +209,90 @@ class Pipeline:
     @cached_property
     def encoder(self) -> TextEncoder | None:
         """The bundle's tokenizer, if it has one."""
-        bundle = self._serving.cut.bundle
-        if bundle is None or bundle.manifest.text is None:
-            return None
-        text = bundle.manifest.text
-        return TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)
+        generator, bundle = self._executor.generator, self._executor.cut.bundle
+        if generator is not None:
+            return generator.text_model.encoder
+        return open_encoder(bundle) if bundle is not None else None
 
     @property
     def bundle(self) -> Bundle:
         """What was opened, or swapped in since."""
-        bundle = self._serving.cut.bundle
-        if bundle is None:
-            raise BundleError("this pipeline was made of stages, not opened from a bundle; use Pipeline.open")
-        return bundle
+        return self._executor.opener.bundle
+
+    @property
+    def signature(self) -> Signature:
+        """The inputs that a batch has, and the outputs that it may ask for."""
+        return self._executor.batches.signature
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The blocks of each stage, as it is cut now; empty for a pipeline that was made of stages."""
-        return self._serving.cut.layers
+        return self._executor.cut.layers
 
     @property
     def capacity(self) -> int | None:
         """Tokens that a prompt and its continuation may have together; None for a model that does not generate."""
-        return self._generator.capacity if self._generator else None
+        return self._executor.generator.capacity if self._executor.generator else None
 
     # Other stages while it serves.
 
     def recut(
         self, stages: int | Sequence[int], *, threads: int | None = None, devices: Sequence[str] | None = None
-    ) -> Switched:
-        """Go on with another cut of the model: so many stages, even by their costs, or stages of these numbers of
-        blocks, on `threads` processors in all, on `devices` in turn (None: as before). The bundle on disk stays as it
-        is.
+    ) -> ChangeoverTimes:
+        """Switch to another cut of the model: `stages` of even cost, or stages of these numbers of blocks, on `threads`
+        cores in all, on `devices` in turn (None: as before). The bundle on disk does not change.
 
         The new stages are opened beside the old ones, so that for a moment their weights are in memory twice; then
-        generation changes over between two steps, its caches are handed on, and batches that were queued before finish
-        where they are. No request notices but by a pause. Returns when the old stages are closed. Calls at the same
-        time take turns.
+        generation switches between two steps and hands its caches on, and batches that were queued before finish where
+        they are. Requests notice a pause at most. Returns when the old stages are closed. Calls at the same time take
+        turns.
 
-        What fails leaves the stages of before serving: StagelineError where the cut does not fit, EngineError where a
-        stage does not open or cannot take a cache as it is (GPUs keep them in another precision), RequestError where
-        a device is unknown, the pipeline is closed, or a callback on its threads calls this.
+        If anything fails the old stages continue: StagelineError where the cut does not fit, EngineError where a stage
+        does not open or cannot take a cache as it is (GPUs keep them in another precision), RequestError where a device
+        is unknown, the pipeline is closed, or a callback on its threads calls this.
         """
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads is {threads}; it must be at least 1")
-        with self._serving.turn():
-            opener = self._reopening()
-            if devices is not None:
-                spread(devices, stages if isinstance(stages, int) else len(stages))  # RequestError
-                opener = replace(opener, devices=tuple(devices))
-            with opener.recut(self.bundle, stages, threads or self._serving.cut.threads) as cut:
-                switched = self._serving.switch(cut, keep_caches=True)
-            self._opener = opener
-            return switched
+        return self._executor.recut(stages, threads, devices)
 
-    def swap_weights(self, bundle: str | Path) -> Switched:
-        """Go on with the weights of another bundle of the same model, cut as it is now.
+    def swap_weights(self, bundle: str | Path) -> ChangeoverTimes:
+        """Switch to the weights of another bundle of the same model, cut as it is now.
 
-        Batches that were queued and requests that had begun to generate are finished with the weights of before; those
-        that come later, or still wait for a slot, start with the new ones, when those before them have ended. What the
-        caches hold is forgotten. Errors as in `recut`, and BundleError for a bundle that is broken or of another model.
+        Batches that were queued and requests that had begun to generate finish with the old weights; those that come
+        later, or still wait for a slot, start with the new ones when those have ended. What the caches hold is
+        forgotten. Errors as in `recut`, and BundleError for a bundle that is broken or of another model.
         """
-        opener, new = self._reopening(), Bundle.open(Path(bundle))
-        check_same_model(self.bundle, new)
-        with self._serving.turn():
-            now = self._serving.cut
-            with opener.recut(new, now.layers, now.threads) as cut:
-                return self._serving.switch(cut, keep_caches=False)
-
-    def _reopening(self) -> Opener:
-        if self._opener is None:
-            raise BundleError("this pipeline was made of stages, not opened from a bundle; it cannot be cut anew")
-        return self._opener
+        return self._executor.swap_weights(Bundle.open(Path(bundle)))
 
     # All of it.
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._serving.closed
+        return self._executor.closed
 
     def stats(self) -> PipelineStats:
         """A snapshot of the counters since the pipeline opened; those of stages count since these stages opened."""
-        batches, lanes = self._batches.stats(), self._serving.lanes
+        executor = self._executor
+        batches, lanes = executor.batches.stats(), executor.lanes
         stages_open_s = lanes.open_s
         stages = lanes.stats(stages_open_s)
         return PipelineStats(
-            self._serving.earlier_s + stages_open_s,
+            executor.earlier_s + stages_open_s,
             stages,
             batches.done,
             batches.failed,
             batches.cancelled,
             batches.in_flight,
             batches.queued,
-            self._generator.stats(stages) if self._generator else None,
-            self._serving.cut.layers,
-            self._serving.switches,
-            self._serving.last,
+            executor.generator.stats(stages) if executor.generator else None,
+            executor.cut.layers,
+            executor.changeovers,
+            executor.last_changeover,
             self._rebalancer.stats() if self._rebalancer else None,
         )
 
     def record(self, recorder: Recorder | None) -> None:
-        """From now on tell `recorder`, which is borrowed, what stages and requests do (None: nobody)."""
-        self._serving.record(recorder)
+        """Report to `recorder`, which is borrowed, what stages and requests do from now on (None: to nobody)."""
+        self._executor.record(recorder)
 
     def close(self) -> None:
         """Fail what is unfinished with RequestError, let each stage finish what it runs, and free engines and threads.
@@ -361,15 +300,15 @@ class Pipeline:
         May be called again, and from any thread; returns when the workers have ended (where a future's callback calls
         it on one of them, without waiting for them).
         """
-        if "_template" in vars(self):
-            self._template.close()
-        self._generator_slots.close("the pipeline is closed")
         if self._rebalancer is not None:
             self._rebalancer.stop()
-        own_thread = self._serving.is_own_thread()
-        self._serving.close()
+        own_thread = self._executor.is_own_thread()
+        self._executor.close()
         if self._rebalancer is not None and not own_thread:
             self._rebalancer.join()
+        with self._template_lock:
+            if self._template is not None:
+                self._template.close()
 
     def __enter__(self) -> Self:
         return self
@@ -379,19 +318,9 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    @cached_property
-    def _template(self) -> "ChatTemplate":
-        from stageline.runtime.generation.chat import ChatTemplate  # imports jinja2
-
-        return ChatTemplate.open(self.bundle.path / "tokenizer")
-
-    def _generating(self) -> Generator:
-        if self._generator is None:
-            manifest = self.bundle.manifest
-            why = manifest.trace.partition("no KV cache, since ")[2] or f"its task is {manifest.task}"
-            raise RequestError(f"this bundle does not generate: {why}; run batches with Pipeline.run")
-        return self._generator
-
-    def _checked(self, request: GenerationRequest) -> tuple[Generator, list[int]]:
-        generator = self._generating()
-        return generator, generator.decoder.prompt_ids(request.prompt, generator.capacity)
+    @property
+    def _generator(self) -> Generator:
+        if self._executor.generator is None:
+            reason = self.bundle.manifest.no_generation_reason
+            raise RequestError(f"this bundle does not generate: {reason}; run batches with Pipeline.run")
+        return self._executor.generator

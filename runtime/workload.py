@@ -1,14 +1,16 @@
-"""What a planner, a builder or a benchmark is asked for: shapes, load, and arrival times."""
+"""Work for a pipeline, as planner, builder and benchmark describe it: shapes, workload, and arrival times."""
 
 import itertools
 import random
 from dataclasses import dataclass
 
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, PICKS
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A micro-batch: rows, new tokens in each, tokens that each has in the cache before, places whose logits are wanted
-    (None: all new tokens where nothing is past, else one)."""
+    """A micro-batch: its rows, new tokens per row, tokens per row already in the cache (`past`), and positions per row
+    whose logits are requested (`picks`; None: all new tokens without a past, else one)."""
 
     batch: int
     length: int
@@ -16,15 +18,15 @@ class Shape:
     picks: int | None = None
 
     def sizes(self) -> dict[str, int]:
-        """The free dimensions by name."""
+        """Sizes of the free dimensions by name."""
         picks = self.picks if self.picks is not None else 1 if self.past else self.length
-        return {"batch": self.batch, "length": self.length, "picks": picks}
+        return {BATCH: self.batch, LENGTH: self.length, PICKS: picks}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the pipeline is to run. With caches: `slots` rows of `capacity` tokens, half of them past on average,
-    decoded in one group per stage. Without: micro-batches of `micro_batch` rows of `length` tokens."""
+    """What the pipeline will run. With caches: `slots` rows of `capacity` tokens, decoded in one group per stage, with
+    half of them in the cache on average. Without: micro-batches of `micro_batch` rows of `length` tokens."""
 
     micro_batch: int = 8
     length: int = 128
@@ -32,7 +34,7 @@ class Workload:
     capacity: int = 2048
 
     def shape(self, cached: bool, stages: int | None) -> Shape:
-        """The micro-batch that decides."""
+        """The micro-batch that the plan is made for."""
         if not cached:
             return Shape(self.micro_batch, self.length)
         return Shape(-(-self.slots // (stages or 1)), 1, max(1, self.capacity // 2), 1)

@@ -1,12 +1,12 @@
 """The tree, the wheel and the floors agree: what is packaged, what may import what, what every module begins with."""
 
-import ast
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from imports import circle, imported, imports, room_of, rooms
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("models", "runtime", "exporter", "dashboard")
@@ -26,6 +26,19 @@ FORBIDDEN = {
 }
 
 
+# Rooms that stay apart, whatever else moves. Any other arrow may be drawn that closes no circle.
+NEVER = {
+    "runtime.devices": {"runtime.engines"},
+    "runtime.bundle": {"runtime.engines", "runtime.stages"},
+    "runtime.engines": {"runtime.builder", "runtime.planning", "runtime.stages", "runtime.pipeline"},
+    "runtime.builder": {"runtime.planning", "runtime.pipeline"},
+    "runtime.stages": {"runtime.batching", "runtime.generation", "runtime.planning"},
+    "runtime.planning": {"runtime.pipeline", "runtime.rebalance", "runtime.bench"},
+    "runtime.pipeline": {"runtime.bench", "runtime.service", "runtime.builder"},
+    "dashboard.figures": {"dashboard.charts", "dashboard.views"},
+}
+
+
 def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -35,18 +48,6 @@ def modules(*folders: str) -> Iterator[Path]:
         for file in sorted((ROOT / folder).rglob("*.py")):
             if "checkpoints" not in file.parts:
                 yield file
-
-
-def imported(file: Path) -> set[str]:
-    """The full names of what a module imports, anywhere in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno} imports relatively; import by the full name"
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
 
 
 def test_packages_of_the_wheel_are_those_of_the_tree() -> None:
@@ -76,6 +77,24 @@ def test_imports_go_down_only(floor: str) -> None:
                 assert rest.split(".")[0] not in ABOVE[floor], f"{file} imports {name}, which is a floor above it"
 
 
+def test_modules_and_rooms_import_in_no_circle() -> None:
+    graph = imports()
+    assert not circle(graph)
+    assert not circle(rooms(graph))
+
+
+def test_rooms_that_stay_apart_do() -> None:
+    drawn = rooms(imports())
+    crossed = [f"{room} imports {other}" for room, others in NEVER.items() for other in others & drawn[room]]
+    assert not crossed
+
+
+def test_only_the_commands_import_the_commands() -> None:
+    commands = "exporter.commands"
+    found = {module for module, names in imports().items() if any(room_of(name) == commands for name in names)}
+    assert {room_of(module) for module in found} <= {commands}
+
+
 def test_nothing_is_imported_by_a_bare_name() -> None:
     for file in modules(*FLOORS, "tests", "benchmarks", "examples"):
         bare = {name.partition(".")[0] for name in imported(file)} & set(FLOORS)
@@ -89,3 +108,8 @@ def test_every_module_begins_with_its_docstring() -> None:
 
 def test_tests_are_no_packages() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py")), "pytest imports test files by path (importlib mode)"
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

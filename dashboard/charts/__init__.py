@@ -1,1 +1,1 @@
-"""Charts: rows in, Vega-Lite specs out; a file for each family. Colours are the theme's, units stand on every axis."""
+"""Charts: rows in, Vega-Lite specs out, one file per page. Colours come from the theme; every axis has its unit."""

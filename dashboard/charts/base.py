@@ -1,5 +1,5 @@
-"""What all charts share. A chart is a Vega-Lite spec, plain data: to build and to check objects of a chart library cost
-each visit of a page more than all else that it computed. `tests/dashboard/test_charts.py` checks the specs instead."""
+"""Parts of Vega-Lite specs that all charts share. A spec is plain data: building and validating the objects of a chart
+library took longer than everything else a page computed. `tests/dashboard/test_charts.py` validates the specs."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 Rows: TypeAlias = Sequence[dict[str, Any]]
 Spec: TypeAlias = dict[str, Any]
 GREY = "#8A8F98"
-"""Of what is not there: waiting, bounds, the window of another chart. Readable on light and on dark ground."""
+"""For waiting, bounds, and the window of another chart. Readable on light and on dark ground."""
 TOP: Spec = {"orient": "top"}
 COLUMN: Spec = {"orient": "top", "columns": 1}
 """Legends."""

@@ -1,11 +1,11 @@
-"""The Live page's charts: lines over the last minutes."""
+"""Charts of the Live page: lines over the last minutes."""
 
 from stageline.dashboard.charts.base import TOP, Rows, Spec, category, quantity, values
 from stageline.dashboard.figures.live import KEPT_S
 
 
 def lines(rows: Rows, title: str, names: list[str], top: float | None = None, form: str = ",.1f") -> Spec:
-    """A line for each name; `rows` have ago_s, value and line. The same spec each time, so that only data move."""
+    """One line per name; `rows` have ago_s, value and line. The spec stays the same, so that only the data moves."""
     name = category("line", title=None, sort=names, scale={"domain": names}, legend=TOP if len(names) > 1 else None)
     return {
         "data": values(rows),

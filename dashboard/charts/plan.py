@@ -3,15 +3,15 @@
 from stageline.dashboard.charts.base import FROM_ZERO, GREY, LOG, TOP, Rows, Spec, category, quantity, values
 
 MEASURES = {
-    "Time": ("ms", "time for a micro-batch (ms)"),
+    "Time": ("ms", "time per micro-batch (ms)"),
     "Parameters": ("parameters_m", "parameters (millions)"),
     "Memory": ("memory_mb", "weights and cache (MB)"),
 }
-"""What the chart of blocks can show: column, axis title."""
+"""The choices of the chart of blocks: column, axis title."""
 
 
 def blocks(rows: Rows, measure: str) -> Spec:
-    """A bar for each block, prologue and epilogue, coloured by stage."""
+    """One bar per block, prologue and epilogue, coloured by stage."""
     column, title = MEASURES[measure]
     names = [row["name"] for row in rows]
     every = max(1, -(-len(names) // 24))
@@ -38,7 +38,7 @@ def blocks(rows: Rows, measure: str) -> Spec:
 
 
 def cut_curve(rows: Rows, at: int, best: int | None) -> Spec:
-    """Predicted tokens a second for every place of one cut; a rule where it is, a ring where the planner would cut."""
+    """Predicted tokens/s for each place of one cut; a rule at the current place, a ring at the best one."""
     x = quantity("cut", title="first block of the later stage", axis={"tickMinStep": 1, "format": "d", "grid": False})
     point = {
         "x": x,
@@ -62,7 +62,7 @@ def cut_curve(rows: Rows, at: int, best: int | None) -> Spec:
 
 
 def stages(rows: Rows) -> Spec:
-    """What each stage does with the time between two micro-batches: compute, copy, wait."""
+    """How each stage spends the time between two micro-batches: compute, copy, wait."""
     words = [("compute_ms", "computing"), ("copy_ms", "copying in"), ("wait_ms", "waiting (bubble)")]
     long = [
         {"stage": row["stage"], "blocks": row["blocks"], "what": word, "order": order, "ms": row[column]}
@@ -75,7 +75,7 @@ def stages(rows: Rows) -> Spec:
         "mark": {"type": "bar", "cornerRadius": 2},
         "encoding": {
             "y": category("stage", title=None, sort=[row["stage"] for row in rows]),
-            "x": quantity("ms", title="time for a micro-batch (ms)", stack="zero"),
+            "x": quantity("ms", title="time per micro-batch (ms)", stack="zero"),
             "color": category("what", title=None, sort=[word for _, word in words], legend=TOP),
             "order": quantity("order"),
             "tooltip": [
@@ -89,7 +89,7 @@ def stages(rows: Rows) -> Spec:
 
 
 def roofline(roof: Rows, stage_points: Rows) -> Spec:
-    """Attained operations a second over intensity, both logarithmic, under the roof of the device."""
+    """Attained operations per second over intensity, both logarithmic, under the roof of the device."""
     place = {
         "x": quantity("intensity", title="intensity (operations/byte)", scale=LOG),
         "y": quantity("gflop_per_s", title="rate (GFLOP/s)", scale=LOG),

@@ -9,7 +9,7 @@ _OURS = {"test": "datum.contender == 'stageline'", "value": "#0072B2"}
 
 
 def curve(rows: Rows, unit: str, percentile: str, slo_ms: float | None, contenders: Sequence[str]) -> Spec:
-    """Latency over throughput: to the right and down is better. The SLO is a dashed line."""
+    """Latency over throughput; lower right is better. The SLO is a dashed line."""
     names = list(contenders)
     place = {
         "x": quantity("throughput", title=f"throughput ({unit})", scale=FROM_ZERO),
@@ -36,16 +36,18 @@ def curve(rows: Rows, unit: str, percentile: str, slo_ms: float | None, contende
     }
     layers: list[Spec] = [lines, points]
     if slo_ms is not None:
-        bound, at = values([{"slo_ms": slo_ms, "told": f"SLO {slo_ms:g} ms"}]), quantity("slo_ms")
+        bound, at = values([{"slo_ms": slo_ms, "label": f"SLO {slo_ms:g} ms"}]), quantity("slo_ms")
         rule = {"type": "rule", "strokeDash": [6, 4], "color": _BOUND, "strokeWidth": 1.5}
         text = {"type": "text", "align": "left", "dx": 4, "dy": -7, "color": _BOUND, "x": 0}
         layers.append({"data": bound, "mark": rule, "encoding": {"y": at}})
-        layers.append({"data": bound, "mark": text, "encoding": {"y": at, "text": category("told")}})
+        layers.append({"data": bound, "mark": text, "encoding": {"y": at, "text": category("label")}})
     return {"data": values(rows), "height": 330, "layer": layers}
 
 
 def baselines(rows: Rows, unit: str) -> Spec:
-    """A bar for each contender, with its 95 % confidence interval."""
+    """One bar per contender, with its 95 % confidence interval."""
+    compared = [f"{row['ratio']:.2f} times as much" if row["ratio"] else "-" for row in rows]
+    rows = [{**row, "compared": text} for row, text in zip(rows, compared, strict=True)]
     names = [row["contender"] for row in sorted(rows, key=lambda row: -float(row["throughput"]))]
     y = category("contender", title=None, sort=names, axis={"labelLimit": 180})
     bars = {
@@ -58,7 +60,7 @@ def baselines(rows: Rows, unit: str) -> Spec:
                 category("contender"),
                 category("load"),
                 quantity("throughput", title=f"throughput ({unit})", format=",.1f"),
-                category("told", title=" "),
+                category("compared", title="stageline does"),
             ],
         },
     }
@@ -70,7 +72,7 @@ def baselines(rows: Rows, unit: str) -> Spec:
 
 
 def stages(rows: Rows) -> Spec:
-    """What each stage did with its time."""
+    """How each stage spent its time."""
     names = list(dict.fromkeys(row["stage"] for row in rows))
     return {
         "data": values(rows),
@@ -94,7 +96,7 @@ def stages(rows: Rows) -> Spec:
 
 
 def ladder(rows: Rows, title: str, runs: Sequence[str]) -> Spec:
-    """Times by percentile; the axis spreads the slow end as nines do."""
+    """Times by percentile; the axis stretches the slow end."""
     marks = "['p0', 'p90', 'p99', 'p99.9', 'p99.99'][datum.value]"
     return {
         "data": values(rows),
@@ -120,7 +122,7 @@ def ladder(rows: Rows, title: str, runs: Sequence[str]) -> Spec:
 
 
 def histogram(rows: Rows, runs: Sequence[str]) -> Spec:
-    """Shares of requests by latency, a step line for each run."""
+    """Shares of requests by latency, one step line per run."""
     squares = {**COLUMN, "symbolType": "square", "symbolOpacity": 1}
     return {
         "data": values(rows),
@@ -141,7 +143,7 @@ def histogram(rows: Rows, runs: Sequence[str]) -> Spec:
 
 
 def over_time(rows: Rows, runs: Sequence[str]) -> Spec:
-    """The median and p99 of latency as a measurement went on: a stall is a hill."""
+    """Median and p99 latency during a measurement: a stall shows as a hill."""
     return {
         "data": values(rows),
         "height": 260,

@@ -1,4 +1,4 @@
-"""The Timeline page's charts: a Gantt of the stages with their bubbles, and utilisation over the whole."""
+"""Charts of the Timeline page: a Gantt chart of the stages with their bubbles, and utilisation over the whole."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ KINDS = ("batch", "prefill", "decode", "copy")
 
 
 def gantt(spans: Rows, bubbles: Rows, stages: Sequence[str], window_ms: tuple[float, float]) -> Spec:
-    """A lane for each stage; wheel and drag zoom and move the time axis."""
+    """One lane per stage; the wheel zooms, dragging moves the time axis."""
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in spans)]
     place = {
         "x": quantity(
@@ -55,7 +55,7 @@ def gantt(spans: Rows, bubbles: Rows, stages: Sequence[str], window_ms: tuple[fl
 
 
 def utilisation(rows: Rows, window_s: tuple[float, float]) -> Spec:
-    """Each stage over the whole recording; the band is the window that the Gantt shows."""
+    """Utilisation of each stage over the whole recording; the band is the window of the Gantt chart."""
     band = {
         "data": values([{"low": window_s[0], "high": window_s[1]}]),
         "mark": {"type": "rect", "fill": GREY, "fillOpacity": 0.25},

@@ -1,10 +1,10 @@
-"""Benchmarks started from a page: `stageline bench` as a child that outlives the page, one at a time."""
+"""Benchmarks started from a page: `stageline bench` as a child process that outlives the page, one at a time."""
 
 import os
 import subprocess
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -14,14 +14,15 @@ from stageline.runtime.bench.options import new_id
 from stageline.runtime.bench.records import RunLine
 from stageline.runtime.bench.store import Store
 from stageline.runtime.bundle.folder import read_manifest
-from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.recut import recut_copy
+from stageline.runtime.options import PipelineOptions
 
-_NEWEST = 50  # lines among which a running one is looked for
+_NEWEST = 50  # runs searched for a running one
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to measure. Empty texts and tuples leave an option out; `stages` None: as the bundle is cut."""
+    """What to measure. Empty texts and tuples leave an option out; `stages` None: the bundle's own stages."""
 
     bundle: Path
     stages: int | None = None
@@ -34,13 +35,11 @@ class Order:
     slo: str = ""
     baselines: tuple[str, ...] = ()
     checkpoint: str = ""
-    engine: str = "onnxruntime"
-    threads: int | None = None
-    weights: str | None = None
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
 
-    def arguments(self) -> list[str]:
-        """Of `stageline bench`, the bundle first."""
-        found = [str(self.bundle), "--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
+    def options(self) -> list[str]:
+        """The options of `stageline bench`."""
+        found = ["--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
         options = {
             "--scenario": ",".join(self.scenarios),
             "--concurrency": self.concurrency.replace(" ", ""),
@@ -48,9 +47,8 @@ class Order:
             "--new-tokens": self.new_tokens,
             "--slo": self.slo.replace(" ", ""),
             "--checkpoint": self.checkpoint,
-            "--engine": self.engine if self.engine != "onnxruntime" else None,
-            "--threads": self.threads,
-            "--weights": self.weights,
+            "--threads": self.pipeline.threads,
+            "--quantise": self.pipeline.quantise,
         }
         found += [word for name, value in options.items() if value for word in (name, str(value))]
         return found + [word for name in self.baselines for word in ("--baseline", name)]
@@ -59,7 +57,7 @@ class Order:
 @dataclass
 class _Child:
     process: "subprocess.Popen[bytes]"
-    said: IO[bytes]
+    stderr: IO[bytes]
 
 
 class Launcher:
@@ -70,42 +68,42 @@ class Launcher:
         self._children: dict[str, _Child] = {}
 
     def start(self, store: Store, order: Order) -> str:
-        """Begin a run and give its id. StagelineError where one is under way: two would disturb each other."""
+        """Start a run and return its id. StagelineError if one is running: two would disturb each other."""
         with self._lock:
-            under_way = self._starting() or next((line.id for line in running(store)), None)
-            if under_way:
-                raise StagelineError(f"run {under_way} is under way; wait for its end or cancel it: one at a time")
+            other = self._starting() or next((line.id for line in running(store)), None)
+            if other:
+                raise StagelineError(f"run {other} is running; wait for its end or cancel it: one at a time")
             bundle = order.bundle if order.stages is None else cut_copy(order.bundle, order.stages)
             run_id = new_id()
-            said = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has ended
-            arguments = [str(bundle), *order.arguments()[1:], "--run-id", run_id, "--store", str(store.path)]
+            stderr = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has ended
+            arguments = [str(bundle), *order.options(), "--run-id", run_id, "--store", str(store.path)]
             process = subprocess.Popen(
                 stageline("bench", "run", *arguments, "--name", order.bundle.name),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=said,
+                stderr=stderr,
                 start_new_session=True,
             )
-            self._children[run_id] = _Child(process, said)
+            self._children[run_id] = _Child(process, stderr)
             return run_id
 
     def starting(self) -> str | None:
-        """The run whose child lives, if any."""
+        """The run whose child process is alive, if any."""
         with self._lock:
             return self._starting()
 
     def failure(self, run_id: str) -> str | None:
-        """Why the child of a run ended badly, its last line; None where it did not, or is not ours."""
+        """The last line of a child that failed; None if it did not fail, or was not started here."""
         with self._lock:
             child = self._children.get(run_id)
             if child is None or child.process.poll() in (None, 0):
                 return None
-            child.said.seek(0)
-            lines = child.said.read().decode(errors="replace").strip().splitlines()
+            child.stderr.seek(0)
+            lines = child.stderr.read().decode(errors="replace").strip().splitlines()
             return (lines or [f"it ended with status {child.process.returncode}"])[-1].removeprefix("stageline: ")
 
     def interrupt(self, run_id: str) -> None:
-        """End a child that has not begun its run yet; one that has is cancelled through the store."""
+        """End a child that has not begun its run; a run that has begun is cancelled through the store."""
         with self._lock:
             child = self._children.get(run_id)
             if child is not None and child.process.poll() is None:
@@ -116,41 +114,23 @@ class Launcher:
 
 
 def running(store: Store) -> list[RunLine]:
-    """The runs of the store that are under way, whoever began them."""
+    """The running runs of the store, whoever started them."""
     return [line for line in store.runs(_NEWEST) if line.status == "running"]
 
 
 def cut_copy(bundle: Path, stages: int) -> Path:
-    """The bundle cut into `stages` even stages in the user's cache: its files linked, the bundle itself untouched.
+    """A copy of the bundle in the user's cache, cut into `stages` even stages; the bundle itself if it has as many.
 
-    StagelineError where they do not fit the model; OSError where nothing can be written there.
+    StagelineError if they do not fit the model; OSError if the cache cannot be written.
     """
     if len(read_manifest(bundle).stages) == stages:
         return bundle
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(home) / "stageline" / "cuts" / f"{bundle.name}-{stages}-stages"
-    with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
-        copy = Path(scratch) / bundle.name
-        for file in bundle.rglob("*"):
-            if file.is_file():
-                target = copy / file.relative_to(bundle)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _linked(file, target)
-        recut(copy, stages)
-        old = Path(scratch) / "old"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        copy = recut_copy(bundle, Path(scratch) / bundle.name, stages).path
         if folder.exists():
-            folder.rename(old)
+            folder.rename(Path(scratch) / "old")
         copy.rename(folder)
     return folder
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _linked(file: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(file)
-    except OSError:  # another file system
-        target.write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""The `stageline` command as a child process: the dashboard runs it, as a user would, instead of importing it."""
+"""The `stageline` command as a child process, as a user would run it."""
 
 import sys
 
@@ -6,5 +6,5 @@ _PROGRAM = "import sys; from stageline.exporter.commands.cli import main; sys.ex
 
 
 def stageline(*arguments: str) -> list[str]:
-    """The command line of `stageline ARGUMENTS` in this environment, whatever the PATH is."""
+    """The command line of `stageline ARGUMENTS` in this environment, independent of PATH."""
     return [sys.executable, "-P", "-c", _PROGRAM, *arguments]

@@ -1,4 +1,4 @@
-"""Services that the dashboard started: `stageline serve` as children, one a bundle, ended with the dashboard."""
+"""Services that the dashboard started: `stageline serve` as child processes, one per bundle, ended with it."""
 
 import atexit
 import json
@@ -20,7 +20,7 @@ _TEXT = "The pipeline is cut into stages, and each stage runs on a device of its
 
 @dataclass(frozen=True)
 class Service:
-    """A running child and where it listens."""
+    """A running child process and its address."""
 
     bundle: Path
     url: str
@@ -28,7 +28,7 @@ class Service:
 
 
 class Services:
-    """At most one service a bundle, whichever browser asked for it. Thread-safe."""
+    """At most one service per bundle, for all browsers. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,13 +36,13 @@ class Services:
         atexit.register(self.close)
 
     def running(self) -> list[Service]:
-        """Those that have not ended."""
+        """The services that have not ended."""
         with self._lock:
             self._running = {b: s for b, s in self._running.items() if s.process.poll() is None}
             return list(self._running.values())
 
     def start(self, bundle: Path) -> Service:
-        """Serve `bundle`, or give the service that does already. StagelineError with its last line if it ends."""
+        """Serve `bundle`, or return its running service. StagelineError with its last line if it does not start."""
         with self._lock:
             known = self._running.get(bundle)
             if known is not None and known.process.poll() is None:
@@ -52,22 +52,22 @@ class Services:
             return service
 
     def stop(self, bundle: Path) -> None:
-        """End the bundle's service, if there is one."""
+        """End the service of a bundle, if it has one."""
         with self._lock:
             service = self._running.pop(bundle, None)
         if service is not None:
             _end(service.process)
 
     def close(self) -> None:
-        """End all."""
+        """End all services."""
         for service in self.running():
             self.stop(service.bundle)
 
 
 def _started(bundle: Path) -> Service:
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
-            stageline("serve", str(bundle), "--port", "0"), stdout=subprocess.PIPE, stderr=said, text=True
+            stageline("serve", str(bundle), "--port", "0"), stdout=subprocess.PIPE, stderr=stderr, text=True
         )
         assert process.stdout is not None
         watchdog = threading.Timer(_START_S, process.kill)
@@ -76,8 +76,8 @@ def _started(bundle: Path) -> Service:
         watchdog.cancel()
         if " at http" not in line:
             _end(process)
-            said.seek(0)
-            last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
+            stderr.seek(0)
+            last = (stderr.read().strip().splitlines() or ["no error message"])[-1]
             raise StagelineError(f"{bundle.name} could not be served: {last.removeprefix('stageline: ')}")
     return Service(bundle, line.split()[-1], process)
 
@@ -92,7 +92,7 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 
 class Traffic:
-    """Requests to a service from a few threads, each sending the next when the last is answered, for a while."""
+    """Requests to a service for `seconds`, from `streams` threads that each send one request after the other."""
 
     def __init__(self, url: str, model: str, generates: bool, streams: int, seconds: float) -> None:
         self.until = time.monotonic() + seconds
@@ -104,11 +104,11 @@ class Traffic:
             threading.Thread(target=self._send, name="load", daemon=True).start()
 
     def left_s(self) -> float:
-        """Seconds until it ends; 0 when it has."""
+        """Seconds until the end; 0 after it."""
         return max(0.0, self.until - time.monotonic())
 
     def stop(self) -> None:
-        """Send no further request."""
+        """Send no more requests."""
         self.until = 0.0
 
     def _send(self) -> None:
@@ -119,4 +119,4 @@ class Traffic:
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     answer.read()
             except (OSError, ValueError):
-                time.sleep(0.5)  # the page tells that the service is gone
+                time.sleep(0.5)  # the page shows that the service is gone

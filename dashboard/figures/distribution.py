@@ -1,4 +1,4 @@
-"""Many requests made few numbers: histograms and latency over time. A million requests cost a browser nothing."""
+"""Histograms and latency over time: few rows for the browser, however many requests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the requests of some runs: how many each has, and the rows of both charts."""
+    """The number of requests of each run, and the rows of both charts."""
 
     counts: tuple[int, ...]
     histogram: list[dict[str, Any]]
@@ -22,7 +22,7 @@ class Spread:
 
 
 def spread(names: Sequence[str], all_requests: Sequence[Requests]) -> Spread:
-    """Runs of these names, each with its requests."""
+    """The spread of runs with these names and requests."""
     named, bounds = list(zip(names, all_requests, strict=True)), edges(all_requests)
     return Spread(
         tuple(map(len, all_requests)),
@@ -32,7 +32,7 @@ def spread(names: Sequence[str], all_requests: Sequence[Requests]) -> Spread:
 
 
 def histogram(name: str, requests: Requests, edges_s: Floats) -> list[dict[str, Any]]:
-    """The share of requests, in percent, whose latency lies between each two edges (seconds)."""
+    """The share of requests, in percent, whose latency lies between neighbouring edges (seconds)."""
     latency = requests.latency_s[requests.status == ANSWERED]
     counts = np.diff(np.searchsorted(np.sort(latency), edges_s))
     total = max(1, len(latency))
@@ -43,7 +43,7 @@ def histogram(name: str, requests: Requests, edges_s: Floats) -> list[dict[str, 
 
 
 def edges(all_requests: Sequence[Requests]) -> Floats:
-    """Bounds of bins, evenly spread over the logarithm, that hold every latency (seconds)."""
+    """Edges of bins for all latencies (seconds), evenly spaced on a logarithmic scale."""
     known = [r.latency_s[r.status == ANSWERED] for r in all_requests]
     lows = [float(one.min()) for one in known if len(one)]
     highs = [float(one.max()) for one in known if len(one)]
@@ -52,7 +52,7 @@ def edges(all_requests: Sequence[Requests]) -> Floats:
 
 
 def over_time(name: str, requests: Requests) -> list[dict[str, Any]]:
-    """The median and p99 of latency of the requests intended in each slice of a repeat; all repeats on one another."""
+    """Median and p99 latency by intended arrival, in slices of a repeat; all repeats are overlaid."""
     good = requests.status == ANSWERED
     at, latency = requests.intended_s[good], requests.latency_s[good]
     if not len(at):

@@ -1,4 +1,4 @@
-"""A running service over the last minutes: its /metrics read each second by a thread, and what follows from them."""
+"""A running service over the last minutes: a thread reads its /metrics each second; figures follow from them."""
 
 import itertools
 import threading
@@ -16,16 +16,16 @@ from stageline.models.errors import StagelineError
 from stageline.runtime.bench.energy import Meters
 
 PERIOD_S, KEPT_S = 1.0, 300
-_UNWATCHED_S = 60.0  # without a reader, after which the thread ends
+_UNWATCHED_S = 60.0  # the thread ends after this time without a reader
 _TIMEOUT_S = 3.0
 _LIMIT_BYTES = 4 * 1024**2
 
 ENERGY, DEVICE_MEMORY = "machine_energy_joules", "machine_device_memory_bytes"
-"""Of this machine, beside what the service tells; only where the service is on it and there are counters."""
+"""Counters of this machine, added to the service's metrics if the service runs here."""
 _HERE = {"127.0.0.1", "localhost", "::1"}
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
-"""A metric's name and its labels in order."""
+"""The name of a metric and its sorted labels."""
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,31 @@ class Sample:
     values: Mapping[Key, float]
 
     def get(self, name: str, **labels: str) -> float | None:
-        """A metric's value, None where the service does not tell it."""
+        """The value of a metric; None if the service does not report it."""
         return self.values.get((name, tuple(sorted(labels.items()))))
 
     def labels(self, name: str, label: str, **fixed: str) -> list[str]:
-        """The values of a label among a metric's samples."""
+        """The values of a label of a metric, for fixed other labels."""
         found = [dict(labels) for metric, labels in self.values if metric == name]
         return [one[label] for one in found if label in one and fixed.items() <= one.items()]
 
 
 def parsed(text: str, at_s: float) -> Sample:
-    """The sample in Prometheus' text. StagelineError where it is something else."""
+    """Parse Prometheus' text format. StagelineError if `text` is not a service's metrics."""
     try:
         families = list(text_string_to_metric_families(text))
     except ValueError as error:
-        raise StagelineError(f"its /metrics are not Prometheus' text ({error})") from error
+        raise StagelineError(f"its /metrics are not in Prometheus' text format ({error})") from error
     values = {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
     if not any(name.startswith("stageline_") for name, _ in values):
-        raise StagelineError("it answers, but it is no stageline serve: its /metrics have no stageline_ names")
+        raise StagelineError("it answers, but is not stageline serve: its /metrics have no stageline_ names")
     return Sample(at_s, values)
 
 
 def scrape(url: str) -> Sample:
-    """Read `url`/metrics once. StagelineError in one line where that fails."""
+    """Read `url`/metrics once. StagelineError if that fails."""
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise StagelineError(f"{url!r} is no address; give one like http://127.0.0.1:8000")
+        raise StagelineError(f"{url!r} is not an address; give one like http://127.0.0.1:8000")
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=_TIMEOUT_S) as answer:
             text = answer.read(_LIMIT_BYTES).decode()
@@ -73,7 +73,7 @@ def scrape(url: str) -> Sample:
 
 
 class Watcher:
-    """Reads a service each second while somebody looks, and remembers the last minutes. Thread-safe."""
+    """Reads a service each second while a page shows it, and keeps the last minutes. Thread-safe."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -85,13 +85,13 @@ class Watcher:
         self._meters = Meters() if urlsplit(url).hostname in _HERE else None
 
     def look(self) -> tuple[list[Sample], str | None]:
-        """The samples so far, oldest first, and why the last reading failed, if it did."""
+        """The samples so far, oldest first, and the error of the last reading, if it failed."""
         with self._lock:
             self._read_at = time.monotonic()
-            begun = self._thread is None
-            if begun:
+            starts = self._thread is None
+            if starts:
                 self._thread = threading.Thread(target=self._watch, name=f"watch {self.url}", daemon=True)
-        if begun:
+        if starts:
             self._read()
             assert self._thread is not None
             self._thread.start()
@@ -101,8 +101,8 @@ class Watcher:
     def _read(self) -> None:
         try:
             sample, error = self._with_meters(scrape(self.url)), None
-        except StagelineError as told:
-            sample, error = None, str(told)
+        except StagelineError as failure:
+            sample, error = None, str(failure)
         with self._lock:
             self._error = error
             if sample is not None:
@@ -129,22 +129,22 @@ class Watcher:
 
 
 def models(sample: Sample) -> list[str]:
-    """The models that the service serves."""
+    """The models of the service."""
     return sorted(set(sample.labels("stageline_stage_runs_total", "model")))
 
 
 def generates(sample: Sample, model: str) -> bool:
-    """Whether the model generates (else it embeds)."""
+    """Whether the model generates text (otherwise it embeds)."""
     return sample.get("stageline_slots", model=model) is not None
 
 
 def stages(sample: Sample, model: str) -> list[str]:
-    """The numbers of the model's stages."""
+    """The stage numbers of the model."""
     return sorted(sample.labels("stageline_stage_runs_total", "stage", model=model), key=int)
 
 
 def rates(samples: Sequence[Sample], name: str, **labels: str) -> list[tuple[float, float]]:
-    """A counter's growth a second between samples, by the later one's time. A service that began anew leaves a gap."""
+    """A counter's growth per second between samples, by time of the later one. A restarted service leaves a gap."""
     found = []
     for before, after in itertools.pairwise(samples):
         low, high = before.get(name, **labels), after.get(name, **labels)
@@ -154,12 +154,12 @@ def rates(samples: Sequence[Sample], name: str, **labels: str) -> list[tuple[flo
 
 
 def series(samples: Sequence[Sample], name: str, **labels: str) -> list[tuple[float, float]]:
-    """A gauge over time."""
+    """The values of a gauge, by time."""
     return [(s.at_s, value) for s in samples if (value := s.get(name, **labels)) is not None]
 
 
 def smoothed(points: Sequence[tuple[float, float]], over: int = 3) -> list[tuple[float, float]]:
-    """The mean of each value with those just before it."""
+    """The mean of each value and those before it, `over` values in all."""
     return [
         (at, sum(v for _, v in points[max(0, n - over + 1) : n + 1]) / min(over, n + 1))
         for n, (at, _) in enumerate(points)
@@ -167,7 +167,7 @@ def smoothed(points: Sequence[tuple[float, float]], over: int = 3) -> list[tuple
 
 
 def rows(lines: Iterable[tuple[str, Sequence[tuple[float, float]]]], now_s: float) -> list[dict[str, Any]]:
-    """Lines by name as rows of a chart; time in seconds before now."""
+    """Named lines as rows of a chart; time relative to now, in seconds."""
     return [
         {"ago_s": round(at - now_s, 2), "value": value, "line": name}
         for name, points in lines
@@ -178,7 +178,7 @@ def rows(lines: Iterable[tuple[str, Sequence[tuple[float, float]]]], now_s: floa
 
 @dataclass(frozen=True)
 class Now:
-    """The headline numbers; None where the service does not tell them."""
+    """The headline numbers; None if the service does not report them."""
 
     throughput_per_s: float | None
     ttft_p50_s: float | None
@@ -189,12 +189,12 @@ class Now:
     slots: float | None
     memory_bytes: float | None
     device_memory_bytes: float | None
-    processors: float | None
+    cores: float | None
     power_w: float | None
 
 
 def latest(samples: Sequence[Sample], model: str) -> Now:
-    """Of the last sample, rates over the last three seconds."""
+    """The headline numbers of the last sample; rates over the last three seconds."""
     last, recent = samples[-1], samples[-4:]
     counter = "stageline_generated_tokens_total" if generates(last, model) else "stageline_requests_total"
     labels = {"model": model} if generates(last, model) else {"model": model, "outcome": "done"}

@@ -1,33 +1,32 @@
-"""What the Plan page shows: what each block costs, what crosses each cut, and what moving a cut would give."""
+"""Data of the Plan page: the cost of each block, what crosses each cut, the effect of moving a cut."""
 
 import itertools
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stageline.dashboard.figures import words
 from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import read_header
+from stageline.runtime import words
 from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.engines.tensorrt.store import read_engines
 from stageline.runtime.planning.catalogue import Rates, catalogue
 from stageline.runtime.planning.cluster import Cluster, parse_devices
 from stageline.runtime.planning.cost import cut_values, values_bytes
 from stageline.runtime.planning.planner import Answer, Planner
-from stageline.runtime.planning.profile import Machine, MachineProfile, load
+from stageline.runtime.planning.profile import Machine, MachineProfile, read_profile
 from stageline.runtime.workload import Workload
 
 THIS_MACHINE = "this machine"
-MOST_STAGES = 8  # that the page offers sliders for
+MAX_STAGES = 8  # that the page offers
 
 
 def open_unverified(folder: Path) -> Bundle:
-    """The bundle for looking at: its manifest and the headers of its weights. Digests are checked when it runs."""
+    """A bundle to look at: manifest and weight headers. Digests are checked only when it runs."""
     manifest = read_manifest(folder)
     tensors = {}
     for name in manifest.weight_files:
@@ -39,37 +38,36 @@ def open_unverified(folder: Path) -> Bundle:
 
 
 def profile_of(folder: Path) -> tuple[MachineProfile | None, str | None]:
-    """The profile of this machine, or of another with a warning; None and what to do where there is none."""
+    """The profile of this machine, or of another with a warning; without one, None and what to do."""
     try:
-        return load(folder, Machine.here())
+        return read_profile(folder, Machine.here())
     except StagelineError as error:
         return None, str(error)
 
 
 def places(profile: MachineProfile | None) -> list[str]:
-    """Where the model can be planned for: this machine where it was profiled, and the catalogue's devices."""
+    """Where the model can be planned: this machine if it was profiled, and the devices of the catalogue."""
     return ([THIS_MACHINE] if profile else []) + list(catalogue())
 
 
-def most_stages(manifest: Manifest, place: str, load_: Workload) -> int:
-    """How many stages can be planned there."""
-    most = min(manifest.blocks, MOST_STAGES, load_.slots if manifest.cached else MOST_STAGES)
-    return min(most, os.cpu_count() or 1) if place == THIS_MACHINE else most
+def max_stages(manifest: Manifest, place: str, workload: Workload) -> int:
+    """The max number of stages that can be planned at `place`."""
+    stages = min(manifest.blocks, MAX_STAGES, workload.slots if manifest.cached else MAX_STAGES)
+    return min(stages, os.cpu_count() or 1) if place == THIS_MACHINE else stages
 
 
-def planner_for(bundle: Bundle, place: str, stages: int, load_: Workload, profile: MachineProfile | None) -> Planner:
-    """Plans for `stages` equal devices at `place`; on this machine with as many processors for each, and with such
-    weights, as were profiled."""
+def planner_for(bundle: Bundle, place: str, stages: int, workload: Workload, profile: MachineProfile | None) -> Planner:
+    """A planner for `stages` equal devices at `place`; on this machine with the profiled threads and weights."""
     if place != THIS_MACHINE:
         cluster = parse_devices(f"{stages}x{place}")
         known = catalogue()[place].tflops
         dtype = bundle.manifest.dtype if bundle.manifest.dtype in known else "float16"
-        return Planner(bundle, cluster, load_, dtype)
+        return Planner(bundle, cluster, workload, dtype)
     assert profile is not None
-    return Planner(bundle, _processors(stages, profile), load_, profile.machine.weights or "float32", profile=profile)
+    return Planner(bundle, _cores(stages, profile), workload, profile.machine.quantise or "float32", profile=profile)
 
 
-def _processors(stages: int, profile: MachineProfile) -> Cluster:
+def _cores(stages: int, profile: MachineProfile) -> Cluster:
     share = max(1, (os.cpu_count() or 1) // stages)
     threads = max((p.threads for p in profile.points if p.threads <= share), default=1)
     names = ["cpu:" + "+".join(str(n * threads + i) for i in range(threads)) for n in range(stages)]
@@ -77,19 +75,19 @@ def _processors(stages: int, profile: MachineProfile) -> Cluster:
 
 
 def layers_of(manifest: Manifest) -> list[int]:
-    """How many blocks each stage of the bundle has now."""
+    """The current number of blocks of each stage of the bundle."""
     return [stage.last_block - stage.first_block + 1 for stage in manifest.stages]
 
 
 def layers_between(cuts: Sequence[int], blocks: int) -> list[int] | None:
-    """The blocks of each stage when cuts are made before these blocks; None where two cuts leave nothing between."""
+    """The number of blocks of each stage for cuts before these blocks; None if a stage would be empty."""
     ends = [0, *sorted(cuts), blocks]
     layers = [end - first for first, end in itertools.pairwise(ends)]
     return layers if min(layers) > 0 else None
 
 
 def moved(planner: Planner, layers: Sequence[int], which: int) -> list[dict[str, Any]]:
-    """What every position of the cut after stage `which` would give, the other cuts staying where they are."""
+    """The prediction for each position of the cut after stage `which`; the other cuts stay."""
     both = layers[which] + layers[which + 1]
     before = sum(layers[:which])
     found = []
@@ -100,15 +98,15 @@ def moved(planner: Planner, layers: Sequence[int], which: int) -> list[dict[str,
 
 
 def bubble_ratio(answer: Answer) -> float:
-    """The share of all stages' time in which they wait for the slowest, 0 to 1."""
+    """The share of the stages' time spent waiting for the slowest, 0 to 1."""
     return sum(figures.bubble for figures in answer.plan.figures) / len(answer.plan.figures)
 
 
 def block_rows(planner: Planner, answer: Answer) -> list[dict[str, Any]]:
-    """What each use costs: its stage, seconds for a micro-batch, parameters, bytes of weights and of the cache."""
+    """The cost of each use: stage, time for a micro-batch, parameters, bytes of weights and cache."""
     costs, device = planner.costs(answer.shape), answer.problem.devices[0]
     manifest = planner.bundle.manifest
-    cache_tokens = planner.load.slots * planner.load.capacity if manifest.cached else 0
+    cache_tokens = planner.workload.slots * planner.workload.capacity if manifest.cached else 0
     last = len(costs) - 1
     rows = []
     for number, cost in enumerate(costs):
@@ -132,7 +130,7 @@ def block_rows(planner: Planner, answer: Answer) -> list[dict[str, Any]]:
 
 
 def stage_rows(answer: Answer) -> list[dict[str, Any]]:
-    """The stages of a plan with what they cost."""
+    """The cost of each stage of a plan."""
     return [
         {
             "stage": f"stage {number}",
@@ -148,7 +146,7 @@ def stage_rows(answer: Answer) -> list[dict[str, Any]]:
 
 
 def crossing_rows(bundle: Bundle, answer: Answer) -> list[dict[str, Any]]:
-    """What crosses each cut of the plan for its micro-batch."""
+    """The values of a micro-batch that cross each cut of the plan."""
     values = cut_values(bundle.manifest, bundle.parts())
     return [
         {
@@ -165,24 +163,24 @@ def crossing_rows(bundle: Bundle, answer: Answer) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a device reaches, and where each stage stands: intensity in operations a byte, attained in GFLOP/s."""
+    """What a device reaches, and each stage's intensity (operations per byte) and attained GFLOP/s."""
 
     rates: Rates
     stages: list[dict[str, Any]]
 
     @property
     def ridge(self) -> float:
-        """The intensity from which on a stage is bound by computing."""
+        """The intensity above which a stage is bound by computing."""
         return self.rates.flops_per_s / self.rates.bytes_per_s
 
 
 def roofline(planner: Planner, answer: Answer) -> Roofline:
-    """The roofline of the plan's devices with its stages."""
-    costs, last = planner.costs(answer.shape), planner.bundle.manifest.blocks
+    """The roofline of the plan's devices, with its stages."""
+    costs = planner.costs(answer.shape)
     rates = planner.rates(planner.cluster.kinds[0])
     rows = []
     for number, (stage, figures) in enumerate(zip(answer.plan.stages, answer.plan.figures, strict=True)):
-        uses = costs[0 if stage.first == 0 else stage.first + 1 : last + 2 if stage.end == last else stage.end + 1]
+        uses = uses_of(costs, stage.first, stage.end)
         flops = sum(use.flops for use in uses)
         moved_bytes = sum(use.weight_read_bytes + use.cache_read_bytes for use in uses)
         intensity, attained = flops / max(1, moved_bytes), flops / figures.compute_s
@@ -200,7 +198,7 @@ def roofline(planner: Planner, answer: Answer) -> Roofline:
 
 
 def roof_points(line: Roofline) -> list[dict[str, float]]:
-    """The roof's corners, around all stages."""
+    """The corners of the roof, drawn around all stages."""
     low = min([line.ridge, *(row["intensity"] for row in line.stages)]) / 4
     high = max([line.ridge, *(row["intensity"] for row in line.stages)]) * 4
     xs = [low, line.ridge, high]
@@ -208,33 +206,20 @@ def roof_points(line: Roofline) -> list[dict[str, float]]:
 
 
 def kinds_of_blocks(manifest: Manifest) -> int:
-    """How many distinct kinds of block the model has."""
+    """The number of distinct kinds of block in the model."""
     return len({use.part for use in manifest.uses[1:-1]})
-
-
-def parameters(bundle: Bundle) -> int:
-    """Of the whole model; a tensor that two parts read counts once."""
-    names = {name for use in bundle.manifest.uses for name in use.weights.values()}
-    return sum(math.prod(bundle.tensors[name].shape) for name in names)
-
-
-def weight_bytes(bundle: Bundle) -> int:
-    """Of the whole model as it lies on disk."""
-    names = {name for use in bundle.manifest.uses for name in use.weights.values()}
-    return sum(bundle.tensors[name].size_bytes for name in names)
 
 
 @dataclass(frozen=True)
 class EngineRow:
-    """An engine in the bundle as a row of a table, and how many layers of each kind it has (none where its report
-    cannot be read)."""
+    """An engine in the bundle as a row of a table, and its layers by kind (empty if its report cannot be read)."""
 
     row: dict[str, str]
     kinds: dict[str, int]
 
 
 def engine_reports(folder: Path) -> list[EngineRow]:
-    """The engines that `stageline build` left in the bundle. BundleError where their manifest is not valid."""
+    """The engines that `stageline build` put into the bundle. BundleError if their manifest is not valid."""
     found = []
     for engine in read_engines(folder).engines:
         try:

@@ -1,4 +1,4 @@
-"""What the Overview and Compare pages show of recorded runs: headlines, curves, baselines, changes with confidence."""
+"""Data of the Overview and Compare pages: headlines, curves, baselines, changes with confidence."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stageline.dashboard.figures import words
+from stageline.runtime import words
 from stageline.runtime.bench.compare import FigureChange, compare
 from stageline.runtime.bench.confidence import difference
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo
@@ -16,7 +16,7 @@ PERCENTILES = ("p50", "p90", "p95", "p99")
 
 
 def by_bundle(lines: Iterable[RunLine]) -> dict[str, list[RunLine]]:
-    """Runs of each bundle, newest first, by the bundle's folder; the bundle with the newest run first."""
+    """Runs by bundle folder, newest first; the bundle with the newest run first."""
     found: dict[str, list[RunLine]] = {}
     for line in lines:
         found.setdefault(line.bundle, []).append(line)
@@ -24,7 +24,7 @@ def by_bundle(lines: Iterable[RunLine]) -> dict[str, list[RunLine]]:
 
 
 def earlier(lines: Iterable[RunLine], line: RunLine) -> RunLine | None:
-    """The newest complete run of the same bundle before this one that measured any of its loads."""
+    """The newest earlier complete run of the same bundle that shares a load with this one."""
     mine = {(one.contender, one.load) for one in line.headlines}
     return next(
         (
@@ -40,28 +40,28 @@ def earlier(lines: Iterable[RunLine], line: RunLine) -> RunLine | None:
 
 
 def short(bundle: str) -> str:
-    """A bundle's folder by its last name."""
+    """The last part of a bundle's path."""
     return Path(bundle).name or bundle
 
 
 def tag(run_id: str) -> str:
-    """The last part of an id, which tells runs apart on a page."""
+    """The last part of an id, which distinguishes runs on a page."""
     return run_id.rpartition("-")[2][-8:]
 
 
 def label(line: RunLine | Run, now_s: float) -> str:
-    """A run in a list to choose from."""
+    """The text of a run in a list to choose from."""
     named = f" {line.name}" if line.name and line.name != short(line.bundle) else ""
     return f"{short(line.bundle)}{named}, {words.ago(line.created, now_s)}, {tag(line.id)}"
 
 
 def generates(run: Run) -> bool:
-    """Whether its requests draw tokens."""
+    """Whether the requests of a run draw tokens."""
     return run.settings.output_tokens is not None
 
 
 def throughput_name(run: Run) -> str:
-    """The figure that says how much a run's pipeline does."""
+    """The name of the figure that states a run's throughput."""
     return "tokens_per_s" if generates(run) else "samples_per_s"
 
 
@@ -71,20 +71,20 @@ def ours(run: Run) -> list[Measurement]:
 
 
 def mean(measurement: Measurement, name: str) -> float | None:
-    """A figure's mean; None where it is absent."""
+    """The mean of a figure; None if it is absent."""
     figure = measurement.figures.get(name)
     return None if figure is None or not math.isfinite(figure.mean) else figure.mean
 
 
 def fullest(run: Run, contender: str = OURS) -> Measurement | None:
-    """The measurement of a contender with the most throughput."""
+    """The measurement of a contender with the highest throughput."""
     name = throughput_name(run)
     known = [one for one in run.measurements if one.contender == contender and mean(one, name) is not None]
     return max(known, key=lambda one: mean(one, name) or 0.0, default=None)
 
 
 def calmest(run: Run) -> Measurement | None:
-    """Our measurement with the shortest median latency: one request at a time where that was measured."""
+    """Our measurement with the lowest median latency, with one request at a time if that was measured."""
     alone = [one for one in ours(run) if one.load.scenario == "SingleStream" or one.load.concurrency == 1]
     known = [one for one in alone or ours(run) if mean(one, "latency_p50_s") is not None]
     return min(known, key=lambda one: mean(one, "latency_p50_s") or math.inf, default=None)
@@ -92,8 +92,8 @@ def calmest(run: Run) -> Measurement | None:
 
 @dataclass(frozen=True)
 class Card:
-    """A headline number: what, its value in words, its change against the run before and whether that is sure (its 95 %
-    interval leaves out zero), which way is better, what it was measured under."""
+    """A headline number as text; its change since the run before, and whether that is sure (its 95 % interval excludes
+    zero); which direction is better; the load."""
 
     label: str
     value: str
@@ -104,7 +104,7 @@ class Card:
 
 
 def cards(run: Run, before: Run | None) -> list[Card]:
-    """Throughput first, then latency, then where time and energy go."""
+    """The headline numbers: throughput first, then latency, then use of time, memory and energy."""
     full, calm = fullest(run), calmest(run)
     unit = "tokens" if generates(run) else "texts"
     wanted: list[tuple[str, Measurement | None, str, Callable[[float], str]]] = [
@@ -118,7 +118,7 @@ def cards(run: Run, before: Run | None) -> list[Card]:
         ("Energy", full, "energy_per_token_j", lambda v: f"{words.figure(v * 1e3)} mJ/token"),
     ]
     found = []
-    for name, measurement, figure_name, shown in wanted:
+    for name, measurement, figure_name, text in wanted:
         figure = measurement.figures.get(figure_name) if measurement else None
         if measurement is None or figure is None or not math.isfinite(figure.mean):
             continue
@@ -127,25 +127,25 @@ def cards(run: Run, before: Run | None) -> list[Card]:
         change = words.change(figure.mean / old.mean - 1) if old and old.mean else None
         bounds = difference(old.values, figure.values) if old else None
         sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
-        about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}{_spread(figure, shown)}"
-        found.append(Card(name, shown(figure.mean), change, sure, figure.better, about))
+        about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}{_spread(figure, text)}"
+        found.append(Card(name, text(figure.mean), change, sure, figure.better, about))
     return found
 
 
-def _spread(figure: Figure, shown: Callable[[float], str]) -> str:
+def _spread(figure: Figure, text: Callable[[float], str]) -> str:
     if figure.low is None or figure.high is None:
         return ""
-    return f"; 95 % confidence: {shown(max(0.0, figure.low))} to {shown(figure.high)}"
+    return f"; 95 % confidence: {text(max(0.0, figure.low))} to {text(figure.high)}"
 
 
 def _same(run: Run | None, measurement: Measurement) -> Measurement | None:
-    """The measurement of the same contender under the same load in another run."""
+    """The measurement in `run` of the same contender under the same load."""
     key = (measurement.contender, str(measurement.load))
     return next((one for one in run.measurements if (one.contender, str(one.load)) == key), None) if run else None
 
 
 def curve_rows(run: Run, percentile: str) -> list[dict[str, Any]]:
-    """Throughput and latency of each contender under each load; `line` says which points a line joins."""
+    """Throughput and latency of each contender under each load; points with the same `sweep` are joined."""
     name = throughput_name(run)
     rows = []
     for one in run.measurements:
@@ -167,7 +167,8 @@ def curve_rows(run: Run, percentile: str) -> list[dict[str, Any]]:
 
 
 def baseline_rows(run: Run) -> list[dict[str, Any]]:
-    """Each contender's throughput under the fullest load that ours and it share, and how many times ours it is."""
+    """Each contender's throughput under the load where it is highest and that we share. `ratio`: ours over it; None for
+    ours."""
     name, own = throughput_name(run), {str(one.load): one for one in ours(run)}
     rows = []
     for contender in dict.fromkeys(one.contender for one in run.measurements):
@@ -181,7 +182,6 @@ def baseline_rows(run: Run) -> list[dict[str, Any]]:
         value, best = max(shared, key=lambda pair: pair[0] or 0.0)
         mine = mean(own[str(best.load)], name)
         figure = best.figures[name]
-        times = None if contender == OURS or not mine or not value else mine / value
         rows.append(
             {
                 "contender": contender,
@@ -189,14 +189,14 @@ def baseline_rows(run: Run) -> list[dict[str, Any]]:
                 "throughput": value,
                 "low": value if figure.low is None else max(0.0, figure.low),
                 "high": value if figure.high is None else figure.high,
-                "told": "this bundle" if times is None else f"stageline gives {times:.2f} times as much",
+                "ratio": None if contender == OURS or not mine or not value else mine / value,
             }
         )
     return rows
 
 
 def stage_rows(measurement: Measurement) -> list[dict[str, Any]]:
-    """What each stage did with its time, in percent."""
+    """How each stage spent its time, in percent."""
     rows = []
     for stage in measurement.stages:
         total = (stage.busy_s + stage.copy_s + stage.idle_s) or 1.0
@@ -239,8 +239,8 @@ KEY_FIGURES = (
 """The figures that comparisons show, in this order."""
 
 
-def shown(figure: Figure) -> str:
-    """A figure's mean in words."""
+def figure_text(figure: Figure) -> str:
+    """The mean of a figure as text, with its unit."""
     value = figure.mean
     if not math.isfinite(value):
         return "-"
@@ -253,8 +253,8 @@ def shown(figure: Figure) -> str:
     return f"{words.figure(value)} {figure.unit}"
 
 
-def called(name: str) -> str:
-    """requests_per_s -> requests per s; latency_p99_s -> latency p99; TTFT and its like in capitals."""
+def figure_label(name: str) -> str:
+    """requests_per_s -> requests throughput; latency_p99_s -> latency p99; ttft_p50_s -> TTFT p50."""
     bare = name.removesuffix("_bytes").removesuffix("_j").removesuffix("_w")
     bare = bare if bare.endswith("_per_s") else bare.removesuffix("_s")
     text = bare.replace("_per_s", " throughput").replace("_", " ")
@@ -264,18 +264,18 @@ def called(name: str) -> str:
 
 
 def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> list[FigureChange]:
-    """What `stageline bench compare` says of the key figures of one contender under one load."""
+    """Changes of the key figures of one contender under one load, as in `stageline bench compare`."""
     one, other = (replace(run, measurements=(measurement_of(run, key)[1],)) for run in (before, after))
     return compare(one, other, threshold, KEY_FIGURES)
 
 
 def change_table(found: Sequence[FigureChange]) -> list[dict[str, str]]:
-    """Rows for a table: the change with its 95 % interval, and the verdict."""
+    """Rows of a table: the change with its 95 % interval, and the verdict."""
     return [
         {
-            "figure": called(one.figure),
-            "before": shown(one.before),
-            "after": shown(one.after),
+            "figure": figure_label(one.figure),
+            "before": figure_text(one.before),
+            "after": figure_text(one.after),
             "change": words.change(one.change),
             "95 % confidence": _between(one),
             "verdict": one.verdict if one.sure is not None else f"{one.verdict}, not sure: too few repeats",
@@ -288,22 +288,22 @@ def _between(one: FigureChange) -> str:
     return "-" if one.low is None or one.high is None else f"{words.change(one.low)} to {words.change(one.high)}"
 
 
-def told_apart(before: Run, after: Run) -> list[str]:
-    """What besides the figures differs between two runs: plan, settings, machine, versions, commit."""
+def differences(before: Run, after: Run) -> list[str]:
+    """What differs between two runs apart from figures: plan, settings, machine, versions, commit."""
     found = []
     pairs = [
         ("plan", " + ".join(map(str, before.plan.blocks)), " + ".join(map(str, after.plan.blocks))),
         ("devices", ", ".join(before.plan.devices), ", ".join(after.plan.devices)),
         ("bundle", before.bundle_digest[:12], after.bundle_digest[:12]),
-        ("engine", before.settings.engine, after.settings.engine),
-        ("weights", str(before.settings.weights), str(after.settings.weights)),
-        ("threads", str(before.settings.threads), str(after.settings.threads)),
-        ("slots", str(before.settings.slots), str(after.settings.slots)),
+        *(
+            (name, *(str(getattr(run.settings.pipeline, name)) for run in (before, after)))
+            for name in ("engine", "quantise", "threads", "slots")
+        ),
         ("inputs", before.settings.inputs, after.settings.inputs),
         ("baselines", ", ".join(before.settings.baselines) or "none", ", ".join(after.settings.baselines) or "none"),
         ("SLO", _bounds(before.settings.slo), _bounds(after.settings.slo)),
         ("repeats", str(before.settings.repeats), str(after.settings.repeats)),
-        ("seconds a repeat", f"{before.settings.seconds:g}", f"{after.settings.seconds:g}"),
+        ("seconds per repeat", f"{before.settings.seconds:g}", f"{after.settings.seconds:g}"),
         ("machine", before.environment.machine, after.environment.machine),
         ("GPU", str(before.environment.gpu), str(after.environment.gpu)),
         ("commit", str(before.environment.commit)[:12], str(after.environment.commit)[:12]),
@@ -323,7 +323,7 @@ def _bounds(slo: Slo) -> str:
 
 
 def common_loads(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Contender and load of the measurements that all runs have, in the first one's order; ours first."""
+    """Contender and load of the measurements that all runs have, ours first."""
     kept = [{(one.contender, str(one.load)) for one in run.measurements} for run in runs]
     first = [(one.contender, str(one.load)) for one in runs[0].measurements] if runs else []
     shared = [key for key in first if all(key in keys for keys in kept)]
@@ -331,13 +331,13 @@ def common_loads(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def measurement_of(run: Run, key: tuple[str, str]) -> tuple[int, Measurement]:
-    """A run's measurement of a contender under a load, with its number."""
+    """The measurement of a contender under a load, with its number in the run."""
     return next((n, one) for n, one in enumerate(run.measurements) if (one.contender, str(one.load)) == key)
 
 
 def ladder_rows(name: str, measurement: Measurement, what: str) -> list[dict[str, Any]]:
-    """A ladder for the chart, up to where it rests on a request. `nines` spreads the slow end: 0 at p0, 1 at p90, 2 at
-    p99, 3 at p99.9."""
+    """A ladder for the chart, as far as at least one request lies beyond. `nines` stretches the slow end: 0 at p0, 1 at
+    p90, 2 at p99, 3 at p99.9."""
     return [
         {
             "run": name,
@@ -351,7 +351,7 @@ def ladder_rows(name: str, measurement: Measurement, what: str) -> list[dict[str
 
 
 def flat_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """All figures of runs, a row each, for a download."""
+    """All figures of runs, one row each, for a download."""
     return [
         {
             "run": run.id,

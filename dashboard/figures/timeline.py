@@ -1,4 +1,4 @@
-"""What the Timeline page shows: spans of a window, bubbles between them, and how busy stages were over the whole."""
+"""Data of the Timeline page: the spans and bubbles of a window, and the use of the stages over the whole."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ import numpy.typing as npt
 from stageline.runtime.bench.records import Timeline
 from stageline.runtime.stages.recorder import WINDOW, Span
 
-MOST_SPANS = 2000  # drawn at a time
-_FIRST_MICRO_BATCHES = 40  # that the first look shows
+MAX_SPANS = 2000  # drawn at a time
+_FIRST_MICRO_BATCHES = 40  # in the first window
 _BINS = 160
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Spans as columns, in the order in which they began."""
+    """Spans as columns, by start time."""
 
     spans: tuple[Span, ...]
     stage: npt.NDArray[np.int64]
@@ -29,7 +29,7 @@ class Table:
 
     @classmethod
     def of(cls, timeline: Timeline) -> "Table":
-        """From a recorded timeline."""
+        """The table of a recorded timeline."""
         spans = tuple(sorted(timeline.spans, key=lambda span: span.began_s))
         return cls(
             spans,
@@ -42,12 +42,12 @@ class Table:
 
     @cached_property
     def bubbles(self) -> Floats:
-        """[bubbles, 3]: stage, begin and end of each."""
+        """See `bubbles`."""
         return bubbles(self)
 
     @cached_property
     def stages(self) -> list[int]:
-        """The stages that did anything."""
+        """The stages that have spans."""
         return sorted(set(self.stage.tolist()))
 
     @property
@@ -62,26 +62,26 @@ class Table:
 
 
 def first_window(table: Table) -> tuple[float, float]:
-    """What to look at first: some micro-batches that followed each other, near the middle, where the pipeline is full.
+    """The window to show first: consecutive micro-batches near the middle, where the pipeline is full.
 
-    The middle itself may lie between two repeats, with the turns of other contenders in it, or where the recorder
-    dropped micro-batches: of all stretches of as many micro-batches those count that took no longer than half of them.
+    The middle itself may lie between two repeats, while other contenders ran, or where the recorder dropped
+    micro-batches. So only stretches that took no longer than the median one are considered.
     """
     numbers, begins, ends = _micro_batches(table)
-    many = min(_FIRST_MICRO_BATCHES, len(numbers))
-    first = np.arange(len(numbers) - many + 1)
-    last = first + many - 1
+    count = min(_FIRST_MICRO_BATCHES, len(numbers))
+    first = np.arange(len(numbers) - count + 1)
+    last = first + count - 1
     took = np.maximum.accumulate(ends)[last] - begins[first]
-    whole = np.flatnonzero(numbers[last] - numbers[first] == many - 1)
+    whole = np.flatnonzero(numbers[last] - numbers[first] == count - 1)
     known = whole if len(whole) else first
     usual = known[took[known] <= np.median(took[known])]
     start = usual[np.argmin(np.abs(usual - len(first) // 2))]
-    chosen = np.isin(table.micro_batch, numbers[start : start + many])
+    chosen = np.isin(table.micro_batch, numbers[start : start + count])
     return float(table.began_s[chosen].min()), float(table.ended_s[chosen].max())
 
 
 def _micro_batches(table: Table) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
-    """The numbers of the micro-batches, when the first span of each began, and when its last ended."""
+    """The numbers of the micro-batches, with the start of the first and the end of the last span of each."""
     order = np.argsort(table.micro_batch, kind="stable")
     numbers, first = np.unique(table.micro_batch[order], return_index=True)
     if not len(numbers):
@@ -90,8 +90,8 @@ def _micro_batches(table: Table) -> tuple[npt.NDArray[np.int64], Floats, Floats]
     return numbers, np.minimum.reduceat(begins, first), np.maximum.reduceat(ends, first)
 
 
-def under_way(table: Table) -> list[tuple[float, float]]:
-    """When any micro-batch was between the beginning of its first span and the end of its last."""
+def active_periods(table: Table) -> list[tuple[float, float]]:
+    """Periods (begin, end) in which any micro-batch was between its first and its last span."""
     _, begins, ends = _micro_batches(table)
     if not len(begins):
         return []
@@ -108,11 +108,11 @@ def under_way(table: Table) -> list[tuple[float, float]]:
 
 
 def bubbles(table: Table) -> Floats:
-    """[bubbles, 3]: stage, begin and end of each time in which a stage waited while micro-batches were under way.
+    """[bubbles, 3]: stage, begin and end of each period in which a stage waited while micro-batches were in progress.
 
-    Windows of micro-batches that the recorder dropped are no gaps: nothing is known of them.
+    Windows of micro-batches that the recorder dropped do not count: nothing is known about them.
     """
-    busy = under_way(table)
+    busy = active_periods(table)
     starts, stops = (np.array([pair[n] for pair in busy]) for n in (0, 1))
     found = [np.zeros((0, 3))]
     for stage in table.stages:
@@ -121,7 +121,7 @@ def bubbles(table: Table) -> Floats:
         windows = table.micro_batch[mine] // WINDOW
         gaps = np.flatnonzero((begins[1:] > ends[:-1]) & (np.abs(np.diff(windows)) <= 1))
         low, high = ends[gaps], begins[gaps + 1]
-        first = np.searchsorted(stops, low, side="right")  # of the stretches that each gap meets
+        first = np.searchsorted(stops, low, side="right")  # of the periods that each gap meets
         many = np.maximum(np.searchsorted(starts, high) - first, 0)
         gap = np.repeat(np.arange(len(gaps)), many)
         met = np.arange(len(gap)) + np.repeat(first - np.cumsum(many) + many, many)
@@ -133,10 +133,10 @@ def bubbles(table: Table) -> Floats:
 
 
 def span_rows(table: Table, low_s: float, high_s: float) -> tuple[list[dict[str, Any]], bool]:
-    """The spans of a window for the chart, and whether there were more than can be drawn."""
+    """The spans of a window for the chart, and whether there are more than can be drawn."""
     chosen = np.flatnonzero((table.ended_s > low_s) & (table.began_s < high_s))
     rows = []
-    for place in chosen[:MOST_SPANS]:
+    for place in chosen[:MAX_SPANS]:
         span = table.spans[place]
         rows.append(
             {
@@ -150,13 +150,13 @@ def span_rows(table: Table, low_s: float, high_s: float) -> tuple[list[dict[str,
                 "requests": _requests(span.requests),
             }
         )
-    return rows, len(chosen) > MOST_SPANS
+    return rows, len(chosen) > MAX_SPANS
 
 
 def bubble_rows(table: Table, low_s: float, high_s: float) -> list[dict[str, Any]]:
-    """The bubbles of a window for the chart, the longest where there are too many."""
+    """The bubbles of a window for the chart; only the longest if there are too many."""
     inside = table.bubbles[(table.bubbles[:, 2] > low_s) & (table.bubbles[:, 1] < high_s)]
-    longest = inside[np.argsort(inside[:, 1] - inside[:, 2], kind="stable")[:MOST_SPANS]]
+    longest = inside[np.argsort(inside[:, 1] - inside[:, 2], kind="stable")[:MAX_SPANS]]
     return [
         {
             "stage": f"stage {stage:.0f}",
@@ -171,7 +171,7 @@ def bubble_rows(table: Table, low_s: float, high_s: float) -> list[dict[str, Any
 
 @dataclass(frozen=True)
 class StageShare:
-    """How a stage spent the time in which micro-batches were under way, in seconds."""
+    """How a stage spent the seconds in which micro-batches were in progress."""
 
     stage: int
     busy_s: float
@@ -180,12 +180,12 @@ class StageShare:
 
     @property
     def bubble_ratio(self) -> float:
-        """Waiting over all of it, 0 to 1."""
+        """The share of waiting, 0 to 1."""
         return self.bubble_s / ((self.busy_s + self.copy_s + self.bubble_s) or 1.0)
 
 
 def shares(table: Table) -> list[StageShare]:
-    """Of each stage, over what was recorded."""
+    """The shares of each stage, over the whole recording."""
     taken, waited = table.ended_s - table.began_s, table.bubbles[:, 2] - table.bubbles[:, 1]
     return [
         StageShare(
@@ -199,7 +199,7 @@ def shares(table: Table) -> list[StageShare]:
 
 
 def utilisation_rows(table: Table) -> list[dict[str, Any]]:
-    """Of each stage in equal slices of the whole recording: percent of the slice in which it was at work."""
+    """Percent of time in which each stage computed, in equal slices of the whole recording."""
     begin, end = table.begin_s, table.end_s
     edges = np.linspace(begin, max(end, begin + 1e-9), _BINS + 1)
     rows = []
@@ -215,7 +215,7 @@ def utilisation_rows(table: Table) -> list[dict[str, Any]]:
 
 
 def _passed(times: Floats, edges: Floats) -> Floats:
-    """For each edge the seconds since each of `times` that lies before it, summed."""
+    """For each edge, the sum of the seconds since each earlier one of `times`."""
     times = np.sort(times)
     sums, before = np.concatenate([[0.0], np.cumsum(times)]), np.searchsorted(times, edges)
     return np.asarray(before * edges - sums[before])

@@ -1,1 +1,1 @@
-"""The pages: a file each, thin; what they show is worked out in the modules above."""
+"""The pages, one thin file each; figures/ computes what they show."""

@@ -1,4 +1,4 @@
-"""What all pages share: the head, empty states, and messages in place of tracebacks."""
+"""Shared by all pages: the head, empty states, and messages instead of tracebacks."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -10,22 +10,22 @@ from stageline.models.errors import StagelineError
 
 
 def page(title: str, purpose: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Makes a page of what draws its body. Users' errors are shown in a box; a bug keeps its traceback."""
+    """Decorates the function that draws a page's body. Users' errors show in a box; a bug keeps its traceback."""
 
     def decorated(body: Callable[[], None]) -> Callable[[], None]:
         @wraps(body)
         def drawn() -> None:
             st.title(title, anchor=False)
             st.caption(purpose)
-            told(body)
+            guarded(body)
 
         return drawn
 
     return decorated
 
 
-def told(body: Callable[[], None]) -> None:
-    """Run `body`; what goes wrong for a reason that a user can mend is told in a box."""
+def guarded(body: Callable[[], None]) -> None:
+    """Run `body`; errors that a user can fix show in a box."""
     try:
         body()
     except StagelineError as error:
@@ -36,7 +36,7 @@ def told(body: Callable[[], None]) -> None:
 
 
 def empty(head: str, text: str, commands: Sequence[str] = ()) -> None:
-    """An empty state: what is not there yet, and what to do next."""
+    """An empty state: what is missing, and what to do next."""
     with st.container(border=True, key="empty"):
         st.subheader(head, anchor=False)
         st.markdown(text)
@@ -45,13 +45,13 @@ def empty(head: str, text: str, commands: Sequence[str] = ()) -> None:
 
 
 def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
-    """The bundle chosen, also by the query parameter `bundle`; None, and an empty state, where there is none."""
+    """The bundle chosen on the page or by the query parameter `bundle`; without bundles, None and an empty state."""
     places = (*DashboardSettings.given().bundles, *extra)
     found = find_bundles(places)
     if not found:
         looked = ", ".join(f"`{place}`" for place in places)
         empty(
-            "No bundle here yet",
+            "No bundle yet",
             f"A bundle is an exported model, cut into stages. Looked in {looked}. Make one, then reload this page:",
             [
                 "stageline models fetch minilm",
@@ -65,7 +65,7 @@ def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
 
 
 def labels(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders by the shortest names that tell them apart."""
+    """Folders by their shortest distinct names."""
     single = [folder.name for folder in folders]
     return {
         folder.name if single.count(folder.name) == 1 else f"{folder.name} ({folder.parent})": folder

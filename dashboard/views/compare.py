@@ -1,4 +1,4 @@
-"""The page Compare: runs side by side, with confidence."""
+"""The Compare page: runs side by side, with confidence."""
 
 import csv
 import io
@@ -8,16 +8,24 @@ import time
 import streamlit as st
 from stageline.dashboard.charts import runs as charts
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import words
 from stageline.dashboard.views.common import empty, page
-from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, spread_of
+from stageline.dashboard.views.recorded import (
+    choices,
+    differences_caption,
+    lines,
+    named_runs,
+    no_runs,
+    run_of,
+    spread_of,
+)
+from stageline.runtime import words
 from stageline.runtime.bench.records import Measurement, Run, RunLine
 
-_MOST = 6
+_MAX_RUNS = 6
 _TIMES = {"latency_s": "latency (ms)", "ttft_s": "TTFT (ms)", "tpot_s": "TPOT (ms)"}
 
 
-@page("Compare", "Runs side by side: figures with confidence, percentiles, distributions.")
+@page("Compare", "Runs side by side: figures with confidence intervals, percentiles, distributions.")
 def show() -> None:
     """Draw the page."""
     found = lines()
@@ -28,23 +36,21 @@ def show() -> None:
         return
     default = [one for one in wanted if one in known] or _last_two(list(known), found)
     chosen = st.multiselect(
-        "Runs, the first is what the others are compared with",
+        "Runs: the others are compared with the first",
         list(known),
-        default[:_MOST],
+        default[:_MAX_RUNS],
         format_func=lambda one: known[one],
-        max_selections=_MOST,
+        max_selections=_MAX_RUNS,
         key=f"runs {','.join(default)}",
     )
     st.query_params["runs"] = ",".join(chosen)
     if len(chosen) < 2:
-        empty(
-            "Choose two runs", "Pick at least two above: two of the same bundle, before and after a change, tell most."
-        )
+        empty("Choose two runs", "Pick at least two above, ideally of the same bundle before and after a change.")
         return
     runs = [run_of(one) for one in chosen]
     keys = results.common_loads(runs)
     if not keys:
-        st.info("These runs have no load in common: nothing can be put side by side.", icon=":material/info:")
+        st.info("These runs have no load in common, so they cannot be compared.", icon=":material/info:")
         return
     key = st.selectbox("Measurement", keys, format_func=lambda one: f"{one[0]}, {one[1]}", key="measurement")
     measured = [results.measurement_of(run, key) for run in runs]
@@ -56,33 +62,32 @@ def show() -> None:
 
 
 def _last_two(ids: list[str], found: list[RunLine]) -> list[str]:
-    """The newest run, and before it the one that it can be compared with."""
+    """The newest run, preceded by the one to compare it with."""
     newest = next(line for line in found if line.id == ids[0])
     before = results.earlier(found, newest)
     return [before.id, newest.id] if before and before.id in ids else [newest.id]
 
 
 def _names(runs: list[Run]) -> list[str]:
-    """Short names that tell the runs apart, in order."""
+    """Short distinct names of the runs, in order."""
     return [f"{chr(65 + n)}: {results.short(run.bundle)} {results.tag(run.id)}" for n, run in enumerate(runs)]
 
 
 def _figures(runs: list[Run], key: tuple[str, str], names: list[str]) -> None:
     threshold = st.number_input(
-        "Threshold (%): smaller changes count as none", 0.0, 100.0, 5.0, 1.0, key="threshold", width=340
+        "Threshold (%): smaller changes are ignored", 0.0, 100.0, 5.0, 1.0, key="threshold", width=340
     )
     for number, run in enumerate(runs[1:], start=1):
         st.subheader(f"{names[0]} → {names[number]}", anchor=False)
         found = results.changes(runs[0], run, key, threshold / 100)
-        worse = [results.called(one.figure) for one in found if one.verdict == "regressed"]
-        better = [results.called(one.figure) for one in found if one.verdict == "improved"]
+        worse = [results.figure_label(one.figure) for one in found if one.verdict == "regressed"]
+        better = [results.figure_label(one.figure) for one in found if one.verdict == "improved"]
         if worse:
             st.warning(f"Regressed: {', '.join(worse)}.", icon=":material/trending_down:")
         if better:
             st.success(f"Improved: {', '.join(better)}.", icon=":material/trending_up:")
         st.dataframe(results.change_table(found), hide_index=True, key=f"changes {number}", height="content")
-        apart = results.told_apart(runs[0], run)
-        st.caption("What differs: " + "; ".join(apart) + "." if apart else "Same plan, settings, machine and versions.")
+        differences_caption(runs[0], run)
 
 
 def _ladders(measured: list[Measurement], names: list[str]) -> None:

@@ -1,17 +1,15 @@
-"""The page Environment: what doctor says."""
+"""The Environment page: the findings of `stageline doctor`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
-from stageline.dashboard.figures import words
 from stageline.dashboard.views.common import page
+from stageline.runtime import words
 from stageline.runtime.doctor import Diagnosis, diagnose
 
 
-@page(
-    "Environment", "What this machine has for Stageline, and how to install what is absent. As `stageline doctor` says."
-)
+@page("Environment", "What this machine has for Stageline, and how to install the rest; as `stageline doctor` reports.")
 def show() -> None:
     """Draw the page."""
     found = _diagnosis()
@@ -19,7 +17,7 @@ def show() -> None:
         st.warning(problem, icon=":material/warning:")
     processor = found.cpu
     with st.container(horizontal=True):
-        st.metric("Processors", len(processor.cores), border=True, help=processor.model)
+        st.metric("CPU cores", len(processor.cores), border=True, help=processor.model)
         memory = processor.memory_bytes
         st.metric("Memory", words.size(memory) if memory else "unknown", border=True)
         st.metric("GPUs", len(found.gpus), border=True)
@@ -51,7 +49,7 @@ def show() -> None:
                 "engine": engine.name,
                 "version": engine.version or "absent",
                 "runs on": engine.runs_on,
-                "builds for": " ".join(engine.targets) or "-",
+                "builds for": " ".join(engine.targets) or "none",
                 "install": "" if engine.version else engine.install,
             }
             for engine in found.engines

@@ -1,4 +1,4 @@
-"""The page Live: a running service over the last minutes."""
+"""The Live page: a running service over the last minutes."""
 
 import time
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from pathlib import Path
 import streamlit as st
 from stageline.dashboard.charts.live import lines
 from stageline.dashboard.children.services import Services, Traffic
-from stageline.dashboard.figures import live, words
+from stageline.dashboard.figures import live
 from stageline.dashboard.settings import DashboardSettings, find_bundles
-from stageline.dashboard.views.common import empty, labels, page, told
+from stageline.dashboard.views.common import empty, guarded, labels, page
+from stageline.runtime import words
 
 _REFRESH_S = 2.0
 _URL = "http://127.0.0.1:8000"
@@ -20,7 +21,7 @@ def show() -> None:
     """Draw the page."""
     _own_services()
     url = st.text_input("Service", key="url", placeholder=_URL, bind="query-params") or _URL
-    _moving(url)
+    _watched(url)
 
 
 @st.cache_resource
@@ -34,19 +35,19 @@ def _watcher(url: str) -> live.Watcher:
 
 
 @st.cache_resource
-def _loads() -> dict[str, Traffic]:
+def _traffic() -> dict[str, Traffic]:
     return {}
 
 
 def _own_services() -> None:
-    """Start and stop pipelines here."""
+    """Start and stop services of this dashboard."""
     bundles = labels(find_bundles(DashboardSettings.given().bundles))
     running = _services().running()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         if bundles:
             chosen = st.selectbox("Start a pipeline here", list(bundles), key="serve", width=260)
             if st.button("Start", type="primary", icon=":material/play_arrow:", key="start"):
-                told(lambda: _start(bundles[str(chosen)]))
+                guarded(lambda: _start(bundles[str(chosen)]))
         for service in running:
             if st.button(f"Stop {service.bundle.name}", icon=":material/stop:", key=f"stop {service.url}"):
                 _services().stop(service.bundle)
@@ -61,11 +62,11 @@ def _start(bundle: Path) -> None:
 
 
 @st.fragment(run_every=_REFRESH_S)
-def _moving(url: str) -> None:
+def _watched(url: str) -> None:
     samples, error = _watcher(url).look()
     if not samples:
         empty(
-            "Nothing to watch yet",
+            "No service to watch yet",
             f"{str(error)[:1].upper()}{str(error)[1:]}. Start a pipeline above, or serve a bundle:",
             ["stageline serve bundles/smollm2"],
         )
@@ -73,7 +74,7 @@ def _moving(url: str) -> None:
     if error:
         since = words.clock(samples[-1].at_s)
         st.warning(
-            f"{error}: what is shown is as of {since}. It goes on when the service is back.",
+            f"{error}. These figures are from {since}; they update when the service is back.",
             icon=":material/cloud_off:",
         )
     names = live.models(samples[-1])
@@ -82,7 +83,7 @@ def _moving(url: str) -> None:
         model = str(st.segmented_control("Model", names, default=names[0], required=True, key="model"))
     _headlines(samples, model)
     if not error:
-        _load(url, model, live.generates(samples[-1], model))
+        _sending(url, model, live.generates(samples[-1], model))
     _charts(samples, model)
 
 
@@ -92,14 +93,14 @@ def _headlines(samples: list[live.Sample], model: str) -> None:
     with st.container(horizontal=True):
         _metric("Throughput", now.throughput_per_s, lambda v: words.rate(v, "tokens" if generates else "requests"))
         if generates:
-            _metric("TTFT p50", now.ttft_p50_s, words.seconds, "Time to first token, of the latest requests.")
+            _metric("TTFT p50", now.ttft_p50_s, words.seconds, "Time to first token of the latest requests.")
             _metric("TPOT p50", now.tpot_p50_s, words.seconds, "Time per output token after the first.")
-            _metric("Queue", now.waiting, lambda v: f"{v:.0f}", "Requests that wait for a slot.")
-            _metric("Slots", now.running, lambda v: f"{v:.0f} of {now.slots:.0f}", "Requests that run.")
-        _metric("Memory", now.memory_bytes, words.size, "Of the service's process.")
+            _metric("Queue", now.waiting, lambda v: f"{v:.0f}", "Requests waiting for a slot.")
+            _metric("Slots", now.running, lambda v: f"{v:.0f} of {now.slots:.0f}", "Requests running.")
+        _metric("Memory", now.memory_bytes, words.size, "Resident memory of the service's process.")
         _metric("Device memory", now.device_memory_bytes, words.size, "Used on the GPUs of this machine.")
-        _metric("Power", now.power_w, lambda v: f"{v:.0f} W", "Of this machine, as far as it has counters.")
-        _metric("Processors", now.processors, lambda v: f"{v:.2f}", "Busy on average: processor seconds a second.")
+        _metric("Power", now.power_w, lambda v: f"{v:.0f} W", "Power of this machine, as far as it has counters.")
+        _metric("CPU cores", now.cores, lambda v: f"{v:.2f}", "Cores busy on average: CPU seconds per second.")
 
 
 def _metric(label: str, value: float | None, shown: Callable[[float], str], about: str | None = None) -> None:
@@ -107,18 +108,18 @@ def _metric(label: str, value: float | None, shown: Callable[[float], str], abou
         st.metric(label, shown(value), border=True, help=about, height="stretch")
 
 
-def _load(url: str, model: str, generates: bool) -> None:
-    """Requests to look at, where nobody else sends any."""
-    load = _loads().get(url)
+def _sending(url: str, model: str, generates: bool) -> None:
+    """Send requests, so that there is something to see."""
+    traffic = _traffic().get(url)
     with st.container(horizontal=True, vertical_alignment="center"):
-        if load is not None and load.left_s():
-            st.caption(f"Sending requests for {load.left_s():.0f} s more.")
-            if st.button("Stop sending", key="unload"):
-                load.stop()
+        if traffic is not None and traffic.left_s():
+            st.caption(f"Sending requests for {traffic.left_s():.0f} s more.")
+            if st.button("Stop sending", key="stop sending"):
+                traffic.stop()
         elif st.button(
-            "Send requests for a minute", icon=":material/send:", key="load", help="From 4 streams at once."
+            "Send requests for a minute", icon=":material/send:", key="send", help="From 4 streams at once."
         ):
-            _loads()[url] = Traffic(url, model, generates, 4, 60.0)
+            _traffic()[url] = Traffic(url, model, generates, 4, 60.0)
 
 
 def _charts(samples: list[live.Sample], model: str) -> None:

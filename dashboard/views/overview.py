@@ -1,4 +1,4 @@
-"""The page Overview: the latest run of each bundle against its baselines and the run before."""
+"""The Overview page: the latest run of each bundle against its baselines and the run before."""
 
 import time
 from typing import Literal
@@ -6,18 +6,18 @@ from typing import Literal
 import streamlit as st
 from stageline.dashboard.charts import runs as charts
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import page
-from stageline.dashboard.views.recorded import RECENT, lines, named_runs, no_runs, run_of
+from stageline.dashboard.views.recorded import RECENT, differences_caption, lines, named_runs, no_runs, run_of
 from stageline.models.errors import StagelineError
+from stageline.runtime import words
 from stageline.runtime.bench.records import OURS, Run, RunLine
 
-_PILLS = 6  # bundles that are offered side by side; more are in a list
-_THRESHOLD = 0.05  # as for stageline bench compare: smaller changes count as none
+_PILLS = 6  # bundles offered side by side; more are in a list
+_THRESHOLD = 0.05  # as for stageline bench compare: smaller changes are ignored
 
 
-@page("Overview", "What each bundle's pipeline gives: throughput and latency first, then where the time goes.")
+@page("Overview", "What each bundle's pipeline achieves: throughput and latency first, then where the time goes.")
 def show() -> None:
     """Draw the page."""
     found = lines()
@@ -52,7 +52,7 @@ def _running(found: list[RunLine]) -> None:
 
 
 def _chosen(measured: list[RunLine]) -> RunLine:
-    """The run of the query parameter `run`, else the newest of the chosen bundle."""
+    """The run named by the query parameter `run`, else the newest of the chosen bundle."""
     bundles = results.by_bundle(measured)
     wanted = named_runs("run")
     start = next((line for line in measured if line.id in wanted), measured[0])
@@ -72,7 +72,7 @@ def _chosen(measured: list[RunLine]) -> RunLine:
 
 
 def _before(measured: list[RunLine], line: RunLine) -> Run | None:
-    """The run before this one that it can be compared with, if it can be read."""
+    """The earlier run to compare with, if it can be read."""
     earlier = results.earlier(measured, line)
     try:
         return run_of(earlier.id) if earlier else None
@@ -85,13 +85,13 @@ def _head(run: Run) -> None:
     st.subheader(
         f"{results.short(run.bundle)}: {stages} of {' + '.join(map(str, run.plan.blocks))} blocks", anchor=False
     )
-    ended = {"done": "", "running": " Still running.", "cancelled": " Cancelled before its end."}
-    told = ended.get(run.status, f" Failed: {run.error}.")
-    machine = f"{run.environment.machine}, {words.counted(run.environment.processors, 'processor')}"
+    endings = {"done": "", "running": " Still running.", "cancelled": " Cancelled before its end."}
+    ending = endings.get(run.status, f" Failed: {run.error}.")
+    machine = f"{run.environment.machine}, {words.counted(run.environment.cores, 'CPU core')}"
     st.caption(
-        f"Measured {words.ago(run.created, time.time())} ({words.clock(run.created)}), {run.settings.engine}, "
+        f"Measured {words.ago(run.created, time.time())} ({words.clock(run.created)}), {run.settings.pipeline.engine}, "
         f"{run.dtype}, {run.settings.inputs}. {machine}."
-        f"{told} Run `{run.id}`."
+        f"{ending} Run `{run.id}`."
     )
 
 
@@ -110,8 +110,8 @@ def _cards(run: Run, before: Run | None) -> None:
             )
     if before is not None:
         st.caption(
-            f"Changes are against the run before, {words.ago(before.created, time.time())} (`{before.id}`); grey ones "
-            "are not sure: the repeats vary as much."
+            f"Changes since the run before, {words.ago(before.created, time.time())} (`{before.id}`). Grey ones are "
+            "within the variation of the repeats."
         )
 
 
@@ -138,16 +138,14 @@ def _baselines(run: Run) -> None:
     rows = results.baseline_rows(run)
     st.subheader("Against the baselines", anchor=False)
     if len(rows) < 2:
-        st.caption("This run has none. Measure one in turn with the pipeline:")
+        st.caption("This run has none. To measure one alongside the pipeline:")
         st.code(f"stageline bench {as_typed(run.bundle)} --baseline onnxruntime", language="bash", wrap_lines=True)
         return
     unit = "tokens/s" if results.generates(run) else "texts/s"
     st.vega_lite_chart(charts.baselines(rows, unit), width="stretch", key="chart-baselines")
     loads = sorted({row["load"] for row in rows})
-    others = [
-        f"{row['told'].replace('stageline gives', row['contender'] + ':')}" for row in rows if row["contender"] != OURS
-    ]
-    st.caption(f"Load: {', '.join(loads)}. {'. '.join(others)}.")
+    others = [f"{row['ratio']:.2f} times {row['contender']} ({row['load']})" for row in rows if row["ratio"]]
+    st.caption(f"Load: {', '.join(loads)}. This bundle reaches {', '.join(others)}.")
 
 
 def _stages(run: Run) -> None:
@@ -156,7 +154,7 @@ def _stages(run: Run) -> None:
         return
     st.subheader("Where the time goes", anchor=False)
     st.vega_lite_chart(charts.stages(results.stage_rows(full)), width="stretch", key="chart-stages")
-    st.caption(f"Of each stage, load: {full.load}.")
+    st.caption(f"Load: {full.load}.")
     st.page_link(
         st.session_state["pages"]["timeline"],
         label="See its timeline",
@@ -177,8 +175,7 @@ def _changes(run: Run, before: Run | None) -> None:
         )
         found = results.changes(before, run, key, _THRESHOLD)
         st.dataframe(results.change_table(found), hide_index=True, key="changes", height="content")
-    apart = results.told_apart(before, run)
-    st.caption("Besides: " + "; ".join(apart) + "." if apart else "Same plan, settings, machine and versions.")
+    differences_caption(before, run)
     st.page_link(
         st.session_state["pages"]["compare"],
         label="Compare the two",

@@ -1,4 +1,4 @@
-"""What pages share that show recorded runs: the store, remembered while its file stays, and choosing runs."""
+"""Shared by pages that show recorded runs: the store, cached until its file changes, and the choice of runs."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ from stageline.runtime.bench.records import Run, RunLine
 from stageline.runtime.bench.store import Store
 
 RECENT = 200
-"""Runs that lists offer to choose from; older ones are reached by their link."""
+"""Runs that lists offer; older ones have a link."""
 
 
 def store() -> Store:
@@ -35,18 +35,18 @@ def run_of(run_id: str) -> Run:
 
 
 def spread_of(runs: list[Run], measurements: list[int], names: list[str]) -> Spread:
-    """The requests of a measurement of each run, for charts. They no longer change; only what follows is kept."""
+    """Charts' rows of one measurement of each run. Its requests no longer change; only the rows are cached."""
     which = tuple((run.id, run.created, number) for run, number in zip(runs, measurements, strict=True))
     return _spread(str(store().path), which, tuple(names))
 
 
 def table_of(run: Run, measurement: int) -> Table:
-    """The timeline of a measurement, which no longer changes."""
+    """The timeline of a measurement; it no longer changes."""
     return _table(str(store().path), run.id, run.created, measurement)
 
 
 def named_runs(key: str) -> list[str]:
-    """The ids that the query parameter `key` names, beginnings and `latest` included; what is not there is told."""
+    """The ids named by the query parameter `key`, also by beginnings and `latest`; unknown ones show a warning."""
     found = []
     for name in st.query_params.get(key, "").split(","):
         if name:
@@ -58,10 +58,16 @@ def named_runs(key: str) -> list[str]:
 
 
 def choices(all_lines: list[RunLine], wanted: list[str]) -> dict[str, str]:
-    """Ids of the newest runs that measured something, and of those wanted, with their labels."""
+    """Labels by id of the newest runs with measurements, and of wanted ones."""
     measured, now_s = [line for line in all_lines if line.headlines], time.time()
     older = [line for line in measured[RECENT:] if line.id in wanted]
     return {line.id: results.label(line, now_s) for line in (*measured[:RECENT], *older)}
+
+
+def differences_caption(before: Run, after: Run) -> None:
+    """Show what differs between two runs apart from their figures."""
+    found = "; ".join(results.differences(before, after))
+    st.caption(f"What differs: {found}." if found else "Same plan, settings, machine and versions.")
 
 
 def no_runs() -> None:
@@ -76,7 +82,7 @@ def no_runs() -> None:
 
 
 def _changed(path: Path) -> tuple[float, ...]:
-    """Times of the store's files: what is remembered holds while they stay, once they have for two seconds."""
+    """Modification times of the store's files: caches hold until they change, once they are two seconds old."""
     times = []
     for name in (path.name, f"{path.name}-wal"):
         try:

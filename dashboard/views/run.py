@@ -3,37 +3,40 @@
 import importlib.util
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import streamlit as st
-from stageline.dashboard.children import benchmarks as launch
+from stageline.dashboard.children import benchmarks
 from stageline.dashboard.children.benchmarks import Launcher, Order
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import words
 from stageline.dashboard.settings import as_typed
-from stageline.dashboard.views.common import choose_bundle, page, told
+from stageline.dashboard.views.common import choose_bundle, guarded, page
 from stageline.dashboard.views.recorded import store
 from stageline.models.errors import StagelineError, StoreError
+from stageline.runtime import words
 from stageline.runtime.bench.figures import MEANINGS
 from stageline.runtime.bench.options import MLPERF
 from stageline.runtime.bench.records import Figure, Run
 from stageline.runtime.bundle.folder import read_manifest
 from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.engines import WeightDtype
+from stageline.runtime.options import PipelineOptions
 
 _REFRESH_S = 1.0
 
 
 @page(
     "Run a benchmark",
-    "Measures a bundle on this machine with `stageline bench`. The run goes on when this page is closed.",
+    "Measures a bundle on this machine with `stageline bench`. The run continues when this page is closed.",
 )
 def show() -> None:
     """Draw the page."""
-    lines = launch.running(store())
+    lines = benchmarks.running(store())
     current = lines[0].id if lines else _launcher().starting()
     if current:
         _following(current)
     elif "run" in st.query_params:
-        told(lambda: _outcome(st.query_params["run"]))
+        guarded(lambda: _outcome(st.query_params["run"]))
     _form(current is not None)
 
 
@@ -44,7 +47,7 @@ def _launcher() -> Launcher:
 
 @st.fragment(run_every=_REFRESH_S)
 def _following(run_id: str) -> None:
-    """The progress of a run; when it has ended, the whole page is drawn anew."""
+    """The progress of a run; when it has ended, the whole page is drawn again."""
     run = _if_begun(run_id)
     if run is None and _launcher().starting() != run_id:
         st.query_params["run"] = run_id
@@ -62,7 +65,7 @@ def _following(run_id: str) -> None:
         if st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
             if run is None or not store().cancel(run_id):
                 _launcher().interrupt(run_id)
-            st.toast("Cancelling: what was measured is kept.")
+            st.toast("Cancelling. Measurements so far are kept.")
 
 
 def _if_begun(run_id: str) -> Run | None:
@@ -81,7 +84,7 @@ def _live(run: Run) -> None:
     if figures:
         with st.container(horizontal=True):
             for name, figure in figures:
-                st.metric(results.called(name), results.shown(figure), border=True, height="stretch")
+                st.metric(results.figure_label(name), results.figure_text(figure), border=True, height="stretch")
 
 
 def _so_far(run: Run) -> None:
@@ -90,7 +93,7 @@ def _so_far(run: Run) -> None:
             "contender": one.contender,
             "load": str(one.load),
             **{
-                results.called(name): results.shown(one.figures[name])
+                results.figure_label(name): results.figure_text(one.figures[name])
                 for name in ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s", "ttft_p50_s")
                 if name in one.figures
             },
@@ -142,17 +145,15 @@ def _form(busy: bool) -> None:
     manifest = read_manifest(bundle)
     order = _order(bundle, manifest)
     st.caption("The same in a terminal:")
-    st.code(
-        f"stageline bench {shlex.join([as_typed(bundle), *order.arguments()[1:]])}", language="bash", wrap_lines=True
-    )
-    about = "One at a time: two would disturb each other." if busy else None
+    st.code(f"stageline bench {shlex.join([as_typed(bundle), *order.options()])}", language="bash", wrap_lines=True)
+    about = "One at a time: two runs would disturb each other." if busy else None
     if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=busy, help=about, key="start"):
-        told(lambda: _start(order))
+        guarded(lambda: _start(order))
 
 
 def _start(order: Order) -> None:
     if not (order.scenarios or order.concurrency or order.rates):
-        raise StagelineError("no load is chosen: pick a scenario, or give concurrencies or rates")
+        raise StagelineError("no load is chosen: pick a scenario, or enter concurrencies or rates")
     with st.spinner("Starting"):
         st.query_params["run"] = _launcher().start(store(), order)
     st.rerun()
@@ -165,18 +166,22 @@ def _order(bundle: Path, manifest: Manifest) -> Order:
             "Plan",
             [0, *(n for n in range(1, min(8, manifest.blocks) + 1) if n != len(now))],
             format_func=lambda n: (
-                f"{n} even stages" if n > 1 else "1 stage" if n else f"as it is cut: {' + '.join(map(str, now))}"
+                f"{n} even stages" if n > 1 else "1 stage" if n else f"current: {' + '.join(map(str, now))}"
             ),
             key=f"plan of {bundle}",
             width=230,
         )
-        weights = st.selectbox("Weights", ["as they are", "int8", "int4"], key="weights", width=140)
+        quantise = st.selectbox(
+            "Quantise", [None, *get_args(WeightDtype)], format_func=lambda one: one or "no", key="quantise", width=140
+        )
         threads = st.number_input("Threads", 1, value=None, placeholder="all", key="threads", width=120)
-        seconds = st.number_input("Seconds a repeat", 0.2, 3600.0, 5.0, step=1.0, key="seconds", width=150)
-        repeats = st.number_input("Repeats", 1, 100, 3, key="repeats", help="Confidence needs at least 2.", width=120)
+        seconds = st.number_input("Seconds per repeat", 0.2, 3600.0, 5.0, step=1.0, key="seconds", width=150)
+        repeats = st.number_input(
+            "Repeats", 1, 100, 3, key="repeats", help="Confidence intervals need at least 2.", width=120
+        )
         tokens = None
         if manifest.cached:
-            tokens = int(st.number_input("New tokens a request", 1, 4096, 32, key="new tokens", width=170))
+            tokens = int(st.number_input("New tokens per request", 1, 4096, 32, key="new tokens", width=170))
     with st.container(horizontal=True, vertical_alignment="top"):
         scenarios = st.pills(
             "Scenarios", MLPERF, selection_mode="multi", default=["SingleStream", "Offline"], key="scenarios",
@@ -186,7 +191,7 @@ def _order(bundle: Path, manifest: Manifest) -> Order:
             "Concurrency sweep",
             "2,4,8",
             key="concurrency",
-            help="Closed loops of so many requests at a time.",
+            help="Closed loops with N requests at a time.",
             width=180,
         )
         rates = st.text_input(
@@ -199,12 +204,12 @@ def _order(bundle: Path, manifest: Manifest) -> Order:
         )
         known += ["torch", "torch-compile"] if checkpoint else []
         baselines = st.multiselect(
-            "Baselines, measured in turn with the pipeline", known, key="baselines", accept_new_options=True,
-            help="Or the address of an OpenAI-compatible service.",
+            "Baselines, measured alternately with the pipeline", known, key="baselines", accept_new_options=True,
+            help="Or the URL of an OpenAI-compatible service.",
         )  # fmt: skip
         slo = st.text_input("SLO, for goodput", "", placeholder="latency=2s,ttft=200ms,tpot=50ms", key="slo")
     return Order(
         bundle, int(stages) or None, tuple(scenarios), concurrency, rates, float(seconds), int(repeats), tokens, slo,
-        tuple(baselines), checkpoint if {"torch", "torch-compile"} & set(baselines) else "", "onnxruntime",
-        int(threads) if threads else None, None if weights == "as they are" else str(weights),
+        tuple(baselines), checkpoint if {"torch", "torch-compile"} & set(baselines) else "",
+        PipelineOptions(threads=int(threads) if threads else None, quantise=quantise),
     )  # fmt: skip

@@ -1,12 +1,13 @@
-"""The page Timeline: a Gantt of the stages of a recorded run."""
+"""The Timeline page: a Gantt chart of the stages of a recorded run."""
 
 import streamlit as st
 from stageline.dashboard.charts import timeline as charts
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.figures import timeline, words
+from stageline.dashboard.figures import timeline
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import empty, page
 from stageline.dashboard.views.recorded import choices, lines, named_runs, no_runs, run_of, store, table_of
+from stageline.runtime import words
 from stageline.runtime.bench.records import Run
 
 
@@ -29,7 +30,7 @@ def show() -> None:
     if table is None or not table.spans:
         empty(
             "This run has no timeline",
-            "Only a pipeline in the benchmark's own process is recorded; imported runs may lack it.",
+            "Only a pipeline in the benchmark's own process is recorded; imported runs may lack a timeline.",
             [f"stageline bench {as_typed(run.bundle)}"],
         )
         return
@@ -37,7 +38,7 @@ def show() -> None:
 
 
 def _measurement(run: Run) -> int | None:
-    """The number of the chosen measurement among those whose stages were recorded."""
+    """The number of the chosen measurement, among those with a timeline."""
     recorded = store().timelines(run.id)
     known = [n for n, one in enumerate(run.measurements) if one.stages and n in recorded]
     if not known:
@@ -57,8 +58,8 @@ def _gantt(table: timeline.Table, name: str) -> None:
                 f"Stage {share.stage}: bubble ratio",
                 words.share(share.bubble_ratio),
                 border=True,
-                help=f"At work {words.seconds(share.busy_s)}, copying {words.seconds(share.copy_s)}, waiting "
-                f"{words.seconds(share.bubble_s)} while micro-batches were under way, over what was recorded.",
+                help=f"Computing {words.seconds(share.busy_s)}, copying {words.seconds(share.copy_s)}, waiting "
+                f"{words.seconds(share.bubble_s)} while micro-batches were in progress, over the whole recording.",
             )
         st.metric("Recorded", words.seconds(table.end_s - table.begin_s), border=True)
         st.metric("Spans", f"{len(table.spans):,}", border=True, help="Runs of a stage on a micro-batch, and copies.")
@@ -67,9 +68,11 @@ def _gantt(table: timeline.Table, name: str) -> None:
     names = [f"stage {n}" for n in table.stages]
     rows = timeline.bubble_rows(table, low, high)
     st.vega_lite_chart(charts.gantt(spans, rows, names, (low * 1e3, high * 1e3)), width="stretch", key="chart-gantt")
-    more = f" Only the first {timeline.MOST_SPANS:,} spans of this window are drawn; make it narrower." if cut else ""
+    more = (
+        f" Only the first {timeline.MAX_SPANS:,} spans of this window are drawn; choose a narrower one." if cut else ""
+    )
     st.caption(
-        f"Dashed grey: a bubble, the stage waits. Scroll to zoom, drag to move, point at a bar for its shapes.{more}"
+        f"Dashed grey: a bubble, the stage waits. Scroll to zoom, drag to move, point at a bar for details.{more}"
     )
     st.markdown("**The whole recording**")
     overall = timeline.utilisation_rows(table)
@@ -78,7 +81,7 @@ def _gantt(table: timeline.Table, name: str) -> None:
 
 
 def _window(table: timeline.Table, name: str) -> tuple[float, float]:
-    """The seconds to draw, as the slider says."""
+    """The window to draw, in seconds, from the slider."""
     begin, end = table.begin_s, table.end_s
     low, high = timeline.first_window(table)
     step = max((end - begin) / 1000, 1e-6)

@@ -1,4 +1,4 @@
-"""What the `stageline bench` commands print: tables of runs, measurements and changes."""
+"""The tables that `stageline bench` prints: runs, measurements and changes."""
 
 import math
 from collections.abc import Sequence
@@ -28,16 +28,17 @@ _COLUMNS = {
 
 
 def run(found: Run) -> str:
-    """A run: where and how it was made, and what it gave."""
+    """A run: where and how it was measured, and its results."""
     settings, place = found.settings, found.environment
     stages = " + ".join(map(str, found.plan.blocks))
     head = [
         f"{found.id}  {found.name}  {found.status}{f': {found.error}' if found.error else ''}",
         f"{found.bundle} ({found.model}, {found.task}, {found.dtype}), "
-        f"blocks {stages} on {' '.join(found.plan.devices)}, {settings.engine} {settings.weights or ''}".rstrip(),
+        f"blocks {stages} on {' '.join(found.plan.devices)}, {settings.pipeline.engine}"
+        f"{f' {settings.pipeline.quantise}' if settings.pipeline.quantise else ''}",
         f"{settings.inputs}, {settings.output_tokens or 'no'} new tokens; {settings.repeats} repeats of "
         f"{settings.seconds:g} s; ± is the 95 % confidence interval (Student's t over the repeats)",
-        f"{place.machine}, {place.processors} processors, {words.size(place.memory_bytes)}"
+        f"{place.machine}, {place.cores} cores, {words.size(place.memory_bytes)}"
         f"{f', {place.gpu}' if place.gpu else ''}; commit {place.commit or 'unknown'}",
     ]
     by_load: dict[str, list[Measurement]] = {}
@@ -49,7 +50,7 @@ def run(found: Run) -> str:
 
 
 def measurements(measured: Sequence[Measurement]) -> str:
-    """Contenders under one load, and the stages of those that have any."""
+    """The contenders under one load, and their stages, if any."""
     names = [name for name in _COLUMNS if any(name in one.figures for one in measured)]
     rows = [[one.contender, *(_figure(one.figures.get(name)) for name in names)] for one in measured]
     lines = [table(["", *(_COLUMNS[name] for name in names)], rows)]
@@ -60,14 +61,14 @@ def measurements(measured: Sequence[Measurement]) -> str:
                 f"  {one.contender}, stage {stage.stage} ({stage.blocks} blocks, {stage.device}): {stage.runs} runs, "
                 f"busy {stage.busy_s / whole:.0%}, copying {stage.copy_s / whole:.1%}, idle {stage.idle_s / whole:.0%}"
             )
-        told = [
+        others = [
             f"{name} {_figure(one.figures[key])}"
             for key, name in {"hop_overhead_s": "hop", "queue_depth": "queue", "host_memory_bytes": "memory",
                               "device_memory_bytes": "GPU memory", "power_w": "power"}.items()
             if key in one.figures
         ]  # fmt: skip
-        if told:
-            lines.append(f"  {one.contender}: {', '.join(told)}")
+        if others:
+            lines.append(f"  {one.contender}: {', '.join(others)}")
     return "\n".join(lines)
 
 
@@ -92,7 +93,7 @@ def runs(lines: Sequence[RunLine]) -> str:
 
 
 def changes(found: Sequence[FigureChange]) -> str:
-    """A comparison, a figure a line."""
+    """A comparison, one figure per line."""
     rows = [
         [
             change.contender,

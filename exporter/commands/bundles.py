@@ -45,13 +45,15 @@ def export_command(
     with common.progress_steps() as progress:
         bundle = export(checkpoint, output, stages=cuts, dtype=dtype, task=task, progress=progress)
     seconds = time.perf_counter() - begin
-    summary = {"bundle": str(output), **_summary(bundle), "trace": bundle.manifest.trace, "seconds": seconds}
+    manifest = bundle.manifest
+    how = {"trace": manifest.trace, "attention": manifest.attention, "no_cache_reason": manifest.no_cache_reason}
+    summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
     common.print_result(
         as_json,
         summary,
         f"{output}: {words.counted(summary['stages'], 'stage')}, {words.counted(summary['blocks'], 'block')}, "
         f"{bundle.parameters:,} parameters, {words.size(bundle.weight_bytes)} of weights, in {seconds:.1f} s\n"
-        f"{bundle.manifest.trace}",
+        f"{manifest.trace}\n{show.attention(manifest)}",
     )
 
 
@@ -102,7 +104,10 @@ def _description(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     return {
         "bundle": str(bundle.path),
-        **{name: getattr(manifest, name) for name in ("task", "architecture", "dtype", "trace")},
+        **{
+            name: getattr(manifest, name)
+            for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason")
+        },
         **_summary(bundle),
         "stages": [stage.model_dump(exclude={"inputs", "outputs"}) for stage in manifest.stages],
         "cuts": [

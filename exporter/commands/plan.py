@@ -14,9 +14,9 @@ from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster
 from stageline.runtime.planning.measure import measure
-from stageline.runtime.planning.planner import Answer, Planner, device_names, weights_of
+from stageline.runtime.planning.planner import Answer, Planner, device_names, quantise_for
 from stageline.runtime.planning.problem import Objective
-from stageline.runtime.planning.profile import Machine, MachineProfile, load, save
+from stageline.runtime.planning.profile import Machine, MachineProfile, read_profile, write_profile
 from stageline.runtime.planning.simulate import (
     BatchRequest,
     SimulationResult,
@@ -51,8 +51,8 @@ def profile_command(
     """
     opened = Bundle.open(bundle)
     with common.progress_steps() as progress:
-        profile = measure(opened, common.numbers(threads, "--threads", int), progress=progress, weights=quantise)
-    file = save(opened, profile)
+        profile = measure(opened, common.numbers(threads, "--threads", int), progress=progress, quantise=quantise)
+    file = write_profile(opened, profile)
     whole = [point for point in profile.points if (point.first, point.end) == (0, opened.manifest.blocks)]
     rows = [
         [str(p.threads), str(p.batch), str(p.length), str(p.past), f"{p.seconds * 1e3:.2f}", str(p.runs)] for p in whole
@@ -156,7 +156,7 @@ class _Report:
         layers = ",".join(str(stage.end - stage.first) for stage in best.plan.stages)
         where = ", ".join("+".join(names) for names in self.names)
         shape = f"{best.shape.batch} x {best.shape.length} tokens"
-        load = self.planner.load
+        load = self.planner.workload
         what = (
             f"{load.slots} slots in {words.counted(len(best.plan.stages), 'group')} of {best.shape.batch}, "
             f"{best.shape.past} tokens past: {best.tokens_per_s:.1f} tokens/s, {best.cycle_s * 1e3:.2f} ms per token"
@@ -233,7 +233,7 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
 
 def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[MachineProfile | None, str | None]:
     """The profile of this machine if the plan is for its CPU cores, and a warning if it is not quite the right one."""
-    return load(bundle.path, Machine.here(weights_of(dtype))) if cluster.local else (None, None)
+    return read_profile(bundle.path, Machine.here(quantise_for(dtype))) if cluster.local else (None, None)
 
 
 def _sizes(
@@ -267,7 +267,7 @@ def _own_links(cluster: Cluster) -> list[Any]:
 
 
 def _simulated(planner: Planner, answer: Answer, new_tokens: int) -> Callable[[float], SimulationResult]:
-    setting, asked = planner.setting(answer), planner.load
+    setting, asked = planner.setting(answer), planner.workload
 
     def run(rate: float) -> SimulationResult:
         arrivals = poisson(rate, _SIMULATED, _SEED)

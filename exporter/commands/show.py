@@ -27,6 +27,7 @@ def bundle(opened: Bundle) -> str:
         f"{manifest.architecture}, {manifest.task}, {manifest.dtype}: {manifest.blocks} blocks, "
         f"{opened.parameters:,} parameters, {words.size(opened.weight_bytes)} of weights",
         f"trace: {manifest.trace}",
+        attention(manifest),
         "",
         table(
             ["stage", "blocks", "parameters", "weights"],
@@ -45,6 +46,19 @@ def bundle(opened: Bundle) -> str:
         sizes = " x ".join(f"{name} {size}" for name, size in NOMINAL.items())
         head += ["", table(["cut", "value", "dtype", "shape", f"at {sizes}"], crossing)]
     return "\n".join(head)
+
+
+def attention(manifest: Manifest) -> str:
+    """How attention was traced, in one line."""
+    how = {
+        None: "not recorded",
+        "cache": "with a KV cache",
+        "cache-torch": "with a KV cache, in place of torch's function",
+        "fused": "as one operator",
+        "primitive": "as the model computes it",
+    }.get(manifest.attention, manifest.attention)
+    without = f"; no KV cache: {manifest.no_cache_reason}" if manifest.no_cache_reason else ""
+    return f"attention: {how}{without}"
 
 
 def cuts(manifest: Manifest) -> list[list[TensorSpec]]:

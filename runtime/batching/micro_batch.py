@@ -46,15 +46,15 @@ def default_rows(rows: int, tokens: float, stages: int, ragged: bool) -> int:
     return max(worthwhile, math.ceil(rows / (MICRO_BATCHES_PER_STAGE * stages))) if stages > 1 else rows
 
 
-def cut(
+def split(
     signature: Signature,
     inputs: Mapping[str, Array],
     sizes: Mapping[str, int],
     stages: int,
     micro_rows: int | None,
-    most_rows: int | None = None,
+    max_rows: int | None = None,
 ) -> list[RowSelection]:
-    """Even pieces of at most `micro_rows` rows each (None: by `default_rows`), and never more than `most_rows`, that
+    """Even pieces of at most `micro_rows` rows each (None: by `default_rows`), and never more than `max_rows`, that
     cover the batch once."""
     rows = sizes.get(BATCH, 1)
     lengths = _row_lengths(signature, inputs)
@@ -62,7 +62,7 @@ def cut(
         tokens = sizes.get(LENGTH, 1) if lengths is None else float(lengths.mean())
         ragged = lengths is not None and bool(lengths.min() < lengths.max())
         micro_rows = default_rows(rows, tokens, stages, ragged)
-    count = math.ceil(rows / min(micro_rows, most_rows or rows))
+    count = math.ceil(rows / min(micro_rows, max_rows or rows))
     bounds = [rows * i // count for i in range(count + 1)]
     if lengths is None:
         return [RowSelection(slice(start, end), None) for start, end in itertools.pairwise(bounds)]

@@ -1,1 +1,1 @@
-"""Benchmarks with history: loads, what they measured, and the store that keeps it."""
+"""Benchmarks with history: loads, measurements, and the store that keeps them."""

@@ -1,12 +1,10 @@
-"""Baselines made of the bundle itself: the whole model as one stage, in ONNX Runtime or in OpenVINO.
+"""Baselines made from the bundle itself: the whole model as one stage, in ONNX Runtime or in OpenVINO.
 
-The bundle is copied (weights linked where the disk allows it) and cut to one stage. A model that generates is driven by
-Stageline's own scheduler, for a plain session has none; any other is called with one request after the other: put
-together, texts of unlike lengths would be computed with their padding (measured: a third of the speed).
+A copy of the bundle is cut to one stage. A model that generates is driven by Stageline's own scheduler,
+because a plain session has none. Any other model gets one request at a time: in a batch, texts of different lengths
+would be computed with their padding (measured: a third of the speed).
 """
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,25 +14,25 @@ from typing import Any
 from stageline.models.errors import EngineError
 from stageline.runtime.bench.contenders import CallContender, Contender, PipelineContender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
-from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import EMBEDDING
-from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.recut import recut_copy
 from stageline.runtime.engines import Array
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline
 
 
-def onnxruntime_session(bundle: Path, threads: int | None, slots: int) -> Contender:
-    """One whole-model session of ONNX Runtime."""
+def onnxruntime_session(bundle: Path, options: PipelineOptions) -> Contender:
+    """The whole model in one ONNX Runtime session, on the CPU."""
     whole = _OneStage(bundle)
     try:
         if whole.bundle.manifest.cached:
-            pipeline = Pipeline.open(whole.bundle.path, threads=threads, queue=4096, slots=slots)
-            return PipelineContender("onnxruntime", pipeline, whole.close)
+            alone = PipelineOptions(threads=options.threads, queue=options.queue, slots=options.slots)
+            return PipelineContender("onnxruntime", Pipeline.open(whole.bundle.path, alone), whole.close)
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        session = ort.InferenceSession(str(whole.file), options, providers=["CPUExecutionProvider"])
+        session_options = ort.SessionOptions()
+        session_options.intra_op_num_threads = options.threads or 0
+        session = ort.InferenceSession(str(whole.file), session_options, providers=["CPUExecutionProvider"])
         outputs = _wanted([output.name for output in session.get_outputs()])
         run = lambda inputs: session.run(outputs, inputs)  # noqa: E731
         return CallContender("onnxruntime", one_by_one(run), 1, whole.close)
@@ -43,10 +41,10 @@ def onnxruntime_session(bundle: Path, threads: int | None, slots: int) -> Conten
         raise
 
 
-def openvino_model(bundle: Path, threads: int | None) -> Contender:
-    """One whole-model OpenVINO model on the processors, throughput hint, its own default precision.
+def openvino_model(bundle: Path, options: PipelineOptions) -> Contender:
+    """The whole model in OpenVINO on the CPU: throughput hint, default precision.
 
-    EngineError where OpenVINO is not installed or does not take the model.
+    EngineError if OpenVINO is not installed or rejects the model.
     """
     try:
         import openvino as ov
@@ -59,12 +57,12 @@ def openvino_model(bundle: Path, threads: int | None) -> Contender:
                 "OpenVINO itself has no generation loop; serve the model with OpenVINO and give its URL as a baseline"
             )
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "THROUGHPUT"}
-        if threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = threads
+        if options.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
             compiled = ov.Core().compile_model(str(whole.file), "CPU", settings)
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO does not take the model: {str(error).strip().splitlines()[0]}") from error
+            raise EngineError(f"OpenVINO rejects the model: {str(error).strip().splitlines()[0]}") from error
         outputs = _wanted([output.any_name for output in compiled.outputs])
         request = compiled.create_infer_request()
 
@@ -84,22 +82,14 @@ class _OneStage:
     def __init__(self, path: Path) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="stageline-bench-")
         try:
-            copy = Path(shutil.copytree(path, Path(self._scratch.name) / "bundle", copy_function=_link))
-            self.bundle: Bundle = recut(copy, 1)
+            self.bundle = recut_copy(path, Path(self._scratch.name) / "bundle", 1)
         except BaseException:
             self.close()
             raise
-        self.file = copy / self.bundle.manifest.stages[0].file
+        self.file = self.bundle.path / self.bundle.manifest.stages[0].file
 
     def close(self) -> None:
         self._scratch.cleanup()
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _wanted(outputs: Sequence[str]) -> list[str]:
@@ -107,7 +97,7 @@ def _wanted(outputs: Sequence[str]) -> list[str]:
 
 
 def one_by_one(run: Callable[[dict[str, Array]], object]) -> Callable[[Sequence[Item]], list[RequestOutcome]]:
-    """What a `CallContender` calls, of a function that computes one request."""
+    """Adapt a function that computes one request to what a `CallContender` calls."""
 
     def call(items: Sequence[Item]) -> list[RequestOutcome]:
         outcomes = []

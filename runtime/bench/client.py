@@ -1,8 +1,8 @@
 """The load generator: sends requests to a contender, in a closed or an open loop, timed from their intended arrivals.
 
-In an open loop the arrivals are fixed beforehand: a contender that stalls does not delay them, and a request that could
-only be sent late counts the wait (no coordinated omission). In a closed loop a request is intended at the moment when
-the one before it ended.
+In an open loop the arrivals are fixed beforehand: a contender that stalls does not delay them, and the latency of a
+request that was sent late includes the wait (no coordinated omission). In a closed loop the intended arrival of a
+request is the end of the one before it.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Requests
 
 DRAIN_S = 30.0
-"""What is not answered so long after the last arrival (or twice the repeat's time, if that is longer) is cancelled."""
+"""Requests unanswered this long after the last arrival (or twice the repeat's time, if longer) are cancelled."""
 _POLL_S = 0.1
-_GIVE_UP_AFTER = 10  # failures without an answer between
-_GAPS = 1_000_000
+_GIVE_UP_AFTER = 10  # failures in a row
+_MAX_GAPS = 1_000_000
 
 
 @dataclass
 class DriveResult:
-    """What a drive gave. `began_at` and `ended_at` (of `perf_counter`): first intended arrival and last end."""
+    """The requests of one drive. `began_at`, `ended_at`: first intended arrival and last end (`perf_counter`)."""
 
     began_at: float
     ended_at: float = 0.0
@@ -38,23 +38,23 @@ class DriveResult:
 
     @property
     def seconds(self) -> float:
-        """All of it, the time in which the last requests end included."""
+        """Duration, including the time in which the last requests end."""
         return self.ended_at - self.began_at
 
 
 class Client:
-    """Drives one contender over and over. `items` are sent in their order, again and again.
+    """Drives one contender, as often as asked. `items` are sent in order, round and round.
 
-    `stop` ends a drive early: nothing more is sent, what is under way is cancelled.
+    `stop` ends a drive early: no more requests are sent, unfinished ones are cancelled.
     """
 
     def __init__(self, contender: Contender, items: Sequence[Item], stop: Event) -> None:
         self._contender, self._items, self._stop = contender, cycle(items), stop
         self.answered = 0
-        """How many so far, for who looks on from another thread."""
+        """Requests answered so far; other threads may read it."""
 
     def closed_loop(self, concurrency: int, seconds: float, repeat: int = 0) -> DriveResult:
-        """`concurrency` requests at a time for so long; then what is under way is answered."""
+        """Keep `concurrency` requests unfinished for `seconds`, then wait for the last answers."""
         drive = _Drive(self, repeat)
         end = drive.began_at + seconds
         for _ in range(concurrency):
@@ -66,7 +66,7 @@ class Client:
         return drive.finish(0.0 if self._stop.is_set() else _drain_s(seconds))
 
     def open_loop(self, arrivals_s: Sequence[float], repeat: int = 0) -> DriveResult:
-        """A request at each of these times, ascending seconds from now, whatever becomes of those before."""
+        """Send a request at each of these times (seconds from now, ascending), whatever happens to earlier ones."""
         drive = _Drive(self, repeat)
         for arrival_s in arrivals_s:
             due = drive.began_at + arrival_s
@@ -81,7 +81,7 @@ class Client:
 
 
 class _Drive:
-    """A drive under way; all but the futures' callbacks is on the caller's thread."""
+    """A drive in progress. Everything except the futures' callbacks runs on the caller's thread."""
 
     def __init__(self, client: Client, repeat: int) -> None:
         self._client, self._repeat = client, repeat
@@ -105,8 +105,7 @@ class _Drive:
         future.add_done_callback(partial(self._note, number))
 
     def take(self, timeout_s: float) -> float | None:
-        """Write down a request that has ended, and when it did; None where none did within the time, or the client is
-        stopped."""
+        """Record a request that has ended, and return when; None if none ends in time or the client is stopped."""
         try:
             number, future, at = self._next(timeout_s)
         except Empty:
@@ -126,14 +125,14 @@ class _Drive:
             at = outcome.done_at
             first = np.nan if outcome.first_token_at is None else outcome.first_token_at
             row[2:4], row[5:7] = (first, at), (outcome.tokens_out, ANSWERED)
-            if len(self._gaps) < _GAPS:
+            if len(self._gaps) < _MAX_GAPS:
                 self._gaps.extend(outcome.gaps_s)
             self._failures = 0
             self._client.answered += 1
         return at
 
     def finish(self, drain_s: float) -> DriveResult:
-        """Wait for what is under way, then cancel what is left, and give all of it."""
+        """Wait for unfinished requests, cancel those that remain, and return the result."""
         deadline = perf_counter() + drain_s
         while self._futures and not self._client._stop.is_set() and (left := deadline - perf_counter()) > 0:
             self.take(left)
@@ -157,7 +156,7 @@ class _Drive:
         return DriveResult(self.began_at, ended_at, requests, self._gaps)
 
     def _next(self, timeout_s: float) -> tuple[int, "Future[RequestOutcome]", float]:
-        """What has ended; looks at `stop` now and then while it waits."""
+        """The next request that has ended; checks `stop` while it waits."""
         deadline = perf_counter() + timeout_s
         while True:
             left = min(_POLL_S, deadline - perf_counter())

@@ -1,4 +1,4 @@
-"""Columns of numbers as one compressed blob, for the store and for timelines: no pickle, no row by row."""
+"""Columns of numbers as one compressed blob, for the store: no pickle, no loop over rows."""
 
 import json
 import zlib
@@ -12,7 +12,7 @@ _LEVEL = 1  # zlib's fastest: a million requests in 0.8 s, 19 MB of 31; level 6 
 
 
 def pack(columns: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
-    """Arrays of one dimension and one length, by name."""
+    """Pack one-dimensional arrays of equal length, by name."""
     head = json.dumps({name: column.dtype.str for name, column in columns.items()}).encode()
     count = len(next(iter(columns.values()), ()))
     packed = zlib.compress(b"".join(np.ascontiguousarray(column).tobytes() for column in columns.values()), _LEVEL)
@@ -20,7 +20,7 @@ def pack(columns: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
 
 
 def unpack(blob: bytes) -> dict[str, npt.NDArray[np.generic]]:
-    """The arrays that `pack` was given; read-only. StoreError where it is not such a blob."""
+    """The arrays given to `pack`, read-only. StoreError if `blob` is damaged."""
     try:
         count, size = np.frombuffer(blob[:16], "<u8").tolist()
         head = json.loads(blob[16 : 16 + size])

@@ -2,7 +2,7 @@
 
 Measurements of one contender under one load are compared figure by figure. The 95 % confidence interval of a difference
 is Welch's, over the repeats. A figure **regressed** if it is worse by more than the threshold and the interval does not
-hold zero; where a run has a single repeat there is no interval, and the difference is taken at its word.
+contain zero. If a run has a single repeat there is no interval, and the threshold alone decides.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from stageline.runtime.bench.records import Figure, Measurement, Run
 
 JUDGED = ("requests_per_s", "tokens_per_s", "goodput_per_s", "latency_p50_s", "latency_p99_s", "ttft_p50_s",
           "ttft_p99_s", "tpot_p50_s", "tpot_p99_s")  # fmt: skip
-"""The figures that can regress unless others are named."""
+"""The figures that can regress (default)."""
 
 
 @dataclass(frozen=True)
 class FigureChange:
-    """A figure of both runs. `change` is (after - before) / before, with its interval where there is one."""
+    """One figure in both runs. `change` is (after - before) / before; `low` and `high` bound it, if known."""
 
     contender: str
     load: str
@@ -33,12 +33,12 @@ class FigureChange:
 
     @property
     def sure(self) -> bool | None:
-        """Whether the interval leaves out zero; None where there is no interval."""
+        """Whether the interval excludes zero; None if there is no interval."""
         return None if self.low is None or self.high is None else self.low > 0 or self.high < 0
 
     @property
     def verdict(self) -> str:
-        """`regressed`, `improved`, or `same`: within the threshold, or not sure."""
+        """`regressed`, `improved`, or `same` (within the threshold, or not sure)."""
         if abs(self.change) <= self.threshold or self.sure is False or self.before.better is None:
             return "same"
         better = (self.change > 0) == (self.before.better == "higher")
@@ -46,7 +46,7 @@ class FigureChange:
 
 
 def compare(before: Run, after: Run, threshold: float, names: Sequence[str] = JUDGED) -> list[FigureChange]:
-    """The changes of the named figures, of all measurements that both runs have. StoreError where they share none."""
+    """Changes of the named figures in all measurements that both runs have. StoreError if they share none."""
     others = {_key(measurement): measurement for measurement in after.measurements}
     pairs = [(one, others[_key(one)]) for one in before.measurements if _key(one) in others]
     if not pairs:

@@ -1,4 +1,4 @@
-"""Confidence: Student's t over repeats, and Welch's t for the difference of two."""
+"""Confidence intervals: Student's t over repeats, Welch's t for a difference."""
 
 import functools
 import math
@@ -21,8 +21,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % confidence interval of mean(after) - mean(before), their spreads unlike (Welch); None where either has
-    fewer than two values."""
+    """The 95 % confidence interval of mean(after) - mean(before), variances not assumed equal (Welch); None if either
+    has fewer than two values."""
     if min(len(before), len(after)) < 2:
         return None
     shares = [float(np.var(values, ddof=1)) / len(values) for values in (before, after)]

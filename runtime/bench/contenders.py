@@ -1,7 +1,6 @@
-"""Who is measured: the contract that the load generator knows, the pipeline itself, and what answers call by call.
+"""Who is measured: the contract that the load generator relies on, the pipeline itself, and plain functions.
 
-The other contenders stand apart: whole-model sessions in `sessions.py`, a served endpoint in `endpoint.py`, torch in
-the exporter.
+Other contenders: whole-model sessions in `baselines.py`, a served endpoint in `endpoint.py`, torch in the exporter.
 """
 
 import threading
@@ -24,7 +23,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """How a request went, times of `time.perf_counter`. `gaps_s`: the times between the tokens of its first choice."""
+    """How a request went, in `perf_counter` times. `gaps_s`: times between the tokens of its first choice."""
 
     done_at: float
     tokens_out: int = 0
@@ -33,47 +32,47 @@ class RequestOutcome:
 
 
 class Contender(Protocol):
-    """What answers requests. The runner opens it and closes it."""
+    """Answers requests. The runner opens it and closes it."""
 
     @property
     def name(self) -> str:
-        """What the measurements call it."""
+        """Its name in measurements."""
         ...
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """The pipeline whose stages can be watched, if it is one."""
+        """The pipeline whose stages can be observed, if any."""
         ...
 
     def submit(self, item: Item) -> "Future[RequestOutcome]":
-        """Send a request; does not wait for its end. A future that is cancelled may run on."""
+        """Send a request without waiting for its end. A cancelled future may continue to run."""
         ...
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free everything."""
         ...
 
 
 class PipelineContender:
-    """A pipeline in this process, which it owns; `close` is called after the pipeline's own."""
+    """A pipeline in this process, owned; `close` is called after the pipeline is closed."""
 
     def __init__(self, name: str, pipeline: Pipeline, close: Callable[[], None] = lambda: None) -> None:
         self.name, self._close = name, close
         self.pipeline: Pipeline | None = pipeline
         named = [spec.name for spec in pipeline.signature.outputs]
         self.outputs = [EMBEDDING] if EMBEDDING in named else None
-        """What a batch asks for; None: all of it."""
+        """The outputs that a batch request asks for; None: all."""
         self._pipeline = pipeline
 
     def submit(self, item: Item) -> "Future[RequestOutcome]":
-        """See `Contender`. A continuation has exactly the tokens that were asked for: end tokens are not drawn."""
-        told: Future[RequestOutcome] = Future()
+        """See `Contender`. A continuation has exactly the requested number of tokens: end tokens are not drawn."""
+        outcome: Future[RequestOutcome] = Future()
         if item.output_tokens is None:
-            _relay(self._pipeline.submit(item.inputs, self.outputs), told, lambda result, at: RequestOutcome(at))
+            _relay(self._pipeline.submit(item.inputs, self.outputs), outcome, lambda result, at: RequestOutcome(at))
         else:
             sampling = Sampling(max_tokens=item.output_tokens, min_tokens=item.output_tokens)
-            _relay(self._pipeline.submit(GenerationRequest(item.rows[0], sampling)), told, _completed)
-        return told
+            _relay(self._pipeline.submit(GenerationRequest(item.rows[0], sampling)), outcome, _completed)
+        return outcome
 
     def close(self) -> None:
         """Close the pipeline."""
@@ -82,9 +81,9 @@ class PipelineContender:
 
 
 class CallContender:
-    """A function that answers a list of requests at once, on a thread of its own: it gets what waits, at most `most`.
+    """A function that answers a list of requests, on a thread of its own: it gets the waiting ones, up to `max_batch`.
 
-    So a peer that has no scheduler is at its best with static batches.
+    Static batches show a peer without a scheduler at its best.
     """
 
     pipeline: Pipeline | None = None
@@ -93,22 +92,22 @@ class CallContender:
         self,
         name: str,
         call: Callable[[Sequence[Item]], Sequence[RequestOutcome]],
-        most: int,
+        max_batch: int,
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.name, self._call, self._most, self._close = name, call, most, close
+        self.name, self._call, self._max_batch, self._close = name, call, max_batch, close
         self._inbox: SimpleQueue[tuple[Item, Future[RequestOutcome]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, item: Item) -> "Future[RequestOutcome]":
         """See `Contender`."""
-        told: Future[RequestOutcome] = Future()
-        self._inbox.put((item, told))
-        return told
+        outcome: Future[RequestOutcome] = Future()
+        self._inbox.put((item, outcome))
+        return outcome
 
     def close(self) -> None:
-        """Answer what waits, and end the thread."""
+        """Answer the waiting requests, then end the thread."""
         self._inbox.put(None)
         self._thread.join()
         self._close()
@@ -116,7 +115,7 @@ class CallContender:
     def _work(self) -> None:
         for first in iter(self._inbox.get, None):
             taken, last = [first], False
-            while len(taken) < self._most:
+            while len(taken) < self._max_batch:
                 try:
                     another = self._inbox.get_nowait()
                 except Empty:
@@ -125,19 +124,19 @@ class CallContender:
                     last = True
                     break
                 taken.append(another)
-            live = [(item, told) for item, told in taken if told.set_running_or_notify_cancel()]
+            live = [(item, future) for item, future in taken if future.set_running_or_notify_cancel()]
             if live:
                 try:
                     outcomes = self._call([item for item, _ in live])
-                except BaseException as error:  # a peer may raise anything; whoever waits is told
+                except BaseException as error:  # a peer may raise anything; it goes to the waiting requests
                     line = str(error).strip().split("\n", 1)[0]
                     failure = EngineError(f"{self.name} failed: {type(error).__name__}: {line}")
                     failure.__cause__ = error
-                    for _, told in live:
-                        told.set_exception(failure)
+                    for _, future in live:
+                        future.set_exception(failure)
                 else:
-                    for (_, told), outcome in zip(live, outcomes, strict=True):
-                        told.set_result(outcome)
+                    for (_, future), outcome in zip(live, outcomes, strict=True):
+                        future.set_result(outcome)
             if last:
                 return
 
@@ -149,19 +148,19 @@ def _completed(completion: Completion, at: float) -> RequestOutcome:
 
 
 def _relay(
-    future: "Future[_T]", told: "Future[RequestOutcome]", outcome: Callable[[_T, float], RequestOutcome]
+    future: "Future[_T]", outcome: "Future[RequestOutcome]", outcome_of: Callable[[_T, float], RequestOutcome]
 ) -> None:
-    """Settle `told` when `future` is done, and cancel `future` where `told` is cancelled."""
+    """Settle `outcome` when `future` is done, and cancel `future` if `outcome` is cancelled."""
 
     def ended(future: "Future[_T]") -> None:
         at = perf_counter()
-        if not told.set_running_or_notify_cancel():
+        if not outcome.set_running_or_notify_cancel():
             return
         error = None if future.cancelled() else future.exception()
         if error is not None:
-            told.set_exception(error)
+            outcome.set_exception(error)
         elif not future.cancelled():
-            told.set_result(outcome(future.result(), at))
+            outcome.set_result(outcome_of(future.result(), at))
 
     future.add_done_callback(ended)
-    told.add_done_callback(lambda told: future.cancel() if told.cancelled() else None)
+    outcome.add_done_callback(lambda outcome: future.cancel() if outcome.cancelled() else None)

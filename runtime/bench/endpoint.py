@@ -1,7 +1,7 @@
 """A served endpoint that speaks OpenAI's HTTP API, measured by the same client: Stageline's own, or any peer's.
 
-Completions are streamed, so that the first token and those after it have their times; a chunk with text counts as a
-token where the endpoint sends no usage. Each request has a connection of its own thread, kept open.
+Completions are streamed, which times the first token and those after it. If the endpoint sends no usage, each chunk
+with text counts as a token. Each thread keeps its own connection open.
 """
 
 import json
@@ -21,20 +21,20 @@ from stageline.runtime.bench.inputs import Item
 from stageline.runtime.pipeline import Pipeline
 
 CONNECTIONS = 256
-"""Requests that can be under way at a time; more wait, which counts."""
+"""Requests in progress at a time; the time that more of them wait counts as latency."""
 _TIMEOUT_S = 300.0
 
 
 class Endpoint:
-    """The model `model` at `url` (the part before /v1); None: the first that it lists. A `Contender`."""
+    """The model `model` (None: the first listed) at `url`, the part before /v1. A `Contender`."""
 
     pipeline: Pipeline | None = None
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
-        """RequestError where nobody answers there, or not as OpenAI's API does."""
+        """RequestError if nothing answers there, or not as OpenAI's API does."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RequestError(f"{url!r} is no URL of an endpoint; give one like http://127.0.0.1:8000")
+            raise RequestError(f"{url!r} is not the URL of an endpoint; give one like http://127.0.0.1:8000")
         self.name = url.rstrip("/").removesuffix("/v1")
         self._secure, self._host, self._path = (
             parts.scheme == "https",
@@ -58,12 +58,12 @@ class Endpoint:
         return self._pool.submit(self._ask, item)
 
     def close(self) -> None:
-        """Break off what is under way, and wait for its threads."""
+        """Break off requests in progress and wait for their threads."""
         self._closed = True
         for connection in list(self._open):
             if connection.sock is not None:
                 with suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)  # whoever reads from it is woken
+                    connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
         self._pool.shutdown(cancel_futures=True)
 
     def _ask(self, item: Item) -> RequestOutcome:
@@ -102,7 +102,7 @@ class Endpoint:
                     break
                 chunk = json.loads(data)
                 if "error" in chunk:
-                    raise RequestError(f"{self.name} failed in mid stream: {_told(chunk)}")
+                    raise RequestError(f"{self.name} failed in mid stream: {_error_message(chunk)}")
                 tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
                 if chunk.get("choices") and chunk["choices"][0].get("text"):
                     times.append(perf_counter())
@@ -128,10 +128,10 @@ class Endpoint:
         return answer
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> HTTPResponse:
-        """The response, its body not yet read, if its status is 200. RequestError otherwise."""
+        """The response, its body unread. RequestError if its status is not 200."""
         data = None if body is None else json.dumps(body).encode()
         response = None
-        for fresh in (False, True):  # a connection that was kept open may have been closed meanwhile
+        for fresh in (False, True):  # the server may have closed a connection that was kept open
             connection = self._connection(fresh)
             try:
                 connection.request(method, self._path + path, data, self._headers)
@@ -145,10 +145,10 @@ class Endpoint:
         if response.status != 200:
             text = response.read()
             try:
-                told = _told(json.loads(text))
+                message = _error_message(json.loads(text))
             except ValueError:
-                told = text[:200].decode(errors="replace")
-            raise RequestError(f"{self.name}{path} answers {response.status}: {told}")
+                message = text[:200].decode(errors="replace")
+            raise RequestError(f"{self.name}{path} answers {response.status}: {message}")
         return response
 
     def _connection(self, fresh: bool) -> HTTPConnection:
@@ -167,7 +167,7 @@ class Endpoint:
             self._local.connection = None
 
 
-def _told(answer: Any) -> str:
-    """The message of an error as OpenAI's API has it."""
+def _error_message(answer: Any) -> str:
+    """The message in an error answer of OpenAI's API."""
     error = answer.get("error") if isinstance(answer, dict) else None
     return str(error.get("message") if isinstance(error, dict) else error or answer)[:200]

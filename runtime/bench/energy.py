@@ -1,4 +1,4 @@
-"""Energy and memory of the machine: RAPL and NVML where they can be read, and what cannot, in words."""
+"""Energy and memory of the machine, from RAPL and NVML; notes name what cannot be read."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ RAPL = Path("/sys/class/powercap")
 
 
 class Meters:
-    """What this machine can measure of itself. `notes` say what it cannot. Owns NVML until `close()`."""
+    """The counters of this machine. `notes` name those it lacks. Owns NVML until `close()`."""
 
     def __init__(self, rapl: Path = RAPL) -> None:
         self.notes: list[str] = []
@@ -23,7 +23,7 @@ class Meters:
 
     @property
     def measures_energy(self) -> bool:
-        """Whether any counter of energy can be read."""
+        """Whether any energy counter can be read."""
         return bool(self._joules)
 
     @property
@@ -32,15 +32,15 @@ class Meters:
         return bool(self._gpus)
 
     def energy_j(self) -> float:
-        """All counters together; only differences mean something."""
+        """The sum of all counters; only differences are meaningful."""
         return sum(read() for read in self._joules)
 
     def device_memory_bytes(self) -> int:
-        """Used on all GPUs, whoever uses it."""
+        """Memory used on all GPUs, by any process."""
         return sum(int(self._nvml.nvmlDeviceGetMemoryInfo(gpu).used) for gpu in self._gpus)
 
     def close(self) -> None:
-        """Let go of NVML."""
+        """Release NVML."""
         if self._nvml is not None:
             self._nvml.nvmlShutdown()
             self._nvml = None
@@ -48,7 +48,7 @@ class Meters:
     def _open_rapl(self, folder: Path) -> None:
         domains = sorted(folder.glob("*-rapl:[0-9]")) + sorted(folder.glob("*-rapl:[0-9][0-9]"))  # packages, not parts
         if not domains:
-            self.notes.append("no energy of the processors: this system has no RAPL counters")
+            self.notes.append("no energy of the CPU: this system has no RAPL counters")
         for domain in domains:
             try:
                 self._joules.append(_Wrapping(domain))
@@ -65,7 +65,7 @@ class Meters:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
-            return  # no GPU, so no energy of one
+            return  # no GPU
         self._nvml = pynvml
         for number in range(pynvml.nvmlDeviceGetCount()):
             gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
@@ -83,7 +83,7 @@ def _gpu_joules(nvml: Any, gpu: Any) -> float:
 
 
 class _Wrapping:
-    """A RAPL counter in joules that goes on where the system's begins anew."""
+    """A RAPL counter in joules that continues when the system's counter wraps."""
 
     def __init__(self, domain: Path) -> None:
         self._file = domain / "energy_uj"

@@ -1,4 +1,4 @@
-"""Where a run is made: machine, versions, git commit."""
+"""Where a run takes place: machine, versions, git commit."""
 
 import os
 import platform
@@ -34,7 +34,7 @@ def here() -> Environment:
 
 
 def _commit(folder: Path) -> str | None:
-    """The git commit that `folder` is a checkout of, with + where tracked files were changed since; None elsewhere."""
+    """The git commit of the checkout `folder`, with + if tracked files were changed; None if it is not a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -47,6 +47,6 @@ def _commit(folder: Path) -> str | None:
         return done.stdout.strip()
 
     if git("ls-files", "--error-unmatch", __file__) is None:
-        return None  # installed into somebody else's checkout, or into none
+        return None  # installed into another project's checkout, or into none
     commit = git("rev-parse", "HEAD")
     return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,4 +1,4 @@
-"""From requests to figures: throughput, percentiles, goodput, and what the stages did meanwhile."""
+"""From requests to figures: throughput, percentiles, goodput, and the use of the stages."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,41 +15,45 @@ from stageline.runtime.stages.recorder import Span
 Better = Literal["higher", "lower"] | None
 PERCENTILES = (50, 90, 95, 99)
 _TIMES = {
-    "latency": "from the intended arrival to the end",
-    "ttft": "from the intended arrival to the first token",
-    "tpot": "a request's time for each token after the first",
+    "latency": "from intended arrival to end",
+    "ttft": "from intended arrival to first token",
+    "tpot": "time per token after the first",
     "itl": "between one token and the next",
 }
 MEANINGS: dict[str, tuple[str, Better, str]] = {
-    "requests_per_s": ("requests/s", "higher", "answered, over the time from the first arrival to the last end"),
+    "requests_per_s": (
+        "requests/s",
+        "higher",
+        "requests answered, over the time from the first arrival to the last end",
+    ),
     "samples_per_s": ("samples/s", "higher", "texts (rows) answered"),
-    "tokens_per_s": ("tokens/s", "higher", "tokens drawn; of a model that does not generate, tokens read"),
+    "tokens_per_s": ("tokens/s", "higher", "tokens drawn; tokens read if the model does not generate"),
     "tokens_in_per_s": ("tokens/s", "higher", "tokens read"),
     "tokens_out_per_s": ("tokens/s", "higher", "tokens drawn"),
-    "goodput_per_s": ("requests/s", "higher", "answered within the SLO"),
+    "goodput_per_s": ("requests/s", "higher", "requests answered within the SLO"),
     **{
-        f"{name}_{which}_s": ("s", "lower", f"{told}: {which}")
-        for name, told in _TIMES.items()
+        f"{name}_{which}_s": ("s", "lower", f"{meaning}: {which}")
+        for name, meaning in _TIMES.items()
         for which in (*(f"p{p}" for p in PERCENTILES), "max", "mean")
     },
-    "failed_share": ("", "lower", "requests that were not answered, of all"),
-    "send_delay_p99_s": ("s", None, "what the load generator itself was late by: p99"),
-    "in_flight": ("requests", None, "sent and not ended, on average"),
-    "queue_depth": ("requests", None, "waiting for their first stage, on average"),
-    "bubble_ratio": ("", "lower", "share of the stages' time that was idle while requests were under way"),
-    "hop_overhead_s": ("s", "lower", "from the end of a stage to the begin of the next, where that was free: median"),
-    "host_memory_bytes": ("bytes", "lower", "resident memory of this process, at most"),
-    "device_memory_bytes": ("bytes", "lower", "memory used on the GPUs, at most"),
-    "energy_j": ("J", "lower", "of the whole machine, or of what counters it has"),
-    "power_w": ("W", "lower", "on average"),
-    "energy_per_token_j": ("J/token", "lower", "energy over tokens read and drawn"),
+    "failed_share": ("", "lower", "share of requests that were not answered"),
+    "send_delay_p99_s": ("s", None, "how late the load generator sent requests: p99"),
+    "in_flight": ("requests", None, "requests sent and not ended, on average"),
+    "queue_depth": ("requests", None, "requests waiting for their first stage, on average"),
+    "bubble_ratio": ("", "lower", "share of the stages' time that was idle while requests were in progress"),
+    "hop_overhead_s": ("s", "lower", "from the end of a stage to the start of the next one, if that was free: median"),
+    "host_memory_bytes": ("bytes", "lower", "resident memory of this process, max"),
+    "device_memory_bytes": ("bytes", "lower", "memory used on the GPUs, max"),
+    "energy_j": ("J", "lower", "energy of the machine, as far as it has counters"),
+    "power_w": ("W", "lower", "power of the machine, on average"),
+    "energy_per_token_j": ("J/token", "lower", "energy per token, read or drawn"),
 }
-"""Name of a figure -> unit, which way is better, and what it is."""
+"""Name of a figure -> unit, which direction is better, and meaning."""
 
 
 @dataclass(frozen=True)
 class StageUse:
-    """What the stages did during a repeat."""
+    """How the stages were used during a repeat; one value per stage."""
 
     busy_s: tuple[float, ...]
     copy_s: tuple[float, ...]
@@ -57,7 +61,7 @@ class StageUse:
 
     @classmethod
     def between(cls, before: Sequence[StageStats], after: Sequence[StageStats]) -> "StageUse":
-        """From two snapshots."""
+        """The difference of two snapshots."""
         pairs = list(zip(before, after, strict=True))
         return cls(
             tuple(b.busy_s - a.busy_s for a, b in pairs),
@@ -67,7 +71,7 @@ class StageUse:
 
 
 def of_requests(answers: DriveResult, rows: int, slo: Slo) -> dict[str, float]:
-    """The figures of one repeat that follow from its requests alone; those that have no value are left out."""
+    """Figures of one repeat that follow from its requests alone; those without a value are left out."""
     requests, seconds = answers.requests, answers.seconds or float("inf")
     good = requests.status == ANSWERED
     count, asked = int(good.sum()), len(requests)
@@ -99,7 +103,7 @@ def of_requests(answers: DriveResult, rows: int, slo: Slo) -> dict[str, float]:
 
 
 def within(requests: Requests, slo: Slo) -> npt.NDArray[np.bool_]:
-    """Which requests kept every bound; one that has no such time keeps its bound."""
+    """Which requests kept every bound; a time that a request lacks counts as kept."""
     kept = np.ones(len(requests), bool)
     for bound, times in (
         (slo.latency_s, requests.latency_s),
@@ -112,7 +116,7 @@ def within(requests: Requests, slo: Slo) -> npt.NDArray[np.bool_]:
 
 
 def active_s(answers: DriveResult) -> float:
-    """Seconds in which at least one request was under way."""
+    """Seconds in which at least one request was in progress."""
     began = answers.requests.intended_s + answers.requests.sent_s
     ended = answers.requests.intended_s + answers.requests.latency_s
     order = np.argsort(began)
@@ -125,15 +129,14 @@ def active_s(answers: DriveResult) -> float:
 
 
 def bubble_ratio(use: StageUse, active: float) -> float | None:
-    """None where nothing was under way."""
+    """Share of the stages' active time in which they were idle, 0 to 1; None if `active` (seconds) is 0."""
     if active <= 0:
         return None
     return min(1.0, max(0.0, 1 - sum(use.busy_s) / (len(use.busy_s) * active)))
 
 
 def hop_overhead_s(spans: Sequence[Span]) -> float | None:
-    """The median of what passes from a stage to the next where that one had nothing else to do; None where it never
-    was so."""
+    """Median time from the end of a stage to the start of the next one, if that was idle; None if it never was."""
     by_stage: dict[int, list[Span]] = {}
     for span in spans:
         if span.kind != "copy":
@@ -149,7 +152,7 @@ def hop_overhead_s(spans: Sequence[Span]) -> float | None:
 
 
 def over_repeats(repeats: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
-    """A figure for each name that every repeat has."""
+    """A figure for each name that all repeats have."""
     names = [name for name in MEANINGS if repeats and all(name in repeat for repeat in repeats)]
     return {
         name: Figure.of(unit, better, [repeat[name] for repeat in repeats])

@@ -1,7 +1,7 @@
-"""Runs as files: JSON holds all of one; CSV and Parquet hold its requests as a table, and carry the rest with them.
+"""Runs as files: JSON holds everything; CSV and Parquet hold the requests as a table, with the run attached.
 
-All three can be imported again. A CSV's first line is a comment with the run as JSON; a Parquet file has it in its
-metadata. Timelines travel in JSON only.
+All three can be imported again. The first line of a CSV is a comment with the run as JSON; Parquet has it in its
+metadata. Only JSON holds timelines.
 """
 
 import base64
@@ -27,7 +27,7 @@ _VERSION = 1
 
 
 class _File(pydantic.BaseModel):
-    """What a JSON file holds. `requests` are packed columns in base64, one text a measurement."""
+    """The content of a JSON file. `requests`: packed columns in base64, one string per measurement."""
 
     format: str = "stageline-run"
     version: int = _VERSION
@@ -37,27 +37,27 @@ class _File(pydantic.BaseModel):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A run with its requests and timelines, one a measurement."""
+class ExportedRun:
+    """A run with its requests and timelines, one of each per measurement."""
 
     run: Run
     requests: list[Requests]
     timelines: list[Timeline]
 
 
-def read(store: Store, run_id: str) -> Whole:
-    """All of a run that is in the store."""
+def read(store: Store, run_id: str) -> ExportedRun:
+    """Read a whole run from the store."""
     run = store.run(run_id)
     numbers = range(len(run.measurements))
-    return Whole(run, [store.requests(run_id, n) for n in numbers], [store.timeline(run_id, n) for n in numbers])
+    return ExportedRun(run, [store.requests(run_id, n) for n in numbers], [store.timeline(run_id, n) for n in numbers])
 
 
-def save(whole: Whole, path: Path) -> None:
-    """Write a run to `path` in the format its suffix names, aside and then renamed. StagelineError where it cannot."""
+def save(exported: ExportedRun, path: Path) -> None:
+    """Write a run to `path`, in the format of its suffix: aside, then renamed. StagelineError if that fails."""
     writer = _WRITERS[_format(path)]
     aside = path.with_name(f".{path.name}.part")
     try:
-        writer(whole, aside)
+        writer(exported, aside)
         aside.replace(path)
     except OSError as error:
         raise StagelineError(f"{path} cannot be written: {error.strerror}; choose another file") from error
@@ -65,8 +65,8 @@ def save(whole: Whole, path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load(path: Path) -> Whole:
-    """A run from a file. StoreError where it cannot be read, is damaged, or of a newer version."""
+def load(path: Path) -> ExportedRun:
+    """Read a run from a file. StoreError if it cannot be read, is damaged, or has a newer version."""
     kind = _format(path)
     try:
         return _READERS[kind](path)
@@ -86,16 +86,16 @@ def _format(path: Path) -> str:
     return kind
 
 
-def _document(whole: Whole, requests: bool) -> str:
-    packed = [base64.b64encode(pack(_columns(one))).decode() for one in whole.requests] if requests else []
-    timelines = whole.timelines if requests else []
-    return _File(run=whole.run, requests=packed, timelines=timelines).model_dump_json()
+def _document(exported: ExportedRun, requests: bool) -> str:
+    packed = [base64.b64encode(pack(_columns(one))).decode() for one in exported.requests] if requests else []
+    timelines = exported.timelines if requests else []
+    return _File(run=exported.run, requests=packed, timelines=timelines).model_dump_json()
 
 
 def _parse(text: str | bytes) -> _File:
     head = json.loads(text)
     if not isinstance(head, dict) or head.get("format") != "stageline-run":
-        raise ValueError("it does not say that it is one")
+        raise ValueError("it does not name its format")
     if head.get("version") != _VERSION:
         raise StoreError(
             f"this exported run has version {head.get('version')}; this stageline reads version {_VERSION}: "
@@ -108,21 +108,21 @@ def _columns(requests: Requests) -> dict[str, np.ndarray[Any, Any]]:
     return {name: getattr(requests, name) for name, _ in COLUMNS}
 
 
-def _write_json(whole: Whole, path: Path) -> None:
-    path.write_text(_document(whole, requests=True), encoding="utf-8")
+def _write_json(exported: ExportedRun, path: Path) -> None:
+    path.write_text(_document(exported, requests=True), encoding="utf-8")
 
 
-def _read_json(path: Path) -> Whole:
+def _read_json(path: Path) -> ExportedRun:
     file = _parse(path.read_bytes())
     requests = [Requests(**unpack(base64.b64decode(one))) for one in file.requests]  # type: ignore[arg-type]
-    return Whole(file.run, requests, file.timelines)
+    return ExportedRun(file.run, requests, file.timelines)
 
 
-def _table(whole: Whole) -> tuple[list[str], dict[str, Any]]:
-    """All requests of all measurements as columns, with the number, contender and load of their measurement."""
-    joined = Requests.join(whole.requests)
-    counts = [len(one) for one in whole.requests]
-    measured = whole.run.measurements[: len(counts)]
+def _table(exported: ExportedRun) -> tuple[list[str], dict[str, Any]]:
+    """All requests as columns, with number, contender and load of their measurement."""
+    joined = Requests.join(exported.requests)
+    counts = [len(one) for one in exported.requests]
+    measured = exported.run.measurements[: len(counts)]
     columns: dict[str, Any] = {
         "measurement": np.repeat(np.arange(len(counts)), counts),
         "contender": np.repeat([m.contender for m in measured], counts),
@@ -132,26 +132,26 @@ def _table(whole: Whole) -> tuple[list[str], dict[str, Any]]:
     return list(columns), columns
 
 
-def _of_table(file: _File, columns: dict[str, Any]) -> Whole:
+def _of_table(file: _File, columns: dict[str, Any]) -> ExportedRun:
     number = np.asarray(columns["measurement"]).astype(int)
     typed = {name: np.asarray(columns[name]).astype(dtype) for name, dtype in COLUMNS}
     requests = [
         Requests(**{name: column[number == n] for name, column in typed.items()})
         for n in range(len(file.run.measurements))
     ]
-    return Whole(file.run, requests, [])
+    return ExportedRun(file.run, requests, [])
 
 
-def _write_csv(whole: Whole, path: Path) -> None:
-    names, columns = _table(whole)
+def _write_csv(exported: ExportedRun, path: Path) -> None:
+    names, columns = _table(exported)
     with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"{_COMMENT}{_document(whole, requests=False)}\n")
+        file.write(f"{_COMMENT}{_document(exported, requests=False)}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         writer.writerows(zip(*(columns[name].tolist() for name in names), strict=True))
 
 
-def _read_csv(path: Path) -> Whole:
+def _read_csv(path: Path) -> ExportedRun:
     with path.open(encoding="utf-8", newline="") as file:
         first = file.readline()
         if not first.startswith(_COMMENT):
@@ -163,19 +163,19 @@ def _read_csv(path: Path) -> Whole:
     return _of_table(parsed, dict(zip(names, rows, strict=True)))
 
 
-def _write_parquet(whole: Whole, path: Path) -> None:
+def _write_parquet(exported: ExportedRun, path: Path) -> None:
     pa, parquet = _arrow()
-    names, columns = _table(whole)
+    names, columns = _table(exported)
     table = pa.table({name: columns[name] for name in names})
-    parquet.write_table(table.replace_schema_metadata({_KEY: _document(whole, requests=False)}), path)
+    parquet.write_table(table.replace_schema_metadata({_KEY: _document(exported, requests=False)}), path)
 
 
-def _read_parquet(path: Path) -> Whole:
+def _read_parquet(path: Path) -> ExportedRun:
     _, parquet = _arrow()
     table = parquet.read_table(io.BytesIO(path.read_bytes()))
     text = (table.schema.metadata or {}).get(_KEY)
     if text is None:
-        raise ValueError("its metadata do not hold the run")
+        raise ValueError("its metadata does not hold the run")
     return _of_table(_parse(text), {name: table[name].to_numpy() for name in table.column_names})
 
 
@@ -190,5 +190,9 @@ def _arrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-_WRITERS: dict[str, Callable[[Whole, Path], None]] = {"json": _write_json, "csv": _write_csv, "parquet": _write_parquet}
-_READERS: dict[str, Callable[[Path], Whole]] = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}
+_WRITERS: dict[str, Callable[[ExportedRun, Path], None]] = {
+    "json": _write_json,
+    "csv": _write_csv,
+    "parquet": _write_parquet,
+}
+_READERS: dict[str, Callable[[Path], ExportedRun]] = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}

@@ -1,4 +1,4 @@
-"""What the requests of a benchmark ask: real texts, or made-up ones of given lengths, ready to be sent.
+"""The requests of a benchmark, ready to send: real texts, or random tokens of given lengths.
 
 The texts in texts.txt were written for this repository: sentences, questions and short prose of 6 to 140 words.
 """
@@ -16,14 +16,14 @@ from stageline.runtime.bundle.manifest import BATCH, LENGTH
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
 
-_ITEMS = 512  # different requests; a load goes round them
+_ITEMS = 512  # different requests, sent round and round
 
 
 @dataclass(frozen=True)
 class Item:
-    """One request: rows of tokens, or (where the model reads no tokens) whatever `inputs` holds.
+    """One request: rows of tokens, or only `inputs` if the model reads no tokens.
 
-    `texts` are empty where the tokens were made up. `output_tokens`: how many to draw; None: it does not generate.
+    `texts` is empty if the tokens are random. `output_tokens`: how many to draw; None: the model does not generate.
     """
 
     texts: tuple[str, ...]
@@ -33,35 +33,37 @@ class Item:
 
     @property
     def tokens_in(self) -> int:
-        """Of all rows, padding left out."""
+        """Tokens of all rows, without padding."""
         return sum(map(len, self.rows))
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Made-up rows of `fewest` to `most` tokens, each length as likely as another."""
+    """Random rows of `min` to `max` tokens, all lengths equally likely."""
 
-    fewest: int
-    most: int
+    min: int
+    max: int
 
     def __str__(self) -> str:
-        return f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
+        return f"{self.min}" if self.min == self.max else f"{self.min} to {self.max}"
 
 
 def built_in_texts() -> list[str]:
-    """The texts of this package."""
+    """The texts in texts.txt."""
     return Path(__file__).with_name("texts.txt").read_text().splitlines()
 
 
 def read_texts(file: Path) -> list[str]:
-    """The lines of a file, empty ones left out. RequestError where it cannot be read or holds none."""
+    """The non-empty lines of a file. RequestError if it cannot be read or has none."""
     try:
         texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise RequestError(f"texts {file} cannot be read ({reason}); give a text file with a text a line") from error
+        raise RequestError(
+            f"texts {file} cannot be read ({reason}); give a text file with one text per line"
+        ) from error
     if not texts:
-        raise RequestError(f"texts {file} holds no text; give a text file with a text a line")
+        raise RequestError(f"texts {file} holds no text; give a text file with one text per line")
     return texts
 
 
@@ -73,16 +75,16 @@ def make_items(
     capacity: int | None,
     seed: int,
 ) -> tuple[list[Item], str]:
-    """Requests of `rows` texts each, in random order, and what they are in words.
+    """Requests of `rows` texts each, in random order, and a description of them.
 
-    `capacity`: tokens that a prompt and its continuation may have together; texts are cut to what fits. RequestError
-    where made-up lengths do not fit the model.
+    `capacity`: max tokens of a prompt with its continuation; texts are cut to fit. RequestError if `Lengths` do not
+    fit the model.
     """
     manifest = bundle.manifest
     signature = Signature.of(manifest)
     draw = random.Random(seed)
-    most = min(filter(None, (manifest.max_positions, capacity and capacity - (output_tokens or 0))), default=2**31)
-    if most < 1:
+    limit = min(filter(None, (manifest.max_positions, capacity and capacity - (output_tokens or 0))), default=2**31)
+    if limit < 1:
         raise RequestError(f"{output_tokens} new tokens leave no room for a prompt in {capacity} tokens; ask for fewer")
     names = [spec.name for spec in signature.inputs]
     if "input_ids" not in names:
@@ -90,20 +92,20 @@ def make_items(
         items = [Item((), (), _noise(signature, rows, noise), None) for _ in range(8)]
         return items, f"{rows} random inputs each"
     if isinstance(texts, Lengths):
-        if texts.most > most:
-            raise RequestError(f"{texts.most} tokens are asked for, at most {most} fit; give shorter lengths")
+        if texts.max > limit:
+            raise RequestError(f"{texts.max} tokens are asked for, at most {limit} fit; give shorter lengths")
         vocabulary = manifest.vocabulary or 2
         made = [
-            [tuple(draw.choices(range(vocabulary), k=draw.randint(texts.fewest, texts.most))) for _ in range(rows)]
+            [tuple(draw.choices(range(vocabulary), k=draw.randint(texts.min, texts.max))) for _ in range(rows)]
             for _ in range(_ITEMS)
         ]
         words = f"{rows} x {texts} random tokens" if rows > 1 else f"{texts} random tokens"
         return [_item(names, (), one, bundle, output_tokens) for one in made], words
     if manifest.text is None:
-        raise RequestError(f"bundle {bundle.path} has no tokenizer, so it reads no texts; give --lengths")
-    most = min(most, manifest.text.max_length)
+        raise RequestError(f"bundle {bundle.path} has no tokenizer and cannot read texts; give --lengths")
+    limit = min(limit, manifest.text.max_length)
     encoder = TextEncoder.open(bundle.path / manifest.text.tokenizer, manifest.text.max_length, manifest.text.pad_id)
-    tokens = {text: tuple(encoder.ids(text)[:most]) for text in texts}
+    tokens = {text: tuple(encoder.ids(text)[:limit]) for text in texts}
     chosen = [draw.choices([text for text in texts if tokens[text]], k=rows) for _ in range(_ITEMS)]
     items = [_item(names, one, [tokens[text] for text in one], bundle, output_tokens) for one in chosen]
     return items, f"{rows} of {len(texts)} texts each" if rows > 1 else f"{len(texts)} texts"

@@ -1,4 +1,4 @@
-"""Looking on while a contender is driven: queue, utilisation, memory and power, sampled twice a second."""
+"""Samples queue, utilisation, memory and power twice a second while a contender is driven."""
 
 import threading
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from stageline.runtime.bench.records import Series
 from stageline.runtime.stages.lanes import StageStats
 
 PERIOD_S = 0.5
-_MOST = 2000  # samples of a measurement; beyond that every other one is dropped
+_MAX_SAMPLES = 2000  # per measurement; more are thinned evenly
 
 
 class Monitor:
-    """Samples while it is entered. `figures` and `use` are of that time; `samples` begin at `began_at`."""
+    """Samples while it is entered; then has `figures` and `use` of that time. `samples` count from `began_at`."""
 
     def __init__(self, contender: Contender, client: Client, meters: Meters, began_at: float) -> None:
         self._contender, self._client, self._meters = contender, client, meters
@@ -86,8 +86,8 @@ class Monitor:
 
 
 def series(samples: Sequence[tuple[float, dict[str, float]]]) -> Series:
-    """The samples of all repeats as columns, thinned where they are many."""
-    step = -(-len(samples) // _MOST) or 1
+    """The samples of all repeats as columns, thinned if there are many."""
+    step = -(-len(samples) // _MAX_SAMPLES) or 1
     kept = samples[::step]
     names = [name for name in (kept[0][1] if kept else {}) if all(name in sample for _, sample in kept)]
     return Series(tuple(at for at, _ in kept), {name: tuple(sample[name] for _, sample in kept) for name in names})

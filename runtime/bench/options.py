@@ -1,4 +1,4 @@
-"""From what a user asks of a benchmark to a run that can begin: loads, bounds, lengths, arrivals, the bundle."""
+"""From a user's options to a run that can begin: loads, bounds, lengths, arrivals, the bundle."""
 
 import math
 import re
@@ -27,7 +27,7 @@ def loads(
     rates: Sequence[float],
     recorded: bool,
 ) -> tuple[Load, ...]:
-    """The loads of a run, MLPerf's three where nothing is asked for. RequestError for a wrong one."""
+    """The loads of a run (default: MLPerf's three). RequestError for an invalid one."""
     found: list[Load] = []
     for name in scenarios:
         known = next((scenario for scenario in MLPERF if scenario.lower() == name.strip().lower()), None)
@@ -40,7 +40,7 @@ def loads(
         found.append(Load("Concurrency", concurrency=concurrency))
     for rate in (*rates, *([] if server_rate is None else [server_rate])):
         if not 0 < rate < math.inf:
-            raise RequestError(f"rate {rate:g} is not above 0; give requests a second like 5,10,20")
+            raise RequestError(f"rate {rate:g} is not above 0; give requests per second like 5,10,20")
     found += [Load("Rate", rate_per_s=rate) for rate in rates]
     if recorded:
         found.append(Load("Recorded"))
@@ -48,7 +48,7 @@ def loads(
 
 
 def slo(text: str) -> Slo:
-    """Bounds like `ttft=200ms,tpot=50ms,latency=2s`. RequestError where they are not."""
+    """Parse bounds like `ttft=200ms,tpot=50ms,latency=2s`. RequestError for anything else."""
     bounds: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _SLO.fullmatch(part)
@@ -57,29 +57,31 @@ def slo(text: str) -> Slo:
             value = float(match[2]) / (1000 if match[3] == "ms" else 1)
             assert value > 0
         except (AssertionError, ValueError):
-            raise RequestError(f"{part!r} is no bound; give some of ttft=200ms,tpot=50ms,latency=2s") from None
+            raise RequestError(f"{part!r} is not a bound; give some of ttft=200ms,tpot=50ms,latency=2s") from None
         bounds[f"{match[1]}_s"] = value
     return Slo(**bounds)
 
 
 def lengths(text: str) -> Lengths:
-    """`64` or `16-128`. RequestError where it is neither."""
+    """Parse `64` or `16-128`. RequestError for anything else."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= fewest <= most:
-        raise RequestError(f"{text!r} is no length; give tokens like 64, or a range like 16-128")
-    return Lengths(fewest, most)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise RequestError(f"{text!r} is not a length; give tokens like 64, or a range like 16-128")
+    return Lengths(low, high)
 
 
 def arrivals(file: Path) -> list[float]:
-    """Recorded arrivals: seconds, one a line, in any order; the first becomes 0. RequestError where they are not."""
+    """Recorded arrivals, sorted, the first at 0. `file` has seconds, one per line; RequestError otherwise."""
     try:
         times = [float(line) for line in file.read_text(encoding="utf-8").split()]
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(f"arrivals {file} cannot be read ({reason}); give a file of seconds, one a line") from error
+        raise RequestError(
+            f"arrivals {file} cannot be read ({reason}); give a file of seconds, one per line"
+        ) from error
     if not times or not all(map(math.isfinite, times)):
-        raise RequestError(f"arrivals {file} holds no times; give a file of seconds, one a line")
+        raise RequestError(f"arrivals {file} holds no times; give a file of seconds, one per line")
     return sorted(at - min(times) for at in times)
 
 
@@ -88,25 +90,19 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
-def new_run(
-    bundle: Bundle,
-    settings: RunSettings,
-    devices: Sequence[str] | None = None,
-    run_id: str | None = None,
-    name: str | None = None,
-) -> Run:
-    """A run of this bundle, on this machine, that begins now; `devices` as `Pipeline.open` takes them.
+def new_run(bundle: Bundle, settings: RunSettings, run_id: str | None = None, name: str | None = None) -> Run:
+    """A run of this bundle on this machine that begins now.
 
-    RequestError where the id is not fit for a file name, or no device is called so; EngineError for an engine that is
-    not known.
+    RequestError if the id does not suit a file name or a device is unknown; EngineError if the engine is unknown.
     """
     run_id = run_id or new_id()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", run_id):
         raise RequestError(f"run id {run_id!r} is not made of letters, digits, '.', '_' and '-'; give another")
     manifest, place = bundle.manifest, bundle.path.resolve()
-    engine_factory(settings.engine)
-    names = spread(devices or [default_device(settings.engine)], len(manifest.stages))
-    shares = iter(share_cores(max(1, names.count("cpu")), allowed_cores()[: settings.threads]))
+    pipeline = settings.pipeline
+    engine_factory(pipeline.engine)
+    names = spread(pipeline.devices or [default_device(pipeline.engine)], len(manifest.stages))
+    shares = iter(share_cores(max(1, names.count("cpu")), allowed_cores()[: pipeline.threads]))
     return Run(
         run_id,
         name or place.name,

@@ -1,8 +1,8 @@
-"""Traces in Chrome's trace-event format, which ui.perfetto.dev and chrome://tracing open.
+"""Traces in Chrome's trace-event format, for ui.perfetto.dev and chrome://tracing.
 
-Each stage is a process with two threads: `compute` (runs and copies, one after the other) and `queue` (what waits for
-the stage; many may wait at once, so these are async events). Requests are async events of a process of their own. A
-micro-batch's way is a flow: an arrow from each stage to the next. Times are microseconds.
+Each stage is a process with two threads: `compute` (runs and copies, one after the other) and `queue` (waiting
+micro-batches, as async events, because several may wait at once). Requests are async events of a process of their own.
+A micro-batch's route is a flow: an arrow from each stage to the next. Times are microseconds.
 """
 
 import json
@@ -19,9 +19,9 @@ Event = dict[str, Any]
 
 
 def write(path: Path, spans: Sequence[Span], requests: Sequence[RequestSpan], title: str) -> None:
-    """Write the trace aside, then rename it. StagelineError where it cannot be written.
+    """Write the trace aside, then rename it. StagelineError if it cannot be written.
 
-    Micro-batches and requests are told apart by their numbers, and times are of one clock.
+    Numbers identify micro-batches and requests; all times must come from one clock.
     """
     aside = path.with_name(f".{path.name}.part")
     try:
@@ -34,7 +34,7 @@ def write(path: Path, spans: Sequence[Span], requests: Sequence[RequestSpan], ti
 
 
 def events(spans: Sequence[Span], requests: Sequence[RequestSpan]) -> list[Event]:
-    """All events: names first, then in the order of their time."""
+    """All events: names first, then the others by time."""
     stages = sorted({span.stage for span in spans})
     zero_s = min([span.began_s for span in spans] + [request.began_s for request in requests], default=0.0)
     named = list(_names(stages))
@@ -66,23 +66,23 @@ def _work(spans: Sequence[Span]) -> Iterator[Event]:
         }  # fmt: skip
 
 
-def _ways(spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """The runs of each micro-batch in their order; copies are no part of its way."""
-    ways: dict[int, list[Span]] = {}
+def _routes(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """The runs of each micro-batch in order, without copies."""
+    routes: dict[int, list[Span]] = {}
     for span in spans:
         if span.kind != "copy":
-            ways.setdefault(span.micro_batch, []).append(span)
-    for way in ways.values():
-        yield sorted(way, key=lambda span: span.began_s)
+            routes.setdefault(span.micro_batch, []).append(span)
+    for route in routes.values():
+        yield sorted(route, key=lambda span: span.began_s)
 
 
 def _flows(spans: Sequence[Span]) -> Iterator[Event]:
     """Start, steps and end of an arrow each bind to the run that encloses their time on their thread."""
-    for way in _ways(spans):
-        if len(way) == 1:
+    for route in _routes(spans):
+        if len(route) == 1:
             continue
-        for place, span in enumerate(way):
-            phase = "s" if place == 0 else "f" if place == len(way) - 1 else "t"
+        for place, span in enumerate(route):
+            phase = "s" if place == 0 else "f" if place == len(route) - 1 else "t"
             event: Event = {
                 "ph": phase, "name": "micro-batch", "cat": "flow", "id": span.micro_batch,
                 "pid": FIRST_STAGE + span.stage, "tid": COMPUTE, "ts": (span.began_s + span.ended_s) / 2,
@@ -93,12 +93,12 @@ def _flows(spans: Sequence[Span]) -> Iterator[Event]:
 
 
 def _queues(spans: Sequence[Span], requests: Sequence[RequestSpan]) -> Iterator[Event]:
-    """What a micro-batch waited for each stage: from the end of the one before, and for its first (of a batch, whose
-    request is known) from its request's submission."""
+    """The time a micro-batch waited for each stage: since the end of the stage before; for the first stage of a batch,
+    whose request is known, since that request's submission."""
     submitted = {request.number: request.began_s for request in requests}
-    for way in _ways(spans):
-        before = submitted.get(way[0].requests[0]) if way[0].kind == "batch" and way[0].requests else None
-        for place, span in enumerate(way):
+    for route in _routes(spans):
+        before = submitted.get(route[0].requests[0]) if route[0].kind == "batch" and route[0].requests else None
+        for place, span in enumerate(route):
             if before is not None and before < span.began_s:
                 name = f"waits {span.micro_batch}"
                 head = {"name": name, "cat": "queue", "id": f"{span.micro_batch}.{place}",

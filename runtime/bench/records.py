@@ -1,35 +1,38 @@
-"""What a benchmark is and what it gave, as plain data: a run, its measurements, their requests and their timeline.
+"""Benchmarks as plain data: a run, its measurements, their requests and timelines.
 
-A **run** is one `stageline bench`. Each of its **measurements** is one contender (the pipeline, or a baseline) under
-one load, repeated; each of its **figures** has a value a repeat. Requests and timelines are large and are read apart.
+A **run** is one `stageline bench`. Each **measurement** in it is one contender (the pipeline, or a baseline) under one
+load, repeated. Each **figure** of a measurement has one value per repeat. Requests and timelines are read separately,
+because they are large.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AliasChoices, BeforeValidator, Field
 from stageline.runtime.bench.confidence import interval
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.stages.recorder import RequestSpan, Span
 
 Scenario = Literal["SingleStream", "Offline", "Server", "Concurrency", "Rate", "Recorded"]
-"""MLPerf's three: one request after the other; all at once; Poisson arrivals at a rate. A closed loop of so many at a
-time. A sweep's Poisson arrivals. Arrivals as a file has them."""
+"""MLPerf's three: one request after the other, all at once, Poisson arrivals. Then a closed loop of N requests at a
+time, Poisson arrivals of a sweep, and arrivals from a file."""
 Status = Literal["running", "done", "failed", "cancelled"]
 OURS = "stageline"
 """The contender that is the bundle's own pipeline."""
 
 LADDER = (*range(100), *(99 + tenth / 10 for tenth in range(10)), 99.95, 99.99, 100)
-"""The percentiles of a ladder: every one, and more of them towards the slowest."""
+"""The percentiles of a ladder: each whole one, and a finer scale at the slow end."""
 
 ANSWERED, FAILED, CANCELLED = 0, 1, 2
-"""How a request ended, in `Requests.status`."""
+"""Values of `Requests.status`: how a request ended."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a contender: `concurrency` at a time (a closed loop), or `rate_per_s` (an open loop)."""
+    """What a contender is asked to do: `concurrency` requests at a time (closed loop), or `rate_per_s` (open loop)."""
 
     scenario: Scenario
     concurrency: int | None = None
@@ -43,7 +46,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Slo:
-    """What a request must keep to count for goodput; None: anything will do."""
+    """Bounds that a request must keep to count for goodput; None: no bound."""
 
     latency_s: float | None = None
     ttft_s: float | None = None
@@ -52,8 +55,8 @@ class Slo:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a run measures. `inputs` says in words what the requests ask; `rows` are the texts a request holds,
-    `output_tokens` how many it draws (None for a model that does not generate)."""
+    """How a run measures. `inputs` describes the requests in words, `rows` is the number of texts in each,
+    `output_tokens` how many each draws (None: the model does not generate)."""
 
     loads: tuple[Load, ...]
     repeats: int
@@ -65,15 +68,20 @@ class RunSettings:
     output_tokens: int | None
     slo: Slo
     baselines: tuple[str, ...]
-    engine: str
-    threads: int | None
-    weights: str | None
-    slots: int | None
+    pipeline: PipelineOptions
+
+
+def _with_pipeline(data: Any) -> Any:
+    """Settings of runs stored when the pipeline's options stood among them, with `weights` for `quantise`."""
+    if not isinstance(data, dict) or "pipeline" in data:
+        return data
+    options = {name: data[name] for name in ("engine", "threads", "slots") if data.get(name) is not None}
+    return {**data, "pipeline": {**options, "quantise": data.get("weights")}}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the bundle is cut: blocks of each stage, and the processors or device it runs on."""
+    """How the bundle is cut: the blocks of each stage, and its cores or device."""
 
     blocks: tuple[int, ...]
     devices: tuple[str, ...]
@@ -81,10 +89,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a run was made. `commit` is the git commit of the source, if it is a checkout; `+` where it was changed."""
+    """Where a run took place. `commit`: the git commit if the source is a checkout, with `+` if it was changed."""
 
     machine: str
-    processors: int
+    cores: Annotated[int, Field(validation_alias=AliasChoices("cores", "processors"))]  # older runs: processors
     memory_bytes: int
     gpu: str | None
     system: str
@@ -94,8 +102,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a measurement: a value a repeat, their mean, and its 95 % confidence interval (Student's t over
-    the repeats; none for a single repeat). `better`: which way is, if either."""
+    """One number of a measurement: a value per repeat, their mean, and its 95 % confidence interval (Student's t over
+    the repeats; None for a single repeat). `better`: which direction is better, if any."""
 
     unit: str
     better: Literal["higher", "lower"] | None
@@ -106,14 +114,14 @@ class Figure:
 
     @classmethod
     def of(cls, unit: str, better: Literal["higher", "lower"] | None, values: Sequence[float]) -> Self:
-        """From the values of the repeats, at least one."""
+        """Build a figure from the values of its repeats, at least one."""
         bounds = interval(values)
         return cls(unit, better, tuple(values), float(np.mean(values)), *(bounds or (None, None)))
 
 
 @dataclass(frozen=True)
 class StageUsage:
-    """A stage during a measurement, all repeats together: times in seconds, busy + copy + idle = measured time."""
+    """One stage during a measurement, over all repeats: busy + copy + idle = measured seconds."""
 
     stage: int
     blocks: int
@@ -125,13 +133,13 @@ class StageUsage:
 
     @property
     def utilisation(self) -> float:
-        """Busy time over all of it, 0 to 1."""
+        """Busy share of the measured time, 0 to 1."""
         return self.busy_s / ((self.busy_s + self.copy_s + self.idle_s) or 1.0)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Samples over time: for each name a value for each of `at_s`, seconds since the measurement began."""
+    """Samples over time: each name has one value per entry of `at_s` (seconds since the measurement began)."""
 
     at_s: tuple[float, ...] = ()
     values: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -139,8 +147,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender under one load. `ladders` has the value at each percentile of LADDER (all repeats together) of
-    "latency_s", and of "ttft_s" and "tpot_s" where it generates. `notes` say what is absent, and why."""
+    """One contender under one load. `ladders`: "latency_s", and "ttft_s" and "tpot_s" if it generates, at each
+    percentile of LADDER over all repeats. `notes` say what is absent, and why."""
 
     contender: str
     load: Load
@@ -155,7 +163,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: 0 to 1, what it does now, and the first figures of that."""
+    """How far a run is: a share from 0 to 1, the current step, and its latest figures."""
 
     share: float = 0.0
     step: str = "starting"
@@ -164,7 +172,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Headline:
-    """What a list shows of a measurement."""
+    """The figures of a measurement that lists show."""
 
     contender: str
     load: str
@@ -175,7 +183,7 @@ class Headline:
 
     @classmethod
     def of(cls, measurement: Measurement) -> Self:
-        """Of this measurement."""
+        """The headline of a measurement."""
         names = ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s")
         found = [measurement.figures.get(name) for name in names]
         values = [None if figure is None else figure.mean for figure in found]
@@ -184,7 +192,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class RunLine:
-    """A run as lists show it: cheap to read, however much it measured. Times are Unix seconds."""
+    """A run as lists show it, cheap to read. Times are Unix seconds."""
 
     id: str
     name: str
@@ -200,7 +208,7 @@ class RunLine:
 
 @dataclass(frozen=True)
 class Run:
-    """A run with all its measurements. `bundle_digest`: the SHA-256 of the manifest, which pins every file."""
+    """A run with all its measurements. `bundle_digest`: SHA-256 of the manifest, which pins every file."""
 
     id: str
     name: str
@@ -210,7 +218,7 @@ class Run:
     model: str
     task: str
     dtype: str
-    settings: RunSettings
+    settings: Annotated[RunSettings, BeforeValidator(_with_pipeline)]
     plan: Layout
     environment: Environment
     status: Status = "running"
@@ -222,10 +230,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Requests:
-    """The requests of a measurement, a column each, all of one length, in the order of their intended arrivals.
+    """The requests of a measurement as columns of equal length, ordered by intended arrival.
 
-    `intended_s`: when it should have been sent, seconds since its repeat began. The other times are seconds since then:
-    of sending, of the first token (NaN where there is none), of the end. So latency counts what waited to be sent.
+    `intended_s`: when a request should have been sent, in seconds since its repeat began. The other times count from
+    there: when it was sent, its first token (NaN: none), its end. Latency thus includes the wait to be sent.
     """
 
     repeat: npt.NDArray[np.uint16]
@@ -242,14 +250,14 @@ class Requests:
 
     @classmethod
     def join(cls, parts: Sequence["Requests"]) -> Self:
-        """One after the other."""
+        """Concatenate requests."""
         return cls(
             *(np.concatenate([np.empty(0, dtype), *(getattr(p, name) for p in parts)]) for name, dtype in COLUMNS)
         )
 
     @property
     def tpot_s(self) -> npt.NDArray[np.float32]:
-        """Time for each token after the first; NaN where there are not two."""
+        """Time per token after the first; NaN if there are fewer than two tokens."""
         after = np.where(self.tokens_out > 1, self.tokens_out - np.float32(1), np.float32(np.nan))
         return ((self.latency_s - self.first_token_s) / after).astype(np.float32)
 
@@ -269,13 +277,13 @@ assert [name for name, _ in COLUMNS] == [f.name for f in fields(Requests)]
 
 @dataclass(frozen=True)
 class Timeline:
-    """What the stages did during a measurement, sampled in windows; times in seconds since it began."""
+    """The stages' work during a measurement, sampled in windows; times in seconds since it began."""
 
     spans: tuple[Span, ...] = ()
     requests: tuple[RequestSpan, ...] = ()
 
 
 def ladder(values: npt.NDArray[np.floating]) -> tuple[float, ...]:
-    """The value at each percentile of LADDER, NaN left out; empty where there is none."""
+    """The value at each percentile of LADDER, without NaN; empty if there are no values."""
     known = values[~np.isnan(values)]
     return tuple(np.percentile(known, LADDER).tolist()) if len(known) else ()

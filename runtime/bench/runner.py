@@ -1,7 +1,7 @@
-"""A benchmark run: every contender under every load, repeat by repeat in turn, written into the store as it goes.
+"""A benchmark run: every contender under every load, repeat by repeat, stored as it proceeds.
 
-Contenders take turns within a load (A B A B ...), because machines drift. All are opened first and warmed up once; what
-that shows of their speed sets the number of requests of Offline and the rate of a Server load that names none.
+Contenders take turns within a load (A B A B ...), because machines drift. All are opened first and warmed up once. The
+speed in the warm-up sets the number of Offline requests, and the rate of a Server load that names none.
 """
 
 import math
@@ -37,9 +37,9 @@ from stageline.runtime.stages.recorder import Recorder
 from stageline.runtime.workload import poisson
 
 SERVER_SHARE = 0.7
-"""A Server load that names no rate gets this share of what the first contender did in its warm-up."""
-SPANS = 20_000
-"""Kept of a measurement's timeline."""
+"""The rate of a Server load that names none, as a share of the first contender's speed in the warm-up."""
+MAX_SPANS = 20_000
+"""Spans kept in the timeline of a measurement."""
 _BEAT_S = 1.0
 Openers = Mapping[str, Callable[[], Contender]]
 
@@ -52,17 +52,17 @@ def bench(
     *,
     arrivals_s: Sequence[float] = (),
     stop: threading.Event | None = None,
-    told: Callable[[Progress], None] = lambda progress: None,
+    follow: Callable[[Progress], None] = lambda progress: None,
     recorded: Callable[[Recorder], None] = lambda recorder: None,
 ) -> Run:
-    """Make `run`, which is in the store already (`Store.begin`), to its end, and give it as it is stored then.
+    """Carry out `run`, which is in the store already (`Store.begin`), and return it as stored at its end.
 
-    `arrivals_s` are for a Recorded load. Setting `stop`, or `Store.cancel`, ends it early as cancelled, with what was
-    measured. A failure of a contender ends it as failed, with what was measured, and is raised. `recorded` is given
-    what was recorded of the pipeline under each load.
+    `arrivals_s` are for a Recorded load. `stop` or `Store.cancel` ends the run early as cancelled. A failing contender
+    ends it as failed, and its error is raised. Both keep what was measured. `recorded` receives the recorder of each
+    load, `follow` the progress.
     """
     stop = stop or threading.Event()
-    state = _State(run, store, stop, told)
+    state = _State(run, store, stop, follow)
     try:
         with _Beating(state):
             _measure(run, state, openers, items, arrivals_s, recorded)
@@ -76,32 +76,32 @@ def bench(
 
 @dataclass
 class _State:
-    """How far the run is, for whoever follows it."""
+    """The progress of a run, and where it is reported."""
 
     run: Run
     store: Store
     stop: threading.Event
-    told: Callable[[Progress], None]
+    follow: Callable[[Progress], None]
     progress: Progress = field(default_factory=Progress)
     done: int = 0
     total: int = 1
     trouble: StagelineError | None = None
     driven: tuple[Client, int, float] | None = None
-    """Who is driven now, how many answers it had, and since when."""
+    """The client that is driving, its answers before that, and when it began."""
 
     def at(self, step: str, live: Mapping[str, float]) -> None:
-        """Say what is done now; `live` are the latest figures of that."""
+        """Report the current step; `live`: its latest figures."""
         self.progress = Progress(self.done / self.total, step, dict(live))
-        self.told(self.progress)
+        self.follow(self.progress)
 
     def beat(self) -> None:
-        """Write it into the store, with the speed so far, and look whether somebody cancels."""
-        driven = self.driven  # another thread's
+        """Write the progress into the store, with the current speed, and check whether the run is cancelled."""
+        driven = self.driven  # another thread sets it
         if driven is not None:
             client, answered, since = driven
             speed = (client.answered - answered) / (perf_counter() - since)
             self.progress = replace(self.progress, live={**self.progress.live, "requests_per_s": speed})
-            self.told(self.progress)
+            self.follow(self.progress)
         if self.store.progress(self.run.id, self.progress):
             self.stop.set()
 
@@ -110,11 +110,11 @@ class _State:
         self.progress = replace(self.progress, share=1.0 if status == "done" else self.progress.share, step=status)
         self.store.progress(self.run.id, self.progress)
         self.store.end(self.run.id, status, error)  # type: ignore[arg-type]
-        self.told(self.progress)
+        self.follow(self.progress)
 
 
 class _Beating:
-    """A thread that beats every second while the block runs; a store that fails stops the run, with its error."""
+    """A thread that beats every second while the block runs. A failing store stops the run with its error."""
 
     def __init__(self, state: _State) -> None:
         self._state, self._over = state, threading.Event()
@@ -141,7 +141,7 @@ class _Beating:
 
 @dataclass
 class _Lap:
-    """A contender under one load: its repeats so far."""
+    """The repeats of a contender under one load, so far."""
 
     contender: Contender
     client: Client
@@ -174,7 +174,9 @@ def _measure(
         speeds: list[float] = []
         for contender, client in zip(contenders, clients, strict=True):
             state.at(f"{contender.name}: warming up", {})
-            speeds.append(_warm_up(client, settings.warm_up_s, settings.slots or 4))
+            speeds.append(
+                _warm_up(client, settings.warm_up_s, settings.pipeline.slots if settings.output_tokens else 4)
+            )
             state.done += 1
         for load in settings.loads:
             if state.stop.is_set():
@@ -198,13 +200,13 @@ def _measure(
 
 
 def _warm_up(client: Client, seconds: float, concurrency: int) -> float:
-    """Requests a second that the contender answers, several at a time."""
+    """Requests per second that the contender answers, `concurrency` at a time."""
     answers = client.closed_loop(concurrency, seconds)
     return float((answers.requests.status == ANSWERED).sum()) / answers.seconds if answers.seconds else 0.0
 
 
 def _lap(contender: Contender, client: Client) -> _Lap:
-    recorder = Recorder(SPANS) if contender.name == OURS and contender.pipeline is not None else None
+    recorder = Recorder(MAX_SPANS) if contender.name == OURS and contender.pipeline is not None else None
     return _Lap(contender, client, perf_counter(), recorder)
 
 
@@ -231,7 +233,7 @@ def _repeat(
         pipeline.record(None)
     cut_short = state.stop.is_set()
     if cut_short and (lap.answers or not (answers.requests.status == ANSWERED).any()):
-        return  # a repeat that was interrupted counts only where there is no other
+        return  # an interrupted repeat counts only if there is no other
     found = {**figures.of_requests(answers, settings.rows, settings.slo), **monitor.figures}
     if monitor.use is not None:
         lap.uses.append(monitor.use)
@@ -288,7 +290,7 @@ def _store(
     seconds = sum(answers.seconds for answers in lap.answers)
     notes = list(meters.notes)
     if lap.contender.pipeline is None:
-        notes.append("no figures of stages, queue and bubbles: this is not a pipeline in this process")
+        notes.append("no figures of stages, queue and bubbles: not a pipeline in this process")
     if (requests.status != ANSWERED).any():
         notes.append(f"{int((~good).sum())} of {len(requests)} requests were not answered")
     measurement = Measurement(
@@ -324,12 +326,12 @@ def _stage_figures(lap: _Lap, run: Run, seconds: float) -> tuple[StageUsage, ...
 
 
 def device_name(stage: StageStats) -> str:
-    """A stage's device as lists show it: its processors, or the GPU's name."""
+    """The device of a stage as lists show it: its cores, or the GPU's name."""
     return f"cpu:{','.join(map(str, stage.cores))}" if stage.device == "cpu" else stage.device
 
 
 def _timeline(lap: _Lap) -> Timeline:
-    """What was recorded, in seconds since the measurement began."""
+    """The recorded timeline, in seconds since the measurement began."""
     if lap.recorder is None:
         return Timeline()
     zero = lap.began_at

@@ -1,19 +1,18 @@
 """The store: all benchmark runs in one SQLite file, which one process may fill while others read.
 
-    with the file at `default_path()`, or any other:
-    store = Store(path)
-    store.runs()          lines for a list, newest first; touches no requests
+    store = Store(path)   default: `default_path()`
+    store.runs()          lines for a list, newest first; reads no requests
     store.run(id)         a run with its measurements
-    store.requests(id, n) the requests of its measurement n, a million of them in a fraction of a second
+    store.requests(id, n) the requests of measurement n; a million take a fraction of a second
     store.timelines(id)   the measurements that have a timeline
     store.timeline(id, n)
 
-A run is written as it goes: `begin`, then `progress`, `add` for each measurement that is complete, and `end`. Requests
-are columns in compressed blobs, lists read precomputed headlines. A run's own process looks at `progress`'s answer to
-see whether somebody asked to `cancel` it; one that died without a word is told as failed.
+A run is written as it proceeds: `begin`, then `progress`, `add` for each complete measurement, and `end`. Requests are
+columns in compressed blobs; lists read precomputed headlines. `progress` returns whether somebody asked to `cancel` the
+run. A run whose process died shows as failed.
 
-Each call opens the file anew: a Store may be used from any thread and needs no closing. Every failure is a StoreError
-in one line, and a write is a transaction: what was stored before is still there after it.
+Each call opens the file: a Store may be used from any thread and needs no closing. Every failure is a StoreError of one
+line. A write is a transaction: it keeps what was stored before.
 """
 
 import errno
@@ -41,6 +40,7 @@ from stageline.runtime.bench.records import (
     Status,
     Timeline,
 )
+from stageline.runtime.validation import first_error
 
 MIGRATIONS = (
     """
@@ -77,11 +77,11 @@ MIGRATIONS = (
     );
     """,
 )
-"""What makes version n + 1 of the schema from version n. Never change one that was released: add another."""
+"""Turn version n of the schema into version n + 1. Never change a released one: add another."""
 VERSION = len(MIGRATIONS)
 LOST_AFTER_S = 60.0
-"""A running run that has told nothing for so long is taken for dead. Its process tells something every second."""
-_APPLICATION = 0x53544C4E  # "STLN": what SQLite's file header says the file is
+"""A running run whose process has reported nothing for this long counts as failed. It reports every second."""
+_APPLICATION = 0x53544C4E  # "STLN", in SQLite's file header
 _BUSY_S = 10.0
 _PART = 100_000  # requests in a blob
 
@@ -94,7 +94,7 @@ _T = TypeVar("_T")
 
 
 def default_path() -> Path:
-    """$STAGELINE_STORE, or bench.sqlite in Stageline's folder of the user's data folder (XDG)."""
+    """$STAGELINE_STORE, or stageline/bench.sqlite in the user's data folder (XDG)."""
     if stated := os.environ.get("STAGELINE_STORE"):
         return Path(stated)
     data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
@@ -102,15 +102,15 @@ def default_path() -> Path:
 
 
 class Store:
-    """The runs in the file `path`. It is made by the first write; until then the store is empty."""
+    """The runs in the file `path`. The first write creates it; until then the store is empty."""
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = Path(path) if path is not None else default_path()
 
-    # Reading.
+    # Reading
 
     def runs(self, limit: int | None = None, bundle_digest: str | None = None) -> list[RunLine]:
-        """The runs (of this bundle only), newest first, at most `limit`."""
+        """The newest `limit` runs, newest first; only those of one bundle if `bundle_digest` is given."""
         where = "" if bundle_digest is None else "WHERE bundle_digest = ?"
         given: list[Any] = [] if bundle_digest is None else [bundle_digest]
         with self._reading() as db:
@@ -122,7 +122,7 @@ class Store:
         return [self._line(row) for row in rows]
 
     def run(self, run_id: str) -> Run:
-        """A run and all its measurements so far. StoreError where there is none of this id."""
+        """A run and its measurements so far. StoreError if there is no such run."""
         with self._reading() as db:
             row = (
                 None if db is None else db.execute(f"SELECT {_LINE}, data FROM runs WHERE id = ?", [run_id]).fetchone()
@@ -141,12 +141,12 @@ class Store:
         )
 
     def requests(self, run_id: str, measurement: int) -> Requests:
-        """The requests of a run's measurement, counted from 0; none where none were kept."""
+        """The requests of a measurement, counted from 0; empty if none were kept."""
         parts = [unpack(blob) for blob in self._blobs(run_id, measurement, "requests")]
         return Requests.join([Requests(**{name: part[name] for name, _ in COLUMNS}) for part in parts])  # type: ignore[arg-type]
 
     def timelines(self, run_id: str) -> list[int]:
-        """The measurements of a run, counted from 0, that a timeline was stored of; without reading it."""
+        """The numbers of the measurements of a run, from 0, that have a timeline; reads none."""
         with self._reading() as db:
             rows = (
                 []
@@ -159,7 +159,7 @@ class Store:
         return [number for (number,) in rows]
 
     def timeline(self, run_id: str, measurement: int) -> Timeline:
-        """The recorded timeline of a run's measurement; empty where none was recorded."""
+        """The timeline of a measurement; empty if none was recorded."""
         for blob in self._blobs(run_id, measurement, "timeline"):
             try:
                 return self._valid(_TIMELINE, zlib.decompress(blob))
@@ -168,9 +168,9 @@ class Store:
         return Timeline()
 
     def find(self, name: str) -> str:
-        """The id that `name` means: an id, the unique beginning of one, `latest`, or `latest~N` for the Nth before it.
+        """The id that `name` stands for: an id, its unique beginning, `latest`, or `latest~N` for the Nth before it.
 
-        StoreError where there is none, or more than one.
+        StoreError if none or several match.
         """
         head, _, back = name.partition("~")
         if head == "latest" and (not back or back.isdecimal()):
@@ -191,20 +191,20 @@ class Store:
         if name in ids:
             return name
         if len(ids) != 1 or not name:
-            told = f"{len(ids)} runs whose id begins with {name}" if ids else f"no run {name}"
-            raise StoreError(f"store {self.path} has {told}; see stageline bench list")
+            matching = f"{len(ids)} runs whose id begins with {name}" if ids else f"no run {name}"
+            raise StoreError(f"store {self.path} has {matching}; see stageline bench list")
         return str(ids[0])
 
-    # Writing.
+    # Writing
 
     def begin(self, run: Run) -> None:
-        """Store a run that begins now, in one step: StoreError where its id is there already, so that two processes
-        that are told to make the same run do not both make it."""
+        """Store a run that begins now. StoreError if its id exists already: of two processes that are asked to make the
+        same run, one fails."""
         with self._writing() as db:
             self._insert(db, run)
 
     def progress(self, run_id: str, progress: Progress) -> bool:
-        """Tell how far a run is, and that its process lives. True: it was asked to cancel."""
+        """Store how far a run is, and that its process is alive. Returns whether the run should stop."""
         with self._writing() as db:
             db.execute(
                 "UPDATE runs SET progress = ?, seen = ? WHERE id = ?", [_json(_PROGRESS, progress), time.time(), run_id]
@@ -217,12 +217,12 @@ class Store:
     def add(
         self, run_id: str, measurement: Measurement, requests: Requests | None = None, timeline: Timeline | None = None
     ) -> int:
-        """Store a measurement that is complete, with its requests and its timeline; its number in the run."""
+        """Store a complete measurement with its requests and timeline; returns its number in the run."""
         with self._writing() as db:
             return self._add(db, run_id, measurement, requests, timeline)
 
     def end(self, run_id: str, status: Status, error: str | None = None) -> None:
-        """The run has ended: done, failed (why) or cancelled."""
+        """Mark a run as done, cancelled, or failed with this error."""
         with self._writing() as db:
             db.execute(
                 "UPDATE runs SET status = ?, error = ?, finished = ?, seen = ? WHERE id = ?",
@@ -230,7 +230,7 @@ class Store:
             )
 
     def cancel(self, run_id: str) -> bool:
-        """Ask the process that makes a run to stop; it keeps what it has measured. False where it does not run."""
+        """Ask the process of a run to stop and keep what it has measured. False if the run is not running."""
         if self.run(run_id).status != "running":
             return False
         with self._writing() as db:
@@ -238,15 +238,15 @@ class Store:
         return True
 
     def delete(self, run_id: str) -> None:
-        """Remove a run and all that belongs to it. StoreError where there is none of this id."""
+        """Remove a run with its requests and timelines. StoreError if there is no such run."""
         with self._writing() as db:
             if db.execute("DELETE FROM runs WHERE id = ?", [run_id]).rowcount == 0:
                 raise StoreError(f"store {self.path} has no run {run_id}; see stageline bench list")
 
     def put(self, run: Run, requests: Sequence[Requests] = (), timelines: Sequence[Timeline] = ()) -> None:
-        """Store a run that has ended, whole or not at all; `requests` and `timelines` in the order of its measurements.
+        """Store a run that has ended; `requests` and `timelines` in the order of its measurements.
 
-        StoreError where its id is there already.
+        StoreError if its id exists already.
         """
         with self._writing() as db:
             self._insert(db, run)
@@ -259,7 +259,7 @@ class Store:
                     timelines[number] if number < len(timelines) else None,
                 )
 
-    # How.
+    # Internals
 
     def _insert(self, db: sqlite3.Connection, run: Run) -> None:
         bare = replace(run, measurements=(), progress=Progress())
@@ -309,7 +309,11 @@ class Store:
     def _line(self, row: Sequence[Any]) -> RunLine:
         run_id, name, created, finished, bundle, digest, status, error, progress, headlines, seen = row
         if status == "running" and time.time() - seen > LOST_AFTER_S:
-            status, error, finished = "failed", "its process ended without a word; what it had measured is kept", seen
+            status, error, finished = (
+                "failed",
+                "its process ended without reporting an error; its measurements so far are kept",
+                seen,
+            )
         return RunLine(
             run_id, name, created, finished, bundle, digest, status, error,
             self._valid(_PROGRESS, progress), self._valid(_HEADLINES, headlines),
@@ -329,17 +333,15 @@ class Store:
         try:
             return kind.validate_json(data)
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise StoreError(f"store {self.path} is damaged ({place}: {first['msg']}); restore a copy of it") from error
+            raise StoreError(f"store {self.path} is damaged ({first_error(error)}); restore a copy of it") from error
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection | None]:
-        """The open file, None while there is none. What is read sees one moment."""
+        """The open file, or None if there is none. All reads in the block see one moment."""
         if not self.path.exists():
             yield None
             return
-        with self._told(), closing(self._open("ro")) as db:
+        with self._failures_named(), closing(self._open("ro")) as db:
             version = self._version(db)
             if version == 0:
                 yield None
@@ -352,8 +354,8 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """The open file, up to date, in a transaction that is undone where the block raises."""
-        with self._told():
+        """The open file, its schema up to date, in a transaction that is undone if the block raises."""
+        with self._failures_named():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._open("rwc")) as db:
                 if self._version(db) < VERSION:
@@ -378,11 +380,11 @@ class Store:
         path = self.path.resolve()
         uri = f"{path.as_uri()}?mode={mode}"
         if mode == "ro" and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
-            uri += "&immutable=1"  # a reader makes files beside it, too; here nobody can
+            uri += "&immutable=1"  # readers, too, create files beside it; here nobody can
         return sqlite3.connect(uri, timeout=_BUSY_S, isolation_level=None, uri=True)
 
     def _version(self, db: sqlite3.Connection) -> int:
-        """Of the file's schema; 0: it has none yet. StoreError where it is not ours, or newer than we are."""
+        """The version of the file's schema; 0: none yet. StoreError if the file is not a store, or is too new."""
         application, version = (
             int(db.execute(f"PRAGMA {n}").fetchone()[0]) for n in ("application_id", "user_version")
         )
@@ -396,8 +398,8 @@ class Store:
         return version
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """SQLite's failures in one line that says what to do."""
+    def _failures_named(self) -> Iterator[None]:
+        """Turns SQLite's failures into a StoreError that says what to do."""
         try:
             yield
         except sqlite3.Error as error:
@@ -407,25 +409,21 @@ class Store:
             raise StoreError(f"store {self.path}: {error}") from error
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            told = (
-                _FAILURES[sqlite3.SQLITE_FULL]
-                if full
-                else f"cannot be used ({error.strerror}); choose another file with --store"
-            )
-            raise StoreError(f"store {self.path} {told}") from error
+            reason = f"cannot be used ({error.strerror}); choose another file with --store"
+            raise StoreError(f"store {self.path} {_FAILURES[sqlite3.SQLITE_FULL] if full else reason}") from error
 
 
 _LINE = "id, name, created, finished, bundle, bundle_digest, status, error, progress, headlines, seen"
 _FAILURES = {
-    sqlite3.SQLITE_BUSY: f"is locked by another program for more than {_BUSY_S:g} s; end that one, or try again",
-    sqlite3.SQLITE_LOCKED: f"is locked by another program for more than {_BUSY_S:g} s; end that one, or try again",
+    sqlite3.SQLITE_BUSY: f"is locked by another program for more than {_BUSY_S:g} s; end that program, or try again",
+    sqlite3.SQLITE_LOCKED: f"is locked by another program for more than {_BUSY_S:g} s; end that program, or try again",
     sqlite3.SQLITE_READONLY: "is read-only; make it writable, or choose another file with --store",
-    sqlite3.SQLITE_FULL: "cannot grow: the disk is full; free some space. What was stored before is kept",
-    sqlite3.SQLITE_CORRUPT: "is damaged; restore a copy of it, or move it away and a new one is made",
+    sqlite3.SQLITE_FULL: "cannot grow: the disk is full; free some space. Everything stored before is kept",
+    sqlite3.SQLITE_CORRUPT: "is damaged; restore a copy of it, or move it away to start a new one",
     sqlite3.SQLITE_NOTADB: "is not a store, or is damaged; restore a copy of it, or choose another file with --store",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened; see whether its folder exists and may be written, or choose another "
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that its folder exists and can be written, or choose another "
     "file with --store",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk failed, or is full; what was stored before is kept",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk failed, or is full; everything stored before is kept",
 }
 
 

@@ -1,5 +1,4 @@
-"""Building a bundle's engines: what is there already is kept, what is missing is built, each in a process of its
-own."""
+"""Building a bundle's engines: existing ones are kept, missing ones are built, each in a process of its own."""
 
 import hashlib
 import json
@@ -27,10 +26,10 @@ from stageline.runtime.engines.tensorrt.store import FOLDER, EngineStore, locked
 from stageline.runtime.workload import Workload
 
 _BASE_BYTES, _WEIGHTS_TIMES = 600e6, 4
-"""What a build takes: measured, 0.5 GB and 3.4 times the weights of the engine."""
+"""Memory of a build: 0.5 GB plus 3.4 times the weights of the engine, as measured."""
 _GENERATIONS = {"sm75": "Turing", "sm80": "Ampere", "sm86": "Ampere"}
 _LACKING: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp8": ("sm75", "sm80", "sm86"), "int4": ("sm75",)}
-"""Targets that TensorRT does not compile such types for."""
+"""Precision -> targets that TensorRT does not compile it for."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """What became of one engine: `record` is None where it could not be built, and `error` says why. `built` is False
-    where it was there already."""
+    """The outcome for one engine. `record` is None if it could not be built, and `error` is the reason. `built` is
+    False if it existed already."""
 
     stage: int
     wanted: Wanted
@@ -56,7 +55,7 @@ class BuildOutcome:
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """How far the build of an engine is: TensorRT's own name of the phase, and its steps."""
+    """Progress of the build of an engine: TensorRT's name of the phase, and its steps."""
 
     stage: int
     wanted: Wanted
@@ -80,25 +79,25 @@ class _Job:
 def build(
     bundle: Bundle,
     wanted: Sequence[Wanted],
-    load: Workload,
+    workload: Workload,
     options: Options,
     *,
     jobs: int | None = None,
     progress: Callable[[BuildProgress], None] = lambda step: None,
     done: Callable[[BuildOutcome], None] = lambda outcome: None,
 ) -> list[BuildOutcome]:
-    """Build the engines of all stages that are not there, `jobs` at a time (None: as many as processors and memory
-    allow), and return what became of each, stage by stage. `progress` and `done` are called on other threads.
+    """Build the missing engines of all stages, `jobs` at a time (None: as many as cores and memory allow), and return
+    the outcome for each, stage by stage. `progress` and `done` are called on other threads.
 
-    An engine is kept once it is built, whatever happens to the others. What TensorRT refuses is an outcome; BundleError
-    where the disk is full or another build is running.
+    An engine is kept once it is built, whatever happens to the others. A refusal by TensorRT is an outcome. BundleError
+    if the disk is full or another build is running.
     """
     for kind in wanted:
         check(kind, options)
     with locked(bundle.path) as store:
         todo: list[_Job] = []
         outcomes: list[BuildOutcome] = []
-        for job in _jobs(bundle, wanted, load, options):
+        for job in _jobs(bundle, wanted, workload, options):
             found = job if isinstance(job, BuildOutcome) else _present(store, bundle, job)
             if isinstance(found, _Job):
                 todo.append(found)
@@ -106,14 +105,14 @@ def build(
                 outcomes.append(found)
                 done(found)
         if todo:
-            building = _Building(store, bundle, load, options, progress)
+            building = _Building(store, bundle, workload, options, progress)
             outcomes += building.build_all(todo, jobs or _at_a_time(todo), done)
     order = {kind: place for place, kind in enumerate(wanted)}
     return sorted(outcomes, key=lambda outcome: (outcome.stage, order[outcome.wanted]))
 
 
 def check(wanted: Wanted, options: Options) -> None:
-    """EngineError where the flavour has no such engines."""
+    """EngineError if the flavour cannot build such engines."""
     flavour = wanted.flavour
     if wanted.target in _LACKING.get(wanted.precision, ()):
         raise EngineError(
@@ -122,7 +121,7 @@ def check(wanted: Wanted, options: Options) -> None:
         )
     if options.stripped and wanted.precision in QUANTISED:
         raise EngineError(
-            f"--stripped takes weights from the bundle as they are, and {wanted.precision} quantises them; leave it "
+            f"--stripped reads weights unchanged from the bundle, and {wanted.precision} quantises them; leave it "
             "out, or choose --precision fp16"
         )
     if options.version_compatible and not flavour.version_compatible:
@@ -134,7 +133,9 @@ def stale(bundle: Bundle, store: EngineStore) -> set[str]:
     return {record.plan.path for record in store.manifest.engines if not is_current(record, bundle.manifest)}
 
 
-def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Workload, options: Options) -> list["_Job | BuildOutcome"]:
+def _jobs(
+    bundle: Bundle, wanted: Sequence[Wanted], workload: Workload, options: Options
+) -> list["_Job | BuildOutcome"]:
     manifest, digests = bundle.manifest, _digests(bundle)
     result: list[_Job | BuildOutcome] = []
     for number, stage in enumerate(manifest.stages):
@@ -142,12 +143,12 @@ def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Workload, options: Opt
 
         @cache
         def lowered(precision: Precision, file: StageFile = file) -> Lowered:
-            return lower(file, precision, load.capacity, options.stripped)
+            return lower(file, precision, workload.capacity, options.stripped)
 
         for kind in wanted:
             try:
                 graph = lowered(kind.precision)
-                profiles = narrowed(profiles_of(manifest, load), graph.inputs)
+                profiles = narrowed(profiles_of(manifest, workload), graph.inputs)
             except EngineError as error:
                 result.append(BuildOutcome(number, kind, None, False, str(error)))
                 continue
@@ -163,22 +164,22 @@ def _jobs(bundle: Bundle, wanted: Sequence[Wanted], load: Workload, options: Opt
 def _key(
     kind: Wanted, lowered: Lowered, weights: str | None, profiles: tuple[OptimizationProfile, ...], options: Options
 ) -> str:
-    """The digest of all that a plan depends on. The lowered graph stands for the stage's graph, the precision, the
-    caches' capacity, and this code."""
+    """The digest of everything that an engine file depends on. The lowered graph covers the stage's graph, the
+    precision, the capacity of caches, and the code that lowers."""
     document = {
         "graph": hashlib.sha256(lowered.proto).hexdigest(),
         "weights": weights,
         "flavour": kind.flavour.module,
         "version": kind.flavour.version,
         "target": kind.target,
-        "profiles": [profile.model_dump() for profile in profiles],
+        "profiles": [profile.model_dump(by_alias=True) for profile in profiles],
         "options": options.model_dump(),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(bundle: Bundle) -> Callable[[tuple[str, ...]], str]:
-    """Gives the digest of the values of named tensors; each is read once."""
+    """A function from names of tensors to the digest of their values; each tensor is read once."""
 
     @cache
     def of_tensor(name: str) -> bytes:
@@ -205,7 +206,7 @@ def _digests(bundle: Bundle) -> Callable[[tuple[str, ...]], str]:
 
 
 def _present(store: EngineStore, bundle: Bundle, job: _Job) -> "_Job | BuildOutcome":
-    """The engine if it is there and whole, with what is known of its weights brought up to date; else the job."""
+    """The existing engine if its file is intact, its record updated for the weight files; else the job."""
     for record in store.manifest.engines:
         if record.key == job.key and is_current(record, bundle.manifest) and _whole(bundle.path, record.plan):
             files = weight_digests(bundle.manifest)
@@ -225,17 +226,17 @@ def _whole(bundle: Path, entry: FileEntry) -> bool:
 
 
 class _Building:
-    """The builds under way for one bundle."""
+    """The running builds for one bundle."""
 
     def __init__(
         self,
         store: EngineStore,
         bundle: Bundle,
-        load: Workload,
+        workload: Workload,
         options: Options,
         progress: Callable[[BuildProgress], None],
     ) -> None:
-        self.store, self.bundle, self.load, self.options, self.progress = store, bundle, load, options, progress
+        self.store, self.bundle, self.workload, self.options, self.progress = store, bundle, workload, options, progress
         self.workers = Workers()
         self.lock = threading.Lock()  # around the store
 
@@ -249,13 +250,13 @@ class _Building:
             futures = [pool.submit(one, job) for job in todo]
             try:
                 return [future.result() for future in as_completed(futures)]
-            except BaseException:  # the disk is full, or somebody pressed ^C
+            except BaseException:  # the disk is full, or the user pressed ^C
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.workers.stop()
                 raise
 
     def build(self, job: _Job) -> BuildOutcome:
-        """Build one engine and keep it. BundleError where it cannot be written."""
+        """Build one engine and keep it. BundleError if it cannot be written."""
         report = job.file.removesuffix(".plan") + ".json"
         timings = f"{job.file}.timings" if job.wanted.flavour.keeps_timings else None
         written = [path for path in (job.file, report, timings) if path is not None]
@@ -287,7 +288,7 @@ class _Building:
             flavour=job.wanted.flavour.name,
             target=job.wanted.target,
             precision=job.wanted.precision,
-            capacity=self.load.capacity,
+            capacity=self.workload.capacity,
             profiles=job.profiles,
             options=self.options,
             plan=self.store.aside(plan),
@@ -316,35 +317,37 @@ class _Building:
             inputs=job.lowered.inputs,
             outputs=job.lowered.outputs,
             weights=job.lowered.weight_specs if self.options.stripped else (),
-            capacity=self.load.capacity if caches else None,
+            capacity=self.workload.capacity if caches else None,
             caches=caches,
             build_s=result.build_s,
         )
 
     def known_timings(self, wanted: Wanted) -> Path | None:
-        """The timing cache that was kept, if it is as it was written."""
+        """The stored timing cache, if its file is intact."""
         entry = next((kept for kept in self.store.manifest.timings if kept.path == _timings(wanted)), None)
         return self.bundle.path / entry.path if entry is not None and _whole(self.bundle.path, entry) else None
 
     def not_written(self, reason: str) -> BundleError:
         return BundleError(
-            f"cannot write engines into {self.bundle.path}: {reason}; what was built before is kept: run the same "
-            "command again to go on"
+            f"cannot write engines into {self.bundle.path}: {reason}; finished engines are kept: run the same "
+            "command again to continue"
         )
 
 
-def _step(job: _Job, told: Answer) -> BuildProgress:
-    return BuildProgress(job.number, job.wanted, str(told["phase"]), int(str(told["step"])), int(str(told["steps"])))
+def _step(job: _Job, answer: Answer) -> BuildProgress:
+    return BuildProgress(
+        job.number, job.wanted, str(answer["phase"]), int(str(answer["step"])), int(str(answer["steps"]))
+    )
 
 
 def _timings(wanted: Wanted) -> str:
-    """The timing cache of a flavour, version and target."""
+    """The file of the timing cache of a flavour, version and target."""
     return f"{FOLDER}/{wanted.flavour.name}-{wanted.flavour.version}.{wanted.target}.timings"
 
 
 def _at_a_time(todo: Sequence[_Job]) -> int:
-    """How many builds fit the processors and the memory there is."""
+    """How many builds the cores and the available memory allow at a time."""
     sizes = [sum(weight.size_bytes for weight in job.lowered.weights.values()) for job in todo]
-    most = _BASE_BYTES + _WEIGHTS_TIMES * max(sizes)
+    max_bytes = _BASE_BYTES + _WEIGHTS_TIMES * max(sizes)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(allowed_cores()), len(todo), int(available // most)))
+    return max(1, min(len(allowed_cores()), len(todo), int(available // max_bytes)))

@@ -1,7 +1,7 @@
-"""A lowered stage on processors, each value rounded to its type: what an engine computes, as far as types decide it.
+"""A lowered stage on a CPU, each value rounded to its type: what an engine computes, as far as types determine it.
 
-ONNX Runtime has no bfloat16 kernels for processors. So every operator computes in float32, and each value that the
-graph types float16 or bfloat16 is rounded to that and back. An engine, which fuses operators, rounds less often.
+ONNX Runtime has no bfloat16 kernels for CPUs. So every operator computes in float32, and each value that is float16 or
+bfloat16 in the graph is rounded to that and back. An engine fuses operators and rounds less often.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,30 +13,30 @@ import onnxruntime as ort
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.engines.base import Array
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.float32 import HALVES, to_float32
+from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES
 from stageline.runtime.engines.tensorrt.lower import Lowered
-
-_MOST_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
 
 
 class EmulatedStage:
-    """A lowered, not stripped stage, open in ONNX Runtime. Its caches are float32 arrays that `run` gives back."""
+    """A lowered stage with its weights, open in ONNX Runtime. `caches` are float32 arrays that `run` updates."""
 
     def __init__(self, lowered: Lowered, rows: int, capacity: int, values: Sequence[str] = ()) -> None:
-        """`rows` of empty caches of `capacity` tokens. `values` names values inside the graph to give as well."""
+        """`rows` of empty caches of `capacity` tokens. `values` names values inside the graph that `run` also
+        returns."""
         model = ir.from_proto(onnx.ModelProto.FromString(lowered.proto))
         for name, weight in lowered.weights.items():
             model.graph.initializers[name].const_value = ir.tensor(weight.read(), dtype=weight.dtype, name=name)
         _round(model, values)
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        # Or products of quantised weights would be fused into ones that quantise what they are multiplied by as well.
+        # Otherwise products of quantised weights are fused into operators that also quantise activations.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         proto = ir.to_proto(model)
-        if proto.ByteSize() > _MOST_BYTES:
+        if proto.ByteSize() > MAX_GRAPH_BYTES:
             raise EngineError(
-                "the stage is too large to be emulated; cut the bundle into more: stageline recut --stages N"
+                "the stage is too large to be emulated; cut the bundle into more: stageline recut BUNDLE --stages N"
             )
         self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.output_names = tuple(spec.name for spec in lowered.outputs) + tuple(values)
@@ -52,7 +52,7 @@ class EmulatedStage:
         }
 
     def run(self, inputs: Mapping[str, Array], first_row: int = 0) -> dict[str, Array]:
-        """The outputs for these inputs, with the caches from `first_row` on, which grow by their new tokens."""
+        """The outputs for these inputs, with the caches from row `first_row` on, which grow by the new tokens."""
         wanted = [value.name for value in self._session.get_inputs() if value.name not in self.caches]
         given = {name: inputs[name] for name in wanted}
         rows = len(next(iter(given.values())))
@@ -69,7 +69,7 @@ def _shapes(cache: CacheSpec, rows: int, capacity: int) -> list[tuple[int, int, 
 
 
 def _round(model: ir.Model, values: Sequence[str]) -> None:
-    """Let every operator compute in float32 and round what is typed float16 or bfloat16."""
+    """Let every operator compute in float32, and round values that are float16 or bfloat16."""
     graph = model.graph
     halves = [(node, value, value.dtype) for node in graph for value in node.outputs if value.dtype in HALVES]
     to_float32(model)

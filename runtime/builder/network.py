@@ -1,4 +1,4 @@
-"""From a lowered stage to TensorRT's network definition, and from that to a serialized plan."""
+"""From a lowered stage to TensorRT's network definition, and from that to a serialized engine."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from stageline.models.errors import EngineError
 from stageline.runtime.builder.profiles import shapes
 from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
 from stageline.runtime.engines.base import Array
-from stageline.runtime.engines.lowering.caches import past_names
+from stageline.runtime.engines.lowering.cache_names import past_names
 from stageline.runtime.engines.tensorrt.lower import Lowered
 from stageline.runtime.engines.tensorrt.records import OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE
@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], bool]
 
 @dataclass
 class Network:
-    """A parsed network. It holds on to the weights: TensorRT reads them where they lie until the plan is built."""
+    """A parsed network. It keeps the weights alive: TensorRT reads these arrays until the engine is built."""
 
     trt: Any
     logger: Any
@@ -32,7 +32,7 @@ class Network:
 
 
 def parse(trt: Any, lowered: Lowered, stripped: bool) -> Network:
-    """Parse a lowered stage, strongly typed. EngineError with TensorRT's own reason where it does not."""
+    """Parse a lowered stage, strongly typed. EngineError with TensorRT's reason if it refuses."""
     logger = _logger(trt)
     builder = trt.Builder(logger)
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -47,7 +47,7 @@ def parse(trt: Any, lowered: Lowered, stripped: bool) -> Network:
     if not parser.parse_model_proto():
         raise EngineError(_reason(network))
     for layer in _attentions(network):
-        layer.attention.decomposable = True  # plain operators where there is no kernel for the type or head size
+        layer.attention.decomposable = True  # plain operators if there is no kernel for the type or head size
     return network
 
 
@@ -61,9 +61,9 @@ def build(
     timings: bytes | None,
     progress: Progress,
 ) -> tuple[Any, bytes | None]:
-    """The serialized plan, a buffer, and the timing cache as it is then (None where `timings` is None).
+    """The serialized engine, a buffer, and the updated timing cache (None if `timings` is None).
 
-    EngineError with TensorRT's own reason where it cannot be built.
+    EngineError with TensorRT's reason if it cannot be built.
     """
     trt = network.trt
     config = network.builder.create_builder_config()
@@ -97,7 +97,7 @@ def _read(lowered: Lowered) -> dict[str, Array]:
 
 
 def _packed(array: Array, dtype: ir.DataType) -> Array:
-    """The array as TensorRT reads it: values of 4 bits two in a byte."""
+    """The array in TensorRT's layout: two values of 4 bits per byte."""
     return array if dtype.bitwidth >= 8 else np.frombuffer(ir.tensor(array, dtype=dtype).tobytes(), np.uint8)
 
 
@@ -115,7 +115,7 @@ def _flags(options: Options) -> Iterator[str]:
 
 
 def _set_target(trt: Any, config: Any, target: str) -> None:
-    """TensorRT-RTX builds for what it is told, TensorRT for the GPU it runs on, and maybe its like."""
+    """TensorRT-RTX builds for a named target; TensorRT builds for this GPU and, if portable, for similar ones."""
     if not hasattr(config, "set_compute_capability"):
         if target == PORTABLE:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
@@ -128,7 +128,7 @@ def _attentions(network: Network) -> Iterator[Any]:
     for place in range(network.definition.num_layers):
         layer = network.definition.get_layer(place)
         if layer.type == network.trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = network.trt.IAttentionInputLayer  # the bindings give every layer as a plain ILayer
+            layer.__class__ = network.trt.IAttentionInputLayer  # the bindings return every layer as a plain ILayer
             yield layer
 
 
@@ -165,7 +165,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _reason(network: Network) -> str:
-    """What TensorRT says went wrong, in one line."""
-    told = [network.parser.get_error(place) for place in range(network.parser.num_errors)]
-    lines = [f"{error.desc()} (at {error.node_name()})" if error.node_name() else error.desc() for error in told]
-    return " ".join((lines or network.logger.errors or ["TensorRT gives no reason"])[0].split())
+    """TensorRT's reason for a failure, in one line."""
+    errors = [network.parser.get_error(place) for place in range(network.parser.num_errors)]
+    lines = [f"{error.desc()} (at {error.node_name()})" if error.node_name() else error.desc() for error in errors]
+    return " ".join((lines or network.logger.errors or ["TensorRT reports no reason"])[0].split())

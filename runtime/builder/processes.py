@@ -13,16 +13,16 @@ Answer = Mapping[str, object]
 
 
 class Workers:
-    """The workers under way. `run` may be called from many threads, `stop` from any."""
+    """The running workers. `run` may be called from many threads, `stop` from any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
-    def run(self, request: Request, told: Callable[[Answer], None]) -> Answer:
-        """Build in a process of its own: `told` gets each step, and the last that the worker says is returned. A worker
-        that dies without a word gives {"error": how it ended}."""
+    def run(self, request: Request, progress: Callable[[Answer], None]) -> Answer:
+        """Build in a process of its own. `progress` is called with each step; the worker's last message is returned, or
+        {"error": how it ended} if it dies without one."""
         command = [sys.executable, "-m", "stageline.runtime.builder.worker", request.model_dump_json()]
         with tempfile.TemporaryFile() as errors:
             with self._lock:
@@ -36,19 +36,19 @@ class Workers:
                     document: Answer = json.loads(line)
                     if "phase" not in document:
                         return document
-                    told(document)
+                    progress(document)
             finally:
                 with self._lock:
                     self._running.discard(process)
-                with process:  # closes the pipe, which ends a worker that is still at it, and waits
+                with process:  # closes the pipe, which ends a worker that still runs, and waits
                     pass
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines()
+            lines = errors.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
-        return {"error": f"the builder ended with {how}" + (f": {said[-1]}" if said else "")}
+        return {"error": f"the builder ended with {how}" + (f": {lines[-1]}" if lines else "")}
 
     def stop(self) -> None:
-        """End all workers, and let none start."""
+        """End all workers, and refuse new ones."""
         with self._lock:
             self._stopped = True
             for process in self._running:

@@ -1,19 +1,17 @@
-"""What an engine is made of: from the engine inspector where a driver can load it, else from the network definition."""
+"""What an engine consists of: from the engine inspector if a driver can load it, else from the network definition."""
 
 import json
 from collections import Counter
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
 from stageline.runtime.builder.network import Network
 from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.engines.tensorrt.lower import Lowered
+from stageline.runtime.validation import Data
 
 
-class Layer(BaseModel):
-    """One layer: its kind, the types that it computes in, and the shapes that it gives (-1: free)."""
-
-    model_config = ConfigDict(frozen=True)
+class Layer(Data):
+    """One layer: its kind, and the types and shapes of its outputs (-1: free)."""
 
     name: str
     kind: str
@@ -21,11 +19,9 @@ class Layer(BaseModel):
     shapes: tuple[tuple[int, ...], ...]
 
 
-class EngineReport(BaseModel):
-    """`source` says how much to make of it: of a network the layers are those given to TensorRT, before it fuses
-    them, and `memory_bytes`, the scratch memory of each profile, is not known."""
-
-    model_config = ConfigDict(frozen=True)
+class EngineReport(Data):
+    """The layers of an engine. If `source` is the network, they are the layers before TensorRT fuses them, and the
+    scratch memory of each profile (`memory_bytes`) is not known."""
 
     source: Literal["engine", "network"]
     layers: tuple[Layer, ...]
@@ -38,7 +34,7 @@ class EngineReport(BaseModel):
 
 
 def of_network(network: Network, lowered: Lowered) -> EngineReport:
-    """The report of a network that was parsed."""
+    """The report of a parsed network."""
     layers = []
     for place in range(network.definition.num_layers):
         layer = network.definition.get_layer(place)
@@ -55,10 +51,10 @@ def of_network(network: Network, lowered: Lowered) -> EngineReport:
 
 
 def of_engine(trt: Any, engine: Any, lowered: Lowered) -> EngineReport:
-    """The report of an engine that was loaded: the layers after fusion, and the memory of each profile."""
-    told = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    """The report of a loaded engine: the layers after fusion, and the memory of each profile."""
+    information = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     layers = []
-    for layer in told.get("Layers", []):
+    for layer in information.get("Layers", []):
         if isinstance(layer, str):  # built with layer names only
             layers.append(Layer(name=layer, kind="", dtypes=(), shapes=()))
             continue

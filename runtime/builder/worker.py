@@ -1,7 +1,7 @@
 """A process that builds one engine: `python -m stageline.runtime.builder.worker REQUEST`, the request a JSON document.
 
-A process of its own, because TensorRT's builder keeps memory, may crash, and cannot be interrupted. It prints a JSON
-line for each step of the build and one with the result; when nobody reads them any more, it ends.
+It is a process of its own because TensorRT's builder keeps memory, may crash, and cannot be interrupted. It prints a
+JSON line for each step of the build and one with the result. When nobody reads them any more, it ends.
 """
 
 import json
@@ -27,8 +27,7 @@ _EVERY_S = 0.1
 
 
 class Request(BaseModel):
-    """One engine to build. `plan`, `report` and `timings` are paths to write to; `known_timings` one to read, if
-    any."""
+    """One engine to build. `plan`, `report` and `timings` are paths to write; `known_timings` is one to read."""
 
     stage: StageFile
     flavour: FlavourName
@@ -44,7 +43,7 @@ class Request(BaseModel):
 
 
 class Result(BaseModel):
-    """What was written. `path` of the entries is that of the request."""
+    """The files that were written. The `path` of each entry is the name in the request."""
 
     plan: FileEntry
     report: FileEntry
@@ -53,7 +52,7 @@ class Result(BaseModel):
 
 
 def build(request: Request, progress: network.Progress) -> Result:
-    """Build the engine and write its plan and report. EngineError with TensorRT's own reason, or OSError."""
+    """Build the engine and write it and its report. EngineError with TensorRT's reason, or OSError."""
     begin = time.perf_counter()
     trt = FLAVOURS[request.flavour].load()
     stripped = request.options.stripped
@@ -86,7 +85,7 @@ def build(request: Request, progress: network.Progress) -> Result:
 def _report(trt: Any, parsed: network.Network, lowered: Any, plan: Any) -> EngineReport:
     if gpu_here() is not None:
         engine = trt.Runtime(parsed.logger).deserialize_cuda_engine(plan)
-        if engine is not None:  # built for another GPU than the one here
+        if engine is not None:  # None: built for another GPU
             return of_engine(trt, engine, lowered)
     return of_network(parsed, lowered)
 
@@ -100,30 +99,30 @@ def _written(path: Path, data: Any) -> FileEntry:
 
 
 def main() -> None:
-    """Build what the first argument asks for."""
+    """Build the request in the first argument."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # TensorRT writes to stdout as well
     last = [0.0]
 
-    def tell(document: dict[str, Any]) -> None:
+    def send(document: dict[str, Any]) -> None:
         try:
             print(json.dumps(document), file=out, flush=True)
-        except OSError:  # nobody reads: the one who asked is gone
+        except OSError:  # nobody reads: the parent process has ended
             os._exit(1)
 
     def progress(phase: str, step: int, steps: int) -> bool:
         now = time.monotonic()
         if now - last[0] >= _EVERY_S:
             last[0] = now
-            tell({"phase": phase, "step": step, "steps": steps})
+            send({"phase": phase, "step": step, "steps": steps})
         return True
 
     try:
-        tell({"result": build(Request.model_validate_json(sys.argv[1]), progress).model_dump()})
+        send({"result": build(Request.model_validate_json(sys.argv[1]), progress).model_dump()})
     except StagelineError as error:
-        tell({"error": str(error)})
+        send({"error": str(error)})
     except OSError as error:
-        tell({"os_error": error.strerror or str(error)})
+        send({"os_error": error.strerror or str(error)})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""Blocks spread evenly over stages by the weights that they multiply."""
+"""Blocks spread evenly over stages by the weights that they multiply.
+
+The planner (planning/partition.py) is exact for real devices with links and memory. Export and recut know no devices,
+and the bundle must not depend on the planner.
+"""
 
 import itertools
 import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import UncutManifest
 
 
-def part_costs(manifest: Manifest, parts: Sequence[ir.Model]) -> list[int]:
-    """A cost for each use in order (prologue, blocks, epilogue): the elements of weights it multiplies by a token."""
+def part_costs(manifest: UncutManifest, parts: Sequence[ir.Model]) -> list[int]:
+    """The cost of each use in order (prologue, blocks, epilogue): the number of weights that multiply each token."""
     costs = []
     for use in manifest.uses:
         graph = parts[use.part].graph
@@ -20,8 +24,9 @@ def part_costs(manifest: Manifest, parts: Sequence[ir.Model]) -> list[int]:
 
 
 def balance(costs: Sequence[int], stages: int) -> list[int]:
-    """Blocks for each stage such that the costliest stage is cheapest. `costs` begins with the prologue, which the
-    first stage bears, and ends with the epilogue, which the last bears. Exact, by dynamic programming over the cuts."""
+    """The number of blocks in each stage that makes the costliest stage cheapest. `costs` starts with the prologue
+    (part of the first stage) and ends with the epilogue (part of the last). Exact, by dynamic programming over the
+    cuts."""
     blocks = len(costs) - 2
     total = list(itertools.accumulate(costs[1:-1], initial=0))
 

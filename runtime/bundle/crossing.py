@@ -1,4 +1,4 @@
-"""What crosses from one stage to a later one: the hidden state, and the fewest bytes of shared values."""
+"""What crosses from one stage to a later one: the hidden state, and as few bytes of shared values as possible."""
 
 import itertools
 import math
@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from stageline.runtime.bundle.graph import size_bytes, size_read
-from stageline.runtime.bundle.manifest import Manifest, TensorSpec, Use
+from stageline.runtime.bundle.manifest import TensorSpec, UncutManifest, uses_of
 
-_RECOMPUTE_WEIGHT_BYTES = 64 * 1024  # a shared value that needs a larger weight than this is shipped, not recomputed
-
-
+_RECOMPUTE_WEIGHT_BYTES = 64 * 1024  # a shared value that needs a larger weight is sent, not recomputed
 _UNBOUNDED = math.inf
 
 
@@ -21,22 +19,22 @@ _UNBOUNDED = math.inf
 class Crossing:
     """Where the cuts are and what crosses them."""
 
-    manifest: Manifest
+    manifest: UncutManifest
     parts: Sequence[ir.Model]
-    ranges: tuple[tuple[int, int], ...]  # first and last block of each stage
+    ranges: tuple[tuple[int, int], ...]  # of each stage: its first block, and the first one after it
     inputs: tuple[tuple[str, ...], ...]
     outputs: tuple[tuple[str, ...], ...]
     specs: Mapping[str, TensorSpec]
     prologue: "Prologue"
 
     @classmethod
-    def of(cls, manifest: Manifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
-        """The plan for stages of `counts` blocks each."""
+    def of(cls, manifest: UncutManifest, parts: Sequence[ir.Model], counts: Sequence[int]) -> "Crossing":
+        """What crosses from stage to stage, if they have `counts` blocks each."""
         ends = list(itertools.accumulate(counts))
-        ranges = tuple((end - count, end - 1) for end, count in zip(ends, counts, strict=True))
+        ranges = tuple((end - count, end) for end, count in zip(ends, counts, strict=True))
         prologue = Prologue(manifest, parts[manifest.uses[0].part])
         specs = {**_specs(manifest), **prologue.specs}
-        uses = [_uses(manifest, *r) for r in ranges]
+        uses = [uses_of(manifest.uses, *r) for r in ranges]
         made = [{value for use in group for value in use.writes.values()} for group in uses]
         reads: list[tuple[str, ...]] = []
         for number, group in enumerate(uses):
@@ -56,13 +54,7 @@ class Crossing:
         return cls(manifest, parts, ranges, tuple(reads), tuple(outputs), specs, prologue)
 
 
-def _uses(manifest: Manifest, first: int, last: int) -> list[Use]:
-    begin = 0 if first == 0 else first + 1
-    end = len(manifest.uses) if last == manifest.blocks - 1 else last + 2
-    return list(manifest.uses[begin:end])
-
-
-def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
+def _specs(manifest: UncutManifest) -> dict[str, TensorSpec]:
     """Every value of the model that a part writes, and its inputs, by name."""
     specs = {spec.name: spec for spec in manifest.inputs}
     for use in manifest.uses:
@@ -73,9 +65,9 @@ def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
 
 
 class Prologue:
-    """The prologue's graph, asked which of its values to ship to a later stage and which to recompute there."""
+    """The prologue's graph. It decides which of its values are sent to a later stage and which are recomputed there."""
 
-    def __init__(self, manifest: Manifest, model: ir.Model):
+    def __init__(self, manifest: UncutManifest, model: ir.Model):
         use = manifest.uses[0]
         self.graph = model.graph
         self.outputs = {use.writes[str(v.name)]: v for v in self.graph.outputs}
@@ -93,8 +85,8 @@ class Prologue:
                     self.specs[name] = TensorSpec(name=name, dtype=np.dtype(value.dtype.numpy()).name, shape=shape)
 
     def frontier(self, wanted: Sequence[str], sizes: set[str]) -> list[str]:
-        """The values of fewest bytes from which all `wanted` shared values can be computed, where the sizes of the
-        dimensions `sizes` are at hand. A minimum vertex cut, by augmenting paths."""
+        """The values, as few bytes as possible, from which all `wanted` shared values can be computed if the sizes of
+        the dimensions `sizes` are known. A minimum vertex cut, by augmenting paths."""
         capacity: dict[tuple[object, object], float] = {}
         near: dict[object, set[object]] = {}
 
@@ -117,7 +109,7 @@ class Prologue:
                 assert value.shape is not None
                 shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
                 size = size_bytes(shape, np.dtype(value.dtype.numpy()).name)
-                edge((value, "in"), (value, "out"), size - 0.5)  # of equal sizes an input, which is at hand everywhere
+                edge((value, "in"), (value, "out"), size - 0.5)  # at equal size prefer an input: every stage has it
             else:
                 edge((value, "in"), (value, "out"), size_bytes(spec.shape, spec.dtype) if spec else _UNBOUNDED)
             for source in self.sources(value, sizes):
@@ -129,7 +121,7 @@ class Prologue:
                     seen.add(source)
                     todo.append(source)
         while path := _augmenting(capacity, near):
-            room = min(capacity[step] for step in path)
+            room = min(capacity[edge] for edge in path)
             for a, b in path:
                 capacity[a, b] -= room
                 capacity[b, a] += room
@@ -138,7 +130,7 @@ class Prologue:
         return sorted(self.names[v] for v in cut)
 
     def sources(self, value: ir.Value, sizes: set[str]) -> list[ir.Value | None]:
-        """What a value is computed from, constants left out; None stands for what is only had in the first stage."""
+        """What a value is computed from, without constants; None stands for what only the first stage has."""
         node = value.producer()
         if node is None:
             return [None]
@@ -159,7 +151,7 @@ class Prologue:
 def _augmenting(
     capacity: dict[tuple[object, object], float], near: dict[object, set[object]]
 ) -> list[tuple[object, object]]:
-    """A shortest path with room from source to sink, as steps; empty where none is left."""
+    """A shortest path from source to sink with capacity left, as edges; empty if there is none."""
     came: dict[object, object] = {"source": "source"}
     queue = deque(["source"] if "source" in near else [])
     while queue:

@@ -1,4 +1,4 @@
-"""A bundle on disk: opening, checking and re-cutting it. docs/bundle.md says the format in prose."""
+"""A bundle on disk: opening, checking and writing it. docs/bundle.md specifies the format."""
 
 import hashlib
 import math
@@ -10,22 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
-import pydantic
 from stageline.models.errors import BundleError, CheckpointError
 from stageline.models.safetensors_file import header_sha256, read_header
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.manifest import VERSION, FileEntry, Manifest
+from stageline.runtime.bundle.manifest import FileEntry, Manifest
+from stageline.runtime.validation import read_document
 
 MANIFEST = "manifest.json"
 HASH_LIMIT_BYTES = 2 * 1024**3
-"""Linked weight files are hashed at export only up to this many bytes in all: beyond it, reading them would take longer
-than the rest of the export. Their size and header are checked instead."""
-_MANIFEST_LIMIT_BYTES = 256 * 1024**2
+"""Linked weight files are hashed at export only up to this many bytes in total: reading more would take longer than the
+rest of the export. Their size and header are checked instead."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder, its manifest, and where each weight lies."""
+    """An opened bundle: its folder, its manifest, and the file and offset of each weight."""
 
     path: Path
     manifest: Manifest
@@ -33,8 +32,8 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":
-        """Open and check the bundle in folder `path`. BundleError where it is missing, changed, unsafe or of another
-        version. Every file with a digest is read and compared."""
+        """Open and check the bundle in folder `path`. Every file with a digest is read and compared. BundleError if the
+        bundle is missing, changed, unsafe or of another version."""
         folder = Path(path)
         manifest = read_manifest(folder)
         listed = {entry.path: entry for entry in manifest.files}
@@ -71,7 +70,7 @@ class Bundle:
         return [self.tensors[name] for name in names]
 
     def parts(self) -> list[ir.Model]:
-        """The part graphs. BundleError where one cannot be read any more."""
+        """The graphs of the parts. BundleError if one can no longer be read."""
         try:
             return [ir.load(self.path / part.file) for part in self.manifest.parts]
         except OSError as error:
@@ -81,7 +80,8 @@ class Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the bundle in `folder`, validated. BundleError in one line where it is not one."""
+    """The manifest of the bundle in `folder`, validated. BundleError in one line if there is none or it is not
+    valid."""
     file = folder / MANIFEST
     if not folder.exists():
         raise BundleError(f"no bundle at {folder}; make one with: stageline export CHECKPOINT -o {folder}")
@@ -89,46 +89,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(
             f"{folder} is not a bundle: it has no {MANIFEST}; make one with: stageline export CHECKPOINT -o BUNDLE"
         )
-    if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
-        raise BundleError(f"{file} has {file.stat().st_size} bytes, more than any manifest; export the bundle again")
-    data = file.read_bytes()
-    try:
-        head = _Head.model_validate_json(data)
-    except pydantic.ValidationError as error:
-        raise BundleError(f"{file} is not a manifest ({_first(error)}); export the bundle again") from error
-    if head.format != "stageline-bundle":
-        raise BundleError(f"{file} has format {head.format!r}, not 'stageline-bundle'; export the bundle again")
-    if head.version != VERSION:
-        advice = "install a newer stageline" if head.version > VERSION else "export it again"
-        raise BundleError(
-            f"bundle {folder} has version {head.version}; this stageline reads version {VERSION}: {advice}"
-        )
-    try:
-        return Manifest.model_validate_json(data)
-    except pydantic.ValidationError as error:
-        raise BundleError(f"{file} is not valid ({_first(error)}); export the bundle again") from error
-
-
-class _Head(pydantic.BaseModel):
-    format: str
-    version: int
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
+    return read_document(Manifest, file, "export the bundle again")
 
 
 def _check_file(folder: Path, entry: FileEntry) -> None:
     file = folder / entry.path
     try:
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"bundle {folder}: {entry.path} leads out of the bundle; export the bundle again")
+            raise BundleError(f"bundle {folder}: {entry.path} is outside the bundle; export the bundle again")
         size = file.stat().st_size
         if size != entry.size_bytes:
             raise BundleError(
-                f"bundle {folder}: {entry.path} has {size} bytes, the manifest says {entry.size_bytes}; "
+                f"bundle {folder}: {entry.path} has {size} bytes, the manifest lists {entry.size_bytes}; "
                 "export the bundle again"
             )
         if entry.sha256 is not None and file_sha256(file) != entry.sha256:
@@ -159,7 +131,7 @@ def file_entry(folder: Path, name: str) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest aside, then rename it over the old one."""
+    """Write the manifest to a temporary file, then rename it over the old one."""
     aside = folder / f".{MANIFEST}.{os.getpid()}"
     with removed_on_failure([aside]):
         aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True))

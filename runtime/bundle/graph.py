@@ -1,15 +1,13 @@
-"""Small readings of ONNX graphs: dtypes, sizes, and the cache that an operator reads."""
+"""Helpers that read ONNX graphs: dtypes, sizes, and the cache of an operator."""
 
 import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, CacheSpec
 
-NOMINAL = {"batch": 8, "length": 128}  # sizes at which the bytes that cross a cut are compared
-
-
-CACHE_ATTENTION = "CacheAttention"  # of the domain "stageline"; docs/bundle.md says what it computes
+NOMINAL = {BATCH: 8, LENGTH: 128}  # sizes at which the bytes that cross a cut are compared
+CACHE_ATTENTION = "CacheAttention"  # in the domain "stageline"; docs/bundle.md specifies it
 
 
 def size_bytes(shape: Sequence[int | str], dtype: str) -> int:
@@ -29,7 +27,7 @@ def cache_of(node: ir.Node, name: str) -> CacheSpec:
 
 
 def static(value: ir.Value | None, axis: int) -> int:
-    """The size of a dimension that the graph fixes."""
+    """The size of a fixed dimension."""
     assert value is not None
     assert value.shape is not None
     size = value.shape[axis]
@@ -38,7 +36,7 @@ def static(value: ir.Value | None, axis: int) -> int:
 
 
 def size_read(node: ir.Node) -> str | None:
-    """The free dimension whose size a Shape node reads, or None where it reads anything else."""
+    """The free dimension whose size a Shape node reads, or None if it reads anything else."""
     if node.op_type != "Shape" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
         return None
     shape = node.inputs[0].shape

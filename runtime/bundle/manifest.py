@@ -1,16 +1,22 @@
-"""The manifest: what a bundle holds, as data validated once at the door.
+"""The manifest: what a bundle holds, as data that is validated once, when it is read.
 
-docs/bundle.md says the format in prose. Paths are POSIX, relative to the bundle's folder, and never leave it.
+docs/bundle.md specifies the format. Paths are POSIX, relative to the bundle's folder, and never leave it.
 """
 
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
+from stageline.runtime.validation import Data
 
-VERSION = 2
 BATCH, LENGTH, PICKS = "batch", "length", "picks"  # free dimensions that the runtime knows
 EMBEDDING = "sentence_embedding"  # the output of a model that embeds texts
+CACHED_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")
+"""The inputs of a model with caches, all int64: token ids [batch, length], each row's tokens in the cache [batch], its
+new tokens [batch], and the positions among these whose logits are requested [batch, picks]."""
+INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS, LOGITS_AT = CACHED_INPUTS
+_T = TypeVar("_T")
 
 
 def _inside(path: str) -> str:
@@ -26,13 +32,10 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ValueName = Annotated[str, Field(min_length=1)]
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FileEntry(_Data):
-    """One file of the bundle. `sha256` is None for a linked weight file too large to be read at export
-    (stageline.runtime.bundle.folder.HASH_LIMIT_BYTES); then `header_sha256`, over its safetensors header, guards it."""
+class FileEntry(Data):
+    """One file of the bundle. `sha256` is None for a linked weight file that is too large to be read at export
+    (stageline.runtime.bundle.folder.HASH_LIMIT_BYTES); `header_sha256`, over its safetensors header, is checked
+    then."""
 
     path: BundlePath
     size_bytes: int = Field(ge=0)
@@ -40,8 +43,8 @@ class FileEntry(_Data):
     header_sha256: Sha256 | None = None
 
 
-class TensorSpec(_Data):
-    """A named tensor at a graph's border. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free
+class TensorSpec(Data):
+    """An input or output of a graph. `dtype` is a NumPy name or `bfloat16`; a string in `shape` is a free
     dimension (`batch`, `length`, ...)."""
 
     name: ValueName
@@ -49,9 +52,10 @@ class TensorSpec(_Data):
     shape: tuple[int | str, ...]
 
 
-class CacheSpec(_Data):
-    """The keys and values of earlier tokens that one CacheAttention operator reads and adds to: for each row of the
-    batch `heads` x tokens x `key_size` and `value_size`. `name` is unique among the stages; in a part it is a count."""
+class CacheSpec(Data):
+    """The keys and values of earlier tokens that one CacheAttention operator reads and extends. Each row of the batch
+    has keys [heads, tokens, key_size] and values [heads, tokens, value_size]. `name` is unique in the model; in a part
+    it is a number."""
 
     name: ValueName
     heads: int = Field(gt=0)
@@ -59,7 +63,7 @@ class CacheSpec(_Data):
     value_size: int = Field(gt=0)
 
 
-class Part(_Data):
+class Part(Data):
     """One traced graph: the prologue, one distinct kind of block, or the epilogue.
 
     The graph's inputs are `inputs` (activations, under local names) followed by `weights` (local names of tensors that
@@ -73,7 +77,7 @@ class Part(_Data):
     caches: tuple[CacheSpec, ...] = ()
 
 
-class Use(_Data):
+class Use(Data):
     """One use of a part in the model's chain: prologue, block 0, block 1, ..., epilogue.
 
     `reads` and `writes` map the part's input and output names to names of values in the whole model; `weights` maps its
@@ -89,8 +93,14 @@ class Use(_Data):
     call: int = Field(default=0, ge=0)
 
 
-class Stage(_Data):
-    """A contiguous run of blocks as one ONNX graph. The first stage also holds the prologue, the last the epilogue.
+def uses_of(each: Sequence[_T], first: int, end: int) -> Sequence[_T]:
+    """The items that belong to a stage of blocks `first` to `end` - 1, if `each` holds one item for each use: the
+    prologue is in the stage of the first block, the epilogue in that of the last."""
+    return each[0 if first == 0 else first + 1 : len(each) if end == len(each) - 2 else end + 1]
+
+
+class Stage(Data):
+    """A contiguous range of blocks as one ONNX graph. The first stage also has the prologue, the last the epilogue.
 
     `inputs` and `outputs` are named by values of the whole model: an input is one of the model's inputs or an output of
     an earlier stage. `weight_bytes` and `parameters` count what the stage reads.
@@ -106,8 +116,8 @@ class Stage(_Data):
     caches: tuple[CacheSpec, ...] = ()
 
 
-class TextSettings(_Data):
-    """How text becomes tensors. `max_length` counts tokens, special ones included."""
+class TextSettings(Data):
+    """How text becomes tensors. `max_length` is in tokens, special ones included."""
 
     tokenizer: BundlePath
     max_length: int = Field(gt=0)
@@ -115,11 +125,18 @@ class TextSettings(_Data):
     eos_ids: tuple[int, ...] = ()
 
 
-class Manifest(_Data):
-    """Everything a runtime needs to know of a bundle."""
+class Refusal(Data):
+    """A way to trace attention that the model does not allow, and why; the reason speaks of the model as "it"."""
+
+    attention: str
+    reason: str
+
+
+class UncutManifest(Data):
+    """The manifest of a bundle, except its stages: what they are stitched from."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"
-    version: Literal[2] = 2
+    version: Literal[2, 3] = 3
     task: str  # as Hugging Face names it: feature-extraction, sentence-similarity, text-classification, ...
     architecture: str  # the config's model_type
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -131,11 +148,13 @@ class Manifest(_Data):
     text: TextSettings | None = None
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)
-    stages: tuple[Stage, ...] = Field(min_length=1)
     labels: tuple[str, ...] | None = None  # of a classifier
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
+    attention: str | None = None  # cache, cache-torch, fused or primitive (docs/bundle.md); version 2 does not say
+    refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
+    no_cache_reason: str | None = None  # why a model of text keeps no keys and values
     made_by: dict[str, str]  # package -> version
 
     @property
@@ -145,5 +164,18 @@ class Manifest(_Data):
 
     @property
     def blocks(self) -> int:
-        """How many blocks the model has."""
+        """Number of blocks."""
         return len(self.uses) - 2
+
+    @property
+    def no_generation_reason(self) -> str:
+        """Why a model that is not `cached` does not generate, as part of a sentence."""
+        if self.task != "text-generation":
+            return f"its task is {self.task}"
+        return self.no_cache_reason or "it was exported without a KV cache"
+
+
+class Manifest(UncutManifest):
+    """Everything a runtime needs to know of a bundle."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1)

@@ -1,6 +1,7 @@
-"""Cutting a bundle into other stages, on disk and without torch."""
+"""Cutting a bundle into other stages, on disk, without torch."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,21 +11,21 @@ from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.balance import balance, part_costs
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle, file_entry, removed_on_failure, write_manifest
-from stageline.runtime.bundle.manifest import FileEntry, Manifest, Stage
+from stageline.runtime.bundle.manifest import FileEntry, Stage, UncutManifest
 from stageline.runtime.bundle.stitch import stitch
 
 
-def plan_stages(manifest: Manifest, parts: Sequence[ir.Model], stages: int | Sequence[int]) -> list[int]:
-    """How many blocks each stage gets: `stages` even ones by the cost of their weights, or the counts given.
+def plan_stages(manifest: UncutManifest, parts: Sequence[ir.Model], stages: int | Sequence[int]) -> list[int]:
+    """Number of blocks in each stage: `stages` stages of even cost, or the given counts.
 
-    StagelineError where it does not fit the model's blocks.
+    StagelineError if they do not fit the model's blocks.
     """
     check_stages(manifest.blocks, stages)
     return balance(part_costs(manifest, parts), stages) if isinstance(stages, int) else list(stages)
 
 
 def check_stages(blocks: int, stages: int | Sequence[int]) -> None:
-    """StagelineError where so many stages, or stages of so many blocks each, do not fit a model of `blocks` blocks."""
+    """StagelineError if that number of stages, or these numbers of blocks, do not fit a model of `blocks` blocks."""
     if isinstance(stages, int):
         if not 1 <= stages <= blocks:
             raise StagelineError(f"{stages} stages do not fit: the model has {blocks} blocks, so choose 1 to {blocks}")
@@ -35,13 +36,17 @@ def check_stages(blocks: int, stages: int | Sequence[int]) -> None:
 
 
 def write_stages(
-    folder: Path, manifest: Manifest, tensors: dict[str, TensorEntry], parts: Sequence[ir.Model], counts: Sequence[int]
+    folder: Path,
+    manifest: UncutManifest,
+    tensors: dict[str, TensorEntry],
+    parts: Sequence[ir.Model],
+    counts: Sequence[int],
 ) -> tuple[list[Stage], list[FileEntry]]:
-    """Stitch the stages that `counts` blocks each make and write them into `folder`, each aside and then renamed."""
-    plan = Crossing.of(manifest, parts, counts)
+    """Stitch stages of `counts` blocks and write them into `folder`, each to a temporary file that is then renamed."""
+    crossing = Crossing.of(manifest, parts, counts)
     stages, entries = [], []
     for number in range(len(counts)):
-        model, stage = stitch(plan, number, tensors, folder)
+        model, stage = stitch(crossing, number, tensors, folder)
         aside = folder / f".{stage.file}.{os.getpid()}"
         with removed_on_failure([aside]):
             ir.save(model, aside)
@@ -52,7 +57,7 @@ def write_stages(
 
 
 def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
-    """Cut the bundle anew into `stages` stages, or into stages of the given numbers of blocks; no torch is needed.
+    """Cut the bundle again, into `stages` stages or into stages of the given numbers of blocks, without torch.
 
     The old stages stay valid until the new manifest is in place.
     """
@@ -67,8 +72,20 @@ def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
         write_manifest(bundle.path, manifest)
     except OSError as error:
         raise BundleError(
-            f"cannot write stages into {bundle.path}: {error.strerror}; the bundle is as it was"
+            f"cannot write stages into {bundle.path}: {error.strerror}; the bundle is unchanged"
         ) from error
     for name in before - {stage.file for stage in new}:
         (bundle.path / name).unlink(missing_ok=True)
     return Bundle(bundle.path, manifest, bundle.tensors)
+
+
+def recut_copy(path: str | Path, to: str | Path, stages: int | Sequence[int]) -> Bundle:
+    """Like `recut`, on a copy of the bundle in the new folder `to`, with hard links if the file system allows them."""
+    return recut(shutil.copytree(path, to, copy_function=_link), stages)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,14 +1,24 @@
-"""What a model takes and gives, and the check of a request against it, before anything is queued."""
+"""A model's inputs and outputs, and the check of a request against them before it is queued."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from stageline.models.errors import BundleError, RequestError
-from stageline.runtime.bundle.manifest import BATCH, LENGTH, PICKS, Manifest, TensorSpec
+from stageline.runtime.bundle.manifest import (
+    BATCH,
+    INPUT_IDS,
+    LENGTH,
+    LOGITS_AT,
+    NEW_LENGTHS,
+    PAST_LENGTHS,
+    PICKS,
+    Manifest,
+    TensorSpec,
+)
 from stageline.runtime.devices.base import Array
 
-_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}  # what fills an input that the user left out
+_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}  # of inputs that may be left out
 _HALVES = ("float16", "bfloat16")
 
 
@@ -16,8 +26,8 @@ _HALVES = ("float16", "bfloat16")
 class Signature:
     """A model's inputs and outputs. `vocabulary` bounds the values of `input_ids`, `max_positions` the length of a row.
 
-    Half-precision values cross the model's border as float32 (NumPy has no bfloat16). `derived` are inputs of the graph
-    that no user gives: `check_inputs` makes them from the others.
+    Half-precision inputs and outputs are float32 here (NumPy has no bfloat16). `derived` are inputs of the graph that
+    users do not pass: `check_inputs` computes them from the others.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -30,17 +40,17 @@ class Signature:
         for spec in self.outputs:
             if spec.shape.count(BATCH) != 1:
                 raise BundleError(
-                    f"output {spec.name!r} has shape {_shape(spec.shape)}, which has no one dimension {BATCH!r}: "
+                    f"output {spec.name!r} has shape {_shape(spec.shape)}, without exactly one dimension {BATCH!r}: "
                     "its micro-batches cannot be joined. Export the model without this output"
                 )
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Signature":
-        """The signature of a bundle's model. One with caches takes whole rows here, and gives logits for all tokens."""
+        """The signature of a bundle's model. With caches: it takes whole rows, and returns the logits of all tokens."""
         inputs, outputs = manifest.inputs, manifest.outputs
         derived: tuple[TensorSpec, ...] = ()
         if manifest.cached:
-            ids = next(spec for spec in inputs if spec.name == "input_ids")
+            ids = next(spec for spec in inputs if spec.name == INPUT_IDS)
             derived = tuple(_for_all_tokens(spec) for spec in inputs if spec is not ids)
             inputs = (ids, ids.model_copy(update={"name": "attention_mask"}))
             outputs = tuple(_for_all_tokens(spec) for spec in outputs)
@@ -48,16 +58,16 @@ class Signature:
 
     @property
     def graph_inputs(self) -> tuple[TensorSpec, ...]:
-        """What the stages are given: `inputs`, then `derived`."""
+        """What the stages read: `inputs`, then `derived`."""
         return self.inputs + self.derived
 
     def check_outputs(self, outputs: Sequence[str] | None) -> tuple[str, ...]:
-        """The wanted outputs in the model's order, all of them for None. RequestError for an unknown name."""
+        """The requested outputs in the model's order; all for None. RequestError for an unknown name."""
         known = tuple(spec.name for spec in self.outputs)
         if outputs is None:
             return known
         if not outputs:
-            raise RequestError(f"no output is asked for; outputs: {', '.join(known)}")
+            raise RequestError(f"no output is requested; outputs: {', '.join(known)}")
         for name in outputs:
             if name not in known:
                 raise RequestError(f"unknown output {name!r}; outputs: {', '.join(known)}")
@@ -66,8 +76,8 @@ class Signature:
     def check_inputs(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, int]]:
         """All inputs of the model in its own dtypes, and the size of each free dimension.
 
-        A missing `attention_mask` is filled with ones and missing `token_type_ids` with zeros. Arrays that fit already
-        are passed on, not copied. RequestError says in one line which input is wrong, how, and the way out.
+        A missing `attention_mask` is filled with ones, missing `token_type_ids` with zeros. Arrays that already fit are
+        not copied. RequestError names the input, what is wrong with it, and what to do, in one line.
         """
         known = [spec.name for spec in self.inputs]
         for name in inputs:
@@ -81,13 +91,13 @@ class Signature:
                 _measure(spec, given[spec.name].shape, sizes)
         for dimension, size in sizes.items():
             if size == 0:
-                raise RequestError(f"dimension {dimension!r} is 0: there is nothing to run; leave empty requests out")
+                raise RequestError(f"dimension {dimension!r} is 0: there is nothing to run; do not send empty requests")
         if self.max_positions is not None and sizes.get(LENGTH, 0) > self.max_positions:
             raise RequestError(
                 f"rows are {sizes[LENGTH]} tokens long, the model can place {self.max_positions}; truncate them"
             )
-        if "input_ids" in given and self.vocabulary is not None:
-            _check_ids(given["input_ids"], self.vocabulary)
+        if INPUT_IDS in given and self.vocabulary is not None:
+            _check_ids(given[INPUT_IDS], self.vocabulary)
         filled = {spec.name: given[spec.name] if spec.name in given else _filled(spec, sizes) for spec in self.inputs}
         if self.derived:
             filled.update(_whole_rows(filled["attention_mask"]))
@@ -99,17 +109,17 @@ def _for_all_tokens(spec: TensorSpec) -> TensorSpec:
 
 
 def _whole_rows(mask: Array) -> dict[str, Array]:
-    """What a model with caches is told of rows it sees whole: nothing is past, and all logits are wanted."""
+    """The derived inputs for whole rows: nothing is in the cache, and all logits are requested."""
     rows, length = mask.shape
     new: Array = (mask != 0).sum(axis=1)
     if ((mask != 0) != (np.arange(length) < new[:, None])).any() or not new.all():
         raise RequestError(
-            "attention_mask leaves out tokens before others, or a whole row; pad rows on the right, and not to nothing"
+            "attention_mask masks a token before others, or a whole row; pad rows on the right, keep one token in each"
         )
     return {
-        "past_lengths": np.zeros(rows, np.int64),
-        "new_lengths": new.astype(np.int64),
-        "logits_at": np.tile(np.arange(length), (rows, 1)),
+        PAST_LENGTHS: np.zeros(rows, np.int64),
+        NEW_LENGTHS: new.astype(np.int64),
+        LOGITS_AT: np.tile(np.arange(length), (rows, 1)),
     }
 
 
@@ -117,11 +127,11 @@ def _array(spec: TensorSpec, value: object) -> Array:
     try:
         return np.asarray(value)
     except ValueError:  # nested lists of different lengths
-        raise RequestError(f"input {spec.name!r} is no array: its rows differ in length; pad them to one") from None
+        raise RequestError(f"input {spec.name!r} is not an array: its rows differ in length; pad them to one") from None
 
 
 def _cast(spec: TensorSpec, array: Array) -> Array:
-    """The array in the dtype of the spec, if no value can change by it."""
+    """The array in the dtype of the spec, if that changes no value."""
     wanted = np.dtype("float32" if spec.dtype in _HALVES else spec.dtype)
     if array.dtype == wanted:
         return array
@@ -138,16 +148,16 @@ def _cast(spec: TensorSpec, array: Array) -> Array:
 
 
 def _measure(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """Note the size of each free dimension in `sizes`; RequestError where the shape contradicts spec or notes."""
-    told = f"input {spec.name!r} has shape {_shape(shape)}, the model wants {_shape(spec.shape)}"
+    """Add the size of each free dimension to `sizes`. RequestError if the shape contradicts the spec or `sizes`."""
+    message = f"input {spec.name!r} has shape {_shape(shape)}, the model wants {_shape(spec.shape)}"
     if len(shape) != len(spec.shape):
         hint = "; give a single row as array[None]" if len(shape) + 1 == len(spec.shape) else ""
-        raise RequestError(f"{told}: {len(shape)} dimensions instead of {len(spec.shape)}{hint}")
+        raise RequestError(f"{message}: {len(shape)} dimensions instead of {len(spec.shape)}{hint}")
     for size, wanted in zip(shape, spec.shape, strict=True):
         expected = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
         if size != expected:
             source = f"{wanted!r} is {expected} elsewhere" if isinstance(wanted, str) else f"{expected} is fixed"
-            raise RequestError(f"{told}: {size} does not fit, {source}; pad or cut the rows to one size")
+            raise RequestError(f"{message}: {size} does not fit, {source}; pad or cut the rows to one size")
 
 
 def _check_ids(ids: Array, vocabulary: int) -> None:
@@ -161,7 +171,7 @@ def _check_ids(ids: Array, vocabulary: int) -> None:
 
 
 def _filled(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
-    """What a missing input is taken to be; RequestError if it cannot be left out."""
+    """The default of a missing input. RequestError if it has none."""
     try:
         shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         return np.full(shape, _DEFAULTS[spec.name], spec.dtype)

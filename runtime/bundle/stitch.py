@@ -1,7 +1,8 @@
-"""Stitching parts into stages: plain graph work on ONNX, in milliseconds, without torch.
+"""Stitching parts into stages: operations on ONNX graphs that take milliseconds, without torch.
 
-What crosses a cut is the hidden state and whatever else the later blocks read. Shared values (masks, rotary tables) are
-recomputed from something smaller where the prologue's graph allows it: the smallest set is a minimum cut of that graph.
+The hidden state crosses a cut, and so does everything else that later blocks read. Shared values (masks, rotary tables)
+are recomputed from something smaller if the prologue's graph allows it: the smallest set is a minimum cut of that
+graph.
 """
 
 import math
@@ -11,26 +12,23 @@ from pathlib import Path
 import onnx_ir as ir
 from stageline.models.errors import BundleError
 from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.crossing import Crossing, _uses
+from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, ir_dtype, size_read
-from stageline.runtime.bundle.manifest import CacheSpec, Stage, TensorSpec, Use
+from stageline.runtime.bundle.manifest import CacheSpec, Stage, TensorSpec, Use, uses_of
 
 
-def stitch(plan: Crossing, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
-    """Stage `number` of the plan as a model whose weights are references into the weight files of `folder`."""
-    first, last = plan.ranges[number]
-    builder = _Builder(plan, tensors, folder)
-    inputs = [builder.input(plan.specs[name]) for name in plan.inputs[number]]
+def stitch(crossing: Crossing, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
+    """Stage `number` as a model whose weights are references into the weight files of `folder`."""
+    first, end = crossing.ranges[number]
+    uses = uses_of(crossing.manifest.uses, first, end)
+    builder = _Builder(crossing, tensors, folder)
+    inputs = [builder.input(crossing.specs[name]) for name in crossing.inputs[number]]
     if first > 0:
-        builder.recompute(_uses(plan.manifest, first, last))
-    for place, use in enumerate(_uses(plan.manifest, first, last)):
-        builder.use(
-            use,
-            f"{first + place - (first == 0)}/"
-            if use.module
-            else f"{'prologue' if use is plan.manifest.uses[0] else 'epilogue'}/",
-        )
-    outputs = [builder.output(plan.specs[name]) for name in plan.outputs[number]]
+        builder.recompute(uses)
+    for place, use in enumerate(uses):
+        ends = "prologue" if use is crossing.manifest.uses[0] else "epilogue"
+        builder.add(use, f"{first + place - (first == 0)}/" if use.module else f"{ends}/")
+    outputs = [builder.output(crossing.specs[name]) for name in crossing.outputs[number]]
     graph = ir.Graph(
         inputs,
         outputs,
@@ -39,14 +37,14 @@ def stitch(plan: Crossing, number: int, tensors: Mapping[str, TensorEntry], fold
         opset_imports=builder.opsets,
         name=f"stage-{number}",
     )
-    model = ir.Model(graph, ir_version=plan.parts[0].ir_version, producer_name="stageline")
+    model = ir.Model(graph, ir_version=crossing.parts[0].ir_version, producer_name="stageline")
     used = {name: tensors[name] for name in builder.weights}
     stage = Stage(
-        file=f"stage.{first:03}-{last:03}.onnx",
+        file=f"stage.{first:03}-{end - 1:03}.onnx",
         first_block=first,
-        last_block=last,
-        inputs=tuple(plan.specs[name] for name in plan.inputs[number]),
-        outputs=tuple(plan.specs[name] for name in plan.outputs[number]),
+        last_block=end - 1,
+        inputs=tuple(crossing.specs[name] for name in crossing.inputs[number]),
+        outputs=tuple(crossing.specs[name] for name in crossing.outputs[number]),
         weight_bytes=sum(entry.size_bytes for entry in used.values()),
         parameters=sum(math.prod(entry.shape) for entry in used.values()),
         caches=tuple(builder.caches),
@@ -55,10 +53,10 @@ def stitch(plan: Crossing, number: int, tensors: Mapping[str, TensorEntry], fold
 
 
 class _Builder:
-    """Grows one stage's graph use by use; `values` holds what the model's values are in it."""
+    """Builds one stage's graph use by use. `values` maps names of the model's values to values of the graph."""
 
-    def __init__(self, plan: Crossing, tensors: Mapping[str, TensorEntry], folder: Path):
-        self.plan, self.tensors, self.folder = plan, tensors, folder
+    def __init__(self, crossing: Crossing, tensors: Mapping[str, TensorEntry], folder: Path):
+        self.crossing, self.tensors, self.folder = crossing, tensors, folder
         self.values: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -72,7 +70,7 @@ class _Builder:
         return value
 
     def output(self, spec: TensorSpec) -> ir.Value:
-        """The value itself under its model name: names inside a stage are prefixed, so they never clash."""
+        """The value under its name in the model. Names inside a stage have a prefix, so they never clash."""
         value = self.values[spec.name]
         if value.is_graph_input() or value.name in self.initializers or value.name != spec.name:
             node = ir.node("Identity", [value])
@@ -82,9 +80,9 @@ class _Builder:
         value.shape, value.type = ir.Shape(list(spec.shape)), ir.TensorType(ir_dtype(spec.dtype))
         return value
 
-    def use(self, use: Use, prefix: str) -> None:
+    def add(self, use: Use, prefix: str) -> None:
         """Add a part's nodes, reading and writing the model's values."""
-        model = self.plan.parts[use.part]
+        model = self.crossing.parts[use.part]
         new: dict[ir.Value, ir.Value] = {}
         self.opsets.update(model.graph.opset_imports)
         for value in model.graph.inputs:
@@ -93,15 +91,15 @@ class _Builder:
         self.copy(list(model.graph), new, prefix)
         for value in model.graph.outputs:
             self.values[use.writes[str(value.name)]] = new[value]
-        if model is self.plan.parts[self.plan.manifest.uses[0].part]:
-            for value, name in self.plan.prologue.names.items():
+        if model is self.crossing.parts[self.crossing.manifest.uses[0].part]:
+            for value, name in self.crossing.prologue.names.items():
                 if value in new:
                     self.values.setdefault(name, new[value])
 
     def recompute(self, uses: Sequence[Use]) -> None:
-        """Add the prologue's nodes that give the shared values which these uses read, from what crosses the cut."""
-        manifest = self.plan.manifest
-        prologue = self.plan.prologue
+        """Add the prologue's nodes that compute the shared values which these uses read, from what crosses the cut."""
+        manifest = self.crossing.manifest
+        prologue = self.crossing.prologue
         wanted = [v for use in uses for v in use.reads.values() if v in prologue.outputs and v not in self.values]
         sizes = {d for v in self.values.values() for d in _free(v)}
         new: dict[ir.Value, ir.Value] = {v: self.values[n] for v, n in prologue.names.items() if n in self.values}
@@ -118,13 +116,13 @@ class _Builder:
             keep.add(node)
             if size_read(node) not in sizes:
                 todo += [source for source in node.inputs if source is not None]
-        self.opsets.update(self.plan.parts[manifest.uses[0].part].graph.opset_imports)
+        self.opsets.update(self.crossing.parts[manifest.uses[0].part].graph.opset_imports)
         self.copy([node for node in prologue.graph if node in keep], new, "shared/")
         for name in wanted:
             self.values[name] = new[prologue.outputs[name]]
 
     def copy(self, nodes: Sequence[ir.Node], new: dict[ir.Value, ir.Value], prefix: str) -> None:
-        """Copy nodes, renaming what they give; constants come along."""
+        """Copy nodes and their constants, renaming their outputs."""
         for node in nodes:
             source = node.inputs[0] if node.inputs else None
             if source is not None and source not in new and (size := size_read(node)) is not None:
@@ -162,7 +160,7 @@ class _Builder:
         raise BundleError(f"no tensor that crosses the cut has dimension {size!r}; export the bundle again")
 
     def weight(self, name: str, local: ir.Value) -> ir.Value:
-        """The weight `name` as an initializer that refers to its file; cast where the file's dtype is another."""
+        """The weight `name` as an initializer that refers to its file, with a Cast if the file has another dtype."""
         if name in self.weights:
             return self.weights[name]
         entry = self.tensors.get(name)
@@ -171,7 +169,7 @@ class _Builder:
         assert local.shape is not None
         if tuple(entry.shape) != tuple(local.shape):
             raise BundleError(
-                f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)} where the graph wants "
+                f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)}, the graph needs "
                 f"{list(local.shape)}; export the bundle again"
             )
         dtype = ir_dtype(entry.dtype)

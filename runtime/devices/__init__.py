@@ -1,4 +1,4 @@
-"""Devices: where a stage runs and who moves its data. `open_devices` finds them by the names that users write."""
+"""Devices: they run a stage and move its data. `open_devices` finds them by the names that users write."""
 
 import re
 from collections.abc import Sequence
@@ -11,14 +11,12 @@ _NAME = re.compile(r"cpu|cuda:(\d{1,3})")
 
 
 def spread(names: Sequence[str], stages: int) -> list[str]:
-    """The name of each stage's device: in turn, where there are fewer names than stages.
+    """The name of each stage's device: round robin if there are fewer names than stages.
 
-    RequestError for a name that no device has, and for more names than stages.
+    RequestError for an unknown name, and for more names than stages.
     """
     if not 1 <= len(names) <= stages:
-        raise RequestError(
-            f"{len(names)} devices are named for {stages} stages; name at least one, and at most one each"
-        )
+        raise RequestError(f"{len(names)} devices are given for {stages} stages; give 1 to {stages}")
     for name in names:
         if not _NAME.fullmatch(name):
             raise RequestError(f"unknown device {name!r}; devices are called cpu, cuda:0, cuda:1, ...")
@@ -26,9 +24,9 @@ def spread(names: Sequence[str], stages: int) -> list[str]:
 
 
 def open_devices(names: Sequence[str], threads: int | None) -> list[Device]:
-    """The device of each stage, by name. Those on `cpu` share `threads` processors (None: all this process may use).
+    """The device of each stage, by name. Those on `cpu` share `threads` cores (None: all that this process may use).
 
-    RequestError for a GPU that is not there, EngineError where there is no driver for it.
+    RequestError for a GPU that does not exist, EngineError without a driver.
     """
     cores = allowed_cores()
     gpus = [(stage, int(found[1])) for stage, name in enumerate(names) if (found := _NAME.fullmatch(name)) and found[1]]

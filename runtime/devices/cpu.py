@@ -1,4 +1,4 @@
-"""Processors as devices: one worker thread for each stage, pinned to the stage's own processors."""
+"""CPU cores as devices: one worker thread for each stage, pinned to the stage's own cores."""
 
 import itertools
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class CpuDevice:
-    """Some processors, numbered as in os.sched_getaffinity. Keeps the promises of `Device`."""
+    """Some cores, numbered as in os.sched_getaffinity. Keeps the promises of `Device`."""
 
     cores: tuple[int, ...]
     name: str = "cpu"
@@ -23,20 +23,20 @@ class CpuDevice:
         """See `Device.busy_s`: the worker's time is the device's."""
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """There is nothing to release."""
 
 
 def allowed_cores() -> tuple[int, ...]:
-    """The processors this process may use, in order."""
+    """The cores that this process may use, in order."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def share_cores(stages: int, cores: Sequence[int]) -> list[tuple[int, ...]]:
-    """The processors of each stage: contiguous runs of `cores`, longer ones first, by at most one longer.
+    """The cores of each stage: contiguous parts of `cores` whose sizes differ by at most one, larger ones first.
 
-    With more stages than processors each stage gets one, shared round robin.
+    With more stages than cores each stage gets one, shared round robin.
     """
     if stages > len(cores):
         return [(cores[stage % len(cores)],) for stage in range(stages)]
@@ -46,15 +46,15 @@ def share_cores(stages: int, cores: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def pin(cores: Sequence[int]) -> None:
-    """Let the calling thread, and threads that it starts from now on, run on `cores` only. Nothing happens where the
-    system has no pinning (not Linux)."""
+    """Let the calling thread, and threads that it starts from now on, run on `cores` only. Does nothing if the system
+    has no pinning (not Linux)."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # 0 is the calling thread
 
 
 def others_cpu_s() -> float:
-    """Seconds of processor time that all other processes, and other guests of the host, have taken so far; 0 where the
-    system does not tell (not Linux)."""
+    """CPU seconds that all other processes, and other guests of the host, have taken so far; 0 if the system does not
+    report them (not Linux)."""
     try:
         total = Path("/proc/stat").read_text().split("\n", 1)[0]
         user, nice, system, _, _, irq, soft_irq, steal = map(int, total.split()[1:9])
@@ -66,7 +66,7 @@ def others_cpu_s() -> float:
 
 
 def start_worker(name: str, cores: tuple[int, ...], work: Callable[[], None]) -> threading.Thread:
-    """Start a thread called `name` that pins itself to `cores` and then does `work`. The caller owns the thread.
+    """Start a thread called `name` that pins itself to `cores` and then runs `work`. The caller owns the thread.
 
     Threads that `work` starts inherit the pinning.
     """

@@ -1,4 +1,4 @@
-"""Engines: what runs one stage on a device. `engine_factory` finds one by name."""
+"""Engines, which run one stage on a device each. `engine_factory` finds one by name."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -63,21 +63,21 @@ ENGINES: dict[str, Callable[[], EngineFactory]] = {
     "onnxruntime-cuda": _onnxruntime_cuda,
     "tensorrt": _tensorrt,
 }
-"""Engine name -> a function that imports its backend and gives its factory."""
+"""Engine name -> a function that imports its backend and returns its factory."""
 
 ON_GPUS = frozenset({"onnxruntime-cuda", "tensorrt"})
-"""The engines that run on GPUs; the others run on processors."""
+"""The engines that run on GPUs; the others run on CPUs."""
 
 
 def default_device(name: str) -> str:
-    """The device of an engine's stages where none is named: the first GPU, or processors."""
+    """The default device of an engine's stages: the first GPU, or the CPU."""
     return "cuda:0" if name in ON_GPUS else "cpu"
 
 
 def engine_on(name: str, device: str) -> str:
-    """The engine of a stage on a device, where `name` is asked for: stages on `cpu` beside GPUs run in onnxruntime.
+    """The engine of a stage on a device if `name` is requested: next to stages on GPUs, those on `cpu` use onnxruntime.
 
-    EngineError where `name` does not run on that device.
+    EngineError if `name` does not run on that device.
     """
     if device == "cpu":
         return "onnxruntime" if name in ON_GPUS else name

@@ -17,14 +17,14 @@ class Engine(Protocol):
     """One stage, compiled and open. It belongs to the thread that opened it: that thread runs it and closes it.
 
     Promises: an input is read, never written, and not kept after `run` returns; an output is a new array that the
-    caller owns. On processors arrays go in and come out; an engine on a GPU takes arrays, and values of any device, and
-    gives values on its own, before they are computed. A half-precision value (float16, bfloat16) is float32 in host
+    caller owns. On a CPU arrays go in and come out; an engine on a GPU takes arrays and values of any device, and
+    returns values on its own, before they are computed. A half-precision value (float16, bfloat16) is float32 in host
     memory. Engines check nothing: the pipeline has checked names, dtypes and shapes before.
     """
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The names that `run` wants, all of them."""
+        """All names that `run` needs."""
         ...
 
     @property
@@ -32,10 +32,15 @@ class Engine(Protocol):
         """The names that `run` can compute."""
         ...
 
+    @property
+    def max_rows(self) -> int | None:
+        """The most rows of a batch, for an engine that was built for no more; None: any."""
+        ...
+
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> Mapping[str, Value]:
         """The named outputs of the stage for these inputs. Names in `inputs` that the stage does not read are ignored.
 
-        A stage with caches runs as if every row had an empty cache of its own, which is forgotten afterwards.
+        A stage with caches runs as if every row had an empty cache of its own, which is discarded afterwards.
         Raises EngineError, naming the stage, if the backend fails.
         """
         ...
@@ -53,14 +58,14 @@ class Engine(Protocol):
         ...
 
     def give_caches(self) -> Mapping[str, Value]:
-        """Hand over the caches by name, with all they hold. The engine cannot `step` until it takes some back."""
+        """Hand over the caches by name, with their contents. The engine cannot `step` until it takes some back."""
         ...
 
     def take_caches(self, caches: Mapping[str, Value]) -> None:
-        """Go on with those of `caches` that the stage has, in place of its own: they come from engines of the same kind
-        that were opened with the same `CacheSize`. Nothing is copied where they lie on the engine's device already.
+        """Continue with those of `caches` that the stage has, in place of its own: they come from engines of the same
+        kind that were opened with the same `CacheSize`. Caches already on the engine's device are not copied.
 
-        EngineError where one of the stage's is missing.
+        EngineError if one of the stage's is missing.
         """
         ...
 
@@ -71,7 +76,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class StageFile:
-    """A stage on disk. `file` is its ONNX graph; `folder` is where the graph's external data locations start."""
+    """A stage on disk. `file` is its ONNX graph; the graph's external data locations are relative to `folder`."""
 
     number: int
     file: Path
@@ -81,8 +86,8 @@ class StageFile:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """How much each cache of a stage holds: `slots` rows of at most `capacity` tokens, in `dtype` (None: in what the
-    engine likes best)."""
+    """The size of each cache of a stage: `slots` rows of at most `capacity` tokens, in `dtype` (None: the engine's
+    preference)."""
 
     slots: int
     capacity: int
@@ -91,8 +96,8 @@ class CacheSize:
 
 class EngineFactory(Protocol):
     """Opens a stage on the given device, on the thread that will run it. With a `CacheSize` its caches are allocated
-    once, here; without, it cannot `step`. `quantise`: what the weights of matrix products are quantised to, None for
-    as they are."""
+    once, here; without, it cannot `step`. `quantise`: the type that the weights of matrix products are quantised to,
+    None: not at all."""
 
     def __call__(
         self,

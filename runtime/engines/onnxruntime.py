@@ -1,8 +1,8 @@
-"""ONNX Runtime on processors.
+"""ONNX Runtime on a CPU.
 
-Values cross the border as NumPy arrays: `InferenceSession.run` reads contiguous arrays where they lie and hands its own
-output buffers over. Measured on an identity graph (ONNX Runtime 1.32): 3 us a run, against 5 us through IOBinding and
-30 us through `run_with_ort_values`. Caches need IOBinding, which alone can give the past and the present one buffer.
+Inputs and outputs are NumPy arrays: `InferenceSession.run` reads contiguous arrays in place and hands over its own
+output buffers. Measured on an identity graph (ONNX Runtime 1.32): 3 us a run, against 5 us through IOBinding and
+30 us through `run_with_ort_values`. Caches need IOBinding: only it can bind past and present to one buffer.
 """
 
 from collections import OrderedDict
@@ -13,22 +13,24 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.bundle.manifest import PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
-from stageline.runtime.engines.lowering.caches import past_names, present_names
-from stageline.runtime.engines.lowering.float32 import has_halves, to_float32
-from stageline.runtime.engines.lowering.group_query import has_caches, padded, to_group_query
-from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.lowering.float32 import HALVES
+from stageline.runtime.engines.lowering.group_query import padded
+from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
 
 _BINDINGS = 64  # row ranges whose caches stay bound
 
 
 class OnnxRuntimeEngine:
-    """One stage in an ONNX Runtime session on the given processors. Keeps the promises of `Engine`.
+    """One stage in an ONNX Runtime session on the device's cores. Keeps the promises of `Engine`.
 
-    The thread that runs the session is one of the session's threads; the others are bound to a processor each.
+    The thread that runs the session is one of the session's threads; the others are pinned to a core each.
     """
+
+    max_rows = None
 
     def __init__(
         self,
@@ -42,12 +44,14 @@ class OnnxRuntimeEngine:
         dtype = np.dtype((cache and cache.dtype) or "float32")
         try:
             self._session = ort.InferenceSession(
-                _graph(stage, dtype, quantise), _options(stage, device.cores), providers=["CPUExecutionProvider"]
+                lowered(stage, HALVES, ir.DataType.from_numpy(dtype), quantise),
+                _options(stage, device.cores),
+                providers=["CPUExecutionProvider"],
             )
         except EngineError:
             raise
         except Exception as error:  # the backend's exceptions have no common base
-            raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {_line(error)}") from error
+            raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {first_line(error)}") from error
         hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.input_names = tuple(value.name for value in inputs if value.name not in hidden)
@@ -64,7 +68,7 @@ class OnnxRuntimeEngine:
         arrays = on_host(inputs, self.input_names)
         if self._caches.specs:
             rows, length = self._rows_and_length(arrays)
-            # One buffer serves all layers: each reads it right after it has written it.
+            # One buffer serves all layers: each reads it right after writing it.
             scratch = self._caches.scratch(rows, length)
             return self._bound(self._binding(scratch), arrays, outputs)
         try:
@@ -76,7 +80,7 @@ class OnnxRuntimeEngine:
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
         """See `Engine.step`."""
         arrays = on_host(inputs, self.input_names)
-        rows = len(arrays["past_lengths"])
+        rows = len(arrays[PAST_LENGTHS])
         key = (first_slot, rows, tuple(outputs))
         binding = self._bindings.pop(key, None)
         if binding is None:
@@ -103,12 +107,12 @@ class OnnxRuntimeEngine:
         for name in names:
             given = caches.get(name)
             if given is None:
-                raise EngineError(f"stage {self._number} is given no cache {name!r}")
+                raise EngineError(f"stage {self._number} received no cache {name!r}")
             if (given.shape, given.dtype) != self._slot_kinds[name]:
                 shape, dtype = self._slot_kinds[name]
                 raise EngineError(
-                    f"stage {self._number} cannot go on with cache {name!r} of {given.dtype} {list(given.shape)}: it "
-                    f"keeps {dtype} {list(shape)}"
+                    f"stage {self._number} cannot continue with cache {name!r} of {given.dtype} {list(given.shape)}: "
+                    f"it keeps {dtype} {list(shape)}"
                 )
         self._bindings.clear()
         self._slots = on_host(caches, names)
@@ -154,7 +158,7 @@ class OnnxRuntimeEngine:
         return found["batch"], found["length"]
 
     def _failed(self, error: Exception) -> EngineError:
-        return EngineError(f"stage {self._number} failed in ONNX Runtime: {_line(error)}")
+        return EngineError(f"stage {self._number} failed in ONNX Runtime: {first_line(error)}")
 
 
 class _Caches:
@@ -198,34 +202,13 @@ def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = len(cores)
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # fatal: errors are raised as well, and nothing else belongs on a server's stderr
-    # Its own threads on its own processors may spin between operators, which makes a decode step a third faster; once
-    # the run is over they stop, so as not to take the processor from whoever is next.
+    options.log_severity_level = 4  # fatal only: errors are raised, and nothing else belongs on a server's stderr
+    # The session's threads on their own cores may spin between operators, which makes a decode step a third faster. At
+    # the end of a run they stop, to leave the cores to the next stage.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
-    if len(cores) > 1:  # one entry for each thread besides the calling one; processors count from 1
+    if len(cores) > 1:  # one entry for each thread except the calling one; ONNX Runtime counts cores from 1
         affinities = ";".join(str(core + 1) for core in cores[1:])
         options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
     return options
-
-
-def _graph(stage: StageFile, cache_dtype: np.dtype[Any], quantise: WeightDtype | None) -> bytes:
-    """The stage's graph as ONNX bytes, in float32, its caches lowered, its weights still outside unless quantised."""
-    model = ir.load(stage.file)
-    ir.external_data.set_base_dir(model.graph, stage.folder)
-    halves, caches = has_halves(model), has_caches(model)
-    if not halves and not caches and quantise is None:
-        return stage.file.read_bytes()
-    if halves:
-        model = to_float32(model)
-    if caches:
-        model = to_group_query(model, ir.DataType.from_numpy(cache_dtype))
-    if quantise is not None:
-        model = to_nbits(model, quantise)
-    lowered: bytes = ir.to_proto(model).SerializeToString()
-    return lowered
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

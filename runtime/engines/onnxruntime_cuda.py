@@ -1,8 +1,8 @@
-"""ONNX Runtime on a GPU, in the stage's own stream (`user_compute_stream`), with everything bound where it lies.
+"""ONNX Runtime on a GPU, in the stage's own stream (`user_compute_stream`), with all inputs and outputs bound in place.
 
-Values of other stages are bound as they are; outputs lie in buffers of the GPU's pool. What comes from the host (token
-ids and lengths: some hundred bytes) is bound in host memory, for ONNX Runtime computes lengths on the processor and has
-to look at them before it can enqueue; it copies what its kernels need itself. `run` does not wait for its end.
+Values of other stages are bound without a copy; outputs are in buffers of the GPU's pool. Inputs from the host (token
+ids and lengths: a few hundred bytes) are bound in host memory: ONNX Runtime computes lengths on the CPU, must read them
+before it can enqueue, and copies what its kernels need itself. `run` does not wait for the kernels to end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,9 @@ from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
-from stageline.runtime.engines.lowering.caches import past_names, present_names
-from stageline.runtime.engines.lowering.float32 import to_float32
-from stageline.runtime.engines.lowering.group_query import has_caches, padded, to_group_query
-from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.lowering.group_query import padded
+from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
 
 _CACHE = np.dtype("float16")  # the operator has no float32 kernel on GPUs
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -40,12 +39,15 @@ _TYPES: dict[str, np.dtype[Any]] = {
 
 class OnnxRuntimeCudaEngine:
     """One stage in an ONNX Runtime session on a GPU. Keeps the promises of `Engine`. Attention with a cache computes in
-    float16, as its operator wants; everything else as the graph has it, bfloat16 in float32."""
+    float16, as its operator requires; everything else in the graph's types, bfloat16 in float32."""
+
+    max_rows = None
 
     def __init__(
         self, stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
     ) -> None:
-        """Open the stage. EngineError if ONNX Runtime refuses it or has no CUDA, or its caches find no memory."""
+        """Open the stage. EngineError if ONNX Runtime refuses it or has no CUDA, or there is no memory for its
+        caches."""
         if not isinstance(device, CudaDevice):
             raise EngineError(
                 f"the engine onnxruntime-cuda runs on cuda:N, not on {device.name}; open with devices=['cuda:0']"
@@ -54,7 +56,7 @@ class OnnxRuntimeCudaEngine:
             raise EngineError(f"on a GPU caches are float16, not {cache.dtype}; leave cache_dtype out")
         self._number, self._device, self._specs = stage.number, device, stage.caches
         try:
-            device.gpu.use()
+            device.gpu.make_current()
             self._session = _session(stage, device, quantise)
             hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -99,11 +101,11 @@ class OnnxRuntimeCudaEngine:
             return self._launched(launch, inputs, outputs, caches, sizes)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        """See `Engine.copy_slot`. It is done in the stage's stream."""
+        """See `Engine.copy_slot`. It runs in the stage's stream."""
         driver, stream = self._device.gpu.driver, self._device.stream
         assert self._size is not None
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             for spec in self._specs:
                 _, heads, capacity, size = _shape(spec, 1, self._size.capacity)
                 token_bytes = size * _CACHE.itemsize
@@ -126,14 +128,14 @@ class OnnxRuntimeCudaEngine:
             launch.end()
 
     def close(self) -> None:
-        """Wait for what is under way, and free the session and the caches. May be called again."""
+        """Wait for running work, and free the session and the caches. May be called again."""
         if self._session is None:
             return
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
         except (CudaError, EngineError):
-            pass  # the GPU is lost, and whoever waited was told
+            pass  # the GPU is lost, and whoever waited has got the error
         self._session, self._slots = None, {}
 
     def _launched(
@@ -173,9 +175,9 @@ class OnnxRuntimeCudaEngine:
             self._session.run_with_iobinding(binding, self._options)
         except Exception as error:  # the backend's exceptions have no common base
             raise EngineError(
-                f"stage {self._number} failed in ONNX Runtime on {self._device.name}: {_line(error)}"
+                f"stage {self._number} failed in ONNX Runtime on {self._device.name}: {first_line(error)}"
             ) from error
-        self._device.gpu.use()  # ONNX Runtime chooses the thread's device itself
+        self._device.gpu.make_current()  # ONNX Runtime may have changed the thread's device
         done = launch.end()
         return {
             name: CudaArray(self._device, buffer, shape, self._dtypes[name], done)
@@ -202,19 +204,21 @@ def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None)
     cuda = {
         "device_id": str(device.gpu.ordinal),
         "user_compute_stream": str(device.stream),
-        "arena_extend_strategy": "kSameAsRequested",  # the pipeline's own buffers want room as well
+        "arena_extend_strategy": "kSameAsRequested",  # leave room for the pipeline's own buffers
         "use_tf32": "0",
     }
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # fatal: errors are raised as well
+    options.log_severity_level = 4  # fatal only: errors are raised
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
     providers: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(_graph(stage, quantise), options, providers=providers)
+        # Few kernels take bfloat16.
+        graph = lowered(stage, {ir.DataType.BFLOAT16}, ir.DataType.FLOAT16, quantise)
+        session = ort.InferenceSession(graph, options, providers=providers)
     except EngineError:
         raise
     except Exception as error:  # the backend's exceptions have no common base
-        raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {_line(error)}") from error
+        raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {first_line(error)}") from error
     if "CUDAExecutionProvider" not in session.get_providers():
         raise EngineError(
             f"ONNX Runtime could not start CUDA on {device.name}: its CUDA or cuDNN libraries are missing or "
@@ -229,21 +233,3 @@ def _run_options() -> Any:
     options = ort.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return options
-
-
-def _graph(stage: StageFile, quantise: WeightDtype | None) -> bytes:
-    """The stage's graph as ONNX bytes, its caches lowered, its weights still outside unless quantised."""
-    model = ir.load(stage.file)
-    values = [value for graph in model.graphs() for node in graph for value in node.outputs]
-    if any(value.dtype == ir.DataType.BFLOAT16 for value in (*values, *model.graph.initializers.values())):
-        model = to_float32(model)  # few kernels take bfloat16
-    if has_caches(model):
-        model = to_group_query(model, ir.DataType.FLOAT16)
-    if quantise is not None:
-        model = to_nbits(model, quantise)
-    lowered: bytes = ir.to_proto(model).SerializeToString()
-    return lowered
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

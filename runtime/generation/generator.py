@@ -11,7 +11,7 @@ stage's inbox; the last stage's worker puts the logits into the driver's.
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,10 @@ from time import perf_counter
 
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
-from stageline.runtime.engines import Array, Engine, Value
-from stageline.runtime.generation.changeover import Changeover, move_caches
+from stageline.runtime.admission import Admission
+from stageline.runtime.bundle.manifest import CACHED_INPUTS
+from stageline.runtime.engines import Array, CacheSize, Engine, Value
+from stageline.runtime.generation.changeover import Changeover
 from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, Delta, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
@@ -32,76 +34,112 @@ from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.stages.lanes import Lane, Lanes, StageStats
 from stageline.runtime.stages.recorder import Kind
 from stageline.runtime.stages.route import Hop
+from stageline.runtime.stages.trip import Trip
 
 
-@dataclass(eq=False, slots=True)
-class _Flight:
-    """A step on its way through the stages; the worker of the stage that it is at owns it."""
+@dataclass(eq=False)
+class _Flight(Trip):
+    """A step on its way through the stages, from the model's inputs to its logits.
+
+    Inputs: `input_ids` int64 [slots, length], `past_lengths` and `new_lengths` int64 [slots], `logits_at` int64
+    [slots, picks]: where logits are wanted, 0 or 1 pick in each row. After a failure only its copies of cache rows are
+    made, for other steps need them.
+    """
+
+    visits_all = True
 
     step: Step
-    values: dict[str, Value]
     requests: tuple[int, ...]
     """The number of each row's."""
-    hop: int = 0
+    done: Callable[["_Flight"], None]
     logits: Array | None = None
     """float32 [slots, picks, vocabulary], once the step has left the last stage."""
-    error: EngineError | None = None
 
-    @property
-    def number(self) -> int:
-        return self.step.number
+    def visit(self, lane: Lane, engine: Engine) -> None:
+        if self.step.copies:
+            began = perf_counter()
+            for copy in self.step.copies:
+                engine.copy_slot(copy.source, copy.target, copy.tokens)
+            lane.copied(began, self)
+
+    def run(self, engine: Engine, fetch: Sequence[str]) -> Mapping[str, Value]:
+        return engine.step(self.values, fetch, self.step.first_slot)
 
     def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
         return self.step.kind, len(self.step.rows), self.step.length, tuple(dict.fromkeys(self.requests))
 
+    def failure(self, lane: Lane, error: BaseException) -> EngineError:
+        if isinstance(error, EngineError):
+            return error
+        return _engine_error(f"stage {lane.number} failed in step {self.number}", error)
+
+    def landed(self, lane: Lane, outcome: dict[str, Array] | EngineError) -> None:
+        if not isinstance(outcome, EngineError):
+            self.logits = outcome.get("logits")
+        self.done(self)
+
 
 class Generator:
-    """Generates on open lanes. Thread-safe; owns its driver thread until `close()`, which closes the lanes as well: the
-    driver alone knows when no step is on its way through them. `go_on` exchanges the lanes: the driver then lets go of
-    the ones it had, and whoever asked closes them."""
+    """Generates on open lanes, which it borrows. Thread-safe; owns its driver thread until `close()`, whose future is
+    done when no step runs on the lanes any more. `switch` exchanges the lanes for others between two steps."""
 
-    def __init__(self, lanes: Lanes, hops: Sequence[Hop], decoder: TextModel, slots: int, capacity: int, chunk: int):
-        """`hops`: the way of a step through all the stages, to `logits`. The stages' engines have caches of `slots` x
-        `capacity`; a prompt goes through in chunks of `chunk` tokens."""
-        self.decoder, self.capacity = decoder, capacity
+    def __init__(
+        self, lanes: Lanes, hops: Sequence[Hop], text_model: TextModel, cache: CacheSize, chunk: int, queue: int
+    ) -> None:
+        """`hops`: the route of a step through all the stages, to `logits`. The stages' engines have caches of size
+        `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests."""
+        self.text_model, self.capacity = text_model, cache.capacity
         self._lanes, self._hops = lanes, tuple(hops)
-        groups = min(len(lanes), slots)
-        self._scheduler = Scheduler(slots, capacity, groups, min(chunk, capacity), prefills=len(lanes))
+        groups = min(len(lanes), cache.slots)
+        chunk = min(chunk, cache.capacity)
+        self._scheduler = Scheduler(cache.slots, cache.capacity, groups, chunk, prefills=len(lanes))
+        self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}
         self._jobs: dict[Generation, Job] = {}
-        self._meter = Meter(slots)
+        self._meter = Meter(cache.slots)
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._in_flight = self._arrivals = 0
-        self._change: Changeover | None = None
+        self._admission = Admission(queue)
         self._closing = False
         self._closed = False
+        self._stopped: Future[None] = Future()
         self._lock = threading.Lock()  # between `submit` and `close`: no request comes after the last event
         self._thread = threading.Thread(target=self._drive, name="generator", daemon=True)
         self._thread.start()
 
-    def submit(self, request: GenerationRequest, prompt: list[int], release: Callable[[], None]) -> Generation:
-        """Start on a request whose prompt is `prompt`; `release` is called once when it has ended."""
-        generation = Generation()
-        job = Job(request, prompt, generation, release, perf_counter())
+    def submit(self, request: GenerationRequest, wait: bool, timeout: float | None) -> Generation:
+        """See `Pipeline.start`."""
+        prompt = self.text_model.prompt_ids(request.prompt, self.capacity)
+        self._admission.take(wait, timeout)
+        return self._start(request, prompt)
+
+    async def submit_async(self, request: GenerationRequest) -> Generation:
+        """See `Pipeline.astart`."""
+        prompt = self.text_model.prompt_ids(request.prompt, self.capacity)
+        await self._admission.take_async()
+        return self._start(request, prompt)
+
+    def _start(self, request: GenerationRequest, prompt: list[int]) -> Generation:
+        job = Job(request, prompt, Generation(), perf_counter())
         with self._lock:
             if self._closed:
-                release()
+                self._admission.give_back()
                 raise RequestError("the pipeline is closed")
             self._events.put(partial(self._arrived, job))
-        return generation
+        return job.generation
 
-    def go_on(self, lanes: Lanes, hops: Sequence[Hop], keep_caches: bool) -> "Future[float]":
-        """Change over to other lanes between two steps, as `Changeover` says; one change at a time.
+    def switch(self, lanes: Lanes, hops: Sequence[Hop], keep_caches: bool) -> "Future[float]":
+        """Switch to other lanes between two steps, as `Changeover` describes; one changeover at a time.
 
-        The future gives the pause in seconds; while it fails or is cancelled, the lanes are those of before. Its error
-        is a RequestError where the pipeline was closed meanwhile, else what an engine raised.
+        The future has the pause in seconds; if it fails or is cancelled, the old lanes stay. Its error is a
+        RequestError where the pipeline was closed meanwhile, else what an engine raised.
         """
-        change = Changeover(lanes, hops, keep_caches)
+        changeover = Changeover(self._scheduler, lanes, hops, keep_caches)
         with self._lock:
             if self._closed:
                 raise RequestError("the pipeline is closed")
-            self._events.put(partial(self._change_asked, change))
-        return change.pause_s
+            self._events.put(partial(self._changeover_asked, changeover))
+        return changeover.pause_s
 
     def is_driver(self) -> bool:
         """Whether the caller is the driver's thread, as a future's callback may be."""
@@ -111,18 +149,19 @@ class Generator:
         """A snapshot of the counters since the pipeline opened; `stages` are those of its stages."""
         return self._meter.stats(stages)
 
-    def close(self, wait: bool = True) -> None:
-        """Fail what is unfinished with RequestError, and close the lanes when the steps under way are done.
-
-        May be called again. Returns when all threads have ended, but without `wait`, or to a callback on one of them,
-        at once.
-        """
+    def close(self) -> "Future[None]":
+        """Fail what is unfinished with RequestError. The future is done when no step runs, and none will. May be called
+        again."""
+        self._admission.close("the pipeline is closed")
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._events.put(self._close)
-        if wait and not self.is_driver() and not self._lanes.is_worker():
-            self._thread.join()
+        return self._stopped
+
+    def join(self) -> None:
+        """Wait for the end of the driver's thread, and of the callbacks of `close`."""
+        self._thread.join()
 
     # The driver's thread.
 
@@ -131,8 +170,8 @@ class Generator:
             self._take_events()
         except BaseException as error:  # a bug, of ours or of an engine: nobody shall wait for ever
             self._give_up(_engine_error("the generator failed", error))
-        self._drop_change(RequestError("the pipeline was closed before its stages were exchanged"))
-        self._lanes.close()
+        self._changeover.drop(RequestError("the pipeline was closed before its stages were switched"))
+        self._stopped.set_result(None)
 
     def _take_events(self) -> None:
         while not (self._closing and self._in_flight == 0):
@@ -149,26 +188,22 @@ class Generator:
                 except Empty:
                     break
             self._check_deadlines()
-            if self._change is not None and self._ready_for(self._change):
-                self._make(self._change)
-            if not self._closing and (self._change is None or not self._change.keep_caches):
+            if not self._closing and self._changeover.drained(self._in_flight):
+                self._changeover.switch(self._lanes, self._serve_on)
+            if not self._closing and self._changeover.issues_steps:
                 while (step := self._scheduler.next()) is not None:
                     self._send(step)
-            held = len(self._change.held) if self._change is not None else 0
-            self._meter.waiting, self._meter.running = len(self._scheduler.waiting) + held, self._scheduler.running
+            self._meter.waiting = len(self._scheduler.waiting) + len(self._changeover.held)
+            self._meter.running = self._scheduler.running
             self._meter.host_s += perf_counter() - began
 
     def _arrived(self, job: Job) -> None:
         self._jobs[job.generation] = job
         job.number, self._arrivals = self._arrivals, self._arrivals + 1
-        job.begin(self.decoder, self.capacity)
+        job.begin(self.text_model, self.capacity)
         for choice in job.choices:
-            continuation = choice.continuation
-            self._choices[continuation] = choice
-            if self._change is None or self._change.keep_caches:
-                self._scheduler.add(continuation)
-            else:
-                self._change.held.append(continuation)
+            self._choices[choice.continuation] = choice
+            self._changeover.admit(choice.continuation)
         # Last, since it may be called at once.
         job.generation.future.add_done_callback(lambda future: self._events.put(partial(self._dropped, job)))
 
@@ -178,44 +213,14 @@ class Generator:
             self._meter.cancelled += 1
             self._forget(job)
 
-    def _change_asked(self, change: Changeover) -> None:
-        if self._change is not None:  # its asker has given up
-            change.held += self._change.held
-        self._change = change
-        if not change.keep_caches:
-            begun = {c.job.generation for c in self._choices.values() if c.continuation.placed_at}
-            for continuation in list(self._scheduler.waiting):
-                if self._choices[continuation].job.generation not in begun:
-                    self._scheduler.waiting.remove(continuation)
-                    change.held.append(continuation)
+    def _changeover_asked(self, changeover: Changeover) -> None:
+        begun = {choice.job for choice in self._choices.values() if choice.continuation.placed_at}
+        changeover.begin(self._changeover, lambda continuation: self._choices[continuation].job in begun)
+        self._changeover = changeover
 
-    def _ready_for(self, change: Changeover) -> bool:
-        idle = not self._scheduler.running and not self._scheduler.waiting
-        return self._in_flight == 0 and (change.keep_caches or idle)
-
-    def _make(self, change: Changeover) -> None:
-        """Exchange the lanes; no step is under way."""
-        self._change = None
-        if change.pause_s.set_running_or_notify_cancel():
-            try:
-                if change.keep_caches:
-                    move_caches(self._lanes, change.lanes)
-            except BaseException as error:
-                change.pause_s.set_exception(error)
-            else:
-                self._meter.switched(self._lanes.stats(self._lanes.open_s))
-                self._lanes, self._hops = change.lanes, tuple(change.hops)
-                groups = min(len(self._lanes), len(self._scheduler.rows))
-                self._scheduler.regroup(groups, prefills=len(self._lanes), forget=not change.keep_caches)
-                change.pause_s.set_result(perf_counter() - change.asked_at)
-        for continuation in change.held:
-            if not continuation.ended:
-                self._scheduler.add(continuation)
-
-    def _drop_change(self, error: StagelineError) -> None:
-        change, self._change = self._change, None
-        if change is not None and change.pause_s.set_running_or_notify_cancel():
-            change.pause_s.set_exception(error)
+    def _serve_on(self, lanes: Lanes, hops: tuple[Hop, ...]) -> None:
+        self._meter.switched(self._lanes.stats(self._lanes.open_s))
+        self._lanes, self._hops = lanes, hops
 
     def _until_deadline(self) -> float | None:
         ends = [job.submitted_at + d for job in self._jobs.values() if (d := job.request.deadline_s) is not None]
@@ -231,9 +236,9 @@ class Generator:
 
     def _send(self, step: Step) -> None:
         now = perf_counter()
-        ids = np.zeros((step.slots, step.length), np.int64)
-        past, new = np.zeros(step.slots, np.int64), np.zeros(step.slots, np.int64)
-        picks = np.zeros((step.slots, int(any(row.last for row in step.rows))), np.int64)
+        ids = np.zeros((step.slot_count, step.length), np.int64)
+        past, new = np.zeros((2, step.slot_count), np.int64)
+        picks = np.zeros((step.slot_count, int(any(row.last for row in step.rows))), np.int64)
         requests = []
         for row in step.rows:
             place = row.slot - step.first_slot
@@ -246,10 +251,14 @@ class Generator:
             if job.started_at is None:
                 job.started_at = now
                 self._meter.queue_s.append(now - job.submitted_at)
-        values: dict[str, Value] = {"input_ids": ids, "past_lengths": past, "new_lengths": new, "logits_at": picks}
+        values: dict[str, Value] = dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True))
         self._in_flight += 1
         self._meter.sent(now)
-        self._lanes.put(0, partial(self._through, _Flight(step, values, tuple(requests))))
+        _Flight(self._lanes, self._hops, values, step.number, step, tuple(requests), self._landed).start()
+
+    def _landed(self, flight: _Flight) -> None:
+        """On the last stage's thread."""
+        self._events.put(partial(self._drawn, flight))
 
     def _drawn(self, flight: _Flight) -> None:
         """A step has left the last stage."""
@@ -285,7 +294,7 @@ class Generator:
 
     def _add(self, choice: RunningChoice, drawn: Drawn, now: float) -> Delta:
         job = choice.job
-        piece = choice.add(drawn, self.decoder.end_ids)
+        piece = choice.add(drawn, self.text_model.end_ids)
         if choice.number == 0:
             self._meter.token(job.token_times[-1] if job.token_times else None, now, job.submitted_at)
             job.token_times.append(now)
@@ -321,12 +330,12 @@ class Generator:
                 self._scheduler.end(choice.continuation)
         if self._jobs.pop(job.generation, None) is not None and self._lanes.recorder is not None:
             self._lanes.recorder.ended(job.number, job.submitted_at, perf_counter())
-        job.release()
+        self._admission.give_back()
 
     def _give_up(self, error: EngineError) -> None:
         """Fail what is unfinished and what comes, until closed."""
         while True:
-            self._drop_change(error)
+            self._changeover.drop(error)
             for job in list(self._jobs.values()):
                 self._end(job, error)
             if self._closing and self._in_flight == 0:
@@ -338,49 +347,6 @@ class Generator:
         self._closing = True
         for job in list(self._jobs.values()):
             self._end(job, RequestError("the pipeline was closed before this request was finished"))
-
-    # The stages' threads.
-
-    def _through(self, flight: _Flight, lane: Lane, engine: Engine) -> None:
-        """A step's part in one stage. After a failure only its copies of cache rows are made, for others need them."""
-        hop = self._hops[flight.hop]
-        try:
-            if flight.step.copies:
-                began = perf_counter()
-                for copy in flight.step.copies:
-                    engine.copy_slot(copy.source, copy.target, copy.tokens)
-                lane.copied(began, flight)
-            if flight.error is None:
-                began = perf_counter()
-                outputs = engine.step(flight.values, hop.fetch, flight.step.first_slot)
-                lane.ran(began, flight)
-                flight.values = {n: v for n, v in {**flight.values, **outputs}.items() if n in hop.keep}
-        except BaseException as error:  # whatever an engine raises, the worker lives on
-            flight.error = _step_error(lane, flight, error)
-        flight.hop += 1
-        if flight.hop < len(self._hops):
-            self._lanes.put(self._hops[flight.hop].stage, partial(self._through, flight))
-            return
-        landed = partial(self._landed, flight, lane)
-        try:
-            lane.land({} if flight.error else flight.values, landed)
-        except BaseException as error:
-            landed(error)
-
-    def _landed(self, flight: _Flight, lane: Lane, outputs: dict[str, Array] | BaseException) -> None:
-        """A step's logits are in host memory, or never will be."""
-        if isinstance(outputs, BaseException):
-            flight.error = _step_error(lane, flight, outputs)
-        else:
-            flight.logits = outputs.get("logits")
-        flight.values = {}
-        self._events.put(partial(self._drawn, flight))
-
-
-def _step_error(lane: Lane, flight: _Flight, error: BaseException) -> EngineError:
-    if isinstance(error, EngineError):
-        return error
-    return _engine_error(f"stage {lane.number} failed in step {flight.step.number}", error)
 
 
 def _engine_error(what: str, error: BaseException) -> EngineError:

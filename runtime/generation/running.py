@@ -1,6 +1,5 @@
 """A request while it is generated: its choices, what was drawn and written of each, and what it ends as."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stageline.runtime.generation.detokenize import TextStream
@@ -65,7 +64,6 @@ class Job:
     request: GenerationRequest
     prompt: list[int]
     generation: Generation
-    release: Callable[[], None]
     submitted_at: float
     number: int = 0
     choices: list[RunningChoice] = field(default_factory=list)
@@ -74,7 +72,7 @@ class Job:
     token_times: list[float] = field(default_factory=list)
     """Of the first choice."""
 
-    def begin(self, decoder: TextModel, capacity: int) -> None:
+    def begin(self, text_model: TextModel, capacity: int) -> None:
         """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
         sampling = self.request.sampling
         room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache
@@ -83,8 +81,8 @@ class Job:
         for number in range(sampling.n):
             continuation = Continuation(list(self.prompt), len(self.prompt), leader)
             leader = leader or continuation
-            row = Row(sampling, decoder.vocabulary, self.prompt, decoder.end_ids, number)
-            encoder = decoder.encoder
+            row = Row(sampling, text_model.vocabulary, self.prompt, text_model.end_ids, number)
+            encoder = text_model.encoder
             text = None if encoder is None else TextStream(encoder, sampling.stop, sampling.min_tokens)
             self.choices.append(RunningChoice(self, number, continuation, row, text, most))
 

@@ -87,7 +87,7 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the stages do in one go: rows `first_slot` to `first_slot + slots` of the caches, `length` tokens wide.
+    """What the stages do in one go: slots `first_slot` up to `first_slot + slot_count`, `length` tokens wide.
 
     Rows of slots that are not in `rows` have nothing new.
     """
@@ -96,7 +96,7 @@ class Step:
     kind: Literal["prefill", "decode"]
     group: int
     first_slot: int
-    slots: int
+    slot_count: int
     length: int
     rows: tuple[StepRow, ...]
     copies: tuple[Copy, ...]
@@ -109,10 +109,10 @@ class Step:
 
 @dataclass(eq=False)
 class Scheduler:
-    """`slots` cache rows of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
+    """`slot_count` slots of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
     `prefills` of them under way."""
 
-    slots: int
+    slot_count: int
     capacity: int
     groups: int
     chunk: int
@@ -120,9 +120,9 @@ class Scheduler:
     waiting: deque[Continuation] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.rows = [
-            Slot(number, _group_of(number, self.groups, self.slots), *np.zeros((2, self.capacity), np.int64))
-            for number in range(self.slots)
+        self.slots = [
+            Slot(number, _group_of(number, self.groups, self.slot_count), *np.zeros((2, self.capacity), np.int64))
+            for number in range(self.slot_count)
         ]
         self._decoding = [False] * self.groups  # a decode step of the group is under way
         self._prefilling = 0
@@ -151,14 +151,14 @@ class Scheduler:
         if keep is not None:
             slot.count = min(slot.count, keep)
 
-    def regroup(self, groups: int, prefills: int, forget: bool = False) -> None:
+    def switch(self, groups: int, prefills: int, forget: bool = False) -> None:
         """Go on with other numbers of groups and prefills, while no step is under way. Slots keep what they hold;
         `forget`: none runs, and they hold nothing any more."""
         assert not self._prefilling
         assert not any(self._decoding)
         self.groups, self.prefills, self._decoding, self._turn = groups, prefills, [False] * groups, 0
-        for slot in self.rows:
-            slot.group = _group_of(slot.number, groups, self.slots)
+        for slot in self.slots:
+            slot.group = _group_of(slot.number, groups, self.slot_count)
             if forget:
                 assert slot.continuation is None
                 slot.count = 0
@@ -184,7 +184,7 @@ class Scheduler:
         return the continuations that it takes along: its own, and those that go on from its tokens."""
         self.done(step)
         lost = []
-        for slot in self.rows:
+        for slot in self.slots:
             spoilt = np.flatnonzero(slot.made_by[: slot.count] == step.number)
             if len(spoilt):  # what follows was computed from it
                 slot.count = int(spoilt[0])
@@ -195,7 +195,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Slots in use."""
-        return sum(slot.continuation is not None for slot in self.rows)
+        return sum(slot.continuation is not None for slot in self.slots)
 
     # Admission.
 
@@ -205,7 +205,7 @@ class Scheduler:
             leader = continuation.leader
             if leader is not None and not leader.ended and not leader.prompt_issued:
                 return  # first come, first served: those behind wait as well, for a moment
-            free = [slot for slot in self.rows if slot.continuation is None]
+            free = [slot for slot in self.slots if slot.continuation is None]
             if not free:
                 return
             self.waiting.popleft()
@@ -228,7 +228,7 @@ class Scheduler:
     def _donor(self, prompt: NDArray[np.int64]) -> tuple[Slot | None, int]:
         """The slot that holds most of the prompt's beginning, and how much; the last token is always computed."""
         best: tuple[Slot | None, int] = (None, 0)
-        for slot in self.rows:
+        for slot in self.slots:
             most = min(slot.count, len(prompt) - 1)
             unlike = np.flatnonzero(slot.tokens[:most] != prompt[:most])
             shared = int(unlike[0]) if len(unlike) else most
@@ -238,7 +238,7 @@ class Scheduler:
 
     def _placing_cost(self, slot: Slot) -> tuple[int, int, int]:
         """Groups evenly full; no idle rows between the busy ones of a group; then the slot unused for longest."""
-        busy = [other.number for other in self.rows if other.group == slot.group and other.continuation is not None]
+        busy = [other.number for other in self.slots if other.group == slot.group and other.continuation is not None]
         span = max([*busy, slot.number]) - min([*busy, slot.number]) + 1
         return len(busy), span - len(busy), slot.used_at
 
@@ -250,7 +250,7 @@ class Scheduler:
                 continue
             rows = [
                 self._issue(slot, 1, last=True)
-                for slot in self.rows
+                for slot in self.slots
                 if slot.group == group
                 and slot.continuation is not None
                 and slot.continuation.prompt_issued
@@ -279,7 +279,7 @@ class Scheduler:
     def _prefill_slots(self) -> list[Slot]:
         """In turn the one admitted first and the one with least left to do, so that neither long prompts nor short ones
         wait for all of the others; and neighbours that fill up its chunk without much padding."""
-        ready = {s.number: s for s in self.rows if s.continuation is not None and not s.continuation.prompt_issued}
+        ready = {s.number: s for s in self.slots if s.continuation is not None and not s.continuation.prompt_issued}
         if not ready:
             return []
         self._prefill_turn = not self._prefill_turn

@@ -1,11 +1,13 @@
-"""What generation needs to know of a model, and prompts as its tokens."""
+"""What generation needs to know of a model, and prompts as its token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
+from stageline.runtime.bundle.folder import Bundle
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,13 @@ class TextModel:
     end_ids: tuple[int, ...]
     encoder: TextEncoder | None
     """None: prompts are token ids, and the text of what comes is empty."""
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Self:
+        """The model of a bundle that generates. CheckpointError if its tokenizer is broken."""
+        manifest = bundle.manifest
+        logits = next(spec for spec in manifest.outputs if spec.name == "logits")
+        return cls(int(logits.shape[-1]), manifest.text.eos_ids if manifest.text else (), open_encoder(bundle))
 
     def prompt_ids(self, prompt: str | Sequence[int], capacity: int, special: bool = True) -> list[int]:
         """A prompt as token ids; `special`: with the tokens that the tokenizer adds to a text. RequestError where it is
@@ -44,3 +53,9 @@ class TextModel:
                 "shorten it, or open with a larger capacity"
             )
         return ids
+
+
+def open_encoder(bundle: Bundle) -> TextEncoder | None:
+    """The bundle's tokenizer, if it has one. CheckpointError if it is broken."""
+    text = bundle.manifest.text
+    return None if text is None else TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)

@@ -1,1 +1,1 @@
-"""Planning: what a cut costs, where to cut, what it will give, and why."""
+"""Planning: what a cut costs, where to cut, how fast the result will be, and why."""

@@ -1,7 +1,6 @@
-"""Devices that are not here: their published figures (devices.toml), and what a part takes on them by a roofline."""
+"""Devices of other machines: published figures (devices.toml), and the time of a part on them by a roofline."""
 
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -10,18 +9,17 @@ from typing import Annotated
 import pydantic
 from stageline.models.errors import StagelineError
 from stageline.runtime.planning.cost import UseCost
+from stageline.runtime.validation import Data
 
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
-class DeviceKind(pydantic.BaseModel):
-    """A kind of device, as devices.toml or a cluster file gives it. `tflops` by dtype, dense; GB are decimal.
+class DeviceKind(Data):
+    """A kind of device, as devices.toml or a cluster file describes it. `tflops` by dtype, dense; GB are decimal.
 
-    `source` says where the figures are from; price, idle power and efficiencies are assumptions (see devices.toml).
+    `source` names the origin of the figures; price, idle power and efficiencies are assumptions (see devices.toml).
     """
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     source: str
     tflops: dict[str, Positive]
@@ -43,7 +41,7 @@ class DeviceKind(pydantic.BaseModel):
         return self
 
     def rates(self, dtype: str) -> "Rates":
-        """What is reached of the peaks for operands of `dtype`. StagelineError where it has no rate."""
+        """The rates that kernels reach for operands of `dtype`. StagelineError if the device has none."""
         if dtype not in self.tflops:
             raise StagelineError(
                 f"the device ({self.source}) has no rate for {dtype}; known: {', '.join(sorted(self.tflops))}"
@@ -57,21 +55,17 @@ class DeviceKind(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches: operations and bytes a second, and the seconds that come once for each stage."""
+    """What a device reaches: operations per second, bytes per second, and a constant number of seconds per stage."""
 
     flops_per_s: float
     bytes_per_s: float
     overhead_s: float
 
     def use_s(self, cost: UseCost) -> float:
-        """Seconds of a use: the longer of computing and of moving weights and cache. Activations are taken to stay in
-        caches, where fused kernels keep them."""
+        """Seconds of a use: those of computing or of reading weights and KV cache, whichever is more. Activations are
+        assumed to stay in on-chip memory, as in fused kernels."""
         moved = cost.weight_read_bytes + cost.cache_read_bytes
         return max(cost.flops / self.flops_per_s, moved / self.bytes_per_s)
-
-    def stage_s(self, costs: Sequence[UseCost]) -> float:
-        """Seconds of a stage made of uses of these costs."""
-        return self.overhead_s + sum(map(self.use_s, costs))
 
 
 @cache
@@ -83,7 +77,7 @@ def catalogue() -> dict[str, DeviceKind]:
 
 
 def device_kind(name: str) -> DeviceKind:
-    """The catalogue's device called `name`, upper and lower case alike. StagelineError that lists the known ones."""
+    """The device called `name` in the catalogue, in any case. StagelineError lists the known ones."""
     known = {kind.lower(): device for kind, device in catalogue().items()}
     if name.lower() not in known:
         raise StagelineError(

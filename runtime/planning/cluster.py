@@ -1,4 +1,4 @@
-"""The devices to plan for: processors of this machine, kinds of the catalogue, or a cluster file; and their links."""
+"""The devices to plan for (cores of this machine, kinds of the catalogue, or a cluster file) and their links."""
 
 import os
 import re
@@ -12,13 +12,14 @@ import pydantic
 from stageline.models.errors import StagelineError
 from stageline.runtime.planning.catalogue import DeviceKind, Positive, catalogue, device_kind
 from stageline.runtime.planning.problem import Link
+from stageline.runtime.validation import Data, first_error
 
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Devices that are alike. `device` is None for this machine's processors, of which each takes `threads`."""
+    """Equal devices. `device` is None for this machine's CPU; each then has `threads` cores."""
 
     name: str
     device: DeviceKind | None
@@ -27,13 +28,13 @@ class Kind:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return len(self.names)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Kinds of devices and what links them; `ordered` where a stage's device must come after that of the one before."""
+    """Kinds of devices and their links. `ordered`: each stage's device must come after that of the stage before."""
 
     kinds: tuple[Kind, ...]
     links: tuple[tuple[Link | None, ...], ...]
@@ -41,15 +42,11 @@ class Cluster:
 
     @property
     def local(self) -> bool:
-        """Whether any device is of this machine."""
+        """Whether any device is in this machine."""
         return any(kind.device is None for kind in self.kinds)
 
 
-class _Data(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class _Wire(_Data):
+class _Wire(Data):
     gb_s: Positive
     latency_us: NotNegative = 0.0
 
@@ -62,25 +59,25 @@ class _LinkEntry(_Wire):
     target: str = pydantic.Field(alias="to")
 
 
-class _ClusterFile(_Data):
+class _ClusterFile(Data):
     ordered: bool = False
     devices: list[dict[str, Any]] = pydantic.Field(min_length=1)
-    links: list[_LinkEntry] = []
+    links: tuple[_LinkEntry, ...] = ()
     network: _Wire | None = None
 
 
 def parse_devices(text: str, handover_s: float = 0.0) -> Cluster:
-    """The devices of `--devices`: `cpu:0,cpu:1` (a processor each), `cpu:0+1` (one device of two processors), `cpu`
-    (all of them), `2xL4,H100` (kinds of the catalogue). StagelineError for an unknown one.
+    """The devices of `--devices`: `cpu:0,cpu:1` (a core each), `cpu:0+1` (one device of two cores), `cpu` (all cores),
+    `2xL4,H100` (kinds of the catalogue). StagelineError for an unknown one.
 
-    A link between kinds is as fast as the slower of their own; processors of this machine hand over in `handover_s`.
+    A link between two kinds is as fast as the slower of the two; cores of this machine hand over in `handover_s`.
     """
     names: dict[tuple[str, int], list[str]] = {}
     devices: dict[tuple[str, int], DeviceKind | None] = {}
     for word in text.split(","):
         found = re.fullmatch(r"\s*(?:(\d+)x)?([A-Za-z0-9:+-]+)\s*", word)
         if found is None or found[1] == "0":
-            raise StagelineError(f"{word.strip()!r} names no device; give cpu:0, cpu:0+1, cpu, H100 or 4xL4")
+            raise StagelineError(f"{word.strip()!r} is not a device; write cpu:0, cpu:0+1, cpu, H100 or 4xL4")
         count, name = int(found[1] or 1), found[2]
         if name.split(":")[0].lower() == "cpu":
             key, device = ("cpu", _threads(name)), None
@@ -105,12 +102,12 @@ def _threads(name: str) -> int:
         return available
     numbers = cores.split("+")
     if not all(number.isdigit() and int(number) < available for number in numbers):
-        raise StagelineError(f"unknown device {name!r}; this machine has processors cpu:0 to cpu:{available - 1}")
+        raise StagelineError(f"unknown device {name!r}; this machine has cores cpu:0 to cpu:{available - 1}")
     return len(numbers)
 
 
 def _near(a: Kind, b: Kind, handover_s: float) -> Link:
-    """The link of devices in one machine."""
+    """The link between devices of one machine."""
     if a.device is None and b.device is None:
         return Link(latency_s=handover_s)
     sides = [kind.device for kind in (a, b) if kind.device is not None]
@@ -118,11 +115,11 @@ def _near(a: Kind, b: Kind, handover_s: float) -> Link:
 
 
 def read_cluster(path: Path) -> Cluster:
-    """The cluster of a file (docs/planning.md says how it is written). StagelineError in one line where it is wrong."""
+    """The cluster of a file (docs/planning.md specifies it). StagelineError in one line if it is not valid."""
     try:
         data = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StagelineError(f"{path} is no TOML file: {error}") from error
+        raise StagelineError(f"{path} is not a TOML file: {error}") from error
     file = _valid(_ClusterFile, data, path, "")
     kinds = tuple(kind for entry in file.devices for kind in _kinds(entry, path, file.ordered))
     entries = list(dict.fromkeys(kind.name for kind in kinds))
@@ -189,14 +186,11 @@ def _valid(model: type[_Model], data: Mapping[str, Any], path: Path, where: str)
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        value = f" (it is {first['input']!r})" if isinstance(first["input"], (int, float, str)) else ""
-        raise StagelineError(f"{path}: {where}{place}: {first['msg']}{value}") from error
+        raise StagelineError(f"{path}: {where}{first_error(error)}") from error
 
 
 def _refuse_circle(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
-    """StagelineError where links of ordered devices lead back to where they began."""
+    """StagelineError if links of ordered devices form a cycle."""
     after: dict[str, list[str]] = {}
     for a, b in pairs:
         after.setdefault(a, []).append(b)
@@ -206,8 +200,8 @@ def _refuse_circle(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
             if name in trail:
                 circle = [*trail[trail.index(name) :], name]
                 raise StagelineError(
-                    f"{path}: links go in a circle: {' -> '.join(circle)}; "
-                    "in order they lead from the first stage to the last"
+                    f"{path}: links form a cycle: {' -> '.join(circle)}; "
+                    "ordered devices lead from the first stage to the last"
                 )
             if name not in done:
                 walk([*trail, name], done)

@@ -1,8 +1,8 @@
 """What each use of a part costs for a shape, from its ONNX graph alone: operations, bytes, parameters, cache.
 
-Operations count a multiply and an add as two. Sizes of free dimensions are put in; shapes that the graph does not tell
-are inferred for what changes no or all elements. Constants, views and what prepares weights (a transpose, a cast) cost
-nothing: engines do them when they open. Operators inside If, Loop and Scan are counted once.
+A multiply and an add count as two operations. Free dimensions get the sizes of the shape. Shapes missing in the graph
+are inferred for elementwise operators, Transpose and MatMul. Constants, views and the preparation of weights
+(Transpose, Cast) cost nothing: engines do them when they open. Operators inside If, Loop and Scan count once.
 """
 
 import math
@@ -16,10 +16,10 @@ from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.graph import ir_dtype
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.engines.lowering.nbits import FEWEST, bytes_per_weight
+from stageline.runtime.engines.lowering.nbits import MIN_WEIGHTS, bytes_per_weight
 from stageline.runtime.workload import Shape
 
-_FREE_SIZE = 64  # of a dimension that is neither batch, length nor picks, as in stitch.size_bytes
+_FREE_SIZE = 64  # of a dimension that is neither batch, length nor picks, as in bundle.graph.size_bytes
 _VIEWS = frozenset({"Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size", "Constant", "Range"})
 _OF_WEIGHTS = frozenset({"Transpose", "Cast", *_VIEWS})  # done once, when an engine opens
 _Dims = tuple[int, ...]
@@ -28,8 +28,8 @@ _Dims = tuple[int, ...]
 @dataclass(frozen=True)
 class UseCost:
     """What a use costs for one micro-batch. `flops` are those of matrix products, convolutions and attention,
-    `elementwise` the elements that all other operators give. `weight_read_bytes` counts a table by the rows looked up;
-    `activation_bytes` is read and written by operators, as if none were fused.
+    `elementwise` the elements that all other operators write. `weight_read_bytes` counts only the rows that are looked
+    up in a table; `activation_bytes` are read and written by operators, as if none were fused.
     """
 
     flops: int
@@ -39,12 +39,7 @@ class UseCost:
     cache_read_bytes: int
     parameters: int
     parameter_bytes: int
-    cache_token_bytes: int  # that a token of one row adds to the cache
-
-    @property
-    def traffic_bytes(self) -> int:
-        """All bytes that are moved."""
-        return self.weight_read_bytes + self.activation_bytes + self.cache_read_bytes
+    cache_token_bytes: int  # that one token of one row adds to the cache
 
 
 def use_costs(
@@ -53,21 +48,21 @@ def use_costs(
     parts: Sequence[ir.Model],
     shape: Shape,
     cache_itemsize: int = 4,
-    weights: WeightDtype | None = None,
+    quantise: WeightDtype | None = None,
 ) -> list[UseCost]:
     """The cost of each use in order: prologue, blocks, epilogue. A cache holds elements of `cache_itemsize` bytes.
 
-    Weights count as they lie on disk or, with `weights`, as engines hold them that are opened so: matrices quantised,
-    all else in float32.
+    Weights count as on disk or, with `quantise`, as engines opened with it hold them: matrices quantised, the rest in
+    float32.
     """
     graphs = [_Graph(part, [w.name for w in manifest.parts[n].weights], shape) for n, part in enumerate(parts)]
     costs = []
     for use in manifest.uses:
         graph, caches = graphs[use.part], manifest.parts[use.part].caches
         itemsize = {
-            local: _itemsize(tensors[name], local in graph.matrices, weights) for local, name in use.weights.items()
+            local: _itemsize(tensors[name], local in graph.matrices, quantise) for local, name in use.weights.items()
         }
-        # By the tensor's name: one that is used twice counts once.
+        # By the tensor's name, so that one that is used twice counts once.
         held_bytes = {name: itemsize[local] * math.prod(tensors[name].shape) for local, name in use.weights.items()}
         token_bytes = cache_itemsize * sum(cache.heads * (cache.key_size + cache.value_size) for cache in caches)
         costs.append(
@@ -85,15 +80,15 @@ def use_costs(
     return costs
 
 
-def _itemsize(entry: TensorEntry, matrix: bool, weights: WeightDtype | None) -> float:
-    """Bytes of an element: on disk, or in an engine opened with `weights`."""
-    if weights is None:
+def _itemsize(entry: TensorEntry, matrix: bool, quantise: WeightDtype | None) -> float:
+    """Bytes of an element: on disk, or in an engine opened with `quantise`."""
+    if quantise is None:
         return entry.size_bytes / max(1, math.prod(entry.shape))
-    return bytes_per_weight(weights) if matrix else 4.0
+    return bytes_per_weight(quantise) if matrix else 4.0
 
 
 class _Graph:
-    """A walk over a part's nodes with the sizes put in."""
+    """A walk over a part's nodes, with sizes for free dimensions."""
 
     def __init__(self, model: ir.Model, weights: Sequence[str], shape: Shape):
         self.shape, self.sizes = shape, shape.sizes()
@@ -106,7 +101,7 @@ class _Graph:
             self._visit(node)
 
     def of(self, value: ir.Value | None) -> _Dims | None:
-        """The value's sizes, None where they cannot be told."""
+        """The value's sizes, None if unknown."""
         if value is None:
             return None
         if value not in self.dims:
@@ -121,12 +116,12 @@ class _Graph:
         return tuple(d if isinstance(d, int) else _FREE_SIZE for d in known)
 
     def elements(self, value: ir.Value | None) -> int:
-        """How many elements the value has, 0 where it cannot be told."""
+        """The value's number of elements, 0 if unknown."""
         dims = self.of(value)
         return 0 if dims is None else math.prod(dims)
 
     def bytes_of(self, value: ir.Value) -> int:
-        """The value's size, 0 where it cannot be told."""
+        """The value's size in bytes, 0 if unknown."""
         return round(self.elements(value) * (value.dtype.itemsize if value.dtype is not None else 4))
 
     def _visit(self, node: ir.Node) -> None:
@@ -158,13 +153,13 @@ class _Graph:
         self.activation_bytes += sum(self.bytes_of(value) for value in node.outputs)
 
     def _quantised(self, node: ir.Node, weight: ir.Value) -> bool:
-        """Whether engines quantise the weight if asked to: a matrix that the first input is multiplied by."""
+        """Whether engines quantise the weight on request: a large matrix that the first input is multiplied by."""
         multiplies = node.op_type in ("MatMul", "Gemm") and weight is node.inputs[1]
-        return multiplies and len(self.of(weight) or ()) == 2 and self.elements(weight) >= FEWEST
+        return multiplies and len(self.of(weight) or ()) == 2 and self.elements(weight) >= MIN_WEIGHTS
 
 
 def _inferred(node: ir.Node, inputs: Sequence[_Dims | None]) -> _Dims | None:
-    """Sizes of a node's output where its inputs tell them."""
+    """Sizes of a node's output, if they follow from its inputs."""
     known = [dims for dims in inputs if dims is not None]
     if not known or len(known) < len(inputs):
         return None
@@ -204,7 +199,7 @@ def _conv(graph: _Graph, node: ir.Node) -> int:
 
 
 def _attention(graph: _Graph, node: ir.Node) -> int:
-    """Scores of every query with every key, and the sums of values, as dense kernels compute them."""
+    """Operations for the scores of every query with every key, and for the sums of values, in dense kernels."""
     query, key, value = (graph.of(source) for source in node.inputs[:3])
     if query is None or key is None or value is None:
         return 0
@@ -215,7 +210,7 @@ def _attention(graph: _Graph, node: ir.Node) -> int:
 
 
 def _cache_attention(graph: _Graph, node: ir.Node) -> int:
-    """Each new token with those before it, itself, and none further back than the window."""
+    """Operations of attention from each new token to itself and the tokens before it, within the window."""
     query, value = graph.of(node.inputs[0]), graph.of(node.inputs[2])
     if query is None or value is None:
         return 0
@@ -235,11 +230,11 @@ _PRODUCTS: Mapping[str, Callable[[_Graph, ir.Node], int]] = {
 
 
 def cut_values(manifest: Manifest, parts: Sequence[ir.Model]) -> list[tuple[TensorSpec, ...]]:
-    """What a stage beginning with each block is sent: hidden state, shared values, inputs of the model."""
+    """For each block, what a stage that starts with it receives: hidden state, shared values, inputs of the model."""
     found: list[tuple[TensorSpec, ...]] = [()]
     for first in range(1, manifest.blocks):
-        plan = Crossing.of(manifest, parts, [first, manifest.blocks - first])
-        found.append(tuple(plan.specs[name] for name in plan.inputs[1]))
+        crossing = Crossing.of(manifest, parts, [first, manifest.blocks - first])
+        found.append(tuple(crossing.specs[name] for name in crossing.inputs[1]))
     return found
 
 

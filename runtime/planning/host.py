@@ -1,4 +1,4 @@
-"""What generation costs beside the engines: scheduling, hops, sampling, detokenising, streaming."""
+"""What generation costs apart from the engines: scheduling, hops, sampling, detokenising, streaming."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,13 @@ from functools import partial
 from time import perf_counter
 
 import numpy as np
-from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.engines import Array, Device, Value
+from stageline.runtime.bundle.manifest import INPUT_IDS, PAST_LENGTHS
+from stageline.runtime.engines import Array, CacheSize, Device, Value
 from stageline.runtime.executor import generation_hops
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.request import GenerationRequest, Sampling
-from stageline.runtime.generation.text_model import TextModel
+from stageline.runtime.generation.text_model import TextModel, open_encoder
 from stageline.runtime.stages.lanes import Lanes, PipelineStage
 from stageline.runtime.stages.opening import StageSet
 
@@ -20,15 +20,15 @@ _ROUNDS, _ROWS, _TOKENS, _CAPACITY = 3, 8, 200, 1024
 
 
 class Instant:
-    """A stage that takes no time: the engine of a host that has nothing to wait for."""
+    """An engine that takes no time, so that only the host is measured."""
 
     def __init__(self, reads: str, gives: str, logits: Array) -> None:
-        self.input_names, self.output_names = (reads,), (gives,)
+        self.input_names, self.output_names, self.max_rows = (reads,), (gives,), None
         self._logits = logits
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
-        """Its output for as many rows."""
-        return {outputs[0]: self._logits[: inputs["past_lengths"].shape[0]]}
+        """Constant logits, one row for each row of the inputs."""
+        return {outputs[0]: self._logits[: inputs[PAST_LENGTHS].shape[0]]}
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """There is no cache."""
@@ -49,42 +49,40 @@ class Instant:
 
 
 def bundle_decoder(bundle: Bundle) -> TextModel:
-    """The bundle's tokenizer and vocabulary; no token ends a text."""
-    text, encoder = bundle.manifest.text, None
-    if text is not None:
-        encoder = TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)
-    return TextModel(bundle.manifest.vocabulary or 2, (), encoder)
+    """The bundle's tokenizer and vocabulary, without tokens that end a text."""
+    return TextModel(bundle.manifest.vocabulary or 2, (), open_encoder(bundle))
 
 
-def step_s(decoder: TextModel, rows: int, stages: int, sampling: Sampling) -> float:
-    """Seconds between steps when `rows` continuations run through stages that take no time."""
-    logits = np.random.default_rng(0).standard_normal((rows, 1, decoder.vocabulary), dtype=np.float32)
-    names = ["input_ids", *(f"hidden.{n}" for n in range(1, stages)), "logits"]
+def step_s(text_model: TextModel, rows: int, stages: int, sampling: Sampling) -> float:
+    """Seconds per step when `rows` continuations run through stages that take no time."""
+    logits = np.random.default_rng(0).standard_normal((rows, 1, text_model.vocabulary), dtype=np.float32)
+    names = [INPUT_IDS, *(f"hidden.{n}" for n in range(1, stages)), "logits"]
     opened = [
-        PipelineStage((names[n], "past_lengths"), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
+        PipelineStage((names[n], PAST_LENGTHS), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
         for n in range(stages)
     ]
     lanes = Lanes(opened, None)
     hops = generation_hops(StageSet(tuple(opened)))
-    generator = Generator(lanes, hops, decoder, rows, _CAPACITY, 128)
+    generator = Generator(lanes, hops, text_model, CacheSize(rows, _CAPACITY), 128, queue=rows)
     try:
         began = perf_counter()
-        request = GenerationRequest((0,), sampling)
-        running = [generator.submit(request, [row % decoder.vocabulary], lambda: None) for row in range(rows)]
+        requests = [GenerationRequest((row % text_model.vocabulary,), sampling) for row in range(rows)]
+        running = [generator.submit(request, wait=True, timeout=None) for request in requests]
         for generation in running:
             generation.result()
         seconds = perf_counter() - began
         steps = generator.stats(lanes.stats(1)).decode_steps
     finally:
-        generator.close()
+        generator.close().result()
+        lanes.close()
     return seconds / steps
 
 
 def driver_times_s(bundle: Bundle) -> tuple[float, float]:
-    """Seconds that the driver takes for a step, and for each row of it, drawing greedily."""
-    decoder, sampling = bundle_decoder(bundle), Sampling(max_tokens=_TOKENS)
+    """Seconds that the driver takes for a step, and for each row of it, with greedy sampling."""
+    text_model, sampling = bundle_decoder(bundle), Sampling(max_tokens=_TOKENS)
     one_s, all_s = (
-        statistics.median(step_s(decoder, rows, 1, sampling) for _ in range(_ROUNDS)) for rows in (1, _ROWS)
+        statistics.median(step_s(text_model, rows, 1, sampling) for _ in range(_ROUNDS)) for rows in (1, _ROWS)
     )
     row_s = max(0.0, all_s - one_s) / (_ROWS - 1)
     return max(0.0, one_s - row_s), row_s

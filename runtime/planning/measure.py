@@ -1,12 +1,12 @@
 """Measuring a bundle's parts on this machine: small stages in the engine, timed alone and beside each other.
 
-Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed, pinned to as
-many processors as threads, for micro-batches of several shapes: the median of the runs, and of three passes, each over
-all ranges, so that a disturbance of some seconds does not count. A range that begins later is fed with what the blocks
-before it give. Between runs as many bytes are read as the rest of the model has weights: in a pipeline they, too, push
-a stage's weights out of the processor's caches. Stages of equal length, each on its own processors, are then timed one
-at a time and all at once: what they take longer together is the price of what processors share, memory or, in a virtual
-machine, a processor beneath them. Of that, too, the median of all passes counts.
+Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed for
+micro-batches of several shapes, pinned to one core per thread. The result is the median over the runs, and over three
+passes through all ranges, so that a disturbance of a few seconds does not count. The blocks before a range compute its
+inputs. Between runs as many bytes are read as the rest of the model has weights: in a pipeline those, too, evict a
+stage's weights from the CPU's caches. Then stages of equal length, each on its own cores, are timed one at a time and
+all at once. The slowdown is their contention for what cores share: memory bandwidth, or one physical core behind two
+virtual ones. It is the median of all passes as well.
 """
 
 import itertools
@@ -28,30 +28,30 @@ import onnx_ir as ir
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, Manifest, uses_of
 from stageline.runtime.bundle.stitch import stitch
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
 from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
 from stageline.runtime.engines.base import CacheSize, WeightDtype
-from stageline.runtime.engines.lowering.nbits import MOST_BYTES, bytes_per_weight
+from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES, bytes_per_weight
 from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point
 from stageline.runtime.workload import Shape
 
-_FEWEST_RUNS, _MOST_RUNS, _POINT_S = 2, 40, 0.1
-_BESIDE_ROUNDS, _MOST_BESIDE = 3, 4
+_MIN_RUNS, _MAX_RUNS, _POINT_S = 2, 40, 0.1
+_BESIDE_ROUNDS, _MAX_BESIDE = 3, 4
 _WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
 _FEW_BLOCKS = 12
-_MOST_CACHE_BYTES = 128_000_000
+_MAX_CACHE_BYTES = 128_000_000
 _HANDOVERS = 400
-_TRIES, _CALM = 3, 0.1  # of what others disturb: they took less than this share of a processor
+_TRIES, _CALM = 3, 0.1  # runs are calm if other processes took less than this share of a core
 T = TypeVar("T")
 
 
 def default_grids(manifest: Manifest) -> list[Grid]:
-    """Whole rows; and, for a model with caches, steps of one token."""
+    """Whole rows and, for a model with caches, steps of one token."""
     longest = manifest.max_positions or 512
 
     def up_to_longest(*lengths: int) -> tuple[int, ...]:
@@ -69,20 +69,20 @@ def measure(
     grids: Sequence[Grid] | None = None,
     progress: Callable[[str], None] = lambda step: None,
     passes: int = 3,
-    weights: WeightDtype | None = None,
+    quantise: WeightDtype | None = None,
 ) -> MachineProfile:
-    """Time the bundle's parts for each number of threads that this machine has processors for, so many times, in
-    engines opened with `weights`."""
+    """Time the bundle's parts for each number of threads that this machine has cores for, `passes` times, in engines
+    opened with `quantise`. StagelineError if it has too few cores for all of them."""
     cores = allowed_cores()
     grids = default_grids(bundle.manifest) if grids is None else grids
     able = [count for count in threads if count <= len(cores)]
     if not able:
-        raise StagelineError(f"no wanted number of threads fits {len(cores)} processors")
-    model = _Model.of(bundle, weights)
+        raise StagelineError(f"this machine has {len(cores)} cores, too few for {', '.join(map(str, threads))} threads")
+    model = _Model.of(bundle, quantise)
     found: dict[tuple[int, ...], list[Point]] = {}
     beside: dict[tuple[int, ...], list[Contention]] = {}
     for number, count in itertools.product(range(passes), able):
-        for first, end in ranges(bundle, weights):
+        for first, end in ranges(bundle, quantise):
             progress(f"pass {number + 1} of {passes}: {count} threads, blocks {first} to {end - 1}")
             with _worker(cores[:count]) as worker:
                 submit = partial(worker.submit, _range_points, model, first, end, cores[:count], grids)
@@ -94,7 +94,7 @@ def measure(
             beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
     return MachineProfile(
-        machine=Machine.here(weights),
+        machine=Machine.here(quantise),
         handover_s=_handover_s(cores),
         host_step_s=step_s,
         host_row_s=row_s,
@@ -108,9 +108,9 @@ def _middle(found: Sequence[T], of: Callable[[T], float]) -> T:
 
 
 def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
-    """What `work` gives, and the share of a processor that other processes took meanwhile.
+    """The result of `work`, and the share of a core that other processes took at the same time.
 
-    Of up to three tries it is the first that they hardly disturb, or else the one that they disturb least.
+    Out of up to three tries: the first that is hardly disturbed, or else the least disturbed one.
     """
     best: tuple[T, float] | None = None
     for _ in range(_TRIES):
@@ -125,12 +125,12 @@ def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
     return best
 
 
-def ranges(bundle: Bundle, weights: WeightDtype | None = None) -> list[tuple[int, int]]:
+def ranges(bundle: Bundle, quantise: WeightDtype | None = None) -> list[tuple[int, int]]:
     """The ranges of blocks to measure: parts of the model from both ends and its middle, and each kind of block alone
-    where there are several, or few blocks.
+    if there are several, or few blocks.
 
-    A block alone stays in the processor's caches from run to run, in a long stage it does not: a long model is measured
-    in long ranges, since its stages are long.
+    A block alone stays in the CPU's caches from run to run; in a long stage it does not. A long model has long stages,
+    so it is measured in long ranges.
     """
     n, uses = bundle.manifest.blocks, bundle.manifest.uses
     quarter, half = max(1, n // 4), max(1, n // 2)
@@ -138,34 +138,34 @@ def ranges(bundle: Bundle, weights: WeightDtype | None = None) -> list[tuple[int
     kinds = {uses[block + 1].part: (block, block + 1) for block in reversed(middle)}
     found = list(kinds.values()) if len(kinds) > 1 or n < _FEW_BLOCKS else []
     found += [(0, quarter), (n - quarter, n)]
-    if _opens_whole(bundle, weights):
+    if _opens_whole(bundle, quantise):
         found += [(0, n), (0, half), (n - half, n)]
         found += [(quarter, n - quarter)] if n >= _FEW_BLOCKS else []
     return [(first, end) for first, end in dict.fromkeys(found) if end <= n]
 
 
-def _opens_whole(bundle: Bundle, weights: WeightDtype | None) -> bool:
-    """Whether ranges longer than a quarter are opened: quantised, the weights of a stage must fit into one graph."""
+def _opens_whole(bundle: Bundle, quantise: WeightDtype | None) -> bool:
+    """Whether ranges longer than a quarter are measured: quantised weights of a stage must fit into one graph."""
     tensors = bundle.tensors.values()
-    if weights is None:
+    if quantise is None:
         return sum(entry.size_bytes for entry in tensors) <= _WHOLE_LIMIT_BYTES
-    return sum(math.prod(entry.shape) for entry in tensors) * bytes_per_weight(weights) <= MOST_BYTES
+    return sum(math.prod(entry.shape) for entry in tensors) * bytes_per_weight(quantise) <= MAX_GRAPH_BYTES
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What is measured. `reads`: the bytes of weights that each use reads; `weights`: what engines quantise them to."""
+    """What is measured. `reads`: the bytes of weights that each use reads; `quantise`: as engines quantise weights."""
 
     bundle: Bundle
     parts: Sequence[ir.Model]
     reads: tuple[int, ...]
-    weights: WeightDtype | None
+    quantise: WeightDtype | None
 
     @classmethod
-    def of(cls, bundle: Bundle, weights: WeightDtype | None) -> "_Model":
+    def of(cls, bundle: Bundle, quantise: WeightDtype | None) -> "_Model":
         parts = bundle.parts()
-        costs = use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1), weights=weights)
-        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), weights)
+        costs = use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1), quantise=quantise)
+        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), quantise)
 
     def open(self, first: int, end: int, cores: tuple[int, ...], cache: CacheSize | None, scratch: Path) -> Engine:
         """The engine of a stage of blocks `first` to `end` - 1, on the thread that runs it."""
@@ -176,7 +176,7 @@ class _Model:
         file = scratch / f"{first}-{end}.onnx"
         file.write_bytes(ir.to_proto(model).SerializeToString())
         opening = StageFile(number, file, self.bundle.path, stage.caches)
-        return engine_factory("onnxruntime")(opening, CpuDevice(cores), cache, self.weights)
+        return engine_factory("onnxruntime")(opening, CpuDevice(cores), cache, self.quantise)
 
 
 def _worker(cores: tuple[int, ...]) -> ThreadPoolExecutor:
@@ -198,8 +198,8 @@ def _range_points(
     rest = _rest_of_model(model.reads, first, end)
     points = []
     with tempfile.TemporaryDirectory() as scratch:
-        # What feeds the range is not timed: with weights as they are it opens sooner, however long it is.
-        feeder = replace(model, weights=None)
+        # The blocks before the range are not timed, and open faster without quantisation.
+        feeder = replace(model, quantise=None)
         before = feeder.open(0, first, cores, cache, Path(scratch)) if first else None
         engine = model.open(first, end, cores, cache, Path(scratch))
         for shape in shapes:
@@ -220,9 +220,9 @@ def _range_points(
 
 
 def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequence[Grid]) -> list[Contention]:
-    """What equal stages on `threads` processors each take longer when all of them run than when one does."""
+    """How much longer equal stages on `threads` cores each take when all of them run than when one does."""
     manifest = model.bundle.manifest
-    count = min(len(cores) // threads, _MOST_BESIDE, manifest.blocks)
+    count = min(len(cores) // threads, _MAX_BESIDE, manifest.blocks)
     if count < 2:
         return []
     bounds = [manifest.blocks * number // count for number in range(count + 1)]
@@ -261,7 +261,7 @@ def _longer(
     runs: Sequence[Callable[[], object]],
     rests: Sequence[Callable[[], object]],
 ) -> float:
-    """By what share these take longer, each on its own worker, all at once than one at a time."""
+    """By what share these take longer all at once than one at a time, each on its own worker."""
     alone_s = [
         worker.submit(_median_until, run, rest, perf_counter() + _POINT_S).result()
         for worker, run, rest in zip(workers, runs, rests, strict=True)
@@ -272,7 +272,7 @@ def _longer(
 
 
 def _nothing() -> None:
-    """Between runs beside each other: the others read."""
+    """Between concurrent runs: the other stages read memory."""
 
 
 def _cache_size(manifest: Manifest, shapes: Sequence[Shape]) -> CacheSize | None:
@@ -292,13 +292,13 @@ def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
     """Full rows of random tokens or pixels."""
     random = np.random.default_rng(0)
     sizes = shape.sizes()
-    known = {"attention_mask": 1, "token_type_ids": 0, "past_lengths": shape.past, "new_lengths": shape.length}
+    known = {"attention_mask": 1, "token_type_ids": 0, PAST_LENGTHS: shape.past, NEW_LENGTHS: shape.length}
     values: dict[str, Array] = {}
     for spec in manifest.inputs:
         dims = [d if isinstance(d, int) else sizes.get(d, 64) for d in spec.shape]
         if spec.name in known:
             values[spec.name] = np.full(dims, known[spec.name], spec.dtype)
-        elif spec.name == "logits_at":
+        elif spec.name == LOGITS_AT:
             last = np.arange(shape.length - dims[1], shape.length)
             values[spec.name] = np.broadcast_to(last, dims).astype(spec.dtype)
         elif spec.dtype.startswith("int"):
@@ -309,16 +309,16 @@ def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
 
 
 def _rest_of_model(reads: Sequence[int], first: int, end: int) -> Callable[[], object]:
-    """Reads as much as the uses outside blocks `first` to `end` - 1 read of weights, up to what no cache holds."""
-    count_bytes = sum(reads) - sum(reads[first + 1 : end + 1])
-    values = np.ones(min(count_bytes, _MOST_CACHE_BYTES) // 4 + 1, np.float32)
+    """Reads as many bytes as the uses outside this stage read of weights, up to more than any cache holds."""
+    count_bytes = sum(reads) - sum(uses_of(reads, first, end))
+    values = np.ones(min(count_bytes, _MAX_CACHE_BYTES) // 4 + 1, np.float32)
     return values.max
 
 
 def _median_s(run: Callable[[], object], between: Callable[[], object]) -> tuple[float, int]:
     run()
     taken: list[float] = []
-    while len(taken) < _FEWEST_RUNS or (sum(taken) < _POINT_S and len(taken) < _MOST_RUNS):
+    while len(taken) < _MIN_RUNS or (sum(taken) < _POINT_S and len(taken) < _MAX_RUNS):
         between()
         began = perf_counter()
         run()
@@ -327,7 +327,7 @@ def _median_s(run: Callable[[], object], between: Callable[[], object]) -> tuple
 
 
 def _median_until(run: Callable[[], object], between: Callable[[], object], stop_s: float) -> float:
-    """The median of the runs that are over by then, at least of one."""
+    """The median of the runs that end by then, at least one."""
     taken: list[float] = []
     while True:
         between()
@@ -340,7 +340,7 @@ def _median_until(run: Callable[[], object], between: Callable[[], object], stop
 
 
 def _handover_s(cores: Sequence[int]) -> float:
-    """Half of what a message takes to another pinned thread and back, the median."""
+    """Half of the median time of a message to another pinned thread and back."""
     there: SimpleQueue[object] = SimpleQueue()
     back: SimpleQueue[object] = SimpleQueue()
 

@@ -1,4 +1,4 @@
-"""The best contiguous cut for unlike devices, exactly.
+"""The best contiguous cut for different devices, exactly.
 
 Every objective is A + T x W: A and W are sums over the stages, T is the longest time of a stage (the bottleneck).
 
@@ -7,10 +7,10 @@ Every objective is A + T x W: A and W are sums over the stages, T is the longest
     cost        A = 0                          W = price of the stage's devices
     energy      A = (busy - idle W) x compute  W = idle power of the stage's devices
 
-With T held below a bound and W weighed by a number, the best plan is a shortest path over cuts (`paths.py`). T is one
-of the finitely many times that a stage can take. The plans of an interval of them are bounded from below by the path
-that may be as slow as its upper end and pays W by its lower end; intervals that cannot beat the best plan so far are
-dropped, others are halved. Where the objective is the bottleneck alone, this is a binary search.
+If T is bounded and W multiplied by a number, the best plan is a shortest path over cuts (`paths.py`). T is one of the
+finitely many times that a stage can take. For an interval of these times, the path that is bounded by its upper end and
+multiplies W by its lower end is a lower bound of all plans. Intervals that cannot beat the best plan so far are
+dropped, others are halved. If the objective is the bottleneck alone, this is a binary search.
 """
 
 import heapq
@@ -21,19 +21,19 @@ import numpy as np
 from stageline.runtime.planning.paths import BoundedPaths, Chain, Floats, Question, Tables
 from stageline.runtime.planning.problem import Objective, Plan, PlannedStage, Problem
 
-_CLOSE = 1e-12  # relative: two values nearer than this are one, summed in another order
+_CLOSE = 1e-12  # relative: closer values are equal, summed in another order
 
 
 def best_plan(problem: Problem, objective: Objective = "throughput") -> Plan | None:
-    """The plan of the smallest `objective`, or None where no plan fits. Of plans with the same bottleneck, `throughput`
-    takes one of the smallest latency."""
+    """The plan of the smallest `objective`, or None if no plan fits. Among plans with the same bottleneck,
+    `throughput` takes one of minimal latency."""
     return _best(Tables(problem, None), objective)
 
 
 def runner_up(problem: Problem, objective: Objective, best: Plan) -> Plan | None:
-    """The best plan that differs from `best` in a cut or a device; None where there is no other.
+    """The best plan that differs from `best` in a cut or a device; None if there is no other.
 
-    A plan that differs lacks a stage of `best`, so it is the best of those found with one of these stages forbidden.
+    Such a plan lacks a stage of `best`, so it is the best of those found with one of these stages forbidden.
     """
     others = [_best(Tables(problem, stage), objective) for stage in best.stages]
     found = [plan for plan in others if plan is not None]
@@ -87,9 +87,9 @@ def _best(tables: Tables, objective: Objective) -> Plan | None:
 
 def _branch(tables: Tables, paths: Chain | BoundedPaths, weights: _Weights) -> Plan | None:
     times = tables.stage_times()
-    least = weights.plan + float(weights.device.min())
+    rate = weights.plan + float(weights.device.min())
     best, value = None, np.inf
-    heap = [(times[low] * least, low, high, False) for low, high in _intervals(tables.problem, times, weights)]
+    heap = [(times[low] * rate, low, high, False) for low, high in _intervals(tables.problem, times, weights)]
     heapq.heapify(heap)
     while heap:
         lower, low, high, bounded = heapq.heappop(heap)
@@ -100,7 +100,7 @@ def _branch(tables: Tables, paths: Chain | BoundedPaths, weights: _Weights) -> P
         plan = _planned(tables.problem, stages)
         if plan is None:
             continue
-        if not answered:  # looked at again if no other plan is as cheap as this bound
+        if not answered:  # look again if no other plan is as cheap as this bound
             heapq.heappush(heap, (max(lower, weights.value(plan, times[low])), low, high, True))
             continue
         if weights.value(plan, plan.bottleneck_s) < value:
@@ -108,23 +108,23 @@ def _branch(tables: Tables, paths: Chain | BoundedPaths, weights: _Weights) -> P
         relaxed = weights.value(plan, times[low])
         lower = max(lower, relaxed)
         # Within the interval a plan of bottleneck t costs at least `relaxed` + (t - times[low]) x `rise`.
-        rise = least if weights.compute.any() else relaxed / times[low] if times[low] else 0.0
+        rise = rate if weights.compute.any() else relaxed / times[low] if times[low] else 0.0
         if rise:
             beaten = times[low] + (value - relaxed) / rise
             high = min(high, int(np.searchsorted(times, beaten * (1 + _CLOSE), side="right")) - 1)
         if low < high and lower < value * (1 - _CLOSE):
             middle = (low + high) // 2
             heapq.heappush(heap, (lower, low, middle, False))
-            heapq.heappush(heap, (max(lower, times[middle + 1] * least), middle + 1, high, False))
+            heapq.heappush(heap, (max(lower, times[middle + 1] * rate), middle + 1, high, False))
     return best
 
 
 def _intervals(problem: Problem, times: Floats, weights: _Weights) -> Iterator[tuple[int, int]]:
-    """Places in `times` that begin and end an interval, so that short times come in narrow ones: a search under a low
-    bound is fast, and most often the best plan is near the lowest bound that any plan keeps."""
+    """Indices in `times` of the first and last time of each interval. Short times are in narrow intervals: a search
+    under a low bound is fast, and the best plan is usually near the lowest bound that any plan meets."""
     if not len(times):
         return
-    if not weights.plan and not weights.device.any():  # the bottleneck does not count
+    if not weights.plan and not weights.device.any():  # the bottleneck does not matter
         yield 0, len(times) - 1
         return
     devices = len(problem.devices) if problem.counts is None else sum(problem.counts)

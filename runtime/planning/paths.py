@@ -1,7 +1,7 @@
 """Shortest paths over cuts: the cheapest stages under a bound on each, for devices in order and for counted kinds.
 
-Both searches fill a table of values cut by cut: an entry is the least cost of the blocks before a cut and of what was
-used for them. A plan is read from the full table backwards.
+Both searches fill a table cut by cut: an entry is the minimal cost of the blocks before a cut with the devices used for
+them. The plan is read backwards from the full table.
 """
 
 import math
@@ -31,7 +31,7 @@ class Question:
 
 
 class Tables:
-    """Times and memory of every stage, as arrays over [device, first block, end]; infinite where it is impossible.
+    """Times and memory of every stage, as arrays over [device, first block, end]; infinite if impossible.
 
     `copy_s` is over [class of links, first block]; class 0 leads into the first stage and copies nothing.
     `forbidden` is a stage that no plan may have.
@@ -70,12 +70,13 @@ class Tables:
         self.link_class = np.array([[number[link] if link else -1 for link in row] for row in problem.links])
 
     def occupied_s(self, compute_s: Floats, copy_s: Floats, replicas: int) -> Floats:
-        """Seconds from one micro-batch to the next that a stage allows."""
+        """Seconds from one micro-batch to the next in a stage with `replicas`."""
         longer: Floats = np.maximum(compute_s, copy_s) if self.problem.overlap else compute_s + copy_s
         return longer / replicas
 
     def last_end(self, first: int, bound_s: float, device: int | None = None) -> int:
-        """The last end of a stage from block `first` on that computes for at most `bound_s`, on `device` or on any."""
+        """The last end of a stage that starts at block `first` and computes for at most `bound_s`, on `device` or on
+        any."""
         times = self._quickest_s[first] if device is None else self.compute_s[device, first]
         ends = np.flatnonzero(times <= bound_s)
         return int(ends[-1]) if len(ends) else first
@@ -94,8 +95,8 @@ class Tables:
         return np.unique(np.concatenate(found))
 
     def cost(self, question: Question, link: int, first: Places, end: Places, device: Places, replicas: int) -> Floats:
-        """What stages of blocks `first` to `end` - 1 cost on `replicas` devices (all broadcast) that a link of class
-        `link` leads to; infinite over the bound, or where the class does not lead to such a block."""
+        """Cost of stages of blocks `first` to `end` - 1 on `replicas` devices (all broadcast) behind a link of class
+        `link`; infinite over the bound, or if the class cannot precede such a block."""
         compute_s, copy_s = self.compute_s[device, first, end], self.copy_s[link, first]
         able = (self.occupied_s(compute_s, copy_s, replicas) <= question.bound_s) & ((link == 0) == (first == 0))
         if self.forbidden is not None and self.forbidden.replicas == replicas:
@@ -106,8 +107,8 @@ class Tables:
         return np.where(able, cost, np.inf)
 
 
-def _least(total: Floats) -> tuple[float, int, int]:
-    """The least entry of a table, and its place."""
+def _smallest(total: Floats) -> tuple[float, int, int]:
+    """The smallest entry of a table, and its place."""
     row, column = divmod(int(total.argmin()), total.shape[1])
     return float(total[row, column]), row, column
 
@@ -115,7 +116,7 @@ def _least(total: Floats) -> tuple[float, int, int]:
 class Chain:
     """Paths in which a stage on device a may be followed by one on device b where `follows`[a, b].
 
-    The table is over [cut, stages, last device], last device 0 being the start; the axis of stages has one entry where
+    The table is over [cut, stages, last device], where last device 0 is the start. The axis of stages has one entry if
     their number does not matter.
     """
 
@@ -135,11 +136,11 @@ class Chain:
         return cls(tables, places[:, None] < places[None])
 
     def relaxed(self, question: Question) -> tuple[list[PlannedStage] | None, bool]:
-        """`shortest`, and that this is the answer: there is nothing to relax."""
+        """`shortest`, and True: there is nothing to relax."""
         return self.shortest(question), True
 
     def shortest(self, question: Question) -> list[PlannedStage] | None:
-        """The cheapest stages; None where there are none."""
+        """The cheapest stages; None if there are none."""
         tables, n = self.tables, self.blocks
         value = np.full((n + 1, 1 if self.count is None else self.count + 1, len(self.devices) + 1), np.inf)
         value[0, 0, 0] = 0.0
@@ -166,7 +167,7 @@ class Chain:
             for link in range(len(self.tables.copy_s)):
                 cost = self.tables.cost(question, link, firsts, np.array(end), np.array(device), 1)
                 total = np.where(self.joins[link, :, device], value[:end, level], np.inf) + cost[:, None]
-                found.append(_least(total))
+                found.append(_smallest(total))
             _, first, origin = min(found)
             stages.append(PlannedStage(device, first, end))
             end, last = first, origin
@@ -174,25 +175,25 @@ class Chain:
 
 
 class BoundedPaths:
-    """Paths that use up a number of devices of each kind.
+    """Paths that use at most a number of devices of each kind.
 
-    Most often the cheapest path takes fewer devices than there are: it is looked for first, as a chain in which each
-    kind may follow each other without end. Where that takes too many of a kind, it bounds the answer from below.
+    Usually the cheapest path uses fewer devices than there are. So it is searched first as a chain in which any kind
+    may follow any other without limit. If it uses too many of a kind, it is still a lower bound.
 
-    The table is over [cut, last kind, used of kind 0, used of kind 1, ...], last kind 0 being the start.
+    The table is over [cut, last kind, used of kind 0, used of kind 1, ...], where last kind 0 is the start.
     """
 
     def __init__(self, tables: Tables):
         problem = tables.problem
         assert problem.counts is not None
         self.tables, self.blocks, self.count, self.counts = tables, problem.blocks, problem.stages, problem.counts
-        most = problem.blocks * problem.replicas
-        self.shape = (len(self.counts) + 1, *(min(count, most) + 1 for count in self.counts))
+        limit = problem.blocks * problem.replicas
+        self.shape = (len(self.counts) + 1, *(min(count, limit) + 1 for count in self.counts))
         entries = (self.blocks + 1) * math.prod(self.shape)
         if entries > _TABLE_LIMIT:
             raise StagelineError(
                 f"{sum(self.counts)} devices of {len(self.counts)} kinds without an order need a table of {entries:,} "
-                f"entries, more than {_TABLE_LIMIT:,}; give them in order, or fewer kinds"
+                f"entries, more than {_TABLE_LIMIT:,}; put them in order, or use fewer kinds"
             )
         self.joins = np.zeros((len(tables.copy_s), len(self.counts) + 1, len(self.counts)), bool)  # [class, from, to]
         self.joins[0, 0] = True
@@ -202,16 +203,16 @@ class BoundedPaths:
         self.endless = Chain(tables, np.ones((kinds, kinds), bool)) if problem.replicas == 1 else None
 
     def relaxed(self, question: Question) -> tuple[list[PlannedStage] | None, bool]:
-        """The cheapest stages of as many devices as they take, and whether there are as many; those of `shortest` cost
-        no less."""
+        """The cheapest stages with unlimited devices, and whether there are that many; those of `shortest` cost no
+        less."""
         if self.endless is None:
             return self.shortest(question), True
         stages = self.endless.shortest(question)
         used = [sum(stage.device == kind for stage in stages or []) for kind in range(len(self.counts))]
-        return stages, all(count <= most for count, most in zip(used, self.counts, strict=True))
+        return stages, all(count <= limit for count, limit in zip(used, self.counts, strict=True))
 
     def shortest(self, question: Question) -> list[PlannedStage] | None:
-        """The cheapest stages; None where there are none."""
+        """The cheapest stages; None if there are none."""
         tables = self.tables
         value = np.full((self.blocks + 1, *self.shape), np.inf)
         value[(0,) * value.ndim] = 0.0
@@ -230,13 +231,13 @@ class BoundedPaths:
         return self._trace(question, value)
 
     def _moves(self) -> Iterator[tuple[int, int]]:
-        """Every kind, and every number of its devices that may share a stage."""
+        """Every kind with every number of its devices that may share a stage."""
         for kind, size in enumerate(self.shape[1:]):
             for replicas in range(1, min(self.tables.problem.replicas, size - 1) + 1):
                 yield kind, replicas
 
     def _used(self, kind: int, part: slice, *ahead: slice) -> Place:
-        """A part of the axis of `kind`, and all of the others, with other axes `ahead` of them."""
+        """An index: a slice of the axis of `kind`, all of the others, after the axes `ahead`."""
         return *ahead, *(part if axis == kind else slice(None) for axis in range(len(self.counts)))
 
     def _trace(self, question: Question, value: Floats) -> list[PlannedStage] | None:
@@ -256,7 +257,7 @@ class BoundedPaths:
                 for link in range(len(self.tables.copy_s)):
                     cost = self.tables.cost(question, link, firsts, np.array(end), np.array(kind), replicas)
                     total = np.where(self.joins[link, :, kind], value[at], np.inf) + cost[:, None]
-                    found.append((*_least(total), before, replicas))
+                    found.append((*_smallest(total), before, replicas))
             _, first, last, before, replicas = min(found)
             stages.append(PlannedStage(kind, first, end, replicas))
             end, used = first, list(before)

@@ -1,4 +1,4 @@
-"""Plans for a bundle: costs and devices made into a problem, solved, and told with its reasons."""
+"""Plans for a bundle: turns costs and devices into a problem, solves it, and explains the answer."""
 
 import itertools
 import os
@@ -14,23 +14,23 @@ from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cluster import Cluster, Kind
 from stageline.runtime.planning.cost import UseCost, cut_values, use_costs, values_bytes
+from stageline.runtime.planning.memory_shortage import smallest_shortage
 from stageline.runtime.planning.partition import best_plan, runner_up
 from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, PlannedStage, Problem
 from stageline.runtime.planning.profile import MachineProfile, command
-from stageline.runtime.planning.shortage import smallest_shortage
 from stageline.runtime.planning.simulate import Setting, SimulatedStage
 from stageline.runtime.planning.timings import Timings
 from stageline.runtime.workload import Shape, Workload
 
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
-_MOST_STAGES = 16  # that are tried one by one for a model with caches
-_LENGTH_STEP, _PAST_STEP = 8, 64  # tokens: times of simulated steps are told for multiples of these
+_MAX_STAGES = 16  # tried one by one for a model with caches
+_LENGTH_STEP, _PAST_STEP = 8, 64  # tokens: simulated steps are rounded up to multiples of these
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A plan with what it gives. `cycle_s` is the time between a micro-batch and its next turn; with caches that is the
-    time for a token. Cost is for a million tokens, energy for one."""
+    """A plan and its performance. `cycle_s` is the time between two turns of a micro-batch; with caches that is the
+    time per token. The price is per million tokens, the energy per token."""
 
     problem: Problem
     plan: Plan
@@ -42,11 +42,11 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float:
-        """In the steady state."""
+        """Throughput in the steady state."""
         return self.tokens_per_cycle / self.cycle_s
 
     def value(self, objective: Objective) -> float:
-        """What the objective makes smallest, for a token: to compare plans of different numbers of stages."""
+        """What the objective minimises, per token, so that plans of different numbers of stages compare."""
         return {
             "throughput": self.cycle_s / self.tokens_per_cycle,
             "latency": self.cycle_s if self.shape.past else self.plan.latency_s,
@@ -57,15 +57,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans for `bundle` on `cluster` in `dtype`; `profile` tells the times on this machine's processors.
+    """Plans for `bundle` on `cluster` in `dtype`. `profile` has the measured times of this machine's CPU.
 
-    Where `cluster` has such, int8 and int4 count as the engine on processors holds them: the matrices of products, with
-    scales and zero points; all else stays in float32.
+    If `cluster` includes this CPU, int8 and int4 count as its engine holds them: matrices of products quantised, with
+    scales and zero points; everything else in float32.
     """
 
     bundle: Bundle
     cluster: Cluster
-    load: Workload
+    workload: Workload
     dtype: str = "float32"
     overlap: bool = True
     profile: MachineProfile | None = None
@@ -74,11 +74,11 @@ class Planner:
 
     @cached_property
     def costs(self) -> Callable[[Shape], tuple[UseCost, ...]]:
-        """The cost of each use for a micro-batch, remembered; weights are counted in the planner's dtype."""
-        manifest, parts, weights = self.bundle.manifest, self.bundle.parts(), self._weights
-        if weights is not None:
-            return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, weights=weights)))
-        cache_itemsize = 2 if weights_of(self.dtype) else 4
+        """The cost of each use for a micro-batch, cached; weights count in the planner's dtype."""
+        manifest, parts, quantise = self.bundle.manifest, self.bundle.parts(), self._quantise
+        if quantise is not None:
+            return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, quantise=quantise)))
+        cache_itemsize = 2 if quantise_for(self.dtype) else 4
 
         @cache
         def of(shape: Shape) -> tuple[UseCost, ...]:
@@ -94,8 +94,8 @@ class Planner:
         return of
 
     @property
-    def _weights(self) -> WeightDtype | None:
-        return weights_of(self.dtype) if self.cluster.local else None
+    def _quantise(self) -> WeightDtype | None:
+        return quantise_for(self.dtype) if self.cluster.local else None
 
     def _scale(self, cost: UseCost) -> float:
         return _ITEMSIZE[self.dtype] * cost.parameters / cost.parameter_bytes if cost.parameter_bytes else 1.0
@@ -104,24 +104,24 @@ class Planner:
     def _timings(self) -> Callable[[int], Timings]:
         if self.profile is None:
             raise StagelineError(
-                "times on this machine's processors are not known; run: "
-                f"{command(self.bundle.path, weights_of(self.dtype))}"
+                "times on this machine's cores are not known; run: "
+                f"{command(self.bundle.path, quantise_for(self.dtype))}"
             )
         profile = self.profile
         return cache(lambda threads: Timings(profile, self.bundle.manifest, threads, self.costs))
 
     def rates(self, kind: Kind) -> Rates:
-        """The roofline of a device: of its published figures, or of what the profile measured."""
+        """The roofline of a device, from published figures or from the profile."""
         return self._timings(kind.threads).rates if kind.device is None else kind.device.rates(self.dtype)
 
     def problem(self, shape: Shape, stages: int | None = None, beside: int = 0) -> Problem:
-        """The problem for a micro-batch and, where it is given, a number of stages. On this machine each of them runs
-        beside so many others, with which it shares the memory."""
+        """The problem for a micro-batch and, if not None, a number of stages. On this machine each stage shares memory
+        bandwidth with `beside` others that run at the same time."""
         manifest, costs = self.bundle.manifest, self.costs(shape)
-        cached_tokens = self.load.slots * self.load.capacity if manifest.cached else 0
+        cached_tokens = self.workload.slots * self.workload.capacity if manifest.cached else 0
         first, last = manifest.uses[0], manifest.uses[-1]
         tied = set(first.weights.values()) & set(last.weights.values())
-        if self._weights is not None:  # the table that is looked up stays beside the quantised matrix
+        if self._quantise is not None:  # the embedding table stays beside the quantised matrix
             tied = set()
         return Problem(
             devices=tuple(self._device(kind, shape, costs, beside) for kind in self.cluster.kinds),
@@ -167,7 +167,7 @@ class Planner:
         )
 
     def best(self, objective: Objective) -> Answer:
-        """The best plan. StagelineError where none fits: what is short, by how much, and what would fit."""
+        """The best plan. StagelineError if none fits: what lacks memory, how much, and what would fit."""
         self._check(objective)
         found = [answer for answer in self._answers(objective) if answer is not None]
         if not found:
@@ -175,8 +175,8 @@ class Planner:
         return min(found, key=lambda answer: answer.value(objective))
 
     def cut(self, layers: Sequence[int]) -> Answer:
-        """What stages of so many blocks give, each on a device of the first kind, whether they fit or not."""
-        shape = self.load.shape(self.bundle.manifest.cached, len(layers))
+        """The answer for stages of `layers` blocks, each on a device of the first kind, whether they fit or not."""
+        shape = self.workload.shape(self.bundle.manifest.cached, len(layers))
         problem = self.problem(shape, beside=self._beside(len(layers)))
         ends = list(itertools.accumulate(layers))
         stages = [PlannedStage(0, first, end) for first, end in zip((0, *ends), ends, strict=False)]
@@ -194,32 +194,32 @@ class Planner:
         return min(found, key=lambda answer: answer.value(objective), default=None)
 
     def _answers(self, objective: Objective) -> Iterator[Answer | None]:
-        """The best plan for each number of stages, where that decides the micro-batch or how stages slow each other
-        down; else the best plan."""
+        """The best plan for each number of stages, if that number decides the micro-batch or the contention; else the
+        best plan."""
         cached = self.bundle.manifest.cached
         devices = sum(kind.count for kind in self.cluster.kinds)
         local = sum(kind.count for kind in self.cluster.kinds if kind.device is None)
-        most = min(devices, self.bundle.manifest.blocks, self.load.slots if cached else devices, _MOST_STAGES)
-        counts: Sequence[int | None] = range(1, most + 1) if self.layers is None else [len(self.layers)]
+        max_stages = min(devices, self.bundle.manifest.blocks, self.workload.slots if cached else devices, _MAX_STAGES)
+        counts: Sequence[int | None] = range(1, max_stages + 1) if self.layers is None else [len(self.layers)]
         if not cached and (local < 2 or self.replicas > 1):
             counts = [None]
         for stages in counts:
-            shape = self.load.shape(cached, stages)
-            alone = objective == "latency" and not cached  # a micro-batch on its way, and no other
+            shape = self.workload.shape(cached, stages)
+            alone = objective == "latency" and not cached  # one micro-batch at a time
             problem = self.problem(shape, stages, 0 if alone else self._beside(stages or local))
             plan = best_plan(problem, objective)
             yield None if plan is None else self._answer(problem, plan, shape)
 
     def _beside(self, stages: int) -> int:
-        """How many of so many stages run on this machine's processors while one of them does."""
+        """How many others of `stages` stages run on this machine's cores while one of them does."""
         local = sum(kind.count for kind in self.cluster.kinds if kind.device is None)
         return max(0, min(local, stages) - 1)
 
     def _answer(self, problem: Problem, plan: Plan, shape: Shape) -> Answer:
-        if shape.past:  # as many groups are under way as there are stages
+        if shape.past:  # there is one group per stage
             groups = len(plan.stages)
             cycle_s = max(plan.latency_s, groups * plan.bottleneck_s)
-            tokens = self.load.slots
+            tokens = self.workload.slots
         else:
             groups, cycle_s, tokens = 1, plan.bottleneck_s, shape.batch * shape.length
         return Answer(
@@ -235,12 +235,12 @@ class Planner:
     def _check(self, objective: Objective) -> None:
         if objective in ("cost", "energy") and self.cluster.local:
             raise StagelineError(
-                f"the objective {objective} needs prices and power, which are not known of this machine's processors; "
+                f"the objective {objective} needs prices and power, which are not known for this machine's CPU; "
                 "describe them in a cluster file"
             )
 
     def setting(self, answer: Answer) -> Setting:
-        """The plan as a pipeline to simulate, for micro-batches of any shape."""
+        """The plan as a pipeline that can be simulated, for micro-batches of any shape."""
         stages = []
         for number, stage in enumerate(answer.plan.stages):
             cost = answer.problem.devices[stage.device]
@@ -284,37 +284,37 @@ class Planner:
 
     @cached_property
     def _bare(self) -> Problem:
-        return replace(self.problem(self.load.shape(self.bundle.manifest.cached, 1)), layers=None, replicas=1)
+        return replace(self.problem(self.workload.shape(self.bundle.manifest.cached, 1)), layers=None, replicas=1)
 
     def _fits(self) -> bool:
         return any(answer is not None for answer in self._answers("latency"))
 
     def _why_nothing_fits(self) -> str:
         stages = len(self.layers) if self.layers is not None else None
-        problem = self.problem(self.load.shape(self.bundle.manifest.cached, stages))
+        problem = self.problem(self.workload.shape(self.bundle.manifest.cached, stages))
         short = smallest_shortage(problem)
         if short is None:
-            return "no plan exists: no chain of links joins enough devices for the wanted stages"
+            return "no plan exists: no chain of links joins enough devices for these stages"
         stage = short.stage
         device = problem.devices[stage.device]
         needed = problem.stage_bytes(stage.device, stage.first, stage.end)
-        told = (
+        message = (
             f"no plan fits: at the best cut blocks {stage.first} to {stage.end - 1} need {needed / 1e9:.3g} GB on "
             f"{device.name}, which has {device.memory_bytes / 1e9:.3g} GB: short by {short.short_bytes / 1e9:.3g} GB"
         )
         ways = list(self._ways_out())
-        return f"{told}; what fits: {', or '.join(ways)}" if ways else told
+        return f"{message}; what fits: {', or '.join(ways)}" if ways else message
 
     def _ways_out(self) -> Iterator[str]:
-        """The smallest change of each kind with which a plan fits."""
-        load = self.load
+        """The smallest change of each option with which a plan fits."""
+        workload = self.workload
         if self.bundle.manifest.cached:
-            slots = _largest(lambda k: self._with(replace(load, slots=k))._fits(), load.slots - 1)
+            slots = _largest(lambda k: self._with(replace(workload, slots=k))._fits(), workload.slots - 1)
             capacity = 64 * _largest(
-                lambda k: self._with(replace(load, capacity=64 * k))._fits(), (load.capacity - 1) // 64
+                lambda k: self._with(replace(workload, capacity=64 * k))._fits(), (workload.capacity - 1) // 64
             )
-            yield from [f"--slots {slots} instead of {load.slots}"] if slots else []
-            yield from [f"--capacity {capacity} instead of {load.capacity}"] if capacity else []
+            yield from [f"--slots {slots} instead of {workload.slots}"] if slots else []
+            yield from [f"--capacity {capacity} instead of {workload.capacity}"] if capacity else []
         for place, kind in enumerate(self.cluster.kinds):
             if kind.device is None or self.cluster.ordered:
                 continue
@@ -325,24 +325,24 @@ class Planner:
                     yield f"{kind.count + more} x {kind.name} instead of {kind.count}"
                     break
 
-    def _with(self, load: Workload) -> "Planner":
-        return replace(self, load=load)
+    def _with(self, workload: Workload) -> "Planner":
+        return replace(self, workload=workload)
 
 
-def weights_of(dtype: str) -> WeightDtype | None:
-    """What an engine is to quantise weights to so that they are of `dtype`; None: nothing."""
+def quantise_for(dtype: str) -> WeightDtype | None:
+    """The `quantise` option that makes an engine hold weights in `dtype`; None if it needs none."""
     return next((known for known in get_args(WeightDtype) if known == dtype), None)
 
 
 def _rounded(shape: Shape) -> Shape:
-    """The shape with past, and the length of a chunk, rounded up: few shapes are told apart."""
+    """The shape with its past and its chunk length rounded up, so that few different shapes are computed."""
     length = shape.length if shape.length == 1 else -(-shape.length // _LENGTH_STEP) * _LENGTH_STEP
     return replace(shape, length=length, past=-(-shape.past // _PAST_STEP) * _PAST_STEP)
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 where none does; what fits, fits for every smaller one."""
-    low, high = 0, most
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to `limit` that fits, 0 if none does. If a number fits, so does every smaller one."""
+    low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -350,6 +350,6 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def device_names(cluster: Cluster, plan: Plan) -> list[list[str]]:
-    """The devices of each stage by name, each used once."""
+    """Names of each stage's devices; each device is used once."""
     free = {number: itertools.chain(kind.names) for number, kind in enumerate(cluster.kinds)}
     return [[next(free[stage.device]) for _ in range(stage.replicas)] for stage in plan.stages]

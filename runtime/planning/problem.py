@@ -1,4 +1,4 @@
-"""What a planner is asked: costs of the model's uses on each device, links, memory, pins; and a plan as its answer."""
+"""The planner's problem (costs of the model's uses on each device, links, memory, pinned layers) and its answer."""
 
 import itertools
 import math
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stageline.models.errors import StagelineError
+from stageline.runtime.bundle.manifest import uses_of
 
 Objective = Literal["throughput", "latency", "cost", "energy"]
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "cost", "energy")
@@ -14,10 +15,10 @@ OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "cost", "energy")
 
 @dataclass(frozen=True)
 class DeviceCost:
-    """What one kind of device makes of the model: seconds for each use (prologue, blocks, epilogue) of a micro-batch.
+    """The model on one kind of device: seconds of each use (prologue, blocks, epilogue) for a micro-batch.
 
-    `stage_s` comes once for each stage, `later_stage_s` once more for each stage but the first (shared values that it
-    computes anew). `memory_bytes` is what the device has, `workspace_bytes` what a stage needs besides its uses.
+    `stage_s` is added for each stage, `later_stage_s` for each stage except the first (shared values that it
+    recomputes). `memory_bytes` is what the device has, `workspace_bytes` what a stage needs in addition to its uses.
     """
 
     name: str
@@ -33,13 +34,13 @@ class DeviceCost:
 
 @dataclass(frozen=True)
 class Link:
-    """What carries a micro-batch from one device to another."""
+    """A connection that carries micro-batches from one device to another."""
 
     bandwidth_bytes_per_s: float = math.inf
     latency_s: float = 0.0
 
     def copy_s(self, count_bytes: float) -> float:
-        """Seconds that `count_bytes` take."""
+        """Seconds to copy `count_bytes`."""
         return self.latency_s + count_bytes / self.bandwidth_bytes_per_s
 
 
@@ -47,14 +48,14 @@ class Link:
 class Problem:
     """A model of `len(use_bytes) - 2` blocks and the devices to cut it for.
 
-    `devices` in order: a stage's device comes after the one before it in the list, and any may be left out. With
+    `devices` are in order: a stage's device comes after that of the stage before, and any may be left out. With
     `counts` there is no order: there are `counts[k]` devices of the kind `devices[k]`. `links[a][b]` leads from device
-    (or kind) a to b; None where data cannot go. `use_bytes` are the bytes that each use keeps on its device,
-    `tied_bytes` what prologue and epilogue share when they lie in one stage; `cut_bytes[i]` cross a cut before block i.
+    (or kind) a to b; None if there is no way. `use_bytes` are the bytes that each use keeps on its device, `tied_bytes`
+    those that prologue and epilogue share in one stage. `cut_bytes[i]` cross a cut before block i.
 
-    With `overlap` a device copies its next input while it computes: a stage then takes the longer of the two, else
-    their sum. `layers` pins the number of blocks of each stage, `stages` their number. `replicas` is the most devices
-    of one kind that may share a stage, each taking every r-th micro-batch; without order only.
+    With `overlap` a device copies its next input while it computes: a stage takes the maximum of the two, else their
+    sum. `layers` pins the number of blocks of each stage, `stages` the number of stages. `replicas` is the maximum
+    number of devices of one kind that share a stage, each taking every r-th micro-batch; only without an order.
     """
 
     devices: tuple[DeviceCost, ...]
@@ -85,32 +86,31 @@ class Problem:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the model has."""
+        """Number of blocks."""
         return len(self.use_bytes) - 2
 
     def stage_bytes(self, device: int, first: int, end: int) -> float:
-        """Memory that a stage of blocks `first` to `end` - 1 takes on `device`."""
-        begin, stop = _uses(self.blocks, first, end)
+        """Memory of a stage of blocks `first` to `end` - 1 on `device`."""
         tied = self.tied_bytes if (first, end) == (0, self.blocks) else 0.0
-        return sum(self.use_bytes[begin:stop]) + self.devices[device].workspace_bytes - tied
+        return sum(uses_of(self.use_bytes, first, end)) + self.devices[device].workspace_bytes - tied
 
     def compute_s(self, device: int, first: int, end: int) -> float:
-        """Seconds of work on a micro-batch of a stage of blocks `first` to `end` - 1 on `device`."""
-        begin, stop = _uses(self.blocks, first, end)
+        """Seconds of a stage of blocks `first` to `end` - 1 on `device` for a micro-batch."""
         cost = self.devices[device]
-        return sum(cost.use_s[begin:stop]) + cost.stage_s + (cost.later_stage_s if first else 0.0)
+        return cost.stage_s + stage_time_s(cost.use_s, first, end, cost.later_stage_s)
 
     def allowed(self, first: int, end: int) -> bool:
-        """True if the pinned layers allow a stage of blocks `first` to `end` - 1."""
+        """Whether the pinned layers allow a stage of blocks `first` to `end` - 1."""
         if self.layers is None:
             return True
         ends = list(itertools.accumulate(self.layers))
         return (first, end) in zip((0, *ends), ends, strict=False)
 
 
-def _uses(blocks: int, first: int, end: int) -> tuple[int, int]:
-    """The places among the uses of a stage's first and last: prologue with the first block, epilogue with the last."""
-    return (0 if first == 0 else first + 1), (blocks + 2 if end == blocks else end + 1)
+def stage_time_s(use_s: Sequence[float], first: int, end: int, later_stage_s: float = 0.0) -> float:
+    """Seconds of a stage of blocks `first` to `end` - 1: those of its uses, and `later_stage_s` if it is not the first
+    stage."""
+    return sum(uses_of(use_s, first, end)) + (later_stage_s if first else 0.0)
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage costs for each micro-batch. `occupied_s` is the time from one micro-batch to the next that the stage
-    alone would allow; `bubble` is the share of the bottleneck's time in which it waits, 0 to 1."""
+    """What a stage costs per micro-batch. `occupied_s` is the time from one micro-batch to the next if this stage were
+    the bottleneck; `bubble` is the share of the bottleneck's time in which it waits, 0 to 1."""
 
     compute_s: float
     copy_s: float
@@ -137,10 +137,10 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """An answer: the stages in order and what they cost together for each micro-batch.
+    """An answer: the stages in order, and what they cost together per micro-batch.
 
-    `bottleneck_s` is the time between micro-batches when the pipeline is full, `latency_s` that of one alone,
-    `price_per_h` of all devices used, `energy_j` in the steady state, idle power included.
+    `bottleneck_s` is the time between micro-batches in a full pipeline, `latency_s` the time of one alone through all
+    stages, `price_per_h` that of all devices used, `energy_j` that of the steady state, idle power included.
     """
 
     stages: tuple[PlannedStage, ...]
@@ -152,7 +152,7 @@ class Plan:
 
     @classmethod
     def of(cls, problem: Problem, stages: Sequence[PlannedStage]) -> "Plan":
-        """The figures of these stages, whether they fit or not."""
+        """The plan of these stages, whether they fit or not."""
         times = []
         for number, stage in enumerate(stages):
             copy_s = 0.0
@@ -186,8 +186,8 @@ class Plan:
         )
 
     def value(self, objective: Objective) -> float:
-        """What the objective makes smallest: seconds a micro-batch (throughput, latency), price for a micro-batch in
-        the catalogue's currency (cost), joules for a micro-batch (energy)."""
+        """What the objective minimises, per micro-batch: seconds (throughput, latency), price in the catalogue's
+        currency (cost), joules (energy)."""
         return {
             "throughput": self.bottleneck_s,
             "latency": self.latency_s,

@@ -1,7 +1,6 @@
-"""What was measured on a machine: a bundle's parts, stored as profiles/<machine>.json in the bundle.
+"""What `measure.py` measured of a bundle's parts on a machine, stored as profiles/<machine>.json in the bundle.
 
-The file is not listed in the manifest: a bundle may hold such files, and only the planner reads it. `measuring.py`
-measures.
+The manifest does not list these files: they are optional, and only planning and rebalancing read them.
 """
 
 import itertools
@@ -13,32 +12,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import pydantic
+from pydantic import AliasChoices, Field
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
+from stageline.runtime.validation import Data, read_document
 from stageline.runtime.workload import Shape
 
 FOLDER = "profiles"
 
 
-class _Data(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-
-class Machine(_Data):
-    """What measurements hold for; `weights`: what the engine quantised those of matrix products to, None for as they
-    are."""
+class Machine(Data):
+    """What measurements hold for: the CPU, its cores, the engine, and what it quantises weights of matrix products
+    to."""
 
     cpu: str
-    processors: int
+    cores: int = Field(validation_alias=AliasChoices("cores", "processors"), serialization_alias="processors")
     engine: str
     engine_version: str
-    weights: WeightDtype | None = None
+    quantise: WeightDtype | None = Field(
+        default=None, validation_alias=AliasChoices("quantise", "weights"), serialization_alias="weights"
+    )
 
     @classmethod
-    def here(cls, weights: WeightDtype | None = None) -> "Machine":
-        """This machine with the engine onnxruntime and such weights."""
+    def here(cls, quantise: WeightDtype | None = None) -> "Machine":
+        """This machine with the engine onnxruntime, opened with `quantise`."""
         try:
             info = Path("/proc/cpuinfo").read_text()
         except OSError:
@@ -50,10 +48,10 @@ class Machine(_Data):
         cpu = f"{name} (model {model}, stepping {stepping})"
         return cls(
             cpu=cpu,
-            processors=os.cpu_count() or 1,
+            cores=os.cpu_count() or 1,
             engine="onnxruntime",
             engine_version=version("onnxruntime"),
-            weights=weights,
+            quantise=quantise,
         )
 
     @property
@@ -62,53 +60,53 @@ class Machine(_Data):
         return re.sub(r"[^a-z0-9]+", "-", str(self).lower()).strip("-") + ".json"
 
     @property
-    def weights_told(self) -> str:
-        """The weights in words."""
-        return f"{self.weights} weights" if self.weights else "weights as they are"
+    def weights(self) -> str:
+        """The precision of the weights, for people."""
+        return f"{self.quantise} weights" if self.quantise else "weights that are not quantised"
 
     def same_but_weights(self, other: "Machine") -> bool:
-        """Whether both are one machine with one engine, whatever the weights."""
-        return self.model_copy(update={"weights": other.weights}) == other
+        """Whether both are the same machine and engine, ignoring `quantise`."""
+        return self.model_copy(update={"quantise": other.quantise}) == other
 
     def __str__(self) -> str:
-        quantised = f", {self.weights_told}" if self.weights else ""
-        return f"{self.cpu}, {self.processors} processors, {self.engine} {self.engine_version}{quantised}"
+        quantised = f", {self.weights}" if self.quantise else ""
+        return f"{self.cpu}, {self.cores} cores, {self.engine} {self.engine_version}{quantised}"
 
 
-class Point(_Data):
+class Point(Data):
     """The median time of a stage of blocks `first` to `end` - 1 for a micro-batch."""
 
-    threads: int = pydantic.Field(ge=1)
-    batch: int = pydantic.Field(ge=1)
-    length: int = pydantic.Field(ge=1)
-    past: int = pydantic.Field(ge=0)
-    first: int = pydantic.Field(ge=0)
-    end: int = pydantic.Field(ge=1)
-    seconds: float = pydantic.Field(gt=0)
-    runs: int = pydantic.Field(ge=1)
+    threads: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    length: int = Field(ge=1)
+    past: int = Field(ge=0)
+    first: int = Field(ge=0)
+    end: int = Field(ge=1)
+    seconds: float = Field(gt=0)
+    runs: int = Field(ge=1)
 
 
-class Contention(_Data):
-    """By what share stages take longer for each other stage that runs meanwhile, each on its own processors."""
+class Contention(Data):
+    """By what share stages, each on its own cores, take longer for each other stage that runs at the same time."""
 
-    threads: int = pydantic.Field(ge=1)
-    batch: int = pydantic.Field(ge=1)
-    length: int = pydantic.Field(ge=1)
-    past: int = pydantic.Field(ge=0)
-    share: float = pydantic.Field(ge=0)
+    threads: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    length: int = Field(ge=1)
+    past: int = Field(ge=0)
+    share: float = Field(ge=0)
 
 
-class MachineProfile(_Data):
-    """What was measured on a machine. `handover_s` is that of a micro-batch from a worker to the next, `host_step_s`
-    what the driver of generation takes for a step besides, and `host_row_s` for each row of it."""
+class MachineProfile(Data):
+    """What was measured on a machine. `handover_s`: a micro-batch from one worker to the next. `host_step_s` and
+    `host_row_s`: the time of generation's driver for a step, and for each of its rows."""
 
     format: Literal["stageline-profile"] = "stageline-profile"
     version: Literal[2] = 2
     machine: Machine
-    handover_s: float = pydantic.Field(ge=0)
-    host_step_s: float = pydantic.Field(default=0.0, ge=0)
-    host_row_s: float = pydantic.Field(default=0.0, ge=0)
-    points: tuple[Point, ...] = pydantic.Field(min_length=1)
+    handover_s: float = Field(ge=0)
+    host_step_s: float = Field(default=0.0, ge=0)
+    host_row_s: float = Field(default=0.0, ge=0)
+    points: tuple[Point, ...] = Field(min_length=1)
     contention: tuple[Contention, ...] = ()
 
 
@@ -121,64 +119,53 @@ class Grid:
     pasts: tuple[int, ...] = (0,)
 
     def shapes(self) -> Iterator[Shape]:
-        """All of them."""
+        """All shapes."""
         for batch in self.batches:
             for length in self.lengths:
                 yield from (Shape(batch, length, past) for past in self.pasts)
 
     def corners(self) -> list[Shape]:
-        """The least and the largest of each."""
+        """The shapes of minimal and maximal sizes."""
         ends = [sorted({min(values), max(values)}) for values in (self.batches, self.lengths, self.pasts)]
         return [Shape(*corner) for corner in itertools.product(*ends)]
 
 
-def save(bundle: Bundle, profile: MachineProfile) -> Path:
-    """Write the profile into the bundle, aside and then renamed; the path of its file."""
+def write_profile(bundle: Bundle, profile: MachineProfile) -> Path:
+    """Write the profile into the bundle, to a temporary file that is then renamed, and return its path."""
     folder = bundle.path / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / profile.machine.file
     aside = folder / f".{file.name}.{os.getpid()}"
-    aside.write_text(profile.model_dump_json(indent=1))
+    aside.write_text(profile.model_dump_json(indent=1, by_alias=True))
     return aside.replace(file)
 
 
-def command(folder: Path, weights: WeightDtype | None) -> str:
-    """What to type to have such a profile."""
-    return f"stageline profile {folder}" + (f" --quantise {weights}" if weights else "")
+def command(folder: Path, quantise: WeightDtype | None) -> str:
+    """The command that makes such a profile."""
+    return f"stageline profile {folder}" + (f" --quantise {quantise}" if quantise else "")
 
 
-def load(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
+def read_profile(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
     """The profile of `machine` in the bundle's folder, or the nearest other one with a warning that names both.
 
-    The same machine with other weights is nearer than another machine with these: the parts' shares of the time, the
-    threads that were measured and what the host takes stay much the same. BundleError where there is none, or one that
-    is not valid.
+    The same machine with another `quantise` is nearer than another machine with the same: the parts' shares of the
+    time, the measured threads and the host's times stay similar. BundleError if there is no profile, or one is not
+    valid.
     """
     files = sorted((folder / FOLDER).glob("*.json"))
-    wanted = command(folder, machine.weights)
+    wanted = command(folder, machine.quantise)
     if not files:
         raise BundleError(f"bundle {folder} has no profile of any machine; make one with: {wanted}")
     own = folder / FOLDER / machine.file
-    profiles = map(_read, [own] if own in files else files)
+    candidates = [own] if own in files else files
     profile = min(
-        profiles, key=lambda p: (not p.machine.same_but_weights(machine), p.machine.weights != machine.weights)
+        (read_document(MachineProfile, file, "run stageline profile again") for file in candidates),
+        key=lambda p: (not p.machine.same_but_weights(machine), p.machine.quantise != machine.quantise),
     )
     if profile.machine == machine:
         return profile, None
     if profile.machine.same_but_weights(machine):
-        told = f"the profile is of {profile.machine.weights_told}, not of {machine.weights_told}"
+        message = f"the profile is for {profile.machine.weights}, not for {machine.weights}"
     else:
-        told = f"the profile is of another machine ({profile.machine}), not of this one ({machine})"
-    return profile, f"{told}: times may be far off; run {wanted}"
-
-
-def _read(file: Path) -> MachineProfile:
-    """BundleError where it is not valid."""
-    try:
-        return MachineProfile.model_validate_json(file.read_bytes())
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise BundleError(
-            f"{file} is no valid profile ({place}: {first['msg']}); run stageline profile again"
-        ) from error
+        message = f"the profile is from another machine ({profile.machine}), not from this one ({machine})"
+    return profile, f"{message}: times may be far off; run {wanted}"

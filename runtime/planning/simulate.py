@@ -1,10 +1,10 @@
-"""A pipeline as discrete events: what it gives under a load, before it is built.
+"""A pipeline simulated by discrete events: its performance under a load, before it is built.
 
-Processors and links are servers with a queue each, first come, first served; a micro-batch goes through them in order.
-A processor of several stages does first what is nearest to the end of the pipeline, as the runtime's workers do.
-Processors that share memory slow each other down while they compute at the same time. Generation is driven by the
-runtime's own scheduler (`stageline.runtime.generation.scheduler`): the simulated stages run the steps that it issues.
-The same seed gives the same run.
+Cores and links are servers with a queue each, first come, first served; a micro-batch passes through them in order. A
+core with several stages first runs the one closest to the end of the pipeline, as the runtime's workers do. Cores that
+share memory slow each other down while they compute at the same time. The runtime's own scheduler
+(`stageline.runtime.generation.scheduler`) drives generation: the simulated stages run the steps that it issues. The
+same seed repeats the same run.
 """
 
 import heapq
@@ -22,20 +22,20 @@ from stageline.runtime.generation.meter import Percentiles
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.workload import Shape
 
-_MOST_LOAD = 0.95  # of what a pipeline does when all requests come at once
+_MAX_LOAD = 0.95  # of the throughput when all requests arrive at once
 Seconds = Callable[[Shape], float]
-"""What a micro-batch takes."""
+"""Seconds that a micro-batch takes."""
 
 
 @dataclass(frozen=True)
 class SimulatedStage:
-    """A stage: what a micro-batch takes on it, and what it takes to get there over `link` (stages that name one link
-    share it). Stages on one `processor` share that. `contention` is the share by which it takes longer for each other
-    processor that computes meanwhile. `slowdown` multiplies its times; `jitter` is the standard deviation of the
-    logarithm of a random factor on each."""
+    """A stage: seconds that a micro-batch takes on it (`compute`), and to get there over `link` (`copy`). Stages that
+    name the same link or `core` share it. `contention` is the share by which it takes longer for each other core that
+    computes at the same time. `slowdown` multiplies its times; `jitter` is the standard deviation of the logarithm of a
+    random factor on each."""
 
     compute: Seconds
-    processor: int
+    core: int
     copy: Seconds | None = None
     link: str = ""
     contention: Callable[[Shape], float] | None = None
@@ -48,8 +48,8 @@ class SimulatedStage:
 
 @dataclass(frozen=True)
 class Setting:
-    """A pipeline to simulate. Without `overlap` a stage waits for its own copies. The thread that drives generation
-    takes `host_step_s` for a step that has left the last stage and `host_row_s` for each token drawn from it."""
+    """A pipeline to simulate. Without `overlap` a stage waits for its own copies. The driver of generation takes
+    `host_step_s` for each step that leaves the last stage, and `host_row_s` for each token sampled from it."""
 
     stages: tuple[SimulatedStage, ...]
     overlap: bool = True
@@ -59,7 +59,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """Rows of a length that come at a time."""
+    """Rows of one length that arrive together."""
 
     arrival_s: float
     rows: int
@@ -68,7 +68,7 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A prompt of so many tokens, to be continued by so many."""
+    """A prompt of `prompt` tokens, to be continued by `output` tokens."""
 
     arrival_s: float
     prompt: int
@@ -77,10 +77,10 @@ class TextRequest:
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What a run gave, from its first arrival to its last result.
+    """Figures of a run, from its first arrival to its last result.
 
-    `ttft` is the time to the first token, `tpot` the time for each one after it (both of generation only), `wait` what
-    a micro-batch queued before the first stage. `bubble` is the share of the stages' time in which they did nothing.
+    `ttft` is the time to the first token, `tpot` the time per later token (both of generation only), `wait` the time
+    that a micro-batch queued before the first stage. `bubble` is the share of the stages' time in which they were idle.
     """
 
     requests: int
@@ -101,16 +101,15 @@ class SimulationResult:
 def simulate_batches(
     setting: Setting, requests: Sequence[BatchRequest], micro_rows: int | None = None, seed: int = 0
 ) -> SimulationResult:
-    """Requests cut into micro-batches of at most `micro_rows` rows, each done when all of its micro-batches are.
-
-    None: as the pipeline cuts rows of one length.
+    """Simulate requests that are cut into micro-batches of at most `micro_rows` rows (None: as the pipeline would cut
+    them). A request is done when all of its micro-batches are.
     """
     run = _Run(setting, seed)
 
     def arrive(request: BatchRequest) -> None:
         run.enter(request.arrival_s)
-        most = micro_rows or default_rows(request.rows, request.length, len(setting.stages), ragged=False)
-        count = -(-request.rows // most)
+        max_rows = micro_rows or default_rows(request.rows, request.length, len(setting.stages), ragged=False)
+        count = -(-request.rows // max_rows)
         left = [count]
 
         def leave() -> None:
@@ -130,20 +129,21 @@ def simulate_batches(
 def simulate_generation(
     setting: Setting, requests: Sequence[TextRequest], slots: int, capacity: int, chunk: int, seed: int = 0
 ) -> SimulationResult:
-    """Requests that share `slots` cache rows of `capacity` tokens, prompts read in chunks of `chunk` tokens.
+    """Simulate requests that share `slots` cache rows of `capacity` tokens; prompts are read in chunks of `chunk`
+    tokens.
 
-    StagelineError where a request does not fit a cache row.
+    StagelineError if a request does not fit a cache row.
     """
-    longest = max((request.prompt + request.output for request in requests), default=0)
-    if longest > capacity:
-        raise StagelineError(f"a request has {longest} tokens, a cache row holds {capacity}; give a larger context")
+    max_tokens = max((request.prompt + request.output for request in requests), default=0)
+    if max_tokens > capacity:
+        raise StagelineError(f"a request has {max_tokens} tokens, a cache row holds {capacity}; set a larger capacity")
     return _GenerationRun(setting, slots, capacity, chunk, seed).run_all(requests)
 
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """A micro-batch on a processor or in its queue. `left_s` of it are to be done, were the processor alone; `paced_s`
-    is when that was last reckoned, `event` the number of the event that ends it."""
+    """A micro-batch on a core or in its queue. `left_s` would be left if no other core computed; `paced_s` is when that
+    was computed last, `event` the number of the event that ends it."""
 
     stage: int
     left_s: float
@@ -158,7 +158,7 @@ class _Work:
 
 
 class _Run:
-    """Time, servers, and what is counted."""
+    """The simulated time, the servers, and the counters."""
 
     def __init__(self, setting: Setting, seed: int):
         self.setting = setting
@@ -166,12 +166,12 @@ class _Run:
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = itertools.count(1)
-        self.free_at: dict[str, float] = {}  # of a link, or the host: when all that came to it is done
-        # By processor, and of that by stage, the last first:
-        self.queues: dict[int, dict[int, deque[_Work]]] = {stage.processor: {} for stage in setting.stages}
+        self.free_at: dict[str, float] = {}  # by link, and the host: when it has done all work so far
+        # By core, then by stage, the last first:
+        self.queues: dict[int, dict[int, deque[_Work]]] = {stage.core: {} for stage in setting.stages}
         for number, stage in reversed(list(enumerate(setting.stages))):
-            self.queues[stage.processor][number] = deque()
-        self.running: dict[int, _Work] = {}  # by processor
+            self.queues[stage.core][number] = deque()
+        self.running: dict[int, _Work] = {}  # by core
         self.contended = any(stage.contention is not None for stage in setting.stages)
         self.busy_s = [0.0] * len(setting.stages)
         self.waits: list[float] = []
@@ -183,19 +183,19 @@ class _Run:
         self.inside, self.changed_s, self.area = 0, 0.0, 0.0
 
     def at(self, when_s: float, what: Callable[[], None]) -> int:
-        """Do something at a time; the event's number."""
+        """Schedule `what` and return the event's number."""
         number = next(self.count)
         heapq.heappush(self.events, (when_s, number, what))
         return number
 
     def go(self) -> None:
-        """Let all events happen."""
+        """Run all events."""
         while self.events:
             self.now, self.event, what = heapq.heappop(self.events)
             what()
 
     def send(self, shape: Shape, leave: Callable[[], None], stage: int = 0) -> None:
-        """A micro-batch comes to a stage, by its link if it has one."""
+        """A micro-batch arrives at a stage, over its link if it has one."""
         here = self.setting.stages[stage]
         copy_s = here.copy(shape) if here.copy is not None else 0.0
         if copy_s and self.setting.overlap:
@@ -211,44 +211,44 @@ class _Run:
         last = stage + 1 == len(self.setting.stages)
         then = leave if last else partial(self.send, shape, leave, stage + 1)
         contention = here.contention(shape) if here.contention is not None else 0.0
-        self.queues[here.processor][stage].append(_Work(stage, copy_s + taken_s, copy_s, contention, then, self.now))
-        if here.processor not in self.running:
-            self._begin(here.processor)
+        self.queues[here.core][stage].append(_Work(stage, copy_s + taken_s, copy_s, contention, then, self.now))
+        if here.core not in self.running:
+            self._begin(here.core)
 
-    def _begin(self, processor: int) -> None:
-        work = next(queue for queue in self.queues[processor].values() if queue).popleft()
+    def _begin(self, core: int) -> None:
+        work = next(queue for queue in self.queues[core].values() if queue).popleft()
         work.began_s = work.paced_s = self.now
         if work.stage == 0:
             self.waits.append(self.now - work.came_s)
-        self.running[processor] = work
-        self._pace(processor)
+        self.running[core] = work
+        self._pace(core)
 
     def _pace(self, begun: int | None) -> None:
-        """Set the pace of what runs, after something has begun (on processor `begun`) or ended."""
+        """Set the pace of what runs, after something has started (on core `begun`) or ended."""
         others = len(self.running) - 1
-        for processor in self.running if self.contended else [begun] if begun is not None else []:
-            work = self.running[processor]
+        for core in self.running if self.contended else [begun] if begun is not None else []:
+            work = self.running[core]
             rate = 1 / (1 + work.contention * others)
             if rate != work.rate:
                 work.left_s -= work.rate * (self.now - work.paced_s)
                 work.paced_s, work.rate = self.now, rate
-                work.event = self.at(self.now + work.left_s / rate, partial(self._end, processor))
+                work.event = self.at(self.now + work.left_s / rate, partial(self._end, core))
 
-    def _end(self, processor: int) -> None:
-        work = self.running.get(processor)
+    def _end(self, core: int) -> None:
+        work = self.running.get(core)
         if work is None or work.event != self.event:
-            return  # it was paced anew meanwhile
-        del self.running[processor]
+            return  # its pace has changed since
+        del self.running[core]
         self.busy_s[work.stage] += self.now - work.began_s - work.copy_s
-        work.then()  # the next stage may be on this very processor
-        if processor not in self.running:
-            if any(self.queues[processor].values()):
-                self._begin(processor)
+        work.then()  # the next stage may be on the same core
+        if core not in self.running:
+            if any(self.queues[core].values()):
+                self._begin(core)
             else:
                 self._pace(None)
 
     def serve(self, server: str, seconds: float) -> float:
-        """When a link or the host that is asked now will be done, first come, first served."""
+        """When a link or the host will be done with work that arrives now, first come, first served."""
         self.free_at[server] = max(self.now, self.free_at.get(server, 0.0)) + seconds
         return self.free_at[server]
 
@@ -268,7 +268,7 @@ class _Run:
         self.inside, self.changed_s = self.inside + change, self.now
 
     def report(self) -> SimulationResult:
-        """Let everything happen and tell what it gave."""
+        """Run all events and return the figures."""
         self.go()
         stages = self.setting.stages
         duration_s = self.now - (self.first_s or 0.0)
@@ -301,7 +301,7 @@ class _Text:
 
 
 class _GenerationRun(_Run):
-    """The runtime's scheduler, its steps run by simulated stages."""
+    """Runs the steps of the runtime's scheduler in simulated stages."""
 
     def __init__(self, setting: Setting, slots: int, capacity: int, chunk: int, seed: int):
         super().__init__(setting, seed)
@@ -316,7 +316,7 @@ class _GenerationRun(_Run):
 
     def arrive(self, number: int, request: TextRequest) -> None:
         self.enter(request.arrival_s)
-        continuation = Continuation([number] * request.prompt, request.prompt)  # no two prompts begin alike
+        continuation = Continuation([number] * request.prompt, request.prompt)  # no two prompts share a prefix
         self.texts[continuation] = _Text(request)
         self.scheduler.add(continuation)
         self.issue()
@@ -325,10 +325,10 @@ class _GenerationRun(_Run):
         while (step := self.scheduler.next()) is not None:
             past = round(sum(row.start for row in step.rows) / len(step.rows))
             picks = int(any(row.last for row in step.rows))
-            self.send(Shape(step.slots, step.length, past, picks), partial(self.left, step))
+            self.send(Shape(step.slot_count, step.length, past, picks), partial(self.left, step))
 
     def left(self, step: Step) -> None:
-        """A step has left the last stage: the driver takes it up."""
+        """A step has left the last stage, and the driver handles it."""
         host_s = self.setting.host_step_s + self.setting.host_row_s * sum(row.last for row in step.rows)
         self.at(self.serve("host", host_s), partial(self.done, step))
 
@@ -352,15 +352,15 @@ class _GenerationRun(_Run):
 
 
 def replicas_needed(
-    simulated: Callable[[float], SimulationResult], rate_per_s: float, ttft_p99_s: float, most: int = 100_000
+    simulated: Callable[[float], SimulationResult], rate_per_s: float, ttft_p99_s: float, max_replicas: int = 100_000
 ) -> tuple[int, SimulationResult] | None:
-    """The fewest equal pipelines that share `rate_per_s` with the 99th percentile of the time to the first token (or of
-    the latency, where there are no tokens) within `ttft_p99_s`, and the report of one of them; None where `most` are
-    not enough.
+    """The smallest number of equal pipelines that share `rate_per_s` with the 99th percentile of the time to the first
+    token (or of the latency, if there are no tokens) within `ttft_p99_s`, and the report of one of them. None if
+    `max_replicas` are not enough.
 
-    Arrivals are dealt out at random, so each pipeline sees a Poisson process of its share: one stands for all. A share
-    above 95 % of what a pipeline does when all requests come at once counts as too much, whatever the percentile: it
-    would not be kept for longer than the simulated time.
+    Arrivals are distributed at random, so each pipeline sees a Poisson process at its share of the rate, and one stands
+    for all. More than 95 % of the throughput when all requests arrive at once is too much whatever the percentile: the
+    pipeline could not keep it up for longer than the simulated time.
     """
 
     def held(replicas: int) -> SimulationResult | None:
@@ -368,15 +368,15 @@ def replicas_needed(
         p99_s = report.ttft.p99 or report.latency.p99
         return report if p99_s <= ttft_p99_s else None
 
-    fewest = math.ceil(rate_per_s / (_MOST_LOAD * simulated(math.inf).requests_per_s))
-    if fewest > most:
+    first = math.ceil(rate_per_s / (_MAX_LOAD * simulated(math.inf).requests_per_s))
+    if first > max_replicas:
         return None
-    low, high = fewest - 1, fewest
+    low, high = first - 1, first
     best = held(high)
     while best is None:
-        if high >= most:
+        if high >= max_replicas:
             return None
-        low, high = high, min(2 * high, most)
+        low, high = high, min(2 * high, max_replicas)
         best = held(high)
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,12 +1,11 @@
 """From measured stages to the time of each use, for any micro-batch.
 
-A stage's time is taken for the sum of what its uses take, and of a constant: one in the first stage (it counts with the
-prologue), another in later ones. For each measured shape these unknowns are fitted to the measured ranges, none
-negative: small relative errors count by their squares, large ones as they are, so that a disturbed range hardly counts.
-Between measured shapes the unknowns are interpolated: linearly in each of batch, length and past, which is exact for
-costs by the row, the token, and the pair of them; so is the share that stages take longer beside each other. Outside
-the measured shapes, and for a past with several new tokens, they are scaled by a roofline that is fitted to all
-measurements.
+A stage's time is modelled as the sum of its uses plus a constant: one for the first stage (part of its prologue),
+another for the rest. For each measured shape these unknowns are fitted to the measured ranges, none of them negative.
+Small relative errors count by their squares, large ones linearly, so that a disturbed range hardly counts. Between
+measured shapes the unknowns are interpolated linearly in batch, length and past, which is exact for costs per row, per
+token, and per pair of tokens. So is the contention. Outside the measured shapes, and for a past with several new
+tokens, the times are scaled by a roofline that is fitted to all measurements.
 """
 
 import itertools
@@ -17,9 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from stageline.models.errors import StagelineError
-from stageline.runtime.bundle.manifest import Manifest
+from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cost import UseCost
+from stageline.runtime.planning.problem import stage_time_s
 from stageline.runtime.planning.profile import MachineProfile, Point
 from stageline.runtime.workload import Shape
 
@@ -33,8 +33,8 @@ Costs = Callable[[Shape], Sequence[UseCost]]
 
 @dataclass(frozen=True)
 class UseTimes:
-    """Seconds of each use (prologue, blocks, epilogue), and what every stage but the first takes besides; `contention`
-    is the share that a stage takes longer for each other stage that runs meanwhile."""
+    """Seconds of each use (prologue, blocks, epilogue), and what every stage except the first takes in addition.
+    `contention` is the share by which a stage takes longer for each other stage that runs at the same time."""
 
     use_s: tuple[float, ...]
     later_stage_s: float
@@ -42,13 +42,11 @@ class UseTimes:
 
     def stage_s(self, first: int, end: int) -> float:
         """Seconds of a stage of blocks `first` to `end` - 1."""
-        blocks = len(self.use_s) - 2
-        total = sum(self.use_s[first + 1 : end + 1]) + (self.later_stage_s if first else self.use_s[0])
-        return total + (self.use_s[-1] if end == blocks else 0.0)
+        return stage_time_s(self.use_s, first, end, self.later_stage_s)
 
 
 class Timings:
-    """The time of each use on the profile's machine with so many threads."""
+    """The time of each use on the profile's machine with `threads` threads."""
 
     def __init__(self, profile: MachineProfile, manifest: Manifest, threads: int, costs: Costs):
         points = [point for point in profile.points if point.threads == threads]
@@ -86,7 +84,7 @@ class Timings:
         return replace(inside, use_s=tuple(s * time for s, time in zip(scale, inside.use_s, strict=True)))
 
     def _fitted(self, points: Sequence[Point]) -> UseTimes:
-        """The unknowns of one shape: prologue, later stages' constant, epilogue, each kind of block."""
+        """Fits the unknowns of one shape: prologue, later stages' constant, epilogue, each kind of block."""
         kinds = list(dict.fromkeys(self.kinds))
         rows = np.zeros((len(points), 3 + len(kinds)))
         for row, point in zip(rows, points, strict=True):
@@ -103,7 +101,7 @@ class Timings:
         return UseTimes((float(found[0]), *blocks, float(found[2])), float(found[1]))
 
     def _nearest(self, shape: Shape) -> Shape:
-        """The shape moved into what was measured."""
+        """The shape, moved to the nearest one within the measured grid."""
         steps = [key for key in self.fits if key[1] == 1 and key[2] > 0]
         whole = [key for key in self.fits if key[2] == 0]
         grid = steps if steps and shape.length == 1 and shape.past > 0 else whole or steps
@@ -112,7 +110,7 @@ class Timings:
         return Shape(int(batch), int(length), int(past))
 
     def _inside(self, shape: Shape) -> UseTimes | None:
-        """Interpolated between the measured shapes around this one."""
+        """The times interpolated between the measured shapes around this one."""
         at = (shape.batch, shape.length, shape.past)
 
         def like(key: Key) -> bool:
@@ -128,8 +126,8 @@ class Timings:
 
 
 def interpolated(known: Mapping[Key, Floats], at: Key) -> Floats | None:
-    """Multilinear between the nearest known places around `at`; outside of them as at the edge. None where one of them
-    is not known."""
+    """Multilinear interpolation between the nearest known points around `at`, constant outside of them. None if one of
+    these points is not known."""
     if not known:
         return None
     axes = []
@@ -150,27 +148,25 @@ def interpolated(known: Mapping[Key, Floats], at: Key) -> Floats | None:
 
 
 def fitted_rates(points: Sequence[Point], costs: Costs) -> Rates:
-    """The roofline nearest to the measurements: operations a second, bytes a second, and seconds a stage.
+    """The roofline closest to the measurements: operations per second, bytes per second, and seconds per stage.
 
-    It makes the squares of the errors' logarithms least, by trying rates ever nearer to the best so far. A rate that no
-    measurement depends on stays where it begins.
+    It minimises the squared logarithms of the errors by trying rates ever closer to the best so far. A rate that no
+    measurement depends on keeps its initial value.
     """
     work = []
     for point in points:
-        uses = costs(Shape(point.batch, point.length, point.past))
-        begin = 0 if point.first == 0 else point.first + 1
-        chosen = uses[begin : len(uses) if point.end == len(uses) - 2 else point.end + 1]
-        work.append([[use.flops, use.weight_read_bytes + use.cache_read_bytes] for use in chosen])
+        uses = uses_of(costs(Shape(point.batch, point.length, point.past)), point.first, point.end)
+        work.append([[use.flops, use.weight_read_bytes + use.cache_read_bytes] for use in uses])
     seconds = np.array([point.seconds for point in points])
-    longest = max(map(len, work))
+    max_uses = max(map(len, work))
     table = np.array(
-        [[*uses, *[[0, 0]] * (longest - len(uses))] for uses in work], float
+        [[*uses, *[[0, 0]] * (max_uses - len(uses))] for uses in work], float
     )  # [point, use, flops or bytes]
 
     def error(flops_per_s: float, bytes_per_s: float, overhead_s: float) -> float:
-        told = overhead_s + np.maximum(table[:, :, 0] / flops_per_s, table[:, :, 1] / bytes_per_s).sum(axis=1)
+        expected = overhead_s + np.maximum(table[:, :, 0] / flops_per_s, table[:, :, 1] / bytes_per_s).sum(axis=1)
         strayed = np.log(np.array([flops_per_s, bytes_per_s]) / begun[:2])
-        return float((np.log(told / seconds) ** 2).sum() + 1e-6 * (strayed**2).sum())
+        return float((np.log(expected / seconds) ** 2).sum() + 1e-6 * (strayed**2).sum())
 
     begun = best = (1e11, 1e10, float(seconds.min()) / 2)
     span = 1e3
@@ -183,7 +179,7 @@ def fitted_rates(points: Sequence[Point], costs: Costs) -> Rates:
 
 
 def non_negative(rows: Floats, wanted: Floats) -> Floats:
-    """The x of no negative entries for which `rows` @ x is nearest to `wanted`, by coordinate descent."""
+    """The x >= 0 that minimises |`rows` @ x - `wanted`|, by coordinate descent."""
     square = rows.T @ rows + 1e-12 * np.eye(rows.shape[1]) * (rows**2).sum(axis=0).max()
     target = rows.T @ wanted
     scale = 1 / np.sqrt(np.diag(square).clip(1e-300))

@@ -8,7 +8,7 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.planning.catalogue import device_kind
 from stageline.runtime.planning.cost import use_costs
-from stageline.runtime.planning.profile import Machine, load
+from stageline.runtime.planning.profile import Machine, read_profile
 from stageline.runtime.planning.timings import Timings, UseTimes
 from stageline.runtime.stages.lanes import Amount
 from stageline.runtime.stages.recorder import Kind
@@ -23,10 +23,10 @@ def use_seconds(bundle: Bundle, threads: int, on_processors: bool, quantise: Wei
     `threads`, if the bundle has it and the stages run on the CPU; else from a roofline, right in its proportions only.
     A profile of this machine with other weights is nearer to them than a roofline."""
     parts, machine = bundle.parts(), Machine.here(quantise)
-    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, weights=quantise)))
+    costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, quantise=quantise)))
     if on_processors:
         try:
-            profile, _ = load(bundle.path, machine)
+            profile, _ = read_profile(bundle.path, machine)
             if profile.machine.same_but_weights(machine):
                 timings = Timings(profile, bundle.manifest, threads, costs)
                 return cache(timings.of)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stageline.runtime.planning.partition import best_plan
-from stageline.runtime.planning.problem import DeviceCost, Link, Problem
+from stageline.runtime.planning.problem import DeviceCost, Link, Problem, stage_time_s
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,6 @@ class Observation:
     def excess(self) -> float:
         """How much longer than the mean the bottleneck was busy, as a share of the mean."""
         return max(self.busy_s) * len(self.busy_s) / sum(self.busy_s) - 1
-
-    def told_s(self, first: int, end: int) -> float:
-        """What a stage of blocks `first` to `end` - 1 is told to take."""
-        total = sum(self.use_s[first + 1 : end + 1]) + (self.later_stage_s if first else self.use_s[0])
-        return total + (self.use_s[-1] if end == len(self.use_s) - 2 else 0.0)
 
 
 @dataclass(frozen=True)
@@ -125,8 +120,11 @@ def better_cut(window: Observation) -> Advice | None:
     """The best cut into as many stages, each on the device of the stage that it takes the place of; None where that is
     the cut of now."""
     ends = list(itertools.accumulate(window.layers))
-    told = [window.told_s(end - count, end) for count, end in zip(window.layers, ends, strict=True)]
-    factors = [busy / max(expected, 1e-12) for busy, expected in zip(window.busy_s, told, strict=True)]
+    expected_s = [
+        stage_time_s(window.use_s, end - count, end, window.later_stage_s)
+        for count, end in zip(window.layers, ends, strict=True)
+    ]
+    factors = [busy / max(expected, 1e-12) for busy, expected in zip(window.busy_s, expected_s, strict=True)]
     devices = tuple(
         DeviceCost(
             f"stage {number}",

@@ -1,45 +1,38 @@
-"""The thread that watches a pipeline's stages and advises another cut, or changes over to it."""
+"""The thread that watches a pipeline's stages and advises another cut, or switches to it."""
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Literal
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.executor import Executor
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds, work_seconds
 from stageline.runtime.rebalance.policy import Advice, Observation, Policy, PolicySettings
 from stageline.runtime.stages.lanes import StageStats
 
+Mode = Literal["advise", "auto"]
 log = logging.getLogger("stageline.rebalance")
 
 
 @dataclass(frozen=True)
 class RebalanceStats:
-    """`advice` is the latest that still holds: not yet taken, and of the cut of now."""
+    """`advice` is the latest that still holds: not yet taken, and for the current cut."""
 
-    mode: Literal["advise", "auto"]
+    mode: Mode
     advice: Advice | None
 
 
 class Rebalancer:
-    """Watches `serving`, which it borrows, until it is stopped."""
+    """Watches the stages of `executor`, which it borrows, until it is stopped; with "auto" it recuts them."""
 
-    def __init__(
-        self,
-        serving: Executor,
-        past: int,
-        recut: Callable[[Sequence[int]], object] | None,
-        settings: PolicySettings | None = None,
-        quantise: WeightDtype | None = None,
-    ) -> None:
-        """`recut` changes the cut; None: only advise. `past`: tokens that a decode step is taken to find in caches.
-        `quantise`: what the engines were opened with."""
-        self._serving, self._past, self._recut, self._quantise = serving, past, recut, quantise
+    def __init__(self, executor: Executor, mode: Mode, settings: PolicySettings | None = None) -> None:
+        self._executor, self._mode = executor, mode
+        self._past = executor.generator.capacity // 4 if executor.generator else 0
+        """Tokens that a decode step is taken to find in the caches."""
         self._settings = settings or PolicySettings()
         self._policy = Policy(self._settings)
         self._advice: Advice | None = None
@@ -51,24 +44,24 @@ class Rebalancer:
     def stats(self) -> RebalanceStats:
         """A snapshot."""
         advice = self._advice
-        holds = advice is not None and advice.now == self._serving.cut.layers
-        return RebalanceStats("advise" if self._recut is None else "auto", advice if holds else None)
+        holds = advice is not None and advice.now == self._executor.cut.layers
+        return RebalanceStats(self._mode, advice if holds else None)
 
     def stop(self) -> None:
-        """Begin no other switch."""
+        """Begin no other changeover."""
         self._stop.set()
 
     def join(self) -> None:
-        """Wait for the thread; a switch under way ends first."""
+        """Wait for the thread; a running changeover ends first."""
         self._thread.join()
 
     def _watch(self) -> None:
-        lanes, before = self._serving.lanes, self._serving.lanes.stats(1.0)
+        lanes, before = self._executor.lanes, self._executor.lanes.stats(1.0)
         while not self._stop.wait(self._settings.window_s):
             try:
-                if self._serving.lanes is not lanes:  # switched since, by us or by hand
+                if self._executor.lanes is not lanes:  # switched since, by us or by hand
                     self._policy.switched(monotonic())
-                    lanes = self._serving.lanes
+                    lanes = self._executor.lanes
                 else:
                     self._observe(before, lanes.stats(1.0))
                 before = lanes.stats(1.0)
@@ -76,7 +69,7 @@ class Rebalancer:
                 log.exception("rebalancing met a bug; this window does not count")
 
     def _observe(self, before: Sequence[StageStats], after: Sequence[StageStats]) -> None:
-        cut = self._serving.cut
+        cut = self._executor.cut
         if cut.bundle is None or len(cut.layers) != len(after) or not after[0].runs - before[0].runs:
             return
         amounts = {kind: amount.since(before[0].amounts[kind]) for kind, amount in after[0].amounts.items()}
@@ -96,27 +89,26 @@ class Rebalancer:
         if self._advice is None or self._advice.layers != advice.layers:
             log.info("%s", advice)
         self._advice = advice
-        if self._recut is not None:
-            self._switch(self._recut, advice)
+        if self._mode == "auto":
+            self._recut(advice)
 
-    def _switch(self, recut: Callable[[Sequence[int]], object], advice: Advice) -> None:
+    def _recut(self, advice: Advice) -> None:
         if self._stop.is_set():
             return
         try:
-            recut(advice.layers)
+            times = self._executor.recut(advice.layers)
         except StagelineError as error:
             if not self._stop.is_set():
                 log.warning("the stages stay as they are: %s", error)
             self._policy.switched(monotonic())
             return
-        switch = self._serving.last
-        assert switch is not None
         layers = ",".join(map(str, advice.layers))
-        log.info("now layers %s: opened in %.2f s, a pause of %.0f ms", layers, switch.open_s, switch.pause_s * 1e3)
+        log.info("now layers %s: opened in %.2f s, a pause of %.0f ms", layers, times.open_s, times.pause_s * 1e3)
 
     def _use_seconds(self, bundle: Bundle, stages: Sequence[StageStats]) -> UseSeconds:
         threads = len(stages[0].cores)
         if self._costs is None or self._costs[:2] != (bundle, threads):
-            on_processors = all(stage.device == "cpu" for stage in stages)
-            self._costs = bundle, threads, use_seconds(bundle, threads, on_processors, self._quantise)
+            on_cpu = all(stage.device == "cpu" for stage in stages)
+            quantise = self._executor.opener.options.quantise
+            self._costs = bundle, threads, use_seconds(bundle, threads, on_cpu, quantise)
         return self._costs[2]

@@ -143,8 +143,8 @@ def _switches(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]:
         labels=["model"],
     )
     for name, s in stats:
-        switches.add_metric([name], s.switches)
-        pause.add_metric([name], s.switch.pause_s if s.switch is not None else 0.0)
+        switches.add_metric([name], s.changeovers)
+        pause.add_metric([name], s.last_changeover.pause_s if s.last_changeover is not None else 0.0)
         if s.rebalance is not None:
             gain.add_metric([name], s.rebalance.advice.gain if s.rebalance.advice is not None else 0.0)
     yield from (switches, pause, gain)

@@ -23,9 +23,8 @@ class Model:
     def __post_init__(self) -> None:
         manifest = self.pipeline.bundle.manifest
         if not self.generates and not self.embeds:
-            why = manifest.trace.partition("no KV cache, since ")[2] or f"its task is {manifest.task}"
             raise BundleError(
-                f"bundle {self.pipeline.bundle.path} can neither generate nor embed: {why}; "
+                f"bundle {self.pipeline.bundle.path} can neither generate nor embed: {manifest.no_generation_reason}; "
                 "run it from Python: Pipeline.open(...).run(...)"
             )
         if manifest.text is None:

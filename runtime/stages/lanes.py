@@ -1,20 +1,18 @@
-"""The stages of a pipeline while open: for each a device, its engine, an inbox of work, and the worker that does it.
+"""The stages of a pipeline while open: for each a lane, with its device, its engine and an inbox of work.
 
-What is put into one inbox is done in the order it was put there, by the one thread that owns the engine. The work
-itself hands on to the next stage: the lanes know nothing of batches, requests or tokens.
+Lanes on the same CPU cores share a worker, the thread that owns their engines. Work in one inbox is done in the order
+it was put there; of several lanes the worker serves first the one nearest to the end of the pipeline. If each lane had
+its own thread, the system would switch between them in the midst of runs, and each one's busy time would count the
+others'. The work itself hands on to the next stage: the lanes know nothing of batches, requests or tokens.
 
-Stages on the same processors have one worker, which does first what is nearest to the end of the pipeline. Had each its
-own thread, the system would switch between them in the midst of runs, and each one's busy time would count the others'.
-
-On a GPU an engine's results are values that are not computed yet, and the worker goes on at once. What leaves the
-pipeline is waited for by another thread of the lane, the one that lands it.
+On a GPU an engine's results are values that are not computed yet, and the worker continues at once. What leaves the
+pipeline is waited for by another thread of the lane, its lander.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
 from typing import TypeVar
@@ -66,30 +64,59 @@ class StageStats:
     amounts: Mapping[Kind, Amount]
 
 
+class Lander:
+    """Brings values that leave the pipeline at one stage to host memory, on a thread of its own if it has to wait."""
+
+    def __init__(self, device: Device, number: int) -> None:
+        self._device, self._number = device, number
+        self._landing: SimpleQueue[tuple[dict[str, HostCopy], dict[str, Array], Landed] | None] = SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def land(self, values: Mapping[str, Value], landed: "Landed") -> None:
+        """Call `landed` with the values as arrays in host memory, or the error that made them come to nothing: at once
+        if they lie there, else on the landing thread when their copies are done. For the lane's worker only."""
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        if len(arrays) == len(values):
+            landed(arrays)
+            return
+        copies = {name: value.read() for name, value in values.items() if not isinstance(value, np.ndarray)}
+        if self.thread is None:
+            self.thread = self._device.start_worker(f"landing-{self._number}", self._land)
+        self._landing.put((copies, arrays, landed))
+
+    def close(self) -> None:
+        """Land what is on its way, then end the thread. For the lane's worker only."""
+        if self.thread is not None:
+            self._landing.put(None)
+            self.thread.join()
+
+    def _land(self) -> None:
+        for copies, arrays, landed in iter(self._landing.get, None):
+            try:
+                arrays |= {name: copy.wait() for name, copy in copies.items()}
+            except BaseException as error:  # whoever waits gets it, and the thread lives on
+                landed(error)
+            else:
+                landed(arrays)
+            del copies, arrays, landed  # or what they hold would live until the next ones come
+
+
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A stage while open. Only its worker counts, by `ran` and `copied`.
-
-    `calls` is its worker's, which may have other lanes: True for each work in an inbox of theirs, False to end it.
-    """
+    """A stage while open. Only its worker counts, by `ran` and `copied`."""
 
     number: int
     stage: PipelineStage
     device: Device
-    calls: "SimpleQueue[bool]"
+    lander: Lander
     inbox: "SimpleQueue[Work]" = field(default_factory=SimpleQueue)
-    opened: "Future[None]" = field(default_factory=Future)
     runs: int = 0
     busy_s: float = 0.0
     copy_s: float = 0.0
     amounts: dict[Kind, list[int]] = field(default_factory=lambda: {kind: [0, 0, 0] for kind in RUN_KINDS})
     recorder: Recorder | None = None
-    landing: "SimpleQueue[tuple[dict[str, HostCopy], dict[str, Array], Landed] | None]" = field(
-        default_factory=SimpleQueue
-    )
-    lander: threading.Thread | None = None
-    most_rows: int | None = None
-    """Of a batch, for an engine that was built for no more; known once it is open."""
+    max_rows: int | None = None
+    """`Engine.max_rows`, once it is open."""
 
     def ran(self, began_s: float, work: Recordable) -> None:
         """The engine ran, from `began_s` (of `perf_counter`) until now."""
@@ -111,34 +138,73 @@ class Lane:
         if self.recorder is not None:
             self.recorder.ran(self.number, began_s, ended_s, work, copying=True)
 
-    def land(self, values: Mapping[str, Value], landed: "Landed") -> None:
-        """Give `landed` the values as arrays in host memory, or the error that made them come to nothing: at once if
-        they lie there, else when their copies are done, on the lane's landing thread. Only its worker calls this."""
-        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        if len(arrays) == len(values):
-            landed(arrays)
-            return
-        copies = {name: value.read() for name, value in values.items() if not isinstance(value, np.ndarray)}
-        if self.lander is None:
-            self.lander = self.device.start_worker(f"landing-{self.number}", self._land)
-        self.landing.put((copies, arrays, landed))
-
-    def _land(self) -> None:
-        for copies, arrays, landed in iter(self.landing.get, None):
-            try:
-                arrays |= {name: copy.wait() for name, copy in copies.items()}
-            except BaseException as error:  # whoever waits is told, and the thread lives on
-                landed(error)
-            else:
-                landed(arrays)
-            del copies, arrays, landed  # or what they hold would live until the next ones come
+    def stats(self, open_s: float) -> StageStats:
+        """A snapshot of its counters, over a wall time of `open_s`."""
+        own_s = self.device.busy_s()
+        busy_s = self.busy_s if own_s is None else own_s
+        amounts = {kind: Amount(*counts) for kind, counts in self.amounts.items()}
+        device = self.device
+        return StageStats(device.name, device.cores, self.runs, busy_s, self.copy_s, busy_s / open_s, amounts)
 
 
 Work = Callable[[Lane, Engine], None]
-"""What a worker does with its engine. It does not raise: it tells whoever waits for it."""
+"""What a worker does with an engine. It does not raise: errors are for whoever waits for it."""
 
 Landed = Callable[[dict[str, Array] | BaseException], None]
 """What is done with values that left the pipeline. It does not raise either."""
+
+
+class Worker:
+    """The thread of some lanes: it opens their engines, does what is put into their inboxes, and closes the engines.
+
+    opening ──> working ──> ending      after `end`, when what was put before is done
+       └── error: `opened` has it, ending
+    """
+
+    def __init__(self, lanes: Sequence[Lane], ended: Callable[[], None]) -> None:
+        """`ended` is called on the thread, last of all."""
+        self.opened: Future[None] = Future()
+        self.lanes, self._ended = lanes, ended
+        self._calls: SimpleQueue[Lane | None] = SimpleQueue()  # the lane of each work in an inbox; None: end
+        name = "-".join(["stage", *(str(lane.number) for lane in lanes)])
+        self._thread = lanes[0].device.start_worker(name, self._live)
+
+    def put(self, lane: Lane, work: Work) -> None:
+        """Queue work for one of its lanes."""
+        lane.inbox.put(work)
+        self._calls.put(lane)
+
+    def end(self) -> None:
+        """End the thread when what is queued already is done. May be called again."""
+        self._calls.put(None)
+
+    def join(self) -> None:
+        """Wait for the end of the thread."""
+        self._thread.join()
+
+    def is_current(self) -> bool:
+        """Whether the caller runs on its thread, or on one that lands values for it."""
+        return threading.current_thread() in (self._thread, *(lane.lander.thread for lane in self.lanes))
+
+    def _live(self) -> None:
+        engines: list[tuple[Lane, Engine]] = []
+        try:
+            for lane in self.lanes:
+                engines.append((lane, lane.stage.open(lane.device)))
+                lane.max_rows = engines[-1][1].max_rows
+        except BaseException as error:
+            self.opened.set_exception(error)
+        else:
+            self.opened.set_result(None)
+            for _ in iter(self._calls.get, None):
+                lane, engine = next(one for one in reversed(engines) if not one[0].inbox.empty())
+                work = lane.inbox.get()
+                work(lane, engine)
+                del work  # or what it holds would live until the next one comes
+        for lane, engine in engines:
+            lane.lander.close()
+            engine.close()
+        self._ended()
 
 
 class Lanes:
@@ -147,26 +213,28 @@ class Lanes:
     def __init__(
         self, stages: Sequence[PipelineStage], threads: int | None, devices: Sequence[str] | None = None
     ) -> None:
-        """Open all stages, each on its own one of `devices`, by name (None: all on processors).
+        """Open all stages, each on its own one of `devices`, by name (None: all on the CPU).
 
-        Those on processors share `threads` of them (None: all this process may use). EngineError if an engine does not
+        Those on the CPU share `threads` cores (None: all this process may use). EngineError if an engine does not
         open, or a device is not there.
         """
         opened = open_devices(devices or ["cpu"] * len(stages), threads)
-        calls: dict[object, SimpleQueue[bool]] = {}
         self._lanes = [
-            Lane(number, stage, device, calls.setdefault(_place(number, device), SimpleQueue()))
+            Lane(number, stage, device, Lander(device, number))
             for number, (stage, device) in enumerate(zip(stages, opened, strict=True))
         ]
-        self._calls = tuple(calls.values())
+        shared: dict[object, list[Lane]] = {}
+        for lane in self._lanes:
+            shared.setdefault(_place(lane), []).append(lane)
         self._lock = threading.Lock()  # guards the next line
-        self._running = len(self._calls)
-        self._workers = [self._started([lane for lane in self._lanes if lane.calls is one]) for one in self._calls]
+        self._running = len(shared)
+        self._workers = [Worker(lanes, self._worker_ended) for lanes in shared.values()]
+        self._worker_of = [next(w for w in self._workers if lane in w.lanes) for lane in self._lanes]
         self._opened_at = perf_counter()
         self.recorder: Recorder | None = None
         try:
-            for lane in self._lanes:
-                lane.opened.result()
+            for worker in self._workers:
+                worker.opened.result()
         except BaseException:
             self.close()
             raise
@@ -177,12 +245,10 @@ class Lanes:
 
     def put(self, stage: int, work: Work) -> None:
         """Queue work for a stage."""
-        lane = self._lanes[stage]
-        lane.inbox.put(work)
-        lane.calls.put(True)
+        self._worker_of[stage].put(self._lanes[stage], work)
 
     def ask(self, stage: int, question: "Callable[[Engine], Answer]") -> "Future[Answer]":
-        """Queue something to be done with a stage's engine; the future has what it gives or raises."""
+        """Queue something to be done with a stage's engine; the future has what it returns or raises."""
         answer: Future[Answer] = Future()
 
         def work(lane: Lane, engine: Engine) -> None:
@@ -195,9 +261,9 @@ class Lanes:
         return answer
 
     @property
-    def most_rows(self) -> int | None:
+    def max_rows(self) -> int | None:
         """The largest batch that all engines take; None: any."""
-        return min((lane.most_rows for lane in self._lanes if lane.most_rows is not None), default=None)
+        return min((lane.max_rows for lane in self._lanes if lane.max_rows is not None), default=None)
 
     @property
     def open_s(self) -> float:
@@ -206,77 +272,39 @@ class Lanes:
 
     def stats(self, open_s: float) -> tuple[StageStats, ...]:
         """A snapshot of each stage's counters, over a wall time of `open_s`."""
-        return tuple(_stats(lane, open_s) for lane in self._lanes)
+        return tuple(lane.stats(open_s) for lane in self._lanes)
 
     def record(self, recorder: Recorder | None) -> None:
-        """From now on tell `recorder`, which is borrowed, what each stage does (None: nobody)."""
+        """Report to `recorder`, which is borrowed, what each stage does from now on (None: to nobody)."""
         self.recorder = recorder
         for lane in self._lanes:
             lane.recorder = recorder
 
     def is_worker(self) -> bool:
         """Whether the caller is one of the workers, as a future's callback may be."""
-        current = threading.current_thread()
-        return current in self._workers or any(current is lane.lander for lane in self._lanes)
+        return any(worker.is_current() for worker in self._workers)
 
     def close(self) -> None:
         """Let each worker do what is queued already, then free engines and threads. May be called again.
 
         Returns when the workers have ended; a worker that calls it does not wait for itself.
         """
-        for calls in self._calls:
-            calls.put(False)
+        for worker in self._workers:
+            worker.end()
         if not self.is_worker():
             for worker in self._workers:
                 worker.join()
 
-    def _started(self, lanes: Sequence[Lane]) -> threading.Thread:
-        name = "-".join(["stage", *(str(lane.number) for lane in lanes)])
-        return lanes[0].device.start_worker(name, partial(self._serve, lanes))
-
-    def _serve(self, lanes: Sequence[Lane]) -> None:
-        """A worker's life. The last to end closes the devices: until then the others may read what lies on them."""
-        _work(lanes)
+    def _worker_ended(self) -> None:
+        """The last to end closes the devices: until then the others may read what lies on them."""
         with self._lock:
             self._running -= 1
             last = self._running == 0
         if last:
-            for one in self._lanes:
-                one.device.close()
+            for lane in self._lanes:
+                lane.device.close()
 
 
-def _stats(lane: Lane, open_s: float) -> StageStats:
-    own_s = lane.device.busy_s()
-    busy_s = lane.busy_s if own_s is None else own_s
-    amounts = {kind: Amount(*counts) for kind, counts in lane.amounts.items()}
-    return StageStats(lane.device.name, lane.device.cores, lane.runs, busy_s, lane.copy_s, busy_s / open_s, amounts)
-
-
-def _place(number: int, device: Device) -> object:
-    """What stages with one worker have in common: their processors. On a GPU each has a stream of its own."""
-    return device.cores if isinstance(device, CpuDevice) else number
-
-
-def _work(lanes: Sequence[Lane]) -> None:
-    engines: list[tuple[Lane, Engine]] = []
-    try:
-        for lane in lanes:
-            engine = lane.stage.open(lane.device)
-            engines.append((lane, engine))
-            lane.most_rows = getattr(engine, "most_rows", None)
-            lane.opened.set_result(None)
-    except BaseException as error:
-        for lane in lanes:
-            if not lane.opened.done():
-                lane.opened.set_exception(error)
-    else:
-        for _ in iter(lanes[0].calls.get, False):
-            lane, engine = next(one for one in reversed(engines) if not one[0].inbox.empty())
-            work = lane.inbox.get()
-            work(lane, engine)
-            del work  # or what it holds would live until the next one comes
-    for lane, engine in engines:
-        if lane.lander is not None:
-            lane.landing.put(None)
-            lane.lander.join()
-        engine.close()
+def _place(lane: Lane) -> object:
+    """What lanes with one worker have in common: their CPU cores. On a GPU each has a stream of its own."""
+    return lane.device.cores if isinstance(lane.device, CpuDevice) else lane.number

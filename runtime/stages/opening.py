@@ -1,4 +1,4 @@
-"""Stages as a pipeline opens them: from a bundle's files, or stitched anew; all alike, however they are cut."""
+"""Stages as a pipeline opens them: from a bundle's files, or stitched again; all alike, however they are cut."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,77 +15,89 @@ from stageline.runtime.bundle.manifest import Stage
 from stageline.runtime.bundle.recut import plan_stages
 from stageline.runtime.bundle.stitch import stitch
 from stageline.runtime.devices import spread
-from stageline.runtime.engines import CacheSize, StageFile, WeightDtype, engine_factory, engine_on
+from stageline.runtime.engines import CacheSize, StageFile, default_device, engine_factory, engine_on
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.stages.lanes import PipelineStage
 
 
 @dataclass(frozen=True)
 class StageSet:
-    """Stages to be opened on `threads` processors in all (None: all this process may use), or each on its own one of
-    `devices`. For those of a bundle, `layers` has the blocks of each."""
+    """Stages to be opened, sharing `threads` CPU cores (None: all this process may use), or each on its own one of
+    `devices`. For those of a bundle: the blocks of each, and what made them."""
 
     stages: tuple[PipelineStage, ...]
     threads: int | None = None
-    devices: tuple[str, ...] | None = None
-    bundle: Bundle | None = None
+    devices: Sequence[str] | None = None
     layers: tuple[int, ...] = ()
+    opener: "Opener | None" = None
+
+    @property
+    def bundle(self) -> Bundle | None:
+        """The bundle whose stages these are."""
+        return self.opener.bundle if self.opener else None
 
 
 @dataclass(frozen=True)
 class Opener:
-    """What the engines of all stages are opened with. `devices` are given to the stages in turn."""
+    """Makes the stages of a bundle, however they are cut, for the engine and the devices of `options`."""
 
-    engine: str
-    devices: tuple[str, ...]
-    cache: CacheSize | None
-    quantise: WeightDtype | None
+    bundle: Bundle
+    options: PipelineOptions
 
-    def as_cut(self, bundle: Bundle, threads: int | None) -> StageSet:
+    @property
+    def cache(self) -> CacheSize | None:
+        """The caches of each stage; None for a model without. RequestError where the model places fewer tokens."""
+        return self.options.cache_size(self.bundle.manifest)
+
+    def on_disk(self) -> StageSet:
         """The stages that the bundle has on disk."""
-        stages = bundle.manifest.stages
+        stages = self.bundle.manifest.stages
         places = self._places(len(stages))
         opened = [
-            self._stage(number, stage, bundle.path / stage.file, bundle, place)
+            self._stage(number, stage, self.bundle.path / stage.file, place)
             for number, (stage, place) in enumerate(zip(stages, places, strict=True))
         ]
         layers = tuple(stage.last_block - stage.first_block + 1 for stage in stages)
-        return StageSet(tuple(opened), threads, places, bundle, layers)
+        return StageSet(tuple(opened), self.options.threads, places, layers, self)
 
     @contextmanager
-    def recut(self, bundle: Bundle, stages: int | Sequence[int], threads: int | None) -> Iterator[StageSet]:
-        """The bundle cut as `stages` says (see `bundle.plan_stages`). On disk it stays as it is: the graphs lie in a
-        folder aside, which lasts as long as the context, so open the engines in it.
+    def recut(self, stages: int | Sequence[int]) -> Iterator[StageSet]:
+        """The bundle cut as `stages` asks (see `bundle.plan_stages`). Nothing changes on disk: the graphs lie in a
+        temporary folder, which lasts as long as the context, so open the engines in it.
 
         StagelineError where it does not fit the model's blocks, BundleError where the graphs cannot be written.
         """
+        bundle = self.bundle
         parts = bundle.parts()
         counts = plan_stages(bundle.manifest, parts, stages)
-        on_disk = self.as_cut(bundle, threads)
+        on_disk = self.on_disk()
         if tuple(counts) == on_disk.layers:  # their engines may have been built ahead
             yield on_disk
             return
-        plan = Crossing.of(bundle.manifest, parts, counts)
+        crossing = Crossing.of(bundle.manifest, parts, counts)
         with tempfile.TemporaryDirectory(prefix="stageline-") as folder:
             opened, places = [], self._places(len(counts))
             for number in range(len(counts)):
-                model, stage = stitch(plan, number, bundle.tensors, bundle.path)
+                model, stage = stitch(crossing, number, bundle.tensors, bundle.path)
                 file = Path(folder) / stage.file
                 try:
                     file.write_bytes(ir.to_proto(model).SerializeToString())
                 except OSError as error:
                     raise BundleError(f"cannot write a stage to {file}: {error.strerror}") from error
-                opened.append(self._stage(number, stage, file, bundle, places[number]))
-            yield StageSet(tuple(opened), threads, places, bundle, tuple(counts))
+                opened.append(self._stage(number, stage, file, places[number]))
+            yield StageSet(tuple(opened), self.options.threads, places, tuple(counts), self)
 
-    def _places(self, stages: int) -> tuple[str, ...]:
-        return tuple(spread(self.devices[:stages], stages))
+    def _places(self, stages: int) -> list[str]:
+        devices = self.options.devices or [default_device(self.options.engine)]
+        return spread(devices[:stages], stages)
 
-    def _stage(self, number: int, stage: Stage, file: Path, bundle: Bundle, device: str) -> PipelineStage:
-        opening = StageFile(number, file, bundle.path, stage.caches)
+    def _stage(self, number: int, stage: Stage, file: Path, device: str) -> PipelineStage:
+        opening = StageFile(number, file, self.bundle.path, stage.caches)
+        factory = engine_factory(engine_on(self.options.engine, device))
         return PipelineStage(
             tuple(spec.name for spec in stage.inputs),
             tuple(spec.name for spec in stage.outputs),
-            partial(engine_factory(engine_on(self.engine, device)), opening, cache=self.cache, quantise=self.quantise),
+            partial(factory, opening, cache=self.cache, quantise=self.options.quantise),
         )
 
 

@@ -1,4 +1,4 @@
-"""A tiny bundle that generates, and stores: one with two real runs of it, and one that is not there."""
+"""A tiny bundle that generates, and a store with two real runs of it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

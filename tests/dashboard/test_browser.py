@@ -175,7 +175,7 @@ def test_two_runs_are_compared_by_their_link(window: Callable[..., Window], stor
     opened.check()
 
 
-def test_plan_foretells_what_another_cut_gives(window: Callable[..., Window]) -> None:
+def test_plan_predicts_another_cut(window: Callable[..., Window]) -> None:
     opened = window()
     opened.open("/plan?bundle=llama", "Plan")
     opened.await_text("Predicted throughput")
@@ -192,7 +192,7 @@ def test_plan_foretells_what_another_cut_gives(window: Callable[..., Window]) ->
 def order(opened: Window, seconds: str) -> None:
     """Ask for a short benchmark of one load."""
     opened.open("/run?bundle=llama", "Run a benchmark")
-    for label, value in (("Seconds a repeat", seconds), ("Repeats", "2"), ("Concurrency sweep", "2")):
+    for label, value in (("Seconds per repeat", seconds), ("Repeats", "2"), ("Concurrency sweep", "2")):
         field = opened.page.get_by_label(label, exact=True).first
         field.fill(value)
         field.press("Enter")
@@ -205,28 +205,28 @@ def order(opened: Window, seconds: str) -> None:
 
 
 def pointed_at(opened: Window) -> str:
-    """What the Timeline's chart tells of a micro-batch: its middle is pointed at here and there until one is found."""
+    """The tooltip of a micro-batch in the Timeline's chart: points near its middle until it hits one."""
     chart = opened.page.locator("[data-testid=stVegaLiteChart]").first
     tip = opened.page.locator("#vg-tooltip-element")
-    told, end = "", time.monotonic() + 20  # the chart is drawn, and moves, while the page still loads
+    shown, end = "", time.monotonic() + 20  # the chart is drawn, and moves, while the page still loads
     for share, height in itertools.cycle(itertools.product(np.linspace(0.35, 0.65, 40), (0.42, 0.5))):
         chart.scroll_into_view_if_needed()
         if (box := chart.bounding_box()) is not None:
             opened.page.mouse.move(box["x"] + box["width"] * share, box["y"] + box["height"] * height)
             opened.page.wait_for_timeout(60)
-            told = str(tip.inner_text()) if tip.count() and tip.is_visible() else ""
-        if "micro-batch" in told or time.monotonic() > end:
+            shown = str(tip.inner_text()) if tip.count() and tip.is_visible() else ""
+        if "micro-batch" in shown or time.monotonic() > end:
             break
-    return told
+    return shown
 
 
-def test_timeline_tells_shapes_and_times_of_what_is_pointed_at(window: Callable[..., Window]) -> None:
+def test_timeline_shows_shapes_and_times_of_what_is_pointed_at(window: Callable[..., Window]) -> None:
     opened = window()
     opened.open("/timeline", "Timeline")  # the newest run, whichever test made it
-    told = pointed_at(opened)
-    assert re.search(r"\d+ × \d+ tokens", told), opened.text()
-    assert "took (ms)" in told
-    assert "stage" in told
+    shown = pointed_at(opened)
+    assert re.search(r"\d+ × \d+ tokens", shown), opened.text()
+    assert "took (ms)" in shown
+    assert "stage" in shown
     opened.check()
 
 
@@ -258,7 +258,7 @@ def test_benchmark_is_cancelled_from_the_page(window: Callable[..., Window], sto
     opened.check()
 
 
-def test_live_shows_a_service_and_tells_when_it_is_gone(window: Callable[..., Window], bundles: Path) -> None:
+def test_live_shows_a_service_and_reports_when_it_is_gone(window: Callable[..., Window], bundles: Path) -> None:
     command = stageline("serve", str(bundles / "llama"), "--port", "0")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -274,7 +274,9 @@ def test_live_shows_a_service_and_tells_when_it_is_gone(window: Callable[..., Wi
         opened.page.locator(CHART).first.wait_for()
         drawn = opened.page.query_selector_all(CHART)
         opened.page.wait_for_timeout(4500)  # two readings
-        assert all(one.evaluate("one => one.isConnected") for one in drawn), "charts are drawn anew, not moved on"
+        assert all(one.evaluate("one => one.isConnected") for one in drawn), (
+            "charts are drawn again instead of moved on"
+        )
     finally:
         process.kill()
         process.communicate()

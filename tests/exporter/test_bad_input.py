@@ -226,9 +226,9 @@ def edit(bundle: Path, old: str, new: str) -> None:
 
 
 def test_a_newer_version(bundle: Path, told: Run) -> None:
-    edit(bundle, '"version": 2,', '"version": 3,')
+    edit(bundle, '"version": 3,', '"version": 4,')
     line = told("inspect", bundle)
-    assert "has version 3; this stageline reads version 2: install a newer stageline" in line
+    assert "has version 4; this stageline reads versions 2 and 3: install a newer stageline" in line
 
 
 def test_a_path_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
@@ -243,7 +243,7 @@ def test_a_link_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
     stage = bundle / "stage.000-001.onnx"
     stage.rename(bundle.parent / "outside.onnx")
     stage.symlink_to("../outside.onnx")
-    assert "stage.000-001.onnx leads out of the bundle; export the bundle again" in told("inspect", bundle)
+    assert "stage.000-001.onnx is outside the bundle; export the bundle again" in told("inspect", bundle)
 
 
 def test_a_file_that_is_used_but_not_listed(bundle: Path, told: Run) -> None:
@@ -253,7 +253,9 @@ def test_a_file_that_is_used_but_not_listed(bundle: Path, told: Run) -> None:
     assert "uses stage.000-001.onnx but does not list it; export the bundle again" in told("inspect", bundle)
 
 
-@pytest.mark.parametrize(("content", "culprit"), [(None, "it has no manifest.json"), ("{", "is not a manifest")])
+@pytest.mark.parametrize(
+    ("content", "culprit"), [(None, "it has no manifest.json"), ("{", "manifest.json is not valid")]
+)
 def test_a_folder_that_is_no_bundle(content: str | None, culprit: str, out: Path, told: Run) -> None:
     if content is not None:
         (out / "manifest.json").write_text(content)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from stageline.exporter.cached import NotCachedError, _window_of
 from stageline.exporter.export import export
+from stageline.exporter.mask_window import window_of
+from stageline.exporter.skeleton import RefusedError
 from stageline.models.errors import RequestError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.pipeline import Pipeline
@@ -89,7 +90,7 @@ def test_a_model_with_a_cache_generates_what_transformers_generates(name: str, t
     checkpoint = synthesize(tmp_path / "checkpoint", model_type, class_name, values)
     bundle = export(checkpoint, tmp_path / "bundle", stages=2)
     assert bundle.manifest.cached, bundle.manifest.trace
-    assert "no KV cache" not in bundle.manifest.trace
+    assert bundle.manifest.no_cache_reason is None
     model = reference(checkpoint, class_name)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 99, length).tolist() for length in (1, 5, 13, 30)]
@@ -114,7 +115,7 @@ def test_a_model_that_cannot_keep_a_cache_says_why_and_gives_what_torch_gives(na
     told: list[str] = []
     bundle = export(checkpoint, tmp_path / "bundle", stages=2, progress=told.append)
     assert not bundle.manifest.cached
-    assert bundle.manifest.trace.endswith(f"no KV cache, since {why}")
+    assert bundle.manifest.no_cache_reason == why
     assert f"tracing without a KV cache ({why})" in told
     check_runs(bundle, checkpoint, class_name)
     with Pipeline.open(bundle.path) as pipeline, pytest.raises(RequestError) as refused:
@@ -153,7 +154,7 @@ def test_layers_in_which_tokens_meet_keep_no_cache(
     checkpoint = llama(tmp_path / "checkpoint")
     bundle = export(checkpoint, tmp_path / "bundle")
     assert not bundle.manifest.cached
-    assert f"its tokens meet outside attention ({told}" in bundle.manifest.trace
+    assert f"its tokens meet outside attention ({told}" in str(bundle.manifest.no_cache_reason)
     check_runs(bundle, checkpoint, "LlamaForCausalLM")
 
 
@@ -190,16 +191,16 @@ def test_masks_that_the_operator_cannot_say_keep_no_cache(
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **given: make(**given, **change))
     bundle = export(llama(tmp_path / "checkpoint"), tmp_path / "bundle")
     assert not bundle.manifest.cached
-    assert bundle.manifest.trace.endswith(f"no KV cache, since {told}")
+    assert bundle.manifest.no_cache_reason == told
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 100, 101, 4096, 1 << 19])
 def test_a_window_is_read_from_the_mask(window: int) -> None:
-    assert _window_of(sliding_window_causal_mask_function(window)) == window
+    assert window_of(sliding_window_causal_mask_function(window)) == window
 
 
 def test_a_causal_mask_has_no_window() -> None:
-    assert _window_of(causal_mask_function) is None
+    assert window_of(causal_mask_function) is None
 
 
 @pytest.mark.parametrize(
@@ -217,5 +218,5 @@ def test_a_causal_mask_has_no_window() -> None:
     ],
 )
 def test_other_masks_are_refused(mask: Any, told: str) -> None:
-    with pytest.raises(NotCachedError, match=told):
-        _window_of(mask)
+    with pytest.raises(RefusedError, match=told):
+        window_of(mask)

@@ -61,7 +61,7 @@ def test_a_graph_that_depends_on_the_block_index_is_traced_in_full(tmp_path: Pat
 def test_stamped_and_full_traces_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint(tmp_path / "c", "llama", "LlamaForCausalLM", num_key_value_heads=2)
     export(source, tmp_path / "stamped", stages=2)
-    monkeypatch.setattr("stageline.exporter.export.stampable", lambda stack: "asked by the test")
+    monkeypatch.setattr("stageline.exporter.trace_model.stampable", lambda stack: "asked by the test")
     assert export(source, tmp_path / "full", stages=2).manifest.trace.startswith("full")
     ids = np.random.default_rng(1).integers(3, 99, (3, 11))
     assert np.array_equal(logits(tmp_path / "stamped", ids), logits(tmp_path / "full", ids))

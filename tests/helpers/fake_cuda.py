@@ -1,4 +1,4 @@
-"""A CUDA driver that is made up: GPUs whose memory is this process's, and whose streams run when it suits them.
+"""A fake CUDA driver: GPUs whose memory is this process's, and whose streams run when it suits them.
 
 It keeps the Protocol of stageline.runtime.devices.cuda.driver and writes down every call. Work is done as late as it
 may be (`seed` None: only when the host waits for it), or at random moments. It looks for what a real GPU would punish
@@ -144,7 +144,7 @@ class FakeDriver:
         self._called("release", ordinal)
         self._contexts[ordinal] -= 1
 
-    def use(self, context: int) -> None:
+    def make_current(self, context: int) -> None:
         self._local.ordinal = context - _FIRST_CONTEXT
 
     def allocate(self, size: int) -> int:
@@ -273,7 +273,7 @@ class FakeDriver:
         if (here, there) not in self._enabled:
             raise HazardError(f"a peer copy from GPU {there} to GPU {here}, which was not allowed to reach it")
         if (self._block(source).ordinal, self._block(target).ordinal) != (there, here):
-            raise HazardError("a peer copy between other GPUs than those told")
+            raise HazardError("a peer copy between other GPUs than those message")
 
         def run() -> None:
             self.array(target, size)[:] = self.array(source, size)
@@ -388,7 +388,7 @@ class FakeDriver:
             self._called(call, address)
             for stream in self._streams.values():
                 if any(address in operation.blocks for operation in stream.operations):
-                    raise HazardError(f"{address:#x} is freed while work on it is under way")
+                    raise HazardError(f"{address:#x} is freed while work on it is running")
             self._blocks.pop(address).array[:] = 0xDD
 
     def _copy(

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a GPU that is made up: real sessions, on processors, run in the streams of a FakeDriver.
+"""ONNX Runtime on a fake GPU: real sessions, on a CPU, run in the streams of a FakeDriver.
 
 What is bound on `cuda` is memory of the fake driver, read and written when the stream comes to it.
 """

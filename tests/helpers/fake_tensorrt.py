@@ -1,5 +1,5 @@
-"""TensorRT that is made up: a plan is the ONNX graph that TensorRT would have parsed, with its profiles; its kernels
-are ONNX Runtime's on processors, run in the streams of a FakeDriver. `build` puts such plans into a bundle.
+"""A fake TensorRT: an engine file is the ONNX graph that TensorRT would have parsed, with its profiles; its kernels
+are ONNX Runtime's on a CPU, run in the streams of a FakeDriver. `build` puts such plans into a bundle.
 
 It is as strict as TensorRT: shapes have to be in the profile, every address has to be given and aligned, an output of a
 cache has to be at its input, contexts need the scratch memory that the engine asked for.

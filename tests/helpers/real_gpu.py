@@ -69,9 +69,9 @@ class Scale:
         from cuda.bindings import driver as cuda
 
         assert isinstance(device, CudaDevice)
-        self.input_names, self.output_names = (reads,), (gives,)
+        self.input_names, self.output_names, self.max_rows = (reads,), (gives,), None
         self._a, self._b, self._device, self._cuda = a, b, device, cuda
-        device.gpu.use()
+        device.gpu.make_current()
         status, self._module = cuda.cuModuleLoadData(PTX)
         assert status == cuda.CUresult.CUDA_SUCCESS, status
         status, self._kernel = cuda.cuModuleGetFunction(self._module, b"scale")
@@ -96,6 +96,6 @@ class Scale:
         assert status == self._cuda.CUresult.CUDA_SUCCESS, status
 
     def close(self) -> None:
-        self._device.gpu.use()
+        self._device.gpu.make_current()
         self._device.gpu.driver.synchronize(self._device.stream)
         self._cuda.cuModuleUnload(self._module)

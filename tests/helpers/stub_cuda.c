@@ -118,7 +118,7 @@ Result cuDeviceCanAccessPeer(int *can, int device, int other) { *can = device !=
 Result cuCtxEnablePeerAccess(Handle context, unsigned flags) {
   NEEDS_CONTEXT;
   REFUSE_IF(context == current || flags);
-  return PEER_ENABLED; /* as a process is told that has asked before */
+  return PEER_ENABLED; /* as for a process that has enabled it before */
 }
 
 static void run(const Kernel *kernel) {

@@ -83,7 +83,7 @@ class Watched:
 
     def __init__(self, engine: Engine, number: int, step: Step) -> None:
         self.engine, self.number, self.before = engine, number, step
-        self.input_names, self.output_names = engine.input_names, engine.output_names
+        self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
         self.give_caches, self.take_caches = engine.give_caches, engine.take_caches
 
@@ -237,7 +237,7 @@ def test_stages_that_do_not_open_leave_the_old_ones_serving(
         running = [pipeline.submit(request(prompt)) for prompt in PROMPTS]
         with pytest.raises(EngineError, match=r"^stage 1: no memory for it$"):
             pipeline.recut([2, 2, 2])
-        assert pipeline.stats().switches == 0
+        assert pipeline.stats().changeovers == 0
         assert len(pipeline.layers) == 2
         assert set(threading.enumerate()) <= before
         assert [tokens_of(future) for future in running] == [want(0, prompt) for prompt in PROMPTS]
@@ -350,7 +350,7 @@ def test_two_switches_at_once_take_turns(llamas: list[Path], want: Callable[...,
         for switching in [threads.submit(pipeline.recut, counts) for counts in cuts]:
             switching.result(SECONDS)
         assert list(pipeline.layers) in cuts
-        assert pipeline.stats().switches == 4
+        assert pipeline.stats().changeovers == 4
         assert [tokens_of(future) for future in running] == [want(0, prompt) for prompt in PROMPTS]
 
 
@@ -368,6 +368,39 @@ def test_a_callback_on_the_pipelines_threads_cannot_switch(llamas: list[Path]) -
         error = told.result(SECONDS)
         assert isinstance(error, RequestError)
         assert "use another thread" in str(error)
+
+
+# What fails while opening.
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generator", "rebalancer"])
+def test_what_fails_while_opening_leaves_nothing_open(
+    llamas: list[Path], opening: Opening, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise StagelineError(f"a broken {part}")
+
+    monkeypatch.setattr(
+        {
+            "tokenizer": "stageline.runtime.generation.text_model.open_encoder",
+            "generator": "stageline.runtime.executor.Generator.__init__",
+            "rebalancer": "stageline.runtime.rebalance.rebalancer.Rebalancer.__init__",
+        }[part],
+        fails,
+    )
+    closed: list[int] = []
+
+    def noted(engine: Watched) -> Watched:
+        inner = engine.close
+        engine.close = lambda: (inner(), closed.append(engine.number))[0]
+        return engine
+
+    opening.wrap, before = noted, set(threading.enumerate())
+    with pytest.raises(StagelineError, match=f"a broken {part}"):
+        Pipeline.open(llamas[0], engine="watched", rebalance="advise")
+    assert set(threading.enumerate()) <= before
+    assert sorted(closed) == [stage.number for stage, _ in opening.opened]
+    assert bool(closed) == (part != "tokenizer")  # which is read before any engine is opened
 
 
 # New weights.
@@ -462,7 +495,7 @@ def test_batches_go_through_the_stages_that_they_were_queued_for(tiny_bundle: Pa
             stop.set()
         assert sum(client.result(SECONDS) for client in clients) > 10
         stats = pipeline.stats()
-        assert (stats.failed, stats.in_flight, stats.layers, stats.switches) == (0, 0, (1, 1, 1), 6)
+        assert (stats.failed, stats.in_flight, stats.layers, stats.changeovers) == (0, 0, (1, 1, 1), 6)
 
 
 # Bad input.
@@ -478,7 +511,7 @@ def test_batches_go_through_the_stages_that_they_were_queued_for(tiny_bundle: Pa
         ({"stages": []}, "layers  do not fit"),
         ({"stages": 2, "threads": 0}, "threads is 0; it must be at least 1"),
         ({"stages": 2, "devices": ["tpu"]}, "unknown device 'tpu'"),
-        ({"stages": 1, "devices": ["cpu", "cpu"]}, "2 devices are named for 1 stages"),
+        ({"stages": 1, "devices": ["cpu", "cpu"]}, "2 devices are given for 1 stages"),
     ],
 )
 def test_a_cut_that_does_not_fit_is_refused(llamas: list[Path], arguments: dict[str, Any], told: str) -> None:
@@ -486,7 +519,7 @@ def test_a_cut_that_does_not_fit_is_refused(llamas: list[Path], arguments: dict[
         with pytest.raises(StagelineError, match=told):
             pipeline.recut(**arguments)
         assert tokens_of(pipeline.submit(request(PROMPTS[0], max_tokens=2)))
-        assert pipeline.stats().switches == 0
+        assert pipeline.stats().changeovers == 0
 
 
 def test_a_bundle_whose_parts_are_gone_leaves_the_stages_serving(llamas: list[Path], tmp_path: Path) -> None:

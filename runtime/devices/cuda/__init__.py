@@ -15,10 +15,10 @@ __all__ = ["CudaDevice", "open_gpus"]
 def open_gpus(
     stages: Sequence[tuple[int, int]], cores: tuple[int, ...], driver: Driver | None = None
 ) -> list[CudaDevice]:
-    """A device for each (stage, ordinal of its GPU). They are all closed with the last of them, the GPUs with the last
-    device of the process.
+    """A device for each (stage, ordinal of its GPU). All are freed when the last of them is closed; a GPU is released
+    with its last device in the process.
 
-    `driver`: None for this machine's. RequestError for a GPU that is not there, EngineError without a driver.
+    `driver`: None for this machine's. RequestError for a GPU that does not exist, EngineError without a driver.
     """
     if driver is None:
         driver = load()
@@ -26,7 +26,7 @@ def open_gpus(
     for stage, ordinal in stages:
         if not 0 <= ordinal < count:
             there = ", ".join(f"cuda:{number}" for number in range(count))
-            raise RequestError(f"stage {stage} is to run on cuda:{ordinal}; this machine has {there}")
+            raise RequestError(f"stage {stage} was to run on cuda:{ordinal}; this machine has {there}")
     group = _StageGroup()
     try:
         for stage, ordinal in stages:
@@ -41,7 +41,7 @@ def open_gpus(
 
 
 class _StageGroup:
-    """The stages of one pipeline that are on GPUs. They read each other's memory: all go when the last is closed."""
+    """The stages of one pipeline on GPUs. They read each other's memory, so all are freed when the last is closed."""
 
     def __init__(self) -> None:
         self.gpus: dict[int, Gpu] = {}
@@ -58,10 +58,10 @@ class _StageGroup:
             self.close()
 
     def close(self) -> None:
-        """Give back everything. If a GPU is lost, nothing: its copies may never end, and all goes with the process."""
+        """Free everything, or nothing if a GPU is lost: its copies may never end, and the process frees all."""
         if any(gpu.lost for gpu in self.gpus.values()):
             return
-        with suppress(CudaError, EngineError):  # lost in this moment
+        with suppress(CudaError, EngineError):  # it may be lost now
             for device in self.devices:
                 device.destroy()
             for gpu in self.gpus.values():

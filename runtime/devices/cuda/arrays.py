@@ -1,13 +1,13 @@
-"""Arrays in a GPU's memory, and their way to host memory.
+"""Arrays in a GPU's memory, and copies of them in host memory.
 
-Who may use a buffer, and until when (S is the stream of the stage that made the value, T that of one that reads it, R
-the stream in which the maker's values are read back):
+Who may use a buffer, and until when (S is the stream of the stage that computes the value, T that of a stage that reads
+it, R the stream in which the first stage's values are read back):
 
     S:  ─ kernels ─ ready ─────────────────────────────>       the value holds its buffer and the event `ready`
     T:              wait(ready) ─ copy or kernels ─ done ─>     `done` guards the buffer
     R:              wait(ready) ─ copy to pinned ─ read ──>     `read` guards the buffer; the host waits for it alone
 
-When the last reference to the value goes, the buffer returns to its pool, which waits for ready, done and read.
+When the last reference to the value is gone, the buffer returns to its pool, which waits for ready, done and read.
 """
 
 from typing import Any, Protocol
@@ -22,12 +22,12 @@ from stageline.runtime.devices.cuda.pools import Buffer
 
 
 class ArrayDevice(Protocol):
-    """What an array needs of the device that made it."""
+    """What an array needs from the device that made it."""
 
     gpu: Gpu
 
     def read(self, array: "CudaArray") -> "Reading":
-        """Begin to copy `array` to host memory."""
+        """Start a copy of `array` to host memory."""
 
     def failed(self, error: CudaError) -> EngineError:
         """The error that callers see in place of `error`."""
@@ -52,7 +52,7 @@ class CudaArray:
 
     @property
     def size_bytes(self) -> int:
-        """Of the array; its buffer may be larger."""
+        """Bytes of the array; its buffer may be larger."""
         return size_bytes(self.shape, self.dtype)
 
     def read(self) -> "Reading":
@@ -61,7 +61,7 @@ class CudaArray:
 
 
 class Reading:
-    """A copy to pinned memory under way. Keeps the promises of `HostCopy`. `event` says that it is done."""
+    """A running copy to pinned memory. Keeps the promises of `HostCopy`. `event` happens when it is done."""
 
     __slots__ = ("_device", "_dtype", "_shape", "event", "pinned")
 
@@ -73,7 +73,7 @@ class Reading:
     def wait(self) -> Array:
         """See `HostCopy.wait`."""
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             self.event.wait()
         except CudaError as error:
             raise self._device.failed(error) from error
@@ -82,14 +82,14 @@ class Reading:
 
 
 class _Memory:
-    """Host memory as NumPy takes it."""
+    """Host memory with NumPy's array interface."""
 
     def __init__(self, address: int, size: int) -> None:
         self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
 
 
 def host_view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Host memory as an array. Whoever made the memory keeps it for as long as the array is used."""
+    """Host memory as an array. The caller keeps the memory alive while the array is used."""
     size = size_bytes(shape, dtype)
     if size == 0:
         return np.empty(shape, dtype)
@@ -105,5 +105,5 @@ def size_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:
-    """float16, or bfloat16 as ml_dtypes has it."""
+    """Whether the dtype is float16, or bfloat16 of ml_dtypes."""
     return dtype == np.float16 or dtype.name == "bfloat16"

@@ -1,4 +1,4 @@
-"""What one stage on a GPU runs on: a stream to compute in, a stream to read back in, and the clock of both."""
+"""The device of one stage on a GPU: a stream that computes, a stream that reads back, and their clock."""
 
 import threading
 from collections import deque
@@ -22,7 +22,7 @@ class CudaDevice:
         """`cores` may feed the GPU; `closed` is called once by `close`."""
         self.gpu, self.stage, self.cores, self.name = gpu, stage, cores, gpu.name
         self._closed: Callable[[], None] | None = closed
-        gpu.use()
+        gpu.make_current()
         self.stream, self.reading = gpu.driver.new_stream(), gpu.driver.new_stream()
         self._lock = threading.Lock()  # guards the next two lines
         self._spans: deque[tuple[Event, Event]] = deque()
@@ -33,10 +33,10 @@ class CudaDevice:
         return start_worker(name, self.cores, work)
 
     def read(self, array: CudaArray) -> Reading:
-        """Begin to copy an array that was made here to host memory."""
+        """Start a copy of an array of this device to host memory."""
         gpu, driver = self.gpu, self.gpu.driver
         try:
-            gpu.use()
+            gpu.make_current()
             pinned = gpu.pinned.take(array.size_bytes)
             driver.wait(self.reading, array.ready.handle)
             if array.size_bytes:
@@ -49,7 +49,7 @@ class CudaDevice:
         return Reading(self, pinned, array.shape, array.dtype, event)
 
     def zeroed(self, size_bytes: int) -> Buffer:
-        """A buffer that is zero for all that comes into the stream from now on. CudaError if there is no memory."""
+        """A buffer that is zero for all work that is enqueued from now on. CudaError if there is no memory."""
         buffer = self.gpu.memory.take(size_bytes)
         self.gpu.driver.zero(buffer.address, size_bytes, self.stream)
         buffer.guard(self.gpu.record(self.stream))  # it may be dropped at once
@@ -58,9 +58,9 @@ class CudaDevice:
     def arrays(
         self, buffers: Mapping[str, Buffer], shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]
     ) -> dict[str, CudaArray]:
-        """Buffers as arrays, whole once all that is in the stream now is done."""
+        """Buffers as arrays, complete once all work in the stream is done."""
         try:
-            self.gpu.use()
+            self.gpu.make_current()
             ready = self.gpu.record(self.stream)
         except CudaError as error:
             raise self.failed(error) from error
@@ -77,34 +77,34 @@ class CudaDevice:
     def busy_s(self) -> float:
         """See `Device.busy_s`."""
         try:
-            self.gpu.use()
+            self.gpu.make_current()
             with self._lock:
                 self._count()
         except (CudaError, EngineError):
-            pass  # lost: what was counted stays
+            pass  # lost: keep what was counted
         return self._busy_s
 
     def failed(self, error: CudaError) -> EngineError:
-        """What is told of an error in this stage."""
+        """The error that callers see in place of `error`."""
         return self.gpu.failed(f"stage {self.stage}", error)
 
     def close(self) -> None:
-        """Wait for what is under way. Streams and memory go when the pipeline's last GPU stage is closed, since the
-        others may still read here. May be called again."""
+        """Wait for running work. Streams and memory are freed when the pipeline's last GPU stage is closed: the others
+        may still read here. May be called again."""
         closed, self._closed = self._closed, None
         if closed is None:
             return
         try:
-            self.gpu.use()
+            self.gpu.make_current()
             for stream in (self.stream, self.reading):
                 self.gpu.driver.synchronize(stream)
         except (CudaError, EngineError):
-            pass  # lost: whoever waited was told
+            pass  # lost: whoever waited has got the error
         closed()
 
     def destroy(self) -> None:
-        """Give the streams back. Nobody uses this device any more."""
-        self.gpu.use()
+        """Destroy the streams. Nobody uses this device any more."""
+        self.gpu.make_current()
         for stream in (self.stream, self.reading):
             self.gpu.driver.destroy_stream(stream)
 

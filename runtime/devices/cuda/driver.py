@@ -1,7 +1,7 @@
-"""The border to CUDA: the driver calls that are used here as a Protocol, and cuda.bindings behind it.
+"""The interface to CUDA: a Protocol of the driver calls that are used, implemented by cuda.bindings.
 
-Handles and addresses are integers, sizes are bytes. Nothing is decided here: everything else of this package is tested
-against a driver that is made up (tests/helpers/fake_cuda.py) and keeps the same Protocol.
+Handles and addresses are integers, sizes are bytes. There is no logic here: the rest of this package is tested against
+a fake driver (tests/helpers/fake_cuda.py) with the same Protocol.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ _STICKY = frozenset(
 
 
 class CudaError(Exception):
-    """What CUDA said of a call: `name` is CUDA's own, as CUDA_ERROR_OUT_OF_MEMORY."""
+    """An error of a CUDA call. `name` is CUDA's own, such as CUDA_ERROR_OUT_OF_MEMORY."""
 
     def __init__(self, call: str, name: str) -> None:
         super().__init__(f"{name} in {call}")
@@ -41,22 +41,22 @@ class CudaError(Exception):
 
     @property
     def sticky(self) -> bool:
-        """Whether every later call of the process on that device fails as well."""
+        """Whether every later call of the process on that device fails too."""
         return self.name in _STICKY
 
 
 class Driver(Protocol):
-    """CUDA's driver. Each call raises CudaError if CUDA refuses it, which may be for something that failed before.
+    """CUDA's driver. Each call raises CudaError if CUDA refuses it, maybe because of an earlier failure.
 
-    A stream and an event belong to the context that was the thread's when they were made, and are used under it.
+    A stream or event belongs to the context that was current when it was made, and is used with it.
     """
 
     def count(self) -> int:
-        """How many GPUs there are."""
+        """Number of GPUs."""
         ...
 
     def name(self, ordinal: int) -> str:
-        """What the GPU is called."""
+        """The GPU's model."""
         ...
 
     def capability(self, ordinal: int) -> tuple[int, int]:
@@ -64,13 +64,13 @@ class Driver(Protocol):
         ...
 
     def retain(self, ordinal: int) -> int:
-        """The GPU's primary context, which libraries use as well; each is given back by `release`."""
+        """The GPU's primary context, which libraries use too; `release` gives it back."""
         ...
 
     def release(self, ordinal: int) -> None: ...
 
-    def use(self, context: int) -> None:
-        """Make the context this thread's."""
+    def make_current(self, context: int) -> None:
+        """Make the context current in this thread."""
         ...
 
     def allocate(self, size: int) -> int:
@@ -80,7 +80,7 @@ class Driver(Protocol):
     def free(self, address: int) -> None: ...
 
     def allocate_host(self, size: int) -> int:
-        """Pinned host memory, that every GPU may copy from and to. May wait for the device."""
+        """Pinned host memory that every GPU can copy from and to. May wait for the device."""
         ...
 
     def free_host(self, address: int) -> None: ...
@@ -92,7 +92,7 @@ class Driver(Protocol):
     def destroy_stream(self, stream: int) -> None: ...
 
     def synchronize(self, stream: int) -> None:
-        """Let the host wait for all that is in the stream."""
+        """Let the host wait for all work in the stream."""
         ...
 
     def new_event(self) -> int: ...
@@ -100,11 +100,11 @@ class Driver(Protocol):
     def destroy_event(self, event: int) -> None: ...
 
     def record(self, event: int, stream: int) -> None:
-        """The event happens when the stream has come this far."""
+        """The event happens when the stream reaches this point."""
         ...
 
     def wait(self, stream: int, event: int) -> None:
-        """What comes into the stream from now on waits for the event as it was recorded last."""
+        """Work that is enqueued from now on waits for the event as last recorded."""
         ...
 
     def done(self, event: int) -> bool:
@@ -142,19 +142,19 @@ class Driver(Protocol):
     def zero(self, target: int, size: int, stream: int) -> None: ...
 
     def can_reach(self, ordinal: int, other: int) -> bool:
-        """Whether the GPU reads the other's memory itself."""
+        """Whether the GPU can read the other's memory directly."""
         ...
 
     def enable_peer(self, context: int) -> None:
-        """Let this thread's context reach another's memory. Enabled already is fine."""
+        """Let this thread's context access another's memory. May be called again."""
         ...
 
     def begin_capture(self, stream: int) -> None:
-        """What comes into the stream is not run but written down, until `end_capture`."""
+        """Record work that is enqueued instead of running it, until `end_capture`."""
         ...
 
     def end_capture(self, stream: int) -> int:
-        """What was written down, ready to be launched."""
+        """The recorded graph, ready to be launched."""
         ...
 
     def launch(self, graph: int, stream: int) -> None: ...
@@ -162,7 +162,7 @@ class Driver(Protocol):
     def destroy_graph(self, graph: int) -> None: ...
 
     def push_range(self, name: str) -> None:
-        """Begin a range that profilers show (NVTX)."""
+        """Start a range that profilers show (NVTX)."""
         ...
 
     def pop_range(self) -> None: ...
@@ -170,7 +170,7 @@ class Driver(Protocol):
 
 @cache
 def load() -> Driver:
-    """The driver of this machine. EngineError says what is missing: CUDA for Python, a driver, a GPU."""
+    """The driver of this machine. EngineError names what is missing: CUDA for Python, a driver, or a GPU."""
     try:
         from cuda.bindings import driver as cuda
     except ImportError as error:
@@ -180,7 +180,7 @@ def load() -> Driver:
         count = bindings.count()
     except CudaError as error:
         raise EngineError(f"the NVIDIA driver does not work ({error}); see: stageline doctor") from error
-    except (RuntimeError, OSError) as error:  # the driver's library is not there
+    except (RuntimeError, OSError) as error:  # there is no driver library
         raise EngineError("there is no NVIDIA driver on this machine; see: stageline doctor") from error
     if count == 0:
         raise EngineError("the NVIDIA driver shows no GPU (is CUDA_VISIBLE_DEVICES set?); see: stageline doctor")
@@ -188,7 +188,7 @@ def load() -> Driver:
 
 
 class Bindings:
-    """`Driver` by cuda.bindings.driver, which is `cuda`."""
+    """`Driver`, implemented with the module cuda.bindings.driver (`cuda`)."""
 
     def __init__(self, cuda: Any) -> None:
         self._cuda = cuda
@@ -198,7 +198,7 @@ class Bindings:
         self._call(cuda.cuInit, 0)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the call gives. cuda.bindings returns the status first, then the results."""
+        """The result of the call. cuda.bindings returns the status first, then the results."""
         status, *results = function(*arguments)
         if status != self._success:
             raise CudaError(function.__name__, getattr(status, "name", str(status)))
@@ -227,7 +227,7 @@ class Bindings:
     def release(self, ordinal: int) -> None:
         self._call(self._cuda.cuDevicePrimaryCtxRelease, self._call(self._cuda.cuDeviceGet, ordinal))
 
-    def use(self, context: int) -> None:
+    def make_current(self, context: int) -> None:
         self._call(self._cuda.cuCtxSetCurrent, context)
 
     def allocate(self, size: int) -> int:
@@ -335,7 +335,7 @@ class Bindings:
 
 
 def _nvtx() -> tuple[Callable[[str], Any], Callable[[], Any]]:
-    """What begins and ends a range. Without NVTX there are none."""
+    """The functions that start and end a range; they do nothing without NVTX."""
     try:
         import nvtx
     except ImportError:

@@ -1,4 +1,4 @@
-"""Events: how far a stream has come. They are used again when nobody holds them any more."""
+"""Events mark points in streams. Their handles are reused when nobody holds them any more."""
 
 from collections import deque
 
@@ -6,8 +6,8 @@ from stageline.runtime.devices.cuda.driver import Driver
 
 
 class Event:
-    """A point in `stream`, recorded. A stream that waits for it was told so when the wait was enqueued: the handle may
-    be recorded anew as soon as this object is gone."""
+    """A recorded point in `stream`. A wait refers to the point as recorded when the wait was enqueued, so the handle
+    may be recorded again as soon as this object is gone."""
 
     __slots__ = ("_driver", "_returned", "handle", "stream")
 
@@ -15,11 +15,11 @@ class Event:
         self._driver, self.handle, self.stream, self._returned = driver, handle, stream, returned
 
     def done(self) -> bool:
-        """Whether the stream has come this far. CudaError if the device failed."""
+        """Whether the stream has reached this point. CudaError if the device failed."""
         return self._driver.done(self.handle)
 
     def wait(self) -> None:
-        """Let the host wait until the stream has come this far. CudaError if the device failed."""
+        """Let the host wait until the stream reaches this point. CudaError if the device failed."""
         self._driver.synchronize_event(self.handle)
 
     def seconds_since(self, began: "Event") -> float:
@@ -39,7 +39,7 @@ class Events:
         self._made: list[int] = []
 
     def record(self, stream: int) -> Event:
-        """An event at the end of what is in the stream. The GPU's context is this thread's."""
+        """An event at the end of the stream's work. The GPU's context must be current in this thread."""
         try:
             handle = self._returned.popleft()
         except IndexError:
@@ -51,11 +51,11 @@ class Events:
 
     @property
     def made(self) -> int:
-        """How many there are."""
+        """Number of events that were made."""
         return len(self._made)
 
     def close(self) -> None:
-        """Destroy them all; none is used any more."""
+        """Destroy all events; none may be in use."""
         made, self._made = self._made, []
         for handle in made:
             self._driver.destroy_event(handle)

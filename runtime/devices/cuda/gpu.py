@@ -1,6 +1,6 @@
-"""One GPU: its context, its memory and events, the GPUs it reaches, and whether it is lost.
+"""One GPU: its context, its memory and events, the GPUs it can access, and whether it is lost.
 
-A process has one `Gpu` for each GPU that it uses, whichever pipelines use it: so caches can go from one to another.
+A process has one `Gpu` for each GPU, shared by its pipelines, so that caches can move from one to another.
 """
 
 import threading
@@ -28,40 +28,41 @@ class Gpu:
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """The name that users write."""
         return f"cuda:{self.ordinal}"
 
     @property
     def lost(self) -> bool:
-        """Whether it met an error that CUDA cannot recover from."""
+        """Whether it had an error that CUDA cannot recover from."""
         return self._lost is not None
 
-    def use(self) -> None:
-        """Make this GPU's context the thread's: the first line of all that talks to it. EngineError if it is lost."""
+    def make_current(self) -> None:
+        """Make this GPU's context current in this thread, before any other call to it. EngineError if the GPU is
+        lost."""
         if self._lost is not None:
             raise EngineError(self._lost)
-        self.driver.use(self.context)
+        self.driver.make_current(self.context)
 
     def record(self, stream: int) -> Event:
-        """An event at the end of what is in the stream, which is one of this GPU's."""
+        """An event at the end of the work in one of this GPU's streams."""
         return self._events.record(stream)
 
     def reaches(self, other: "Gpu") -> bool:
-        """Whether this GPU reads the other's memory itself; it is allowed to when first asked."""
+        """Whether this GPU can read the other's memory directly; the first call enables that."""
         with self._lock:
             if other.ordinal not in self._reaches:
                 reaches = self.driver.can_reach(self.ordinal, other.ordinal)
                 if reaches:
-                    self.driver.use(self.context)
+                    self.driver.make_current(self.context)
                     self.driver.enable_peer(other.context)
                 self._reaches[other.ordinal] = reaches
             return self._reaches[other.ordinal]
 
     def failed(self, where: str, error: CudaError) -> EngineError:
-        """What is told of an error. After one that CUDA cannot recover from the GPU counts as lost."""
+        """The error that callers see. After one that CUDA cannot recover from, the GPU counts as lost."""
         if error.sticky and self._lost is None:
             seen = f"{error} (first seen in {where})"
-            self._lost = f"{self.name} is lost after {seen}; close the pipeline and start the process anew"
+            self._lost = f"{self.name} is lost after {seen}; close the pipeline and restart the process"
         if self._lost is not None:
             return EngineError(self._lost)
         if error.name == "CUDA_ERROR_OUT_OF_MEMORY":
@@ -73,8 +74,8 @@ class Gpu:
         return EngineError(f"{where} failed on {self.name}: {error}")
 
     def close(self) -> None:
-        """Free everything. Nothing on the GPU is under way, nobody uses a buffer, and it is not lost."""
-        self.driver.use(self.context)
+        """Free everything. No work may be running, no buffer in use, and the GPU not lost."""
+        self.driver.make_current(self.context)
         for release in (
             self._events.close,
             self.memory.close,
@@ -85,11 +86,11 @@ class Gpu:
 
 
 _lock = threading.Lock()  # guards the next line
-_open: dict[tuple[int, int], tuple[Gpu, int]] = {}  # (driver, ordinal) -> the GPU, and how many use it
+_open: dict[tuple[int, int], tuple[Gpu, int]] = {}  # (driver, ordinal) -> the GPU, and its number of users
 
 
 def acquire(driver: Driver, ordinal: int) -> Gpu:
-    """The process's GPU of this number; each is given back by `release`. CudaError if it cannot be used."""
+    """The process's GPU of this number, until `release`. CudaError if it cannot be used."""
     with _lock:
         key = (id(driver), ordinal)
         gpu, users = _open.get(key) or (Gpu(driver, ordinal), 0)
@@ -98,7 +99,7 @@ def acquire(driver: Driver, ordinal: int) -> Gpu:
 
 
 def release(gpu: Gpu) -> None:
-    """Give it back; the last to do so frees everything."""
+    """Release the GPU; the last release frees everything."""
     with _lock:
         key = (id(gpu.driver), gpu.ordinal)
         _, users = _open[key]

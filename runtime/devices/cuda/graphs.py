@@ -1,4 +1,4 @@
-"""CUDA graphs: what a stage enqueues for one shape at one set of addresses, captured once and replayed."""
+"""CUDA graphs: the work of a stage for one shape and one set of addresses, captured once and replayed."""
 
 from collections.abc import Callable, Hashable
 
@@ -6,8 +6,8 @@ from stageline.runtime.devices.cuda.driver import CudaError, Driver
 
 
 class Replay:
-    """The same work again and again, in one stream: enqueued the first time, when libraries may still allocate,
-    captured the second, replayed from then on. Other work (another `key`: shape and addresses) begins anew.
+    """Repeats the same work in one stream: it is enqueued the first time, when libraries may still allocate, captured
+    the second time, and replayed from then on. Other work (another `key`: shape and addresses) starts over.
 
     Used by one thread; owns the captured graph until `close()`.
     """
@@ -20,7 +20,7 @@ class Replay:
         self.captures = 0
         """How often work was captured."""
         self.refused: str | None = None
-        """Why it cannot be captured, once that is known; it is enqueued each time then."""
+        """Why the work cannot be captured, once known; it is then enqueued each time."""
 
     def run(self, key: Hashable, enqueue: Callable[[], None]) -> None:
         """Do the work: what `enqueue` puts into the stream, and nothing else."""
@@ -36,7 +36,7 @@ class Replay:
             enqueue()
 
     def close(self) -> None:
-        """Forget the work. What was launched of it still runs to its end."""
+        """Drop the work. What was launched still runs to its end."""
         self._key = None
         if self._graph is not None:
             graph, self._graph = self._graph, None
@@ -47,7 +47,7 @@ class Replay:
         failure: Exception | None = None
         try:
             enqueue()
-        except Exception as error:  # work that must not be captured; the capture has to be ended all the same
+        except Exception as error:  # the work cannot be captured; the capture must still be ended
             failure = error
         try:
             graph = self._driver.end_capture(self._stream)

@@ -1,4 +1,4 @@
-"""One run of an engine on its stage's stream: its inputs brought there, then its kernels, then the event that ends it.
+"""One run of an engine in its stage's stream: inputs are brought to the GPU, then kernels, then the event of its end.
 
     with Launch(device, "stage 1") as launch:
         launch.put(value, buffer, dtype)       # or launch.local(value, dtype)
@@ -6,7 +6,7 @@
         ...                                    # the engine enqueues its kernels
         done = launch.end()                    # guards every buffer that was touched
 
-Nothing here waits. Where a value comes from decides how it comes:
+Nothing here waits. How a value gets to the GPU depends on where it is:
 
     host array         ─ pinned buffer ─ upload ─>
     this GPU           ─ wait(ready) ─ copy, or none ─>
@@ -30,7 +30,7 @@ from stageline.runtime.devices.cuda.pools import Buffer
 
 
 class Launch:
-    """Used once, by the stage's worker. What CUDA raises leaves it as EngineError."""
+    """Used once, by the stage's worker. Errors of CUDA leave it as EngineError."""
 
     def __init__(self, device: CudaDevice, name: str) -> None:
         """`name`: what profilers show."""
@@ -41,7 +41,7 @@ class Launch:
 
     def __enter__(self) -> Self:
         try:
-            self._gpu.use()
+            self._gpu.make_current()
         except CudaError as error:
             raise self._device.failed(error) from error
         self._driver.push_range(self._name)
@@ -51,29 +51,29 @@ class Launch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._driver.pop_range()
-        if self._touched or self._kept:  # it failed on the way: what was enqueued may still run
+        if self._touched or self._kept:  # it failed: what was enqueued may still run
             with suppress(CudaError, EngineError):
-                self._gpu.use()
+                self._gpu.make_current()
                 self._guard(self._gpu.record(self._device.stream))
         if isinstance(error, CudaError):
             raise self._device.failed(error) from error
 
     def put(self, value: Value, target: Buffer, dtype: np.dtype[Any]) -> None:
-        """Bring the value into `target`, in `dtype`."""
+        """Copy the value into `target`, in `dtype`."""
         self._touched.append(target)
         if isinstance(value, CudaArray) and value.dtype == dtype:
             self._move(value, target)
-        else:  # of another type it has to pass through the host, which waits for it: no engine here gives such a value
+        else:  # another type must pass through the host, which waits for it: no engine returns such values
             array = value if isinstance(value, np.ndarray) else value.read().wait()
             self._upload(array, target.address, dtype)
 
     def upload(self, array: Array, target: Buffer, offset_bytes: int) -> None:
-        """Bring an array into `target`, from `offset_bytes` on."""
+        """Copy an array into `target`, from `offset_bytes` on."""
         self._touched.append(target)
         self._upload(array, target.address + offset_bytes, array.dtype)
 
     def local(self, value: Value, dtype: np.dtype[Any]) -> CudaArray:
-        """The value on this GPU, in `dtype`: itself where it is so already."""
+        """The value on this GPU in `dtype`: itself if it is there already."""
         if isinstance(value, CudaArray) and value.dtype == dtype and value.device.gpu is self._gpu:
             self._await(value)
             return value
@@ -84,17 +84,17 @@ class Launch:
     def adopt(
         self, caches: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]
     ) -> dict[str, Buffer]:
-        """Those of an engine's `caches` that have a place in `shapes`, on this GPU; copied only where they are not.
+        """Those of an engine's `caches` that `shapes` names, on this GPU; copied only from other devices.
 
-        EngineError where one is missing or of another shape.
+        EngineError if one is missing or of another shape.
         """
         for name, shape in shapes.items():
             if name not in caches:
-                raise EngineError(f"{self._name} is given no cache {name!r}")
+                raise EngineError(f"{self._name} received no cache {name!r}")
             if tuple(caches[name].shape) != shape:
                 raise EngineError(
                     f"{self._name}: cache {name!r} has shape {list(caches[name].shape)}, not {list(shape)}: caches do "
-                    "not move between engines of unlike kinds"
+                    "not move between engines of different kinds"
                 )
         return {name: self.local(caches[name], dtype).buffer for name in shapes}
 
@@ -109,17 +109,17 @@ class Launch:
         self._touched.append(buffer)
 
     def await_guards(self, buffer: Buffer) -> None:
-        """Let the stream wait for all that other streams do with a buffer which this run will write."""
+        """Let the stream wait for all work of other streams on a buffer that this run will write."""
         for guard in list(buffer.guards.values()):
             if guard.stream != self._device.stream and not guard.done():
                 self._driver.wait(self._device.stream, guard.handle)
 
     def begin(self) -> None:
-        """The inputs are on their way; what comes now is the stage's own time."""
+        """All inputs are enqueued; from here on it is the stage's own time."""
         self._began = self._gpu.record(self._device.stream)
 
     def end(self) -> Event:
-        """Everything is enqueued. The event says that it is done; no touched buffer is used for other things before."""
+        """Everything is enqueued. The event happens when it is done; no touched buffer is reused before."""
         done = self._gpu.record(self._device.stream)
         self._guard(done)
         if self._began is not None:
@@ -159,7 +159,7 @@ class Launch:
             self._driver.copy_peer(target.address, self._gpu.context, array.buffer.address, there.context, size, stream)
         else:
             reading = array.read()
-            self._gpu.use()
+            self._gpu.make_current()
             self._driver.wait(stream, reading.event.handle)
             self._driver.upload(target.address, reading.pinned.address, size, stream)
             self._touched.append(reading.pinned)

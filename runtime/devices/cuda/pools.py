@@ -1,11 +1,10 @@
-"""Memory that is kept: blocks of fixed sizes, which go back into use when nobody holds them and nothing works on them.
+"""Pools of memory: blocks of fixed sizes, which are reused when nobody holds them and no work uses them.
 
     free ──take()──> in use ──the last reference goes──> returned ──all guards have happened──> free
                      (a Buffer)
 
-A guard is an event of a stream that reads or writes the block. So a block is never given out, nor freed, while a copy
-or a kernel is still under way in it, and the host never waits for that. In the steady state every `take` finds a free
-block.
+A guard is an event of a stream that reads or writes the block. So a block is never reused or freed while a copy or a
+kernel still uses it, and the host never waits for that. In the steady state every `take` finds a free block.
 """
 
 import threading
@@ -15,13 +14,14 @@ from collections.abc import Callable
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.events import Event
 
-_LEAST = 256  # bytes; what device memory is aligned to
+_MIN_BYTES = 256  # the alignment of device memory
 
 
 def size_class(size_bytes: int) -> int:
-    """The size of the block for a buffer: 4, 5, 6 or 7 quarters of a power of two, a fifth unused at most."""
-    if size_bytes <= _LEAST:
-        return _LEAST
+    """The size of the block for a buffer: 4, 5, 6 or 7 quarters of a power of two, of which at most a fifth is
+    unused."""
+    if size_bytes <= _MIN_BYTES:
+        return _MIN_BYTES
     quarter = 1 << max((size_bytes - 1).bit_length() - 3, 6)
     return -(-size_bytes // quarter) * quarter
 
@@ -41,7 +41,7 @@ class Buffer:
         self.guards[event.stream] = event
 
     def __del__(self) -> None:
-        # On any thread, and in the middle of anything: appending is all that is safe.
+        # Runs on any thread, at any moment: only appending is safe.
         self._returned.append((self.address, self.size_bytes, tuple(self.guards.values())))
 
 
@@ -50,21 +50,21 @@ class Pool:
 
     def __init__(self, allocate: Callable[[int], int], free: Callable[[int], None]) -> None:
         self._allocate, self._release = allocate, free
-        self._lock = threading.Lock()  # guards the rest, but for `_returned`
+        self._lock = threading.Lock()  # guards the rest, except `_returned`
         self._returned: deque[tuple[int, int, tuple[Event, ...]]] = deque()
         self._waiting: dict[int, deque[tuple[int, tuple[Event, ...]]]] = {}
         self._free: dict[int, list[int]] = {}
         self._sizes: dict[int, int] = {}
         self.allocations = 0
-        """How often memory was asked for since the pool was made."""
+        """Number of allocations since the pool was made."""
 
     @property
     def held_bytes(self) -> int:
-        """All blocks together."""
+        """Bytes of all blocks."""
         return sum(self._sizes.values())
 
     def take(self, size_bytes: int) -> Buffer:
-        """A buffer of at least `size_bytes`; what is in it is left over. CudaError if there is no memory."""
+        """A buffer of at least `size_bytes`, with arbitrary contents. CudaError if there is no memory."""
         size = size_class(size_bytes)
         with self._lock:
             self._sort()
@@ -75,7 +75,7 @@ class Pool:
             return Buffer(address, size, self._returned)
 
     def close(self) -> None:
-        """Free all blocks, those in use as well: nobody uses a buffer any more, and nor does the device."""
+        """Free all blocks, including those in use: neither callers nor the device may use a buffer any more."""
         with self._lock:
             sizes, self._sizes = self._sizes, {}
             self._free, self._waiting = {}, {}
@@ -109,7 +109,7 @@ class Pool:
         return address
 
     def _trim(self) -> bool:
-        """Free the blocks that are not in use; whether there were any."""
+        """Free the blocks that are not in use, and return whether there were any."""
         for size in list(self._waiting):
             self._reclaim(size)
         blocks = [address for free in self._free.values() for address in free]

@@ -1,4 +1,4 @@
-"""Reading the weights that a graph refers to in other files."""
+"""Reading weights that a graph refers to in other files."""
 
 import numpy as np
 import onnx_ir as ir
@@ -6,8 +6,8 @@ from stageline.runtime.engines.base import Array
 
 
 def read_external(tensor: ir.ExternalTensor) -> Array:
-    """The tensor as it lies on disk, mapped and not copied. onnx_ir itself does not read files that are hard-linked, as
-    a bundle's weights are."""
+    """The tensor on disk as an array, memory-mapped. onnx_ir itself refuses to read hard-linked files, which a bundle's
+    weights may be."""
     kind = tensor.dtype.numpy()
     data = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.size * kind.itemsize,))
     return data.view(kind).reshape(tensor.shape.numpy())

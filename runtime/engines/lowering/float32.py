@@ -1,9 +1,11 @@
 """Lower a half-precision graph to float32, for engines with few half-precision kernels.
 
-The weights stay as they are on disk: each half-precision initializer is cast to float32 where it enters the graph, and
-the engine folds that cast when it loads. Everything after computes in float32, the graph's border included. The result
-is lossy only in being more exact.
+The weights on disk do not change: each half-precision initializer is cast to float32 where it enters the graph, and the
+engine folds that cast when it loads. Everything after it is float32, inputs and outputs included. The results differ
+only by being more exact.
 """
+
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -11,22 +13,22 @@ HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _DTYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "precision", "softmax_precision", "stash_type"})
 
 
-def has_halves(model: ir.Model) -> bool:
-    """True if a value or initializer of the model is float16 or bfloat16."""
+def has_types(model: ir.Model, types: Collection[ir.DataType] = HALVES) -> bool:
+    """True if a value, initializer or attribute of the model has one of `types` (float16 and bfloat16)."""
     return any(
-        value.dtype in HALVES
+        value.dtype in types
         for graph in model.graphs()
         for values in (graph.inputs, graph.initializers.values(), *(node.outputs for node in graph))
         for value in values
-    ) or any(_half_attribute(attribute) for node in model.graph.all_nodes() for attribute in node.attributes.values())
+    ) or any(_names(attribute, types) for node in model.graph.all_nodes() for attribute in node.attributes.values())
 
 
 def to_float32(model: ir.Model) -> ir.Model:
-    """Lower `model` in place and return it: no value is half-precision but the initializers, each ahead of a Cast."""
+    """Lower `model` in place and return it. Only initializers stay half-precision, each followed by a Cast."""
     in_functions = [node for function in model.functions.values() for node in function.all_nodes()]
     for node in [*model.graph.all_nodes(), *in_functions]:
         for attribute in list(node.attributes.values()):
-            if _half_attribute(attribute):
+            if _names(attribute, HALVES):
                 node.attributes[attribute.name] = _widened(attribute)
         for value in node.outputs:
             _widen(value)
@@ -47,7 +49,7 @@ def _widen(value: ir.Value) -> None:
 
 
 def _cast(initializer: ir.Value) -> ir.Node:
-    """A Cast of the initializer that takes over its name and its uses."""
+    """A Cast of the initializer, which takes over its name and its uses."""
     name = initializer.name
     initializer.name = f"{name}.half"
     wide = ir.Value(name=name, shape=initializer.shape, type=ir.TensorType(ir.DataType.FLOAT))
@@ -55,14 +57,14 @@ def _cast(initializer: ir.Value) -> ir.Node:
     return ir.node("Cast", [initializer], {"to": ir.DataType.FLOAT}, outputs=[wide], name=f"{name}.widen")
 
 
-def _half_attribute(attribute: ir.Attr) -> bool:
-    """True if the attribute is a half-precision tensor, or names a half-precision dtype."""
+def _names(attribute: ir.Attr, types: Collection[ir.DataType]) -> bool:
+    """True if the attribute is a tensor of one of `types`, or names one."""
     if attribute.is_ref():
         return False
     if attribute.type == ir.AttributeType.TENSOR:
-        return attribute.as_tensor().dtype in HALVES
+        return attribute.as_tensor().dtype in types
     is_dtype = attribute.type == ir.AttributeType.INT and attribute.name in _DTYPE_ATTRIBUTES
-    return is_dtype and attribute.as_int() in HALVES
+    return is_dtype and attribute.as_int() in types
 
 
 def _widened(attribute: ir.Attr) -> ir.Attr:

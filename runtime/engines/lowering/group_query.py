@@ -1,32 +1,31 @@
 """Lower cache attention to ONNX Runtime's GroupQueryAttention, with the caches as inputs and outputs of the graph.
 
-The past and the present of a cache are meant to be bound to one buffer: the operator then writes the new keys and
-values where they belong and copies nothing. Its `query_seqlens` is what allows rows padded on the right, and rows that
-have nothing new.
+The past and the present of a cache must be bound to one buffer: the operator then writes the new keys and values in
+place and copies nothing. Its `query_seqlens` allows rows that are padded on the right, and rows without new tokens.
 """
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 
 _DOMAIN = "com.microsoft"
 _STEP = 8  # the operator takes head sizes that are multiples of this
 
 
 def padded(size: int) -> int:
-    """The head size that the operator takes for heads of `size`."""
+    """The head size that the operator needs for heads of `size`."""
     return -(-size // _STEP) * _STEP
 
 
 def has_caches(model: ir.Model) -> bool:
-    """True if a node of the model is cache attention."""
+    """Whether the model has cache attention."""
     return any(node.op_type == CACHE_ATTENTION for node in model.graph)
 
 
 def to_group_query(model: ir.Model, cache_dtype: ir.DataType) -> ir.Model:
-    """Lower `model` in place and return it. Its activations are of one floating type, whichever; they are cast to
-    `cache_dtype` for the operator and back."""
+    """Lower `model` in place and return it. Its activations have one floating type; they are cast to `cache_dtype` for
+    the operator and back."""
     graph = model.graph
     lowering = _GroupQueryLowering(graph, cache_dtype)
     for node in [node for node in graph if node.op_type == CACHE_ATTENTION]:
@@ -103,16 +102,17 @@ class _GroupQueryLowering:
             if size != cache.value_size:
                 ends = [self.ints([0]), self.ints([cache.value_size]), self.ints([3])]
                 result = self.add("Slice", [result, *ends])
-            result.name = node.outputs[0].name  # the graph may give it as it is
+            result.name = node.outputs[0].name  # it may be an output of the graph
         ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
 
     def row_lengths(self, past: ir.Value, new: ir.Value, query: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """For the operator: each row's tokens after this step less one, an upper bound of them, each row's new ones."""
+        """The operator's lengths: per row, its tokens after this step minus one; an upper bound of them; per row, its
+        new tokens."""
         if (past, new) not in self.lengths:
             after = self.add("Add", [past, new])
             one = self.ints([1])
-            after = self.add("Max", [after, one])  # a row that is empty and stays so counts for one token, never seen
+            after = self.add("Max", [after, one])  # a row that stays empty counts as one token, which nothing reads
             length = self.add("Shape", [query], start=2, end=3)
             total = self.add("Max", [self.add("ReduceMax", [after], keepdims=1), length])
             values = (self.add("Sub", [after, one]), total, new)
@@ -146,7 +146,7 @@ class _GroupQueryLowering:
 
 
 def _before_split(value: ir.Value | None, width: int) -> ir.Value | None:
-    """The [batch, length, width] that was split into heads and transposed to give `value`, if that is all it is."""
+    """The [batch, length, width] that is only split into heads and transposed to become `value`, if there is one."""
     transpose = value.producer() if value is not None else None
     if transpose is None or transpose.op_type != "Transpose" or list(_ints(transpose, "perm")) != [0, 2, 1, 3]:
         return None
@@ -160,7 +160,8 @@ def _before_split(value: ir.Value | None, width: int) -> ir.Value | None:
 
 
 def _joined(value: ir.Value) -> ir.Value | None:
-    """The one Reshape of [batch, length, heads, size] that joins the heads again, if that is the one use of `value`."""
+    """The output of the Reshape that joins the heads of `value` [batch, length, heads, size], if that is its only
+    use."""
     uses = list(value.uses())
     if len(uses) != 1 or uses[0].node.op_type != "Reshape" or value.shape is None:
         return None

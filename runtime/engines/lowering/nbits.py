@@ -1,7 +1,7 @@
 """Lower the matrix products of a stage to ONNX Runtime's MatMulNBits: weights of 4 or 8 bits, quantised on opening.
 
-Each block of 32 weights of a row has a scale and a zero point of its own, so that it covers its least and its largest
-value (and zero) evenly. Activations are quantised to 8 bits on the way in (accuracy level 4), as llama.cpp does.
+Each block of 32 weights of a row has its own scale and zero point, which cover its minimum, its maximum and zero
+evenly. Activations are quantised to 8 bits inside the operator (accuracy level 4), as in llama.cpp.
 """
 
 from typing import Any
@@ -15,19 +15,19 @@ from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.engines.lowering.external import read_external
 
 BLOCK = 32
-FEWEST = 1 << 14  # weights: smaller matrices stay as they are
-MOST_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
+MIN_WEIGHTS = 1 << 14  # smaller matrices are not quantised
+MAX_GRAPH_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
 _BITS = {"int4": 4, "int8": 8}
 
 
 def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
-    """Lower `model`, whose activations are float32, in place and return it. EngineError where its weights are so many
-    that one graph cannot hold them."""
+    """Lower `model`, whose activations are float32, in place and return it. EngineError if its weights do not fit into
+    one graph."""
     bits = _BITS[dtype]
     made: dict[ir.Value, list[ir.Value]] = {}
     total = 0
     for node in list(model.graph):
-        found = multiplied_weight(node, FEWEST)
+        found = multiplied_weight(node, MIN_WEIGHTS)
         if found is None:
             continue
         weight, transposed = found
@@ -35,10 +35,10 @@ def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
             array = _values(weight)
             tensors = quantise(array if transposed else array.T, bits)
             total += sum(tensor.nbytes for tensor in tensors)
-            if total > MOST_BYTES:
+            if total > MAX_GRAPH_BYTES:
                 raise EngineError(
-                    f"the {dtype} weights of one stage have more than {MOST_BYTES / 1e9} GB; cut the bundle into more "
-                    "stages: stageline recut BUNDLE --stages N"
+                    f"the {dtype} weights of one stage have more than {MAX_GRAPH_BYTES / 1e9} GB; cut the bundle into "
+                    "more stages: stageline recut BUNDLE --stages N"
                 )
             made[weight] = [_initializer(model.graph, f"{weight.name}.{dtype}.{i}", t) for i, t in enumerate(tensors)]
         _replace(model.graph, node, made[weight], bits, weight, transposed)
@@ -48,13 +48,13 @@ def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
 
 
 def bytes_per_weight(dtype: WeightDtype) -> float:
-    """Bytes of a quantised weight, with its share of the scale and the zero point of its block."""
+    """Bytes of a quantised weight, including its share of its block's scale and zero point."""
     return (BLOCK * _BITS[dtype] + 32 + _BITS[dtype]) / 8 / BLOCK
 
 
 def quantise(weight: NDArray[np.float32], bits: int) -> list[NDArray[Any]]:
-    """weight [N, K] -> values uint8 [N, blocks, BLOCK * bits / 8], scales float32 [N, blocks], zero points uint8
-    [N, blocks * bits / 8], two of four bits in a byte, the lower first. weight ~ (value - zero point) * scale."""
+    """weight [N, K] -> values uint8 [N, blocks, BLOCK * bits / 8], scales float32 [N, blocks], zero points uint8 [N,
+    blocks * bits / 8]. Two of four bits share a byte, the first in the lower half. weight ~ (value - zero) * scale."""
     rows, columns = weight.shape
     blocks = -(-columns // BLOCK)
     padded = np.zeros((rows, blocks * BLOCK), np.float32)
@@ -74,9 +74,9 @@ def quantise(weight: NDArray[np.float32], bits: int) -> list[NDArray[Any]]:
     return [values, scales, zeros]
 
 
-def multiplied_weight(node: ir.Node, fewest: int = 1) -> tuple[ir.Value, bool] | None:
-    """The initializer of at least `fewest` elements that the node multiplies its first input by, and whether it lies
-    there as [N, K]."""
+def multiplied_weight(node: ir.Node, min_weights: int = 1) -> tuple[ir.Value, bool] | None:
+    """The initializer of at least `min_weights` elements that the node multiplies its first input by, and whether its
+    layout is [N, K]."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain or node.inputs[0] is None or node.inputs[1] is None:
         return None
     plain = {"transA": 0, "alpha": 1.0, "beta": 1.0}
@@ -92,7 +92,7 @@ def multiplied_weight(node: ir.Node, fewest: int = 1) -> tuple[ir.Value, bool] |
         value = source
     if not value.is_initializer() or value.const_value is None or len(value.const_value.shape) != 2:
         return None
-    return (value, transposed) if value.const_value.size >= fewest else None
+    return (value, transposed) if value.const_value.size >= min_weights else None
 
 
 def _values(weight: ir.Value) -> NDArray[np.float32]:
@@ -127,6 +127,6 @@ def _replace(
     graph.insert_before(node, product)
     result = product.outputs[0]
     old = node.outputs[0]
-    result.name, result.shape, result.type = f"{old.name}.nbits", old.shape, old.type
+    result.name, result.shape, result.type = old.name, old.shape, old.type
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)

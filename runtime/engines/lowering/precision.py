@@ -1,10 +1,10 @@
-"""Set the type of every value of a float32 graph, for engines that compute each operator in the types it is given.
+"""Set the type of every value of a float32 graph, for engines that compute each operator in the types of its inputs.
 
-What comes from weights and the hidden state takes the precision asked for. What comes from integers and constants alone
-(positions, rotary tables, masks) stays float32 until it meets the rest: in bfloat16, position 257 would be position
-256. Sums, squares and their roots, which leave the range of float16, are computed in float32 as well. The graph's
-border stays float32, but for the caches. Casts down are clipped to finite values, since a mask's -3e38 must not
-become -inf.
+Values computed from weights and the hidden state get the requested precision. Values computed only from integers and
+constants (positions, rotary tables, masks) stay float32 until they meet the others: in bfloat16, position 257 would be
+position 256. Sums, squares and their roots leave the range of float16, so they are computed in float32 as well. Inputs
+and outputs stay float32, except the caches. Casts down are clipped to finite values: a mask's -3e38 must not become
+-inf.
 """
 
 from collections.abc import Collection
@@ -19,12 +19,12 @@ _WIDE = frozenset(
     {"Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log", "CumSum"}
 )
 _FLOAT_PARAMETERS = {"Resize": frozenset({1, 2})}
-"""Operator -> its inputs that are float32 whatever the others are."""
+"""Operator -> its inputs that must stay float32."""
 
 
 def fold_weight_casts(model: ir.Model) -> None:
     """Let each weight enter the graph as float32: a Cast of one becomes the weight itself. A weight's value has the
-    type that the graph wants, its tensor the one on disk."""
+    type in the graph, its tensor the one on disk."""
     for node in list(model.graph):
         source = node.inputs[0] if node.inputs else None
         if node.op_type == "Cast" and source is not None and _is_weight(source):
@@ -38,7 +38,7 @@ def fold_weight_casts(model: ir.Model) -> None:
 
 def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str]) -> None:
     """Type the values of `model`, a float32 graph whose weights have no casts, in place. `state` names the inputs and
-    outputs that are caches. EngineError where the graph has branches or loops."""
+    outputs that are caches. EngineError if the graph has branches or loops."""
     ShapeInferencePass(check_type=False, strict_mode=False)(model)
     typing = _Typing(model.graph, dtype)
     for value in model.graph.inputs:
@@ -66,9 +66,7 @@ class _Typing:
             attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
             for attribute in node.attributes.values()
         ):
-            raise EngineError(
-                f"operator {node.op_type} ({node.name}) has a graph of its own: only float32 can be built"
-            )
+            raise EngineError(f"operator {node.op_type} ({node.name}) has a subgraph: only float32 can be built")
         kept = _FLOAT_PARAMETERS.get(node.op_type, frozenset())
         places = [
             place
@@ -106,7 +104,7 @@ class _Typing:
         return self.cast[key]
 
     def retyped(self, value: ir.Value) -> ir.Value:
-        """A weight or constant in the narrow type. A weight's tensor stays the one on disk."""
+        """A weight or constant in the narrow type. A weight keeps its tensor on disk."""
         tensor = value.const_value
         assert tensor is not None
         name = f"{value.name}.{self.dtype.name.lower()}"
@@ -119,6 +117,7 @@ class _Typing:
         return new
 
     def clipped(self, value: ir.Value, before: ir.Node) -> ir.Value:
+        # These names are part of the digests of engines.
         ends = [self.scalar(f"precision.{sign}", end) for sign, end in (("least", -self.limit), ("most", self.limit))]
         inside = self.inserted("Clip", [value, *ends], before, f"{value.name}.finite", ir.DataType.FLOAT)
         narrow = self.inserted("Cast", [inside], before, f"{value.name}.{self.dtype.name.lower()}", self.dtype)
@@ -151,7 +150,7 @@ class _Typing:
         return node.outputs[0]
 
     def rename_weights(self) -> None:
-        """Give weights that are read in the narrow type only their own names back."""
+        """Restore the names of weights that are read in the narrow type only."""
         suffix = f".{self.dtype.name.lower()}"
         for value in list(self.graph.initializers.values()):
             name = str(value.name)
@@ -162,6 +161,6 @@ class _Typing:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    """True if the value is an initializer of floating type that lies in a file."""
+    """Whether the value is an initializer of floating type in a file."""
     tensor = value.const_value
     return value.is_initializer() and isinstance(tensor, ir.ExternalTensor) and tensor.dtype.is_floating_point()

@@ -1,7 +1,7 @@
-"""Quantise the weights of a lowered graph's matrix products: TensorRT multiplies by what DequantizeLinear gives.
+"""Quantise the weights of a lowered graph's matrix products: TensorRT fuses DequantizeLinear into the product.
 
-Weights only: they are what decoding reads. Activations stay float16, for a scale of their own that is fixed ahead does
-not fit them: in SmolLM2 the first tokens carry values of 24,000.
+Only weights, because they dominate the memory that decoding reads. Activations stay float16: no fixed scale fits them.
+In SmolLM2 the first tokens have values of 24,000.
 """
 
 from typing import Literal
@@ -17,14 +17,14 @@ _TYPES: dict[Quantisation, ir.DataType] = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "int4": ir.DataType.INT4,
 }
-_INT4_GROUP = 64  # values of a scale; TensorRT knows 64 and 128
+_INT4_GROUP = 64  # values per scale; TensorRT supports 64 and 128
 
 
 def to_quantised(model: ir.Model, kind: Quantisation) -> dict[str, Weight]:
-    """Let each matrix product of `model` whose matrix is a weight read it quantised, in place.
+    """Let each matrix product of `model` read its weight quantised, in place.
 
-    int8 and fp8 have a scale for each output channel, int4 for each 64 values of one (a matrix that these do not divide
-    stays as it is). Returns, by the name of its initializer, what each new one is to hold.
+    int8 and fp8 have one scale per output channel, int4 one per 64 values of a channel (a matrix whose size is not a
+    multiple of 64 is not quantised). Returns the contents of each new initializer by its name.
     """
     made: dict[ir.Value, ir.Value] = {}
     weights: dict[str, Weight] = {}
@@ -36,7 +36,7 @@ def to_quantised(model: ir.Model, kind: Quantisation) -> dict[str, Weight]:
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        axis = 1 if transposed else 0  # along which the products are summed
+        axis = 1 if transposed else 0  # that the products are summed over
         columns = int(tensor.shape.numpy()[axis])
         group = _INT4_GROUP if kind == "int4" else columns
         if columns % group:
@@ -56,7 +56,7 @@ def to_quantised(model: ir.Model, kind: Quantisation) -> dict[str, Weight]:
 
 
 def _dequantised(graph: ir.Graph, value: ir.Value, pair: dict[str, Weight], weight: QuantisedWeight) -> ir.Value:
-    """What stands for `value`: its quantised self, times its scales."""
+    """The replacement of `value`: its quantised values times their scales."""
     inputs = []
     for name, part in pair.items():
         tensor = unread(name, part)
@@ -74,13 +74,13 @@ def _dequantised(graph: ir.Graph, value: ir.Value, pair: dict[str, Weight], weig
 
 
 def _reread(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
-    """Let the matrix of a product come from `new` where it came from `old`, by way of casts and transposes."""
+    """Let a product that reads `old`, through casts and transposes, read `new` instead."""
     place = 1
     while node.inputs[place] is not old:
         value = node.inputs[place]
         assert value is not None
         producer = value.producer()
-        if producer is None:  # another product has done it
+        if producer is None:  # another product has been here
             return
         node, place = producer, 0
     node.replace_input_with(place, new)

@@ -1,12 +1,11 @@
 """Lower cache attention to ONNX's TensorScatter and Attention: TensorRT's KVCacheUpdate and a fused kernel.
 
-A cache is a graph input [rows, heads, capacity, size] and a graph output of the same shape; TensorRT wants both bound
-to one address and writes the new keys and values in place. The capacity is part of the engine: TensorRT takes no
-other.
+A cache is a graph input [rows, heads, capacity, size] and a graph output of the same shape; TensorRT requires both at
+one address and writes the new keys and values in place. The capacity is fixed in the engine.
 
-Only what is new is written. Padded places of a row, and all places of a row with nothing new (whose `past_lengths`
-may be 0 whatever it holds), get back what was there: so no padding, NaN or not, ever comes into a cache. Caches must
-be zero at first, since what a mask hides is still multiplied, by 0.
+Only new tokens are written. Padded positions of a row, and all positions of a row without new tokens (whose
+`past_lengths` may be 0 whatever it holds), get their old contents back, so padding, NaN or not, never enters a cache.
+Caches must start as zeros: what a mask hides is still multiplied by 0.
 """
 
 import numpy as np
@@ -15,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
 from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.engines.base import Array
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 
 _OPSET = 24  # the first with TensorScatter
 _FUSED_STEP = 8  # TensorRT has attention kernels for head sizes that are multiples of this
@@ -101,7 +100,7 @@ class _TensorScatterLowering:
         return cache
 
     def kept(self, rows: "_Rows", past: str, present: str, update: ir.Value, heads: int, size: int) -> ir.Value:
-        """What the cache holds after this step."""
+        """The cache after this step."""
         shape, dtype = ir.Shape(["batch", heads, self.capacity, size]), ir.TensorType(ir.DataType.FLOAT)
         before = ir.Value(name=past, shape=shape, type=dtype)
         self.graph.inputs.append(before)
@@ -123,10 +122,10 @@ class _TensorScatterLowering:
         sink: ir.Value | None,
         cache: CacheSpec,
     ) -> ir.Value:
-        """Attention in plain operators, for what the fused one does not know. [batch, heads, length, value size]."""
+        """Attention in plain operators, for what the fused one cannot do. [batch, heads, length, value size]."""
         heads = static(query, 1)
         scaled = self.add("Mul", query, self.constant(scale, np.float32))
-        # The heads that share a key come behind each other: the products are then of four dimensions.
+        # Heads that share a key are joined along the length, so that the products have four dimensions.
         grouped = self.add("Reshape", scaled, self.constant([0, cache.heads, -1, cache.key_size]))
         scores = self.add("MatMul", grouped, self.add("Transpose", keys, perm=[0, 1, 3, 2]))
         scores = self.add("Reshape", scores, self.constant([0, heads, -1, self.capacity]))
@@ -149,7 +148,7 @@ class _TensorScatterLowering:
 
 
 class _Rows:
-    """What all caches of a stage share: where each row writes, and which places of `length` are new."""
+    """What all caches of a stage share: where each row writes, and which positions of `length` are new."""
 
     def __init__(self, lowering: _TensorScatterLowering, query: ir.Value, past: ir.Value, new: ir.Value) -> None:
         zero, axes = lowering.constant(0), lowering.constant([1, 2, 3])
@@ -162,8 +161,8 @@ class _Rows:
         self.write_at = lowering.add("Where", lowering.add("Greater", new, zero), past, zero)
 
     def mask(self, lowering: _TensorScatterLowering, window: int | None) -> ir.Value:
-        """Which places of the cache each query sees: bool [batch, 1, length, capacity]. Never
-        none: a row and its padding fit the capacity."""
+        """Which positions of the cache each query sees: bool [batch, 1, length, capacity]. At least one, because a row
+        and its padding fit the capacity."""
         cached = lowering.constant(np.arange(lowering.capacity))
         seen = lowering.add("LessOrEqual", cached, self.positions)
         if window is None:

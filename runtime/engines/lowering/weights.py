@@ -1,4 +1,4 @@
-"""Weights as a lowered graph wants them: a tensor on disk, read in another type, or quantised."""
+"""Weights in the form that a lowered graph needs: a tensor on disk, read in another type, or quantised."""
 
 from dataclasses import dataclass
 
@@ -10,62 +10,63 @@ from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.external import read_external
 
 _LARGEST = {ir.DataType.INT8: 127, ir.DataType.INT4: 7, ir.DataType.FLOAT8E4M3FN: 448}
-"""The largest value of a type, so that a scale is a group's largest size over it. Types are used evenly around 0."""
+"""The largest value of a type: a scale is a group's largest magnitude divided by it. Ranges are symmetric around 0."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor on disk and the type that the graph wants it in."""
+    """A tensor on disk and its type in the graph."""
 
     tensor: ir.ExternalTensor
     dtype: ir.DataType
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that `read` gives."""
+        """Shape of the array that `read` returns."""
         return tuple(int(size) for size in self.tensor.shape.numpy())
 
     @property
     def size_bytes(self) -> int:
-        """What the array takes in an engine."""
+        """Bytes of the array in an engine."""
         return -(-int(np.prod(self.shape, dtype=np.int64)) * self.dtype.bitwidth // 8)
 
     def read(self) -> Array:
-        """The values, contiguous: mapped from the file where that has the same type, else converted."""
+        """The values, contiguous: memory-mapped if the file has the same type, else converted."""
         array = read_external(self.tensor)
         if self.tensor.dtype == self.dtype:
             return array
-        if self.dtype == ir.DataType.FLOAT16:  # what float16 cannot hold becomes the most that it can
+        if self.dtype == ir.DataType.FLOAT16:  # larger values become the largest that float16 holds
             array = np.clip(array.astype(np.float32), -65504, 65504)
         return np.ascontiguousarray(array.astype(self.dtype.numpy()))
 
 
 @dataclass(frozen=True)
 class QuantisedWeight(Weight):
-    """A matrix whose values are `dtype`, each times the scale of its group: `group` values in a row along `axis`, along
-    which the products are summed."""
+    """A matrix with values of type `dtype`, each times the scale of its group: `group` consecutive values along `axis`,
+    over which the products are summed."""
 
     axis: int
     group: int
 
     def read(self) -> Array:
         """The quantised values, in the shape of the tensor."""
-        groups, most = self._groups(), _LARGEST[self.dtype]
+        groups, largest = self._groups(), _LARGEST[self.dtype]
         values = groups / np.expand_dims(self._scales(groups), self.axis + 1)
-        values = np.clip(values if self.dtype == ir.DataType.FLOAT8E4M3FN else np.rint(values), -most, most)
+        values = np.clip(values if self.dtype == ir.DataType.FLOAT8E4M3FN else np.rint(values), -largest, largest)
         return np.ascontiguousarray(values.reshape(self.shape).astype(self.dtype.numpy()))
 
     def scales(self) -> NDArray[np.float32]:
-        """float32, the shape of the tensor with its groups for the values along `axis`; such as float16 has too."""
+        """float32 values that float16 can hold, in the shape of the tensor with groups in place of values along
+        `axis`."""
         return self._scales(self._groups())
 
     def _scales(self, groups: NDArray[np.float32]) -> NDArray[np.float32]:
         scales = np.abs(groups).max(axis=self.axis + 1) / np.float32(_LARGEST[self.dtype])
-        least = np.float32(ml_dtypes.finfo(np.float16).smallest_normal)  # type: ignore[no-untyped-call]
-        return np.asarray(scales.clip(least, 65504).astype(np.float16), np.float32)
+        smallest = np.float32(ml_dtypes.finfo(np.float16).smallest_normal)  # type: ignore[no-untyped-call]
+        return np.asarray(scales.clip(smallest, 65504).astype(np.float16), np.float32)
 
     def _groups(self) -> NDArray[np.float32]:
-        """The values with `axis` parted into groups."""
+        """The values with `axis` split into groups."""
         shape = list(self.shape)
         shape[self.axis : self.axis + 1] = [shape[self.axis] // self.group, self.group]
         return np.asarray(read_external(self.tensor), np.float32).reshape(shape)
@@ -73,13 +74,13 @@ class QuantisedWeight(Weight):
 
 @dataclass(frozen=True)
 class Scales(Weight):
-    """The scales of a quantised weight. Where a group is all there is along its axis, the axis is left out."""
+    """The scales of a quantised weight. If one group covers the whole axis, the axis is left out."""
 
     of: QuantisedWeight
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array that `read` gives."""
+        """Shape of the array that `read` returns."""
         shape, axis = list(self.of.shape), self.of.axis
         shape[axis : axis + 1] = [shape[axis] // self.of.group] if self.of.group < shape[axis] else []
         return tuple(shape)
@@ -90,5 +91,5 @@ class Scales(Weight):
 
 
 def unread(name: str, weight: Weight) -> ir.ExternalTensor:
-    """What stands for a weight in a lowered graph: its type and shape, and no place."""
+    """The placeholder of a weight in a lowered graph: its type and shape, without data."""
     return ir.ExternalTensor("weights", 0, None, weight.dtype, shape=ir.Shape(weight.shape), name=name)

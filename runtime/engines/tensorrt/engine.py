@@ -1,15 +1,15 @@
-"""TensorRT on a GPU, either flavour: a plan that was built for it, run on the stage's stream.
+"""TensorRT on a GPU, either flavour: an engine file that was built for it, run in the stage's stream.
 
 A binding is an execution context with its buffers, all bound once: the inputs, the outputs, and the rows of the caches
-that the step is about. What leaves the stage lies in a binding's outputs, and while anyone holds it, the binding is not
-used: so there is one for each micro-batch in flight, made while the pipeline warms up.
+that the step uses. Outputs of the stage are the binding's own buffers. While anyone holds one of them, the binding is
+not reused. So there is one for each micro-batch in flight, made while the pipeline warms up.
 
-    new ──> leased ──the last output goes──> free ──the same shapes and slots──> leased: nothing is to be done
-                                                  ──others──> leased: bound anew, its graph forgotten
+    new ──> leased ──the last output goes──> free ──the same shapes and slots──> leased: nothing to do
+                                                  ──others──> leased: bound again, its graph dropped
 
-In the steady state a run is: copy the inputs into place, replay the graph, record the event. Nothing is allocated and
-the host waits for nothing. All of a stage's contexts work in one stream, one after the other, and so in one scratch
-memory.
+In the steady state a run copies the inputs into place, replays the graph and records the event. Nothing is allocated,
+and the host waits for nothing. All contexts of a stage run in one stream, one after the other, so they share one
+scratch memory.
 """
 
 import weakref
@@ -30,21 +30,21 @@ from stageline.runtime.devices.cuda.graphs import Replay
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
-from stageline.runtime.engines.lowering.caches import past_names, present_names
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.tensorrt.guard import checked_engine
 from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile
 from stageline.runtime.engines.tensorrt.refit import weights_of
 from stageline.runtime.engines.tensorrt.targets import TargetGpu
 
-_BINDINGS = 8  # of different shapes or slots that are kept, unless more are leased at once
-_ALIGNED = 256  # bytes; TensorRT's own rule for addresses
-_PIECE_BYTES = 32 * 2**20  # of weights that pass through pinned memory at once
+_BINDINGS = 8  # of different shapes or slots that are kept; more if leased at the same time
+_ALIGNED = 256  # bytes; addresses must be multiples
+_PIECE_BYTES = 32 * 2**20  # of weights in pinned memory at a time
 
 
 def open_tensorrt(
     stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
 ) -> "TensorRTEngine":
-    """The stage's engine for this GPU out of the bundle it lies in. EngineError where there is none that fits."""
+    """The stage's engine for this GPU, from its bundle. EngineError if none fits."""
     if not isinstance(device, CudaDevice):
         raise EngineError(f"the engine tensorrt runs on cuda:N, not on {device.name}; open with devices=['cuda:0']")
     if quantise is not None:
@@ -55,8 +55,8 @@ def open_tensorrt(
     bundle = Bundle.open(stage.folder)
     if stage.file not in [bundle.path / one.file for one in bundle.manifest.stages]:
         raise EngineError(
-            f"stage {stage.number} was cut anew while it runs, and TensorRT engines are built for stages on disk; "
-            "stageline recut, stageline build, and open the bundle again"
+            f"stage {stage.number} was recut while the pipeline ran, and TensorRT engines are for stages on disk; "
+            "run stageline recut and stageline build, then open the bundle again"
         )
     driver, ordinal = device.gpu.driver, device.gpu.ordinal
     major, minor = driver.capability(ordinal)
@@ -78,7 +78,7 @@ class _Binding:
 
 
 class _Lease:
-    """Held by the outputs of a run; when the last of them goes, the binding is free."""
+    """Held by the outputs of a run; once the last of them is gone, the binding is free."""
 
     __slots__ = ("__weakref__",)
 
@@ -96,9 +96,9 @@ class TensorRTEngine:
         cache: CacheSize | None,
         weights: Iterable[tuple[str, Array]],
     ) -> None:
-        """`trt`: the flavour's module; `plan`: bytes that were checked; `weights`: those that the plan takes as inputs.
+        """`trt`: the flavour's module; `plan`: the checked engine file; `weights`: those that are inputs of the engine.
 
-        EngineError if TensorRT refuses the plan, the GPU has no room, or the plan was built for less than `cache`.
+        EngineError if TensorRT refuses the engine, the GPU has no memory, or it was built for less than `cache`.
         """
         self._number, self._device, self._record, self._trt = number, device, record, trt
         self.input_names = tuple(spec.name for spec in record.inputs)
@@ -107,21 +107,21 @@ class TensorRTEngine:
         self._cache_dtype = _dtype(record.cache_dtype)
         capacity = record.capacity or 0
         self._presents: dict[str, str] = {}
-        self._cache_shapes: dict[str, tuple[int, int, int]] = {}  # of a row: heads, tokens, size
+        self._cache_shapes: dict[str, tuple[int, int, int]] = {}  # per row: heads, tokens, size
         for spec in record.caches:
             pasts = past_names(spec.name)
             self._presents.update(zip(pasts, present_names(spec.name), strict=True))
             for name, size in zip(pasts, (spec.key_size, spec.value_size), strict=True):
                 self._cache_shapes[name] = (spec.heads, capacity, size)
         self._row_bytes = {name: size_bytes(shape, self._cache_dtype) for name, shape in self._cache_shapes.items()}
-        self.most_rows = max((p.sizes[BATCH].most for p in record.profiles if BATCH in p.sizes), default=1)
+        self.max_rows = max((p.sizes[BATCH].max for p in record.profiles if BATCH in p.sizes), default=1)
         slots = cache.slots if cache is not None else 0
         self._slot_shapes = {name: (slots, *shape) for name, shape in self._cache_shapes.items()}
         self._check(cache)
-        self._free: list[_Binding] = []  # the one used last at the end
+        self._free: list[_Binding] = []  # the last used at the end
         self._closed = False
         try:
-            device.gpu.use()
+            device.gpu.make_current()
             self._errors = _logger(trt)
             self._runtime = trt.Runtime(self._errors)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -136,7 +136,7 @@ class TensorRTEngine:
                 for spec in record.weights
             }
             self._slots = self._allocated(cache.slots) if cache is not None else {}
-            self._rows: dict[str, Buffer] = {}  # of `run`: allocated when first wanted
+            self._rows: dict[str, Buffer] = {}  # for `run`, allocated on its first call
         except CudaError as error:
             raise device.failed(error) from error
         self.load_weights(weights)
@@ -145,8 +145,8 @@ class TensorRTEngine:
         """See `Engine.run`."""
         if self._record.caches and not self._rows:
             try:
-                self._device.gpu.use()
-                self._rows = self._shared(self.most_rows)
+                self._device.gpu.make_current()
+                self._rows = self._shared(self.max_rows)
             except CudaError as error:
                 raise self._device.failed(error) from error
         return self._launched(inputs, outputs, {name: buffer.address for name, buffer in self._rows.items()})
@@ -157,10 +157,10 @@ class TensorRTEngine:
         return self._launched(inputs, outputs, caches)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
-        """See `Engine.copy_slot`. It is done in the stage's stream."""
+        """See `Engine.copy_slot`. It runs in the stage's stream."""
         driver, stream = self._device.gpu.driver, self._device.stream
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             for name, buffer in self._slots.items():
                 heads, capacity, size = self._cache_shapes[name]
                 token_bytes = size * self._cache_dtype.itemsize
@@ -181,33 +181,33 @@ class TensorRTEngine:
             launch.end()
 
     def load_weights(self, weights: Iterable[tuple[str, Array]]) -> None:
-        """Fill the inputs that a stripped plan takes its weights from, behind what is under way. They take effect from
-        the next run on. `weights` are of the plan's names, shapes and types."""
+        """Fill the inputs that hold a stripped engine's weights, after running work. They take effect with the next
+        run. `weights` have the engine's names, shapes and types."""
         for name, array in weights:
             flat, buffer = array.reshape(-1), self._weights[name]
             piece = max(1, _PIECE_BYTES // array.itemsize)
             for start in range(0, len(flat), piece):
                 with Launch(self._device, f"stage {self._number} weights") as launch:
                     launch.upload(flat[start : start + piece], buffer, start * array.itemsize)
-                    launch.end().wait()  # so that pinned memory stays small
+                    launch.end().wait()  # keep pinned memory small
 
     def close(self) -> None:
-        """Wait for what is under way, and free contexts, engine and caches. May be called again."""
+        """Wait for running work, and free contexts, engine and caches. May be called again."""
         if self._closed:
             return
         self._closed = True
         try:
-            self._device.gpu.use()
+            self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
             for binding in self._free:
                 binding.replay.close()
         except (CudaError, EngineError):
-            pass  # the GPU is lost, and whoever waited was told
+            pass  # the GPU is lost, and whoever waited has got the error
         self._free.clear()
         self._slots, self._rows, self._weights = {}, {}, {}
-        del self._config, self._engine, self._runtime  # in this order; contexts have gone before
+        del self._config, self._engine, self._runtime  # in this order, after the contexts
 
-    # A run.
+    # Running.
 
     def _launched(
         self, inputs: Mapping[str, Value], outputs: Sequence[str], caches: Mapping[str, int]
@@ -239,18 +239,18 @@ class TensorRTEngine:
             raise self._refused("failed")
 
     def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """The first profile that these shapes fit, and their rows."""
+        """The index of the first profile that allows these shapes, and their rows."""
         sizes: dict[str, int] = {}
         for spec in self._record.inputs:
             free = zip(spec.shape, shapes[spec.name], strict=True)
             sizes.update((name, size) for name, size in free if isinstance(name, str))
         for place, profile in enumerate(self._record.profiles):
-            if all(profile.sizes[name].least <= size <= profile.sizes[name].most for name, size in sizes.items()):
+            if all(profile.sizes[name].min <= size <= profile.sizes[name].max for name, size in sizes.items()):
                 return place, sizes.get(BATCH, 1)
-        told = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        built = "; ".join(f"{profile.name}: {_spans(profile)}" for profile in self._record.profiles)
+        shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        built = "; ".join(f"{profile.name}: {_ranges(profile)}" for profile in self._record.profiles)
         raise EngineError(
-            f"stage {self._number} was not built for {told}, but for {built}; send smaller batches, or build it for "
+            f"stage {self._number} was not built for {shape}, but for {built}; send smaller batches, or build it for "
             "more: stageline build"
         )
 
@@ -259,13 +259,13 @@ class TensorRTEngine:
     def _bound(
         self, place: int, shapes: Mapping[str, tuple[int, ...]], caches: Mapping[str, int], rows: int
     ) -> _Binding:
-        """A binding that nobody uses, bound to these shapes and caches."""
+        """A free binding, bound to these shapes and caches."""
         key = (place, tuple(shapes.items()), next(iter(caches.values()), 0))
         for number, binding in enumerate(self._free):
             if binding.key == key:
                 return self._free.pop(number)
         if len(self._free) >= _BINDINGS:
-            binding = self._free.pop(0)  # unused for longest
+            binding = self._free.pop(0)  # the least recently used
         else:
             binding = _Binding(self._context(), Replay(self._device.gpu.driver, self._device.stream))
         self._bind(binding, key, place, shapes, caches, rows)
@@ -281,9 +281,9 @@ class TensorRTEngine:
         rows: int,
     ) -> None:
         context, stream = binding.context, self._device.stream
-        binding.key = ()  # until it is done
+        binding.key = ()  # until it is complete
         if context.active_optimization_profile != place and not context.set_optimization_profile_async(place, stream):
-            raise self._refused(f"did not take its profile {self._record.profiles[place].name}")
+            raise self._refused(f"refused its profile {self._record.profiles[place].name}")
         for name, shape in shapes.items():
             self._set_shape(context, name, shape)
             binding.inputs[name] = self._grown(binding.inputs.get(name), size_bytes(shape, self._dtypes[name]))
@@ -310,13 +310,13 @@ class TensorRTEngine:
     def _context(self) -> Any:
         context = self._engine.create_execution_context(self._config)
         if context is None:
-            raise self._refused("has no room for another execution context")
+            raise self._refused("has no memory for another execution context")
         context.set_device_memory(self._scratch.address, self._engine.device_memory_size_v2)
         return context
 
     def _runtime_config(self) -> Any:
-        """Contexts that share the engine's scratch memory and, where kernels are compiled for this GPU when they are
-        first used (TensorRT-RTX), what was compiled."""
+        """Contexts share the engine's scratch memory. With TensorRT-RTX, which compiles kernels for this GPU on their
+        first use, they also share the compiled kernels."""
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(config, "create_runtime_cache"):
@@ -325,21 +325,21 @@ class TensorRTEngine:
 
     def _set_shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
         if not context.set_input_shape(name, shape):
-            raise self._refused(f"did not take {name} of shape {list(shape)}")
+            raise self._refused(f"refused {name} of shape {list(shape)}")
 
     def _set_address(self, context: Any, name: str, address: int) -> None:
         if not context.set_tensor_address(name, address):
-            raise self._refused(f"did not take an address for {name}")
+            raise self._refused(f"refused an address for {name}")
 
     # Caches.
 
     def _allocated(self, rows: int) -> dict[str, Buffer]:
-        """Caches of `rows` rows, zero: what a mask hides is still multiplied, by 0."""
+        """Caches of `rows` rows, zero because what a mask hides is still multiplied by 0."""
         return {name: self._device.zeroed(rows * row_bytes) for name, row_bytes in self._row_bytes.items()}
 
     def _shared(self, rows: int) -> dict[str, Buffer]:
-        """The same for rows that are forgotten: one pair of buffers serves all layers of a size, since each reads it
-        right after it has written it."""
+        """The same for rows that are discarded: one pair of buffers serves all layers of a size, because each reads it
+        right after writing it."""
         pairs: dict[tuple[int, ...], list[Buffer]] = {}
         result: dict[str, Buffer] = {}
         for spec in self._record.caches:
@@ -354,23 +354,23 @@ class TensorRTEngine:
         record = self._record
         if cache is None or not record.caches:
             return
-        told = f"stage {self._number} was built for"
+        built = f"stage {self._number} was built for"
         if record.capacity is not None and cache.capacity > record.capacity:
             raise EngineError(
-                f"{told} {record.capacity} tokens a slot, {cache.capacity} are asked for; open with "
+                f"{built} {record.capacity} tokens a slot, {cache.capacity} are requested; open with "
                 f"capacity={record.capacity}, or build it for more"
             )
-        if cache.slots > self.most_rows:
+        if cache.slots > self.max_rows:
             raise EngineError(
-                f"{told} {self.most_rows} slots, {cache.slots} are asked for; open with slots={self.most_rows}, or "
+                f"{built} {self.max_rows} slots, {cache.slots} are requested; open with slots={self.max_rows}, or "
                 "build it for more"
             )
         if cache.dtype is not None and cache.dtype != record.cache_dtype:
-            raise EngineError(f"{told} caches of {record.cache_dtype}, not {cache.dtype}; leave cache_dtype out")
+            raise EngineError(f"{built} caches of {record.cache_dtype}, not {cache.dtype}; leave cache_dtype out")
         for name, row_bytes in self._row_bytes.items():
             if row_bytes % _ALIGNED and cache.slots > 1:
                 raise EngineError(
-                    f"{told} {record.capacity} tokens a slot, {row_bytes} bytes of {name}: slots have to begin at "
+                    f"{built} {record.capacity} tokens a slot, {row_bytes} bytes of {name}: slots must start at "
                     f"multiples of {_ALIGNED} bytes; build it for a capacity that is a multiple of {_ALIGNED // 2}"
                 )
 
@@ -395,7 +395,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    """A NumPy dtype by the name that manifests use."""
+    """The NumPy dtype of a manifest's dtype name."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -407,5 +407,5 @@ def _static(shape: Sequence[int | str]) -> tuple[int, ...]:
     return tuple(size for size in shape if isinstance(size, int))
 
 
-def _spans(profile: OptimizationProfile) -> str:
-    return " x ".join(f"{name} {span.least} to {span.most}" for name, span in profile.sizes.items())
+def _ranges(profile: OptimizationProfile) -> str:
+    return " x ".join(f"{name} {sizes.min} to {sizes.max}" for name, sizes in profile.sizes.items())

@@ -1,6 +1,6 @@
-"""The two TensorRTs behind one interface: `tensorrt` for data centres, `tensorrt-rtx` for RTX GPUs.
+"""The two flavours of TensorRT behind one interface: `tensorrt` for data centres, `tensorrt-rtx` for RTX GPUs.
 
-Their Python modules have the same classes. What differs is what they build for, and what their builders know.
+Their Python modules have the same classes. They differ in their targets and in some builder options.
 """
 
 import importlib
@@ -17,7 +17,7 @@ FlavourName = Annotated[Literal["tensorrt", "tensorrt-rtx"], BeforeValidator(lam
 
 @dataclass(frozen=True)
 class Flavour:
-    """One TensorRT. `module` is what is imported, `extra` the extra of stageline that installs it."""
+    """One TensorRT. `module` is its Python module, `extra` the extra of stageline that installs it."""
 
     name: FlavourName
     module: str
@@ -25,14 +25,14 @@ class Flavour:
     distribution: str
     extra: str
     builds_anywhere: bool
-    """Whether it builds for a GPU that is not there. If not, it builds for the GPU of this machine only."""
+    """Whether it builds for GPUs that are not in this machine."""
     portable_means: str
     keeps_timings: bool
     version_compatible: bool
 
     @property
     def version(self) -> str | None:
-        """The version installed, without importing it. None where it is not installed."""
+        """The installed version, read without an import. None if it is not installed."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:
@@ -44,7 +44,7 @@ class Flavour:
         return self.version is not None
 
     def load(self) -> Any:
-        """The module. EngineError with the pip command where it is not installed or does not load."""
+        """The module. EngineError if it is not installed (with the pip command) or does not load."""
         try:
             return importlib.import_module(self.module)
         except ModuleNotFoundError as error:
@@ -55,7 +55,7 @@ class Flavour:
             raise EngineError(f"{self.title} is installed but does not load: {error}") from error
 
     def missing(self) -> EngineError:
-        """What to say where this flavour is needed and not installed."""
+        """The error if this flavour is needed but not installed."""
         return EngineError(f'{self.title} is not installed: pip install "stageline[{self.extra}]"')
 
 
@@ -85,14 +85,14 @@ FLAVOURS: dict[FlavourName, Flavour] = {flavour.name: flavour for flavour in (TE
 
 
 def choose(target: str, gpu: TargetGpu | None) -> Flavour:
-    """The flavour that builds for `target` on this machine, whose GPU is `gpu`: what `target` names if that is built
-    anywhere, else the TensorRT that is installed here. EngineError says what is missing."""
+    """The flavour that builds for `target` on this machine, whose GPU is `gpu` (None: it has none). EngineError names
+    what is missing."""
     if target == HERE:
         if gpu is None:
             raise EngineError(
-                "target here: this machine has no NVIDIA GPU with a driver; name a target, such as --target portable"
+                "target here: this machine has no NVIDIA GPU with a driver; choose a target, such as --target portable"
             )
-        # On a GPU that both know, the one for data centres builds and tunes on the GPU itself.
+        # If both support the GPU, prefer the one for data centres, which tunes on the GPU itself.
         return TENSORRT if TENSORRT.installed or gpu.target not in RTX_TARGETS else _installed(TENSORRT_RTX)
     if target in (PORTABLE, *RTX_TARGETS):
         if TENSORRT_RTX.installed or gpu is None or target not in (PORTABLE, gpu.target) or not TENSORRT.installed:

@@ -1,7 +1,7 @@
-"""Which engine of a bundle may be loaded here, and the check of its file, before TensorRT sees a byte of it.
+"""Chooses the engine of a bundle that may be loaded here, and checks its file before TensorRT reads it.
 
-An engine file is code. Only one that the engines' manifest lists, whose digest is the listed one, and that was built
-for this GPU with this TensorRT from this stage, is handed out.
+An engine file is code. It is loaded only if the engines' manifest lists it with its digest, and if it was built for
+this GPU with this TensorRT from this stage.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from stageline.runtime.engines.tensorrt.targets import PORTABLE, TargetGpu
 
 @dataclass(frozen=True)
 class CheckedEngine:
-    """An engine that fits, and its plan: the very bytes whose digest was compared."""
+    """An engine that fits, and the contents of its file, whose digest was compared."""
 
     record: EngineRecord
     flavour: Flavour
@@ -29,10 +29,10 @@ class CheckedEngine:
 
 
 def checked_engine(bundle: Bundle, number: int, gpu: TargetGpu, precision: Precision | None = None) -> CheckedEngine:
-    """The engine of stage `number` for `gpu`, of `precision` (None: of any, the one built last). One that was built
-    for the GPU's own target comes before a portable one.
+    """The engine of stage `number` for `gpu` in `precision` (None: in any, the one built last). One that was built for
+    the GPU's own target is preferred to a portable one.
 
-    EngineError, in one line, where there is none: what was built for what, and how to rebuild.
+    EngineError in one line if there is none: what the nearest one was built for, and how to rebuild it.
     """
     stage = bundle.manifest.stages[number]
     records = [record for record in read_engines(bundle.path).engines if is_current(record, bundle.manifest)]
@@ -49,22 +49,22 @@ def checked_engine(bundle: Bundle, number: int, gpu: TargetGpu, precision: Preci
 
 
 def is_current(record: EngineRecord, manifest: Manifest) -> bool:
-    """Whether the engine was built from the graph of one of the bundle's stages as they are cut now."""
+    """Whether the engine was built from the graph of one of the bundle's current stages."""
     digests = {entry.path: entry.sha256 for entry in manifest.files}
     return any(stage.file == record.stage for stage in manifest.stages) and digests[record.stage] == record.graph_sha256
 
 
 def weight_digests(manifest: Manifest) -> dict[str, str]:
-    """What the manifest says of the weight files' contents."""
+    """The digests of the weight files in the manifest."""
     entries = {entry.path: entry for entry in manifest.files}
     return {name: str(entries[name].sha256 or entries[name].header_sha256) for name in manifest.weight_files}
 
 
 def read_checked(bundle: Path, entry: FileEntry, what: str, advice: str) -> bytes:
-    """The bytes of a listed file, after its place, size and digest were compared with the manifest's."""
+    """The contents of a listed file, after its place, size and digest were checked."""
     file = bundle / entry.path
     if not file.resolve().is_relative_to(bundle.resolve()):
-        raise EngineError(f"{what}: {entry.path} leads out of the bundle. {advice}")
+        raise EngineError(f"{what}: {entry.path} is outside the bundle. {advice}")
     try:
         size = file.stat().st_size
         if size != entry.size_bytes:
@@ -79,7 +79,7 @@ def read_checked(bundle: Path, entry: FileEntry, what: str, advice: str) -> byte
 
 
 def rebuild(bundle: Bundle, target: str, precision: Precision | None) -> str:
-    """The command that builds anew, as advice."""
+    """Advice: the command that builds it again."""
     return f"Rebuild: stageline build {bundle.path} --target {target}" + (
         f" --precision {precision}" if precision else ""
     )
@@ -105,15 +105,15 @@ def _version(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Pr
 def _weights(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
     if record.options.stripped or record.weight_files == weight_digests(bundle.manifest):
         return None
-    return "the bundle's weights were changed since"
+    return "the bundle's weights have changed since"
 
 
 def _precision(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
-    return None if precision in (None, record.precision) else f"{precision} is asked for"
+    return None if precision in (None, record.precision) else f"{precision} is requested"
 
 
 _CHECKS: tuple[_Check, ...] = (_target, _version, _weights, _precision)
-"""In order: the engine that fails the last of them is the nearest to what is wanted."""
+"""In order: the engine that fails the last of them is the nearest one."""
 
 
 def _problem(

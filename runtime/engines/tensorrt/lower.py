@@ -1,4 +1,4 @@
-"""Lower a stage of a bundle to the ONNX graph that TensorRT parses, strongly typed, its weights apart from it."""
+"""Lower a stage of a bundle to the ONNX graph that TensorRT parses: strongly typed, its weights separate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,31 +8,31 @@ import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass
 from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
 from stageline.runtime.engines.base import StageFile
-from stageline.runtime.engines.lowering.caches import past_names, present_names
-from stageline.runtime.engines.lowering.float32 import has_halves, to_float32
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.precision import fold_weight_casts, to_precision
 from stageline.runtime.engines.lowering.quantise import Quantisation, to_quantised
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
 from stageline.runtime.engines.lowering.weights import Weight, unread
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
-"""int8, fp8 and int4 are those of weights; what is computed has float16."""
+"""int8, fp8 and int4 are types of weights; they are computed in float16."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTISED: tuple[Quantisation, ...] = get_args(Quantisation)
 
 
 def compute_dtype(precision: Precision) -> ir.DataType:
-    """The type of what is computed, and of caches."""
+    """The type of computed values and of caches."""
     return {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}.get(precision, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A stage as TensorRT takes it. Floating inputs and outputs are float32; each of `caches` is two inputs and two
-    outputs (`past_names`, `present_names` of stageline.runtime.engines.lowering.group_query) in the precision's type.
+    """A stage for TensorRT. Floating inputs and outputs are float32; each of `caches` is two inputs and two outputs
+    (`past_names`, `present_names` of stageline.runtime.engines.lowering.cache_names) in the precision's type.
 
-    `proto` is the graph as ONNX bytes. `weights` are the names of the weights, their values wherever the bundle has
-    them: initializers without data, or inputs of a stripped graph, which is never quantised.
+    `proto` is the graph as ONNX bytes. `weights` maps names to values that stay in the bundle's files: initializers
+    without data, or inputs of a stripped graph, which is never quantised.
     """
 
     proto: bytes
@@ -43,7 +43,7 @@ class Lowered:
 
     @property
     def weight_specs(self) -> tuple[TensorSpec, ...]:
-        """Name, type and shape of each weight as the graph wants it."""
+        """Name, type and shape of each weight in the graph."""
         return tuple(
             TensorSpec(name=name, dtype=str(weight.dtype.numpy()), shape=weight.shape)
             for name, weight in self.weights.items()
@@ -51,15 +51,15 @@ class Lowered:
 
 
 def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool) -> Lowered:
-    """Lower a stage of a bundle. Its caches hold `capacity` tokens a row; `stripped`: its weights are inputs.
+    """Lower a stage of a bundle. Its caches hold `capacity` tokens per row; `stripped`: its weights are inputs.
 
-    The result depends on the arguments and the stage's graph only. EngineError where the graph cannot be lowered.
+    The result depends only on the arguments and the stage's graph. EngineError if the graph cannot be lowered.
     """
     return _lower(stage, compute_dtype(precision), _quantisation(precision), capacity, stripped)
 
 
 def lower_exactly(stage: StageFile, precision: Precision, capacity: int) -> Lowered:
-    """The stage with the weights that `precision` gives it, computed in float32: what an engine is to come close to."""
+    """The stage with weights in `precision`, computed in float32: the reference for an engine."""
     return _lower(stage, ir.DataType.FLOAT, _quantisation(precision), capacity, stripped=False)
 
 
@@ -71,7 +71,7 @@ def _lower(
     stage: StageFile, dtype: ir.DataType, quantisation: Quantisation | None, capacity: int, stripped: bool
 ) -> Lowered:
     model = ir.load(stage.file)
-    if has_halves(model):
+    if has_types(model):
         to_float32(model)
     fold_weight_casts(model)
     caches = to_tensor_scatter(model, capacity)

@@ -1,49 +1,44 @@
-"""The engines' manifest: what is in a bundle's `engines/`, as data validated once at the door.
+"""The engines' manifest: the contents of a bundle's `engines/`, as data that is validated once, when it is read.
 
-docs/bundle.md says the format in prose.
+docs/bundle.md specifies the format.
 """
 
 from typing import Literal
 
-import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field, model_validator
 from stageline.runtime.bundle.manifest import BundlePath, CacheSpec, FileEntry, Sha256, TensorSpec
 from stageline.runtime.engines.tensorrt.flavour import FlavourName
 from stageline.runtime.engines.tensorrt.lower import Precision, compute_dtype
-
-VERSION = 1
-
-
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from stageline.runtime.validation import Data
 
 
-class SizeRange(_Data):
-    """The sizes that a free dimension may take, and the one that kernels are chosen for."""
+class SizeRange(Data):
+    """The sizes that a free dimension may take, and the one that kernels are chosen for: `least`, `best` and `most` on
+    disk, and in the digests of engines."""
 
-    least: int = Field(ge=0)
-    best: int = Field(ge=0)
-    most: int = Field(ge=1)
+    min: int = Field(ge=0, validation_alias=AliasChoices("min", "least"), serialization_alias="least")
+    opt: int = Field(ge=0, validation_alias=AliasChoices("opt", "best"), serialization_alias="best")
+    max: int = Field(ge=1, validation_alias=AliasChoices("max", "most"), serialization_alias="most")
 
-    @pydantic.model_validator(mode="after")
+    @model_validator(mode="after")
     def _ordered(self) -> "SizeRange":
-        if not self.least <= self.best <= self.most:
-            raise ValueError(f"sizes {self.least}, {self.best}, {self.most} are not in order")
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"sizes {self.min}, {self.opt}, {self.max} are not in order")
         return self
 
 
-class OptimizationProfile(_Data):
-    """One optimisation profile: `sizes` of each free dimension of the inputs (`batch`, `length`, `picks`)."""
+class OptimizationProfile(Data):
+    """Sizes of each free dimension of an engine's inputs (`batch`, `length`, `picks`) that it is tuned for."""
 
     name: str
     sizes: dict[str, SizeRange]
 
 
-class Options(_Data):
-    """How an engine is built besides its target, precision and profiles.
+class Options(Data):
+    """Options of a build apart from target, precision and profiles.
 
     `stripped`: the weights are inputs, bound to buffers that are filled from the bundle at load. `workspace_bytes`: the
-    most scratch memory a layer may use, None for what the GPU has.
+    maximum scratch memory of a layer; None: what the GPU has.
     """
 
     stripped: bool = False
@@ -53,21 +48,21 @@ class Options(_Data):
     workspace_bytes: int | None = Field(default=None, gt=0)
 
 
-class EngineRecord(_Data):
+class EngineRecord(Data):
     """One engine: a stage built for a target in a precision.
 
-    The order of `profiles` is that of the engine's optimisation profiles. `inputs` and `outputs` are the graph's but
-    for the caches, floating ones float32. Each of `caches` is two inputs and two outputs, named by `past_names` and
-    `present_names` (stageline.runtime.engines.lowering.caches): [batch, heads, capacity, key or value size] in the type
-    of the precision. An input and its output MUST be bound to one address; the engine writes in place. They MUST be
-    zero before the first run.
+    The order of `profiles` is that of the engine's optimisation profiles. `inputs` and `outputs` are those of the graph
+    except the caches; floating ones are float32. Each of `caches` is two inputs and two outputs, named by `past_names`
+    and `present_names` (stageline.runtime.engines.lowering.cache_names): [batch, heads, capacity, key or value size] in
+    the type of the precision. An input and its output MUST be bound to one address; the engine writes in place. They
+    MUST be zero before the first run.
 
-    `weights` are the further inputs of a stripped engine (`refit` in this package gives their values), each
-    bound once; without, none.
+    `weights` are the further inputs of a stripped engine (`refit` in this package returns their values), each bound
+    once; an engine that holds its weights has none.
 
-    `key` is the digest of all that the plan depends on. `graph_sha256` is that of the stage's file, `weights_sha256`
-    of the values of its tensors, and `weight_files` what the bundle's manifest said of the weight files when that was
-    last checked.
+    `key` is the digest of everything that the engine file (`plan`) depends on. `graph_sha256` is that of the stage's
+    file, `weights_sha256` that of the values of its tensors, and `weight_files` are the digests of the weight files in
+    the bundle's manifest when that was last checked.
     """
 
     stage: BundlePath
@@ -75,7 +70,7 @@ class EngineRecord(_Data):
     report: FileEntry
     key: Sha256
     graph_sha256: Sha256
-    weights_sha256: Sha256 | None = None  # of a stripped engine, which works with any
+    weights_sha256: Sha256 | None = None  # None: a stripped engine, which works with any weights
     weight_files: dict[BundlePath, Sha256]
     flavour: FlavourName
     version: str
@@ -96,7 +91,7 @@ class EngineRecord(_Data):
         return str(compute_dtype(self.precision).numpy())
 
 
-class EnginesManifest(_Data):
+class EnginesManifest(Data):
     """All engines of a bundle, and timing caches: (flavour, version, target) -> file."""
 
     format: Literal["stageline-engines"] = "stageline-engines"

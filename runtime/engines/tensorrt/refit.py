@@ -1,7 +1,7 @@
 """The weights of a stripped engine: from the bundle when it is loaded, or from a new checkpoint while it runs.
 
-A stripped engine has no weights: they are inputs, each bound once to a buffer on the device. Filling the buffers is the
-refit, at load and, for a checkpoint of the same shapes, at any time between two steps. TensorRT's own stripped plans
+The weights of a stripped engine are inputs, each bound once to a buffer on the device. Filling these buffers is the
+refit: at load and, for a checkpoint of the same shapes, at any time between two steps. TensorRT's own stripped engines
 (STRIP_PLAN) need a CUDA driver to build: TensorRT-RTX 1.7 compiles the refit itself, for the GPU.
 """
 
@@ -17,19 +17,19 @@ from stageline.runtime.engines.tensorrt.records import EngineRecord
 
 
 def weights_of(record: EngineRecord, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Array]]:
-    """For each of `record.weights` its name and values, in its type and shape, contiguous; one in memory at a time.
+    """Name and values of each of `record.weights`, in its type and shape, contiguous; one in memory at a time.
 
-    `tensors` says where tensors lie: the bundle's own (`Bundle.tensors`), or those of a checkpoint with the same
-    names and shapes, of any floating type. EngineError, before the first, where one is missing or of another shape.
+    `tensors` are the bundle's own (`Bundle.tensors`), or those of a checkpoint with the same names and shapes, of any
+    floating type. EngineError, before the first one is read, if one is missing or of another shape.
     """
     for spec in record.weights:
         entry = tensors.get(spec.name)
         if entry is None:
-            raise EngineError(f"no tensor {spec.name!r} among the weights; give a checkpoint of the same architecture")
+            raise EngineError(f"no tensor {spec.name!r} among the weights; use a checkpoint of the same architecture")
         if entry.shape != spec.shape:
             raise EngineError(
-                f"tensor {spec.name!r} has shape {list(entry.shape)}, the engine wants {list(spec.shape)}; "
-                "give a checkpoint of the same shapes, or build the engine again"
+                f"tensor {spec.name!r} has shape {list(entry.shape)}, the engine needs {list(spec.shape)}; "
+                "use a checkpoint of the same shapes, or build the engine again"
             )
     return ((spec.name, _weight(tensors[spec.name], spec.dtype).read()) for spec in record.weights)
 

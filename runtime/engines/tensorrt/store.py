@@ -1,7 +1,7 @@
-"""The engines in a bundle's folder: reading and writing `engines/` and its manifest, as docs/bundle.md has it.
+"""The engines in a bundle's folder: reads and writes `engines/` and its manifest, as docs/bundle.md specifies.
 
-A build may end at any moment: files are written aside and renamed, the manifest last, and what is not in the manifest
-is not there. One build at a time holds the folder's lock, and removes what one that was killed left behind.
+A build may end at any moment. So files are written aside and renamed, the manifest last, and only files in the manifest
+count. One build at a time holds the folder's lock; it removes what a killed one left behind.
 """
 
 import fcntl
@@ -10,76 +10,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pydantic
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle.manifest import FileEntry
-from stageline.runtime.engines.tensorrt.records import VERSION, EngineRecord, EnginesManifest
+from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest
+from stageline.runtime.validation import read_document
 
 FOLDER = "engines"
 MANIFEST = f"{FOLDER}/manifest.json"
-UNFINISHED = ".unfinished"  # the end of the name of a file that is being written
-_MANIFEST_LIMIT_BYTES = 256 * 1024**2
-
-
-class _Head(pydantic.BaseModel):
-    format: str
-    version: int
+UNFINISHED = ".unfinished"  # suffix of files that are being written
 
 
 def read_engines(bundle: Path) -> EnginesManifest:
-    """The engines of the bundle in folder `bundle`; none where it has no manifest of engines. BundleError where that
+    """The engines of the bundle in folder `bundle`; none if it has no manifest of engines. BundleError if that
     is not valid: the bundle itself opens all the same."""
-    file = bundle / MANIFEST
-    again = f"delete {bundle / FOLDER} and build again: stageline build {bundle} --target TARGET"
+    advice = f"delete {bundle / FOLDER} and build again: stageline build {bundle} --target TARGET"
     try:
-        if file.stat().st_size > _MANIFEST_LIMIT_BYTES:
-            raise BundleError(f"{file} has more bytes than any manifest; {again}")
-        data = file.read_bytes()
+        return read_document(EnginesManifest, bundle / MANIFEST, advice)
     except FileNotFoundError:
         return EnginesManifest()
-    try:
-        head = _Head.model_validate_json(data)
-        if head.format != "stageline-engines":
-            raise BundleError(f"{file} has format {head.format!r}, not 'stageline-engines'; {again}")
-        if head.version != VERSION:
-            raise BundleError(f"{file} has version {head.version}; this stageline reads version {VERSION}; {again}")
-        return EnginesManifest.model_validate_json(data)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise BundleError(f"{file} is not valid ({place}: {first['msg']}); {again}") from error
 
 
 class EngineStore:
-    """The engines of a bundle while a build holds the lock. Get one from `locked`."""
+    """The engines of a bundle while a build holds the lock. `locked` opens one."""
 
     def __init__(self, bundle: Path, manifest: EnginesManifest) -> None:
         self.bundle, self.manifest = bundle, manifest
 
     def aside(self, path: str) -> Path:
-        """Where to write what `keep` will rename to `path`, relative to the bundle. A name of this process's own: a
-        worker of a build that was killed may be writing still."""
+        """The temporary file that `keep` will rename to `path`, relative to the bundle. Its name includes the process
+        id: a worker of a killed build may still be writing."""
         file = self.bundle / path
         return file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
 
     def keep(self, path: str) -> None:
-        """Rename the file that was written aside for `path` into place."""
+        """Rename the temporary file of `path` into place."""
         self.aside(path).replace(self.bundle / path)
 
     def put(self, record: EngineRecord) -> None:
-        """Add an engine, or replace that of the same plan file."""
+        """Add an engine, or replace the one with the same file."""
         others = [engine for engine in self.manifest.engines if engine.plan.path != record.plan.path]
         self.write(self.manifest.model_copy(update={"engines": (*others, record)}))
 
     def put_timings(self, written: str, path: str, entry: FileEntry) -> None:
-        """Keep the timing cache that was written aside for `written` under the name `path`, in place of the old one."""
+        """Keep the timing cache in the temporary file of `written` as `path`, in place of the old one."""
         self.aside(written).replace(self.bundle / path)
         others = [timing for timing in self.manifest.timings if timing.path != path]
         timings = (*others, entry.model_copy(update={"path": path}))
         self.write(self.manifest.model_copy(update={"timings": timings}))
 
     def prune(self, stale: set[str]) -> int:
-        """Remove the engines whose plan files are named, and return their bytes."""
+        """Remove the engines whose files are named, and return their bytes."""
         gone = [engine for engine in self.manifest.engines if engine.plan.path in stale]
         kept = tuple(engine for engine in self.manifest.engines if engine.plan.path not in stale)
         self.write(self.manifest.model_copy(update={"engines": kept}))
@@ -89,10 +69,10 @@ class EngineStore:
         return sum(engine.plan.size_bytes + engine.report.size_bytes for engine in gone)
 
     def write(self, manifest: EnginesManifest) -> None:
-        """Write the manifest aside and rename it. An OSError leaves the old one in place."""
+        """Write the manifest to a temporary file and rename it. An OSError leaves the old one in place."""
         aside = self.aside(MANIFEST)
         try:
-            aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True))
+            aside.write_text(manifest.model_dump_json(indent=1, exclude_none=True, by_alias=True))
             self.keep(MANIFEST)
         except BaseException:
             aside.unlink(missing_ok=True)
@@ -102,7 +82,7 @@ class EngineStore:
 
 @contextmanager
 def locked(bundle: Path) -> Iterator[EngineStore]:
-    """The store of the bundle in folder `bundle`, for one build. BundleError where another build is running."""
+    """The store of the bundle in folder `bundle`, for one build. BundleError if another build is running."""
     folder = bundle / FOLDER
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -111,7 +91,7 @@ def locked(bundle: Path) -> Iterator[EngineStore]:
         for left in folder.glob(f".*{UNFINISHED}"):
             left.unlink(missing_ok=True)
         yield EngineStore(bundle, read_engines(bundle))
-        with suppress(OSError):  # not empty: it holds engines
+        with suppress(OSError):  # not empty: it has engines
             folder.rmdir()
     except BlockingIOError as error:
         raise BundleError(f"another build is running in {folder}; wait for it") from error

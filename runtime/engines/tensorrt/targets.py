@@ -1,4 +1,4 @@
-"""What engines are built for: compute capabilities by name (`sm89`), `portable`, and `here`."""
+"""Targets of engines: compute capabilities by name (`sm89`), `portable`, and `here`."""
 
 import re
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from stageline.models.errors import EngineError
 PORTABLE = "portable"
 HERE = "here"
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""What TensorRT-RTX builds for by name, whatever machine it runs on."""
+"""The targets that TensorRT-RTX builds for on any machine."""
 _SM = re.compile(r"sm(\d{2,3})")
 _FIRST_PORTABLE = 80  # compute capability 8.0, Ampere
 
 
 @dataclass(frozen=True)
 class TargetGpu:
-    """A GPU as far as engines care. `target` is its compute capability: sm89."""
+    """A GPU's name and target, which is its compute capability: sm89."""
 
     name: str
     target: str
@@ -43,7 +43,7 @@ def capability(target: str) -> int:
 
 
 def gpu_here() -> TargetGpu | None:
-    """The first GPU of this machine. None where there is none, no driver, or no CUDA bindings for Python."""
+    """The first GPU of this machine. None without a GPU, a driver, or CUDA bindings for Python."""
     try:
         from cuda.bindings import driver
     except ImportError:
@@ -51,7 +51,7 @@ def gpu_here() -> TargetGpu | None:
     try:
         if driver.cuInit(0)[0] != driver.CUresult.CUDA_SUCCESS:
             return None
-    except RuntimeError:  # the driver's library is not there
+    except RuntimeError:  # there is no driver library
         return None
     error, device = driver.cuDeviceGet(0)
     if error != driver.CUresult.CUDA_SUCCESS:

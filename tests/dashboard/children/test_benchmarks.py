@@ -1,4 +1,4 @@
-"""Benchmarks started from a page: one at a time, told when they fail, on copies where the cut is another."""
+"""Benchmarks started from a page: one at a time, with their errors, on a copy if the cut differs."""
 
 import time
 from dataclasses import replace
@@ -24,7 +24,7 @@ def test_only_one_runs_at_a_time_and_it_leaves_a_run(bundles: Path, tmp_path: Pa
     store, launcher = Store(tmp_path / "bench.sqlite"), Launcher()
     order = Order(bundles / "llama", concurrency="1, 2", seconds=0.2, repeats=1, new_tokens=4)
     run_id = launcher.start(store, order)
-    with pytest.raises(StagelineError, match=f"run {run_id} is under way"):
+    with pytest.raises(StagelineError, match=f"run {run_id} is running"):
         launcher.start(store, order)
     ended(launcher)
     assert launcher.failure(run_id) is None
@@ -38,11 +38,11 @@ def test_one_that_another_process_makes_is_waited_for(filled_store: Path, bundle
     done = Store(filled_store).run(Store(filled_store).find("latest"))
     store = Store(tmp_path / "bench.sqlite")
     store.begin(replace(done, id="elsewhere", status="running", measurements=()))
-    with pytest.raises(StagelineError, match="run elsewhere is under way"):
+    with pytest.raises(StagelineError, match="run elsewhere is running"):
         Launcher().start(store, Order(bundles / "llama"))
 
 
-def test_why_one_did_not_begin_is_told_in_a_line(tmp_path: Path) -> None:
+def test_why_one_did_not_begin_is_one_line(tmp_path: Path) -> None:
     launcher = Launcher()
     run_id = launcher.start(Store(tmp_path / "bench.sqlite"), Order(tmp_path / "gone"))
     ended(launcher)
@@ -56,7 +56,7 @@ def test_another_cut_is_measured_on_a_copy(bundles: Path, tmp_path: Path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = (bundles / "llama" / "manifest.json").read_bytes()
     assert cut_copy(bundles / "llama", 2) == bundles / "llama"
-    for _ in range(2):  # the second takes the place of the first
+    for _ in range(2):  # the second replaces the first
         copy = cut_copy(bundles / "llama", 3)
         assert len(Bundle.open(copy).manifest.stages) == 3
     assert (bundles / "llama" / "manifest.json").read_bytes() == before

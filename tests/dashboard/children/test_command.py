@@ -1,4 +1,4 @@
-"""`stageline dashboard`: what it starts, and what it says where it cannot."""
+"""`stageline dashboard`: what it starts, and its message if it cannot."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ class Replaced(Exception):  # noqa: N818 - what happens instead of another progr
 
 @pytest.fixture
 def replaced(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What the process would be replaced by."""
+    """The commands that would replace the process."""
     commands: list[list[str]] = []
 
     def execv(path: str, arguments: list[str]) -> None:
@@ -43,7 +43,7 @@ def test_options_reach_the_script(replaced: list[list[str]], tmp_path: Path, mon
     assert own == ["--store", str(tmp_path / "s.sqlite"), "--bundles", str(tmp_path)]
 
 
-def test_without_streamlit_the_way_to_install_it_is_told(
+def test_without_streamlit_the_message_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""What is read from a service's metrics: rates, gauges, and what is told where nothing can be read."""
+"""What is read from a service's metrics: rates, gauges, and messages if nothing can be read."""
 
 import threading
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def answering() -> Iterator[tuple[str, ThreadingHTTPServer, list[str]]]:
             self.end_headers()
             self.wfile.write(answers[-1].encode())
 
-        def log_message(self, *told: object) -> None: ...
+        def log_message(self, *arguments: object) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -83,7 +83,7 @@ def test_a_service_that_goes_leaves_what_was_seen(answering: tuple[str, Threadin
 
 
 @pytest.mark.parametrize("text", ["<html>hello</html>", "up 1.0\n", "stageline_x{broken 1\n"])
-def test_what_is_no_service_of_ours_is_told(text: str, answering: tuple[str, ThreadingHTTPServer, list[str]]) -> None:
+def test_another_service_is_reported(text: str, answering: tuple[str, ThreadingHTTPServer, list[str]]) -> None:
     url, _, answers = answering
     answers.append(text)
     with pytest.raises(StagelineError, match=r"metrics"):
@@ -91,6 +91,6 @@ def test_what_is_no_service_of_ours_is_told(text: str, answering: tuple[str, Thr
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd", "http://"])
-def test_what_is_no_address_is_told(url: str) -> None:
-    with pytest.raises(StagelineError, match="is no address"):
+def test_a_wrong_address_is_reported(url: str) -> None:
+    with pytest.raises(StagelineError, match="is not an address"):
         live.scrape(url)

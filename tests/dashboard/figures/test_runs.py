@@ -1,4 +1,4 @@
-"""What pages show, as plain functions: names, numbers with units, changes, distributions, costs of blocks."""
+"""The data of pages: names, numbers with units, changes, distributions, costs of blocks."""
 
 import dataclasses
 import sys
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stageline.dashboard.figures import distribution, words
-from stageline.dashboard.figures import plan as cutting
+from stageline.dashboard.figures import distribution
+from stageline.dashboard.figures import plan as figures
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import find_bundles
 from stageline.runtime.bench.records import Requests
 from stageline.runtime.bench.store import Store
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.planning.measure import ranges
 from stageline.runtime.planning.profile import Machine, MachineProfile, Point
 from stageline.runtime.workload import Workload
@@ -30,30 +31,17 @@ def test_no_file_beside_the_script_is_called_like_a_library() -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (words.count(22_565_888), "22.6 M"),
-        (words.size(90_300_000), "90.3 MB"),
-        (words.size(512), "512 B"),
-        (words.rate(1234.5, "tokens"), "1,234 tokens/s"),
-        (words.seconds(0.0123), "12.3 ms"),
-        (words.seconds(2.5), "2.50 s"),
-        (words.seconds(4e-5), "40.0 µs"),
-        (words.seconds(600), "10.0 min"),
-        (words.share(0.1234), "12.3 %"),
-        (words.change(-0.05), "-5.0 %"),
-        (words.figure(0.000123), "0.000123"),
-        (words.ago(0.0, 7200.0), "2 hours ago"),
-        (words.counted(1, "stage"), "1 stage"),
-        (results.called("latency_p99_s"), "latency p99"),
-        (results.called("ttft_p50_s"), "TTFT p50"),
-        (results.called("requests_per_s"), "requests throughput"),
-        (results.called("host_memory_bytes"), "host memory"),
+        (results.figure_label("latency_p99_s"), "latency p99"),
+        (results.figure_label("ttft_p50_s"), "TTFT p50"),
+        (results.figure_label("requests_per_s"), "requests throughput"),
+        (results.figure_label("host_memory_bytes"), "host memory"),
     ],
 )
-def test_numbers_read_as_people_write_them(text: str, wanted: str) -> None:
+def test_figures_have_labels(text: str, wanted: str) -> None:
     assert text == wanted
 
 
-def test_bundles_are_found_once_wherever_they_lie(bundles: Path) -> None:
+def test_bundles_are_found_once(bundles: Path) -> None:
     assert find_bundles([bundles, bundles / "llama", bundles / "nowhere"]) == [(bundles / "llama").resolve()]
 
 
@@ -113,20 +101,20 @@ def test_a_stall_is_seen_over_time() -> None:
 
 
 def test_blocks_add_up_to_the_model(bundles: Path) -> None:
-    bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
+    bundle = figures.open_unverified(bundles / "llama")
+    planner = figures.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
     answer = planner.cut([1, 2])
-    rows = cutting.block_rows(planner, answer)
+    rows = figures.block_rows(planner, answer)
     assert [row["name"] for row in rows] == ["prologue", "block 0", "block 1", "block 2", "epilogue"]
     assert [row["stage"] for row in rows] == ["stage 0", "stage 0", "stage 1", "stage 1", "stage 1"]
-    assert sum(row["parameters_m"] for row in rows) * 1e6 >= cutting.parameters(bundle)
-    stages = cutting.stage_rows(answer)
+    assert sum(row["parameters_m"] for row in rows) * 1e6 >= bundle.parameters
+    stages = figures.stage_rows(answer)
     assert max(row["compute_ms"] + row["wait_ms"] for row in stages) == pytest.approx(answer.plan.bottleneck_s * 1e3)
-    assert {row["value"].split(".")[0] for row in cutting.crossing_rows(bundle, answer)} >= {"hidden"}
+    assert {row["value"].split(".")[0] for row in figures.crossing_rows(bundle, answer)} >= {"hidden"}
 
 
 def test_weights_count_in_the_dtype_that_was_profiled(bundles: Path) -> None:
-    bundle = cutting.open_unverified(bundles / "llama")
+    bundle = figures.open_unverified(bundles / "llama")
     shapes = [(batch, length, past) for batch in (1, 4) for length, past in ((16, 0), (1, 32))]
     points = [
         Point(threads=1, batch=b, length=n, past=past, first=first, end=end, seconds=1e-3 * (end - first), runs=5)
@@ -135,15 +123,15 @@ def test_weights_count_in_the_dtype_that_was_profiled(bundles: Path) -> None:
     ]
     for machine, dtype in ((Machine.here(), "float32"), (Machine.here("int8"), "int8")):
         profile = MachineProfile(machine=machine, handover_s=0.0, points=tuple(points))
-        planner = cutting.planner_for(bundle, cutting.THIS_MACHINE, 1, Workload(slots=2, capacity=32), profile)
+        planner = figures.planner_for(bundle, figures.THIS_MACHINE, 1, Workload(slots=2, capacity=32), profile)
         assert planner.dtype == dtype
         assert planner.cut([3]).plan.bottleneck_s > 0
 
 
-def test_moving_a_cut_foretells_each_place_and_the_planner_takes_the_best(bundles: Path) -> None:
-    bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "L4", 2, Workload(slots=2, capacity=32), None)
-    rows = cutting.moved(planner, [1, 2], 0)
+def test_each_place_of_a_cut_is_predicted_and_the_planner_takes_the_best(bundles: Path) -> None:
+    bundle = figures.open_unverified(bundles / "llama")
+    planner = figures.planner_for(bundle, "L4", 2, Workload(slots=2, capacity=32), None)
+    rows = figures.moved(planner, [1, 2], 0)
     assert [row["cut"] for row in rows] == [1, 2]
     for row in rows:
         assert planner.cut([row["cut"], 3 - row["cut"]]).tokens_per_s == row["tokens_per_s"]
@@ -152,16 +140,16 @@ def test_moving_a_cut_foretells_each_place_and_the_planner_takes_the_best(bundle
 
 
 def test_stages_lie_under_the_roof(bundles: Path) -> None:
-    bundle = cutting.open_unverified(bundles / "llama")
-    planner = cutting.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
-    line = cutting.roofline(planner, planner.cut([1, 2]))
+    bundle = figures.open_unverified(bundles / "llama")
+    planner = figures.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
+    line = figures.roofline(planner, planner.cut([1, 2]))
     assert all(0 < row["share"] <= 1 for row in line.stages)
     assert {row["bound"] for row in line.stages} == {"memory bandwidth"}
 
 
 def test_two_cuts_at_one_place_are_no_plan() -> None:
-    assert cutting.layers_between([2, 2], 5) is None
-    assert cutting.layers_between([4, 1], 5) == [1, 3, 1]
+    assert figures.layers_between([2, 2], 5) is None
+    assert figures.layers_between([4, 1], 5) == [1, 3, 1]
 
 
 def test_the_run_before_is_one_that_can_be_compared(filled_store: Path) -> None:
@@ -176,13 +164,13 @@ def test_the_run_before_is_one_that_can_be_compared(filled_store: Path) -> None:
 def test_what_differs_between_runs_is_named(filled_store: Path) -> None:
     store = Store(filled_store)
     after = store.run(store.find("latest"))
-    assert results.told_apart(after, after) == []
-    settings = dataclasses.replace(after.settings, weights="int8")
+    assert results.differences(after, after) == []
+    settings = dataclasses.replace(after.settings, pipeline=PipelineOptions(quantise="int8"))
     environment = dataclasses.replace(after.environment, versions={**after.environment.versions, "numpy": "0.1"})
-    told = results.told_apart(dataclasses.replace(after, settings=settings, environment=environment), after)
-    assert told[0] == "weights: int8 → None"
-    assert told[1].startswith("numpy: 0.1 → ")
-    assert len(told) == 2
+    found = results.differences(dataclasses.replace(after, settings=settings, environment=environment), after)
+    assert found[0] == "quantise: int8 → None"
+    assert found[1].startswith("numpy: 0.1 → ")
+    assert len(found) == 2
 
 
 def test_baselines_are_compared_under_a_load_that_both_have(filled_store: Path) -> None:
@@ -193,4 +181,4 @@ def test_baselines_are_compared_under_a_load_that_both_have(filled_store: Path) 
     theirs = next(m for m in run.measurements if m.contender == "onnxruntime" and str(m.load) == rows[1]["load"])
     ours = next(m for m in run.measurements if m.contender == "stageline" and str(m.load) == rows[1]["load"])
     times = ours.figures["tokens_per_s"].mean / theirs.figures["tokens_per_s"].mean
-    assert f"{times:.2f} times" in rows[1]["told"]
+    assert (rows[0]["ratio"], rows[1]["ratio"]) == (None, pytest.approx(times))

@@ -1,9 +1,9 @@
 """Bubbles, shares and windows of timelines, against a count of every microsecond."""
 
-import random
-
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stageline.dashboard.figures import timeline
 from stageline.dashboard.figures.timeline import Table
 from stageline.runtime.bench.records import Timeline
@@ -12,23 +12,30 @@ from stageline.runtime.stages.recorder import Span
 TICK_S = 1e-3
 
 
-def made(seed: int) -> Timeline:
-    """Micro-batches through some stages, with times in whole ticks and pauses between bursts."""
-    draw = random.Random(seed)
-    stages = draw.randint(1, 4)
-    free, spans, now = [0] * stages, [], 0
-    for number in range(draw.randint(1, 40)):
-        now = max(now, free[0]) + (draw.randint(0, 30) if draw.random() < 0.3 else 0)
-        at = now
-        for stage in range(stages):
+def recorded(micro_batches: list[tuple[int, list[int]]]) -> Timeline:
+    """Micro-batches through stages: for each the pause before it and the ticks that each stage takes."""
+    free, spans = [0] * len(micro_batches[0][1]), []
+    for number, (pause, taken) in enumerate(micro_batches):
+        at = free[0] + pause
+        for stage, ticks in enumerate(taken):
             begin = max(at, free[stage])
-            at = free[stage] = begin + draw.randint(1, 6)
+            at = free[stage] = begin + ticks
             spans.append(Span(stage, "batch", number, begin * TICK_S, at * TICK_S, 2, 7, (number,)))
     return Timeline(tuple(spans))
 
 
+def timelines() -> st.SearchStrategy[Timeline]:
+    """Bursts of micro-batches through one to four stages."""
+    pauses = st.one_of(st.just(0), st.integers(0, 30))
+    return st.integers(1, 4).flatmap(
+        lambda stages: st.lists(
+            st.tuples(pauses, st.lists(st.integers(1, 6), min_size=stages, max_size=stages)), min_size=1, max_size=40
+        ).map(recorded)
+    )
+
+
 def waits(found: Timeline) -> dict[int, set[int]]:
-    """The ticks in which each stage did nothing between two spans of its own while a micro-batch was under way."""
+    """The ticks in which each stage did nothing between two spans of its own while a micro-batch was in progress."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     busy: dict[int, set[int]] = {}
@@ -37,21 +44,22 @@ def waits(found: Timeline) -> dict[int, set[int]]:
         first[span.micro_batch] = min(begin, first.get(span.micro_batch, begin))
         last[span.micro_batch] = max(end, last.get(span.micro_batch, end))
         busy.setdefault(span.stage, set()).update(range(begin, end))
-    under_way = {tick for number in first for tick in range(first[number], last[number])}
-    return {s: {t for t in range(min(mine), max(mine)) if t not in mine and t in under_way} for s, mine in busy.items()}
+    active = {tick for number in first for tick in range(first[number], last[number])}
+    return {s: {t for t in range(min(mine), max(mine)) if t not in mine and t in active} for s, mine in busy.items()}
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_bubbles_are_the_times_in_which_a_stage_waits(seed: int) -> None:
-    found = made(seed)
-    told: dict[int, set[int]] = {span.stage: set() for span in found.spans}
+@given(timelines())
+@settings(max_examples=60, deadline=None)
+def test_bubbles_are_the_times_in_which_a_stage_waits(found: Timeline) -> None:
+    bubbles: dict[int, set[int]] = {span.stage: set() for span in found.spans}
     for stage, begin, end in Table.of(found).bubbles:
-        told[stage].update(range(round(begin / TICK_S), round(end / TICK_S)))
-    assert told == waits(found)
+        bubbles[stage].update(range(round(begin / TICK_S), round(end / TICK_S)))
+    assert bubbles == waits(found)
 
 
-def test_shares_of_a_stage_add_up() -> None:
-    found = made(3)
+@given(timelines())
+@settings(max_examples=20, deadline=None)
+def test_shares_of_a_stage_add_up(found: Timeline) -> None:
     for share in timeline.shares(Table.of(found)):
         spans = [span for span in found.spans if span.stage == share.stage]
         assert share.busy_s == pytest.approx(sum(span.ended_s - span.began_s for span in spans))
@@ -64,8 +72,10 @@ def test_what_the_recorder_dropped_is_no_bubble() -> None:
     assert all(end - begin < 1 for _, begin, end in found.bubbles)
 
 
-def test_utilisation_of_slices_adds_up_to_the_busy_time() -> None:
-    found = Table.of(made(11))
+@given(timelines())
+@settings(max_examples=20, deadline=None)
+def test_utilisation_of_slices_adds_up_to_the_busy_time(timeline_: Timeline) -> None:
+    found = Table.of(timeline_)
     width_s = (found.end_s - found.begin_s) / 160
     for stage in found.stages:
         slices = [
@@ -86,7 +96,7 @@ def test_a_window_holds_what_lies_in_it_and_no_more_than_can_be_drawn() -> None:
     assert rows[0]["shape"] == "4 × 16 tokens"
     assert rows[0]["requests"].endswith("(12)")
     rows, more = timeline.span_rows(found, 0.0, 5.0)
-    assert (len(rows), more) == (timeline.MOST_SPANS, True)
+    assert (len(rows), more) == (timeline.MAX_SPANS, True)
     low, high = timeline.first_window(found)
     assert 0 < low < high < 5.0
 

@@ -55,13 +55,13 @@ def test_a_run_is_measured_printed_and_kept(
     tiny_bundle: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace.json"
-    asked = (*QUICK, "--repeats", "2", "--baseline", "onnxruntime", "--slo", "latency=60s", "--trace", str(trace))
+    asked = (*QUICK, "--repeats", "2", "--baseline", "onnxruntime", "--slo", "latency=60s", "--timeline", str(trace))
     assert main(["bench", str(tiny_bundle), *asked]) == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     (line,) = store.runs()
-    assert line.id in told.out
-    assert "stage 1 (1 blocks, cpu:" in told.out
-    assert "100% done" in told.err
+    assert line.id in printed.out
+    assert "stage 1 (1 blocks, cpu:" in printed.out
+    assert "100% done" in printed.err
     run = store.run(line.id)
     assert (run.status, run.progress.share, run.plan.blocks) == ("done", 1.0, (2, 1))
     assert run.bundle == str(tiny_bundle.resolve())
@@ -99,10 +99,10 @@ def test_generation_is_measured_beside_torch_and_by_recorded_arrivals(
     (tmp_path / "arrivals").write_text("10.0\n10.1\n10.05\n")
     asked = (*QUICK, "--repeats", "1", "--new-tokens", "4", "--concurrency", "2", "--arrivals", tmp_path / "arrivals")
     peers = ("--baseline", "torch", "--baseline", "onnxruntime", "--checkpoint", llama[0])
-    told = document(capsys, llama[1], *asked, *peers)
-    assert [m["load"]["scenario"] for m in told["measurements"]] == ["Concurrency"] * 3 + ["Recorded"] * 3
-    for number, measurement in enumerate(told["measurements"]):
-        requests = store.requests(told["id"], number)
+    run = document(capsys, llama[1], *asked, *peers)
+    assert [m["load"]["scenario"] for m in run["measurements"]] == ["Concurrency"] * 3 + ["Recorded"] * 3
+    for number, measurement in enumerate(run["measurements"]):
+        requests = store.requests(run["id"], number)
         assert set(requests.tokens_out.tolist()) == {4}
         assert (requests.first_token_s <= requests.latency_s).all()
         assert {"ttft_p99_s", "tpot_p50_s", "itl_p50_s", "tokens_out_per_s"} <= set(measurement["figures"])
@@ -145,14 +145,14 @@ def test_a_run_that_is_cancelled_keeps_what_it_measured(tiny_bundle: Path, store
 def test_a_contender_that_does_not_open_ends_the_run_as_failed(
     tiny_bundle: Path, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refusal(capsys, tiny_bundle, *QUICK, "--baseline", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 cannot be reached" in told
+    message = refusal(capsys, tiny_bundle, *QUICK, "--baseline", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in message
     (line,) = store.runs()
     assert line.status == "failed"
     assert "cannot be reached" in str(line.error)
 
 
-# The commands on runs that are there.
+# The commands on existing runs.
 
 
 def run_of(run_id: str, created: float, speeds: tuple[float, ...], template: Run) -> Run:
@@ -167,7 +167,7 @@ def run_of(run_id: str, created: float, speeds: tuple[float, ...], template: Run
 
 @pytest.fixture
 def three(store: Store, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a, b (10 % slower than a, surely) and c (as a, but for noise), made from one that was measured."""
+    """Runs a, b (10 % slower than a, surely) and c (as a, but for noise), made from a measured one."""
     assert main(["bench", str(tiny_bundle), *QUICK, "--repeats", "1", "--scenario", "Offline", "--run-id", "real"]) == 0
     template = store.run("real")
     for number, (run_id, speeds) in enumerate({"a": (100, 101, 99), "b": (90, 91, 89), "c": (80, 101, 99)}.items()):
@@ -180,9 +180,9 @@ def test_compare_exits_with_1_on_a_sure_regression_alone(
     three: Run, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "compare", "a", "b"]) == 1
-    told = capsys.readouterr().out
-    assert "-10.0%" in told
-    assert "2 of 2 figures regressed by more than 5 %" in told
+    printed = capsys.readouterr().out
+    assert "-10.0%" in printed
+    assert "2 of 2 figures regressed by more than 5 %" in printed
     assert main(["bench", "compare", "b", "a"]) == 0
     assert "improved" in capsys.readouterr().out
     assert main(["bench", "compare", "a", "b", "--threshold", "15"]) == 0
@@ -231,26 +231,26 @@ def test_a_deleted_run_is_gone(three: Run, store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("BUNDLE", "--scenario", "Batch"), "unknown scenario 'Batch'; known scenarios: SingleStream, Offline, Server"),
-        (("BUNDLE", "--concurrency", "1,x"), "'1,x' is not numbers like 1,2,4"),
+        (("BUNDLE", "--concurrency", "1,x"), "'1,x' is not a list of numbers such as"),
         (("BUNDLE", "--concurrency", "0"), "concurrency 0 is below 1"),
         (("BUNDLE", "--rate", "-1"), "rate -1 is not above 0"),
         (("BUNDLE", "--rate", "nan"), "rate nan is not above 0"),
-        (("BUNDLE", "--slo", "ttft=fast"), "'ttft=fast' is no bound; give some of ttft=200ms"),
-        (("BUNDLE", "--slo", "ttft=0s"), "'ttft=0s' is no bound"),
-        (("BUNDLE", "--lengths", "8-2"), "'8-2' is no length"),
+        (("BUNDLE", "--slo", "ttft=fast"), "'ttft=fast' is not a bound; give some of ttft=200ms"),
+        (("BUNDLE", "--slo", "ttft=0s"), "'ttft=0s' is not a bound"),
+        (("BUNDLE", "--lengths", "8-2"), "'8-2' is not a length"),
         (("BUNDLE", "--lengths", "64"), "64 tokens are asked for, at most 16 fit"),
         (("BUNDLE", "--lengths", "4", "--texts", "x"), "give --texts or --lengths, not both"),
         (("BUNDLE", "--texts", "nowhere.txt"), "texts nowhere.txt cannot be read (No such file or directory)"),
         (("BUNDLE", "--arrivals", "nowhere.txt"), "arrivals nowhere.txt cannot be read"),
-        (("BUNDLE", "--new-tokens", "4"), "--new-tokens is for a bundle that generates"),
+        (("BUNDLE", "--new-tokens", "4"), "--new-tokens is for bundles that generate"),
         (("BUNDLE", "--baseline", "vllm"), "unknown baseline 'vllm'; known: torch, torch-compile, onnxruntime"),
         (("BUNDLE", "--baseline", "torch"), "torch needs the checkpoint: give --checkpoint"),
         (("BUNDLE", "--run-id", "../x"), "run id '../x' is not made of letters"),
-        (("BUNDLE", "--engine", "warp"), "unknown engine 'warp'"),
-        (("BUNDLE", "--device", "tpu:0"), "unknown device 'tpu:0'"),
+        (("BUNDLE", "--engine", "warp"), "'warp' is not one of 'onnxruntime', 'onnxruntime-cuda', 'tensorrt'"),
+        (("BUNDLE", "--devices", "tpu:0"), "unknown device 'tpu:0'"),
         (("BUNDLE", "--store", "/dev/null/s"), "store /dev/null/s cannot be used"),
         (("nowhere",), "no bundle at nowhere"),
         (("show", "nothing"), "has no run nothing; see stageline bench list"),
@@ -263,15 +263,17 @@ def test_a_deleted_run_is_gone(three: Run, store: Store) -> None:
         ((), "Missing command; see stageline bench --help"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_line(
-    arguments: tuple[str, ...], told: str, tiny_bundle: Path, store: Store, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_done_is_refused_in_one_line(
+    arguments: tuple[str, ...], message: str, tiny_bundle: Path, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
-    assert told in refusal(capsys, *given)
+    assert message in refusal(capsys, *given)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
-def test_a_damaged_export_is_told(kind: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_export_is_refused(
+    kind: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / f"run.{kind}"
     for content in (b"", b"{}", b"\xff\xfe\x00", b"# stageline-run {}\n", b'{"format": "stageline-run"'):
         file.write_bytes(content)

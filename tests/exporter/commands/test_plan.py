@@ -11,7 +11,7 @@ from hasty import hasty_profiles
 from stageline.exporter.commands.cli import main
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.planning.measure import measure
-from stageline.runtime.planning.profile import Grid, Machine, MachineProfile, load, save
+from stageline.runtime.planning.profile import Grid, Machine, MachineProfile, read_profile, write_profile
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,7 +26,7 @@ def profiled(hasty: None, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFa
     """A copy of the tiny bundle with a profile of this machine."""
     path = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("profiled") / "bundle"))
     bundle = Bundle.open(path)
-    save(bundle, measure(bundle, [1], [Grid((1, 4), (4, 16))]))
+    write_profile(bundle, measure(bundle, [1], [Grid((1, 4), (4, 16))]))
     return path
 
 
@@ -47,7 +47,7 @@ def test_profile_is_stored_in_the_bundle(tiny_bundle: Path, tmp_path: Path, caps
     told = capsys.readouterr().out
     assert f"{path}/profiles/" in told
     assert str(Machine.here()) in told
-    profile, warning = load(path, Machine.here())
+    profile, warning = read_profile(path, Machine.here())
     assert warning is None
     assert {point.threads for point in profile.points} == {1}
 
@@ -69,14 +69,14 @@ def test_profile_of_quantised_weights_is_stored_beside(
     profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(shutil.copytree(profiled, tmp_path / "bundle"))
-    before, _ = load(path, Machine.here())
+    before, _ = read_profile(path, Machine.here())
     assert main(["profile", str(path), "--threads", "1", "--quantise", "int8"]) == 0
     told = capsys.readouterr().out
     assert f"{Machine.here('int8')}\n" in told
     assert "-int8-weights.json: " in told
-    profile, warning = load(path, Machine.here("int8"))
-    assert (profile.machine.weights, warning) == ("int8", None)
-    assert load(path, Machine.here()) == (before, None)
+    profile, warning = read_profile(path, Machine.here("int8"))
+    assert (profile.machine.quantise, warning) == ("int8", None)
+    assert read_profile(path, Machine.here()) == (before, None)
     assert main(["plan", str(path), "--devices", "cpu:0", "--length", "16", "--quantise", "int8"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -85,10 +85,10 @@ def test_plan_takes_the_times_of_its_weights(
     profiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = Path(shutil.copytree(profiled, tmp_path / "bundle"))
-    as_they_are, _ = load(path, Machine.here())
+    as_they_are, _ = read_profile(path, Machine.here())
     twice_as_fast = [point.model_copy(update={"seconds": point.seconds / 2}) for point in as_they_are.points]
     fields = {"machine": Machine.here("int8"), "points": twice_as_fast}
-    save(Bundle.open(path), MachineProfile.model_validate({**dict(as_they_are), **fields}))
+    write_profile(Bundle.open(path), MachineProfile.model_validate({**dict(as_they_are), **fields}))
     asked = ("plan", path, "--devices", "cpu:0", "--length", "16", "--micro-batch", "4")
     slow, fast = document(capsys, *asked), document(capsys, *asked, "--quantise", "int8")
     assert (slow["warning"], fast["warning"]) == (None, None)
@@ -101,8 +101,8 @@ def test_profile_of_other_weights_is_used_with_a_warning_that_names_both(
     assert main(["plan", str(profiled), "--devices", "cpu:0", "--length", "16", "--quantise", "int4"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "stageline: warning: the profile is of weights as they are, not of int4 weights: times may be far off; "
-        f"run stageline profile {profiled} --quantise int4"
+        "stageline: warning: the profile is for weights that are not quantised, not for int4 weights: "
+        f"times may be far off; run stageline profile {profiled} --quantise int4"
     )
 
 
@@ -116,8 +116,8 @@ def test_profile_of_another_machine_is_used_with_a_warning_that_names_both(
     (path / "profiles" / "other.json").write_text(text)
     assert main(["plan", str(path), "--devices", "cpu:0", "--length", "16"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "warning: the profile is of another machine (Another CPU" in line
-    assert f"not of this one ({Machine.here()})" in line
+    assert "warning: the profile is from another machine (Another CPU" in line
+    assert f"not from this one ({Machine.here()})" in line
 
 
 @pytest.mark.parametrize("objective", ["throughput", "latency", "cost", "energy"])

@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from stageline.runtime.batching.micro_batch import FEWEST_TOKENS, cut, default_rows, join, take
+from stageline.runtime.batching.micro_batch import FEWEST_TOKENS, default_rows, join, split, take
 from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
@@ -28,7 +28,7 @@ def test_joining_undoes_cutting_up_to_padding(rows: int, length: int, micro_rows
         "scalar": np.array(1, np.float32),
     }
     sizes = {"batch": rows, "length": length}
-    pieces = cut(MODEL, inputs, sizes, 1, micro_rows)
+    pieces = split(MODEL, inputs, sizes, 1, micro_rows)
     parts = []
     for piece in pieces:
         values = take(MODEL, inputs, piece)
@@ -49,14 +49,14 @@ def test_joining_undoes_cutting_up_to_padding(rows: int, length: int, micro_rows
 def test_similar_rows_share_a_micro_batch_cut_to_its_longest_row() -> None:
     mask = (np.arange(8) < np.array([1, 8, 2, 7])[:, None]).astype(np.int64)
     inputs = {"attention_mask": mask}
-    pieces = cut(Signature((MASK,), (SQUARE,)), inputs, {"batch": 4, "length": 8}, 1, 2)
+    pieces = split(Signature((MASK,), (SQUARE,)), inputs, {"batch": 4, "length": 8}, 1, 2)
     assert [(list(piece.rows), piece.length) for piece in pieces] == [([1, 3], 8), ([2, 0], 2)]  # type: ignore[arg-type]
 
 
 def test_a_free_dimension_of_unknown_meaning_keeps_rows_whole() -> None:
     odd = TensorSpec(name="odd", dtype="float32", shape=("batch", "patches"))
     mask = np.array([[1, 0], [1, 1]])
-    pieces = cut(Signature((MASK,), (odd,)), {"attention_mask": mask}, {"batch": 2, "length": 2}, 1, 1)
+    pieces = split(Signature((MASK,), (odd,)), {"attention_mask": mask}, {"batch": 2, "length": 2}, 1, 1)
     assert [piece.length for piece in pieces] == [None, None]
 
 
@@ -69,6 +69,6 @@ def test_default_rows_keep_stages_busy_unless_the_batch_is_small() -> None:
 
 def test_ragged_rows_go_in_small_micro_batches_even_through_one_stage() -> None:
     mask = (np.arange(64) < np.arange(1, 65)[:, None]).astype(np.int64)
-    pieces = cut(Signature((MASK,), (SQUARE,)), {"attention_mask": mask}, {"batch": 64, "length": 64}, 1, None)
+    pieces = split(Signature((MASK,), (SQUARE,)), {"attention_mask": mask}, {"batch": 64, "length": 64}, 1, None)
     assert len(pieces) == 16  # four rows of 32.5 tokens on average are the first to reach 128
     assert [piece.length for piece in pieces] == list(range(64, 0, -4))

@@ -24,14 +24,14 @@ from stageline.runtime.bench.contenders import PipelineContender
 from stageline.runtime.bench.figures import StageUse
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import Slo
-from stageline.runtime.bundle.manifest import TensorSpec
+from stageline.runtime.bundle.manifest import CACHED_INPUTS, TensorSpec
 from stageline.runtime.bundle.signature import Signature
-from stageline.runtime.engines import Array
-from stageline.runtime.executor import GRAPH_INPUTS
-from stageline.runtime.generation.generator import Generator
+from stageline.runtime.engines import Array, CacheSize
+from stageline.runtime.executor import Executor
 from stageline.runtime.generation.text_model import TextModel
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline, PipelineStage
-from stageline.runtime.stages.route import route
+from stageline.runtime.stages.opening import StageSet
 
 pytestmark = pytest.mark.alone
 WITHIN = 0.03
@@ -46,6 +46,7 @@ class Sleeper:
     seconds: deque[float]
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    max_rows: int | None = None
     slept: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
     asked: float = 0.0
@@ -98,7 +99,7 @@ def tandem() -> Iterator[Callable[..., Tandem]]:
             PipelineStage(("x",), ("h",), lambda device: engines[0]),
             PipelineStage(("h",), ("y",), lambda device: engines[1]),
         ]
-        pipeline = Pipeline(Signature((x,), (y,)), stages, queue=4096)
+        pipeline = Pipeline.of_stages(Signature((x,), (y,)), stages, queue=4096)
         made.append(Tandem(engines, PipelineContender("stageline", pipeline)))
         return made[-1]
 
@@ -234,19 +235,18 @@ class Generated:
 def generated(prompt: int, new: int, seconds: float) -> Generated:
     """One request after the other through two sleeping stages, for so long."""
     vocabulary = 8
-    names = [(("input_ids",), ("h",)), (("h", *GRAPH_INPUTS[1:]), ("logits",))]
+    names = [(("input_ids",), ("h",)), (("h", *CACHED_INPUTS[1:]), ("logits",))]
     engines = [Sleeper(("h", (1,)), deque([0.030])), Sleeper(("logits", (1, vocabulary)), deque([0.050]))]
     stages = [
         PipelineStage(reads, gives, lambda device, engine=engine: engine)  # type: ignore[misc]
         for (reads, gives), engine in zip(names, engines, strict=True)
     ]
     ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length"))
-    rest = tuple(TensorSpec(name=name, dtype="int64", shape=("batch",)) for name in GRAPH_INPUTS[1:])
+    rest = tuple(TensorSpec(name=name, dtype="int64", shape=("batch",)) for name in CACHED_INPUTS[1:])
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "length", vocabulary))
-    pipeline = Pipeline(Signature((ids,), (logits,), derived=rest), stages)
-    hops = route(names, GRAPH_INPUTS, ["logits"])
-    pipeline._generator = Generator(pipeline._serving.lanes, hops, TextModel(vocabulary, (), None), 2, 64, 32)
-    pipeline._serving.generator = pipeline._generator
+    signature, model = Signature((ids,), (logits,), derived=rest), TextModel(vocabulary, (), None)
+    options = PipelineOptions(prefill_chunk=32)
+    pipeline = Pipeline(Executor.open(signature, StageSet(tuple(stages)), options, model, CacheSize(2, 64)))
     contender = PipelineContender("stageline", pipeline)
     try:
         before = pipeline.stats().stages

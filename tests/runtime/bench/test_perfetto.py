@@ -101,7 +101,7 @@ def test_queues_and_requests_begin_before_they_end(made: list[dict[str, Any]]) -
     assert f"waits 0{FIRST_STAGE}" not in waited
 
 
-def test_a_trace_of_nothing_is_empty_and_one_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_trace_of_nothing_is_empty_and_one_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     assert [event for event in events([], []) if event["ph"] != "M"] == []
     with pytest.raises(StagelineError, match="cannot be written: No such file or directory; choose another file"):
         write(tmp_path / "nowhere" / "trace.json", *tandem(1), "a run")

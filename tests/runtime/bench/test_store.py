@@ -1,38 +1,24 @@
 """The store: nothing is lost, readers see whole runs, and every failure is one line."""
 
 import dataclasses
-import importlib.util
+import json
 import multiprocessing
 import os
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import synthetic_runs
 from stageline.models.errors import StoreError
 from stageline.runtime.bench import store as module
 from stageline.runtime.bench.records import Load, Progress, Requests, Run, Timeline
 from stageline.runtime.bench.store import LOST_AFTER_S, VERSION, Store, default_path
-
-
-def load_made_up() -> ModuleType:
-    file = Path(__file__).parents[3] / "benchmarks" / "synthetic_runs.py"
-    spec = importlib.util.spec_from_file_location("synthetic_runs", file)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["synthetic_runs"] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-made_up: Any = load_made_up()
+from stageline.runtime.options import PipelineOptions
 
 
 @pytest.fixture
@@ -56,7 +42,7 @@ def test_an_empty_store_is_empty_and_is_not_made_by_looking(store: Store) -> Non
 
 
 def test_a_run_comes_back_as_it_was_put(store: Store) -> None:
-    run, asked, timeline = made_up.run(7), made_up.requests(250_001), made_up.timeline(100)
+    run, asked, timeline = synthetic_runs.run(7), synthetic_runs.requests(250_001), synthetic_runs.timeline(100)
     store.put(run, [asked], [timeline])
     assert store.run(run.id) == run
     assert same(store.requests(run.id, 0), asked)
@@ -70,22 +56,38 @@ def test_a_run_comes_back_as_it_was_put(store: Store) -> None:
     assert [headline.contender for headline in line.headlines] == ["stageline", "onnxruntime"]
 
 
+def test_a_run_stored_before_options_were_one_value_is_readable(store: Store) -> None:
+    run = synthetic_runs.run(7)
+    store.put(run)
+    with sqlite3.connect(store.path) as db:
+        data = json.loads(db.execute("SELECT data FROM runs").fetchone()[0])
+        settings, environment = data["settings"], data["environment"]
+        del settings["pipeline"]
+        settings |= {"engine": "onnxruntime-cuda", "threads": 3, "weights": "int8", "slots": None}
+        environment["processors"] = environment.pop("cores")
+        db.execute("UPDATE runs SET data = ?", [json.dumps(data)])
+    db.close()
+    expected = PipelineOptions(engine="onnxruntime-cuda", threads=3, quantise="int8")
+    read = store.run(run.id)
+    assert read == dataclasses.replace(run, settings=dataclasses.replace(run.settings, pipeline=expected))
+
+
 def test_lists_are_newest_first_and_of_one_bundle_if_asked(store: Store) -> None:
     for number in (3, 1, 4, 0, 2, 5):
-        store.put(made_up.run(number))
+        store.put(synthetic_runs.run(number))
     assert [line.created for line in store.runs()] == sorted((line.created for line in store.runs()), reverse=True)
     assert [line.id[-1] for line in store.runs(limit=3)] == ["5", "4", "3"]
-    assert [line.id[-1] for line in store.runs(bundle_digest=made_up.run(1).bundle_digest)] == ["5", "1"]
+    assert [line.id[-1] for line in store.runs(bundle_digest=synthetic_runs.run(1).bundle_digest)] == ["5", "1"]
 
 
 def test_names_of_runs(store: Store) -> None:
     for number in (0, 1, 12):
-        store.put(made_up.run(number))
-    newest = made_up.run(12).id
+        store.put(synthetic_runs.run(number))
+    newest = synthetic_runs.run(12).id
     assert store.find("latest") == store.find("latest~0") == store.find(newest) == newest
-    assert store.find("latest~2") == made_up.run(0).id
+    assert store.find("latest~2") == synthetic_runs.run(0).id
     assert store.find(newest[:-1]) == newest
-    for name, told in {
+    for name, message in {
         "2026": "3 runs whose id begins with 2026",
         "x": "has no run x",
         "": "3 runs whose id begins with",
@@ -93,17 +95,17 @@ def test_names_of_runs(store: Store) -> None:
         "latest~x": "has no run latest~x",
         "%": "has no run %",
     }.items():
-        with pytest.raises(StoreError, match=told):
+        with pytest.raises(StoreError, match=message):
             store.find(name)
 
 
 def test_a_run_is_followed_while_it_goes(store: Store) -> None:
-    whole: Run = made_up.run(1)
+    whole: Run = synthetic_runs.run(1)
     store.begin(dataclasses.replace(whole, measurements=(), status="running", finished=None))
     assert store.run(whole.id).status == "running"
     assert not store.progress(whole.id, Progress(0.5, "Server 20/s, repeat 2 of 3", {"requests_per_s": 19.5}))
     assert store.runs()[0].progress == Progress(0.5, "Server 20/s, repeat 2 of 3", {"requests_per_s": 19.5})
-    assert store.add(whole.id, whole.measurements[0], made_up.requests(10)) == 0
+    assert store.add(whole.id, whole.measurements[0], synthetic_runs.requests(10)) == 0
     assert store.run(whole.id).measurements == whole.measurements[:1]
     assert store.add(whole.id, whole.measurements[1]) == 1
     assert store.cancel(whole.id)
@@ -116,7 +118,7 @@ def test_a_run_is_followed_while_it_goes(store: Store) -> None:
 
 
 def test_the_same_run_is_not_begun_twice(store: Store) -> None:
-    run = dataclasses.replace(made_up.run(1), status="running")
+    run = dataclasses.replace(synthetic_runs.run(1), status="running")
     store.begin(run)
     with pytest.raises(StoreError, match=f"run {run.id} is in .* already; see stageline bench show {run.id}"):
         store.begin(run)
@@ -139,31 +141,31 @@ def test_the_same_run_is_not_begun_twice(store: Store) -> None:
     assert wins.value == 1
 
 
-def test_a_run_whose_process_died_is_told_as_failed(store: Store) -> None:
-    run = dataclasses.replace(made_up.run(1), measurements=(), status="running", finished=None)
+def test_a_run_whose_process_died_shows_as_failed(store: Store) -> None:
+    run = dataclasses.replace(synthetic_runs.run(1), measurements=(), status="running", finished=None)
     store.begin(run)
-    store.add(run.id, made_up.run(1).measurements[0])
+    store.add(run.id, synthetic_runs.run(1).measurements[0])
     with sqlite3.connect(store.path) as db:
         db.execute("UPDATE runs SET seen = ?", [time.time() - LOST_AFTER_S - 1])
     seen = store.run(run.id)
     assert (seen.status, len(seen.measurements)) == ("failed", 1)
-    assert "ended without a word" in str(seen.error)
+    assert "ended without reporting an error" in str(seen.error)
     assert not store.cancel(run.id)
 
 
 def test_a_deleted_run_takes_all_its_rows_with_it(store: Store) -> None:
-    store.put(made_up.run(1), [made_up.requests(10)], [made_up.timeline(10)])
-    store.put(made_up.run(2), [made_up.requests(10)])
-    store.delete(made_up.run(1).id)
+    store.put(synthetic_runs.run(1), [synthetic_runs.requests(10)], [synthetic_runs.timeline(10)])
+    store.put(synthetic_runs.run(2), [synthetic_runs.requests(10)])
+    store.delete(synthetic_runs.run(1).id)
     with sqlite3.connect(store.path) as db:
         for table, column in (("runs", "id"), ("measurements", "run"), ("blobs", "run")):
-            assert db.execute(f"SELECT DISTINCT {column} FROM {table}").fetchall() == [(made_up.run(2).id,)]
+            assert db.execute(f"SELECT DISTINCT {column} FROM {table}").fetchall() == [(synthetic_runs.run(2).id,)]
     with pytest.raises(StoreError, match="has no run"):
-        store.delete(made_up.run(1).id)
+        store.delete(synthetic_runs.run(1).id)
 
 
 def test_a_writer_and_readers_at_once_see_whole_runs(store: Store) -> None:
-    store.put(made_up.run(0))
+    store.put(synthetic_runs.run(0))
     stop, faults, seen = threading.Event(), [], [0]
 
     def read() -> None:
@@ -180,7 +182,7 @@ def test_a_writer_and_readers_at_once_see_whole_runs(store: Store) -> None:
     for reader in readers:
         reader.start()
     for number in range(1, 15):
-        store.put(made_up.run(number), [made_up.requests(1000)])
+        store.put(synthetic_runs.run(number), [synthetic_runs.requests(1000)])
     stop.set()
     for reader in readers:
         reader.join(30)
@@ -195,10 +197,10 @@ def test_a_writer_and_readers_at_once_see_whole_runs(store: Store) -> None:
 @pytest.fixture
 def kept(store: Store) -> Iterator[Store]:
     """A store with a run in it, which is there at the end as well."""
-    store.put(made_up.run(1), [made_up.requests(1000)])
+    store.put(synthetic_runs.run(1), [synthetic_runs.requests(1000)])
     yield store
-    assert store.run(made_up.run(1).id) == made_up.run(1)
-    assert same(store.requests(made_up.run(1).id, 0), made_up.requests(1000))
+    assert store.run(synthetic_runs.run(1).id) == synthetic_runs.run(1)
+    assert same(store.requests(synthetic_runs.run(1).id, 0), synthetic_runs.requests(1000))
 
 
 def test_a_store_of_a_newer_version_is_left_alone(kept: Store) -> None:
@@ -207,9 +209,9 @@ def test_a_store_of_a_newer_version_is_left_alone(kept: Store) -> None:
             db.execute(f"PRAGMA user_version = {number}")
 
     version(VERSION + 1)
-    told = f"has version {VERSION + 1}; this stageline reads up to version {VERSION}: install a newer stageline"
-    for use in (kept.runs, lambda: kept.put(made_up.run(2))):
-        with pytest.raises(StoreError, match=told):
+    message = f"has version {VERSION + 1}; this stageline reads up to version {VERSION}: install a newer stageline"
+    for use in (kept.runs, lambda: kept.put(synthetic_runs.run(2))):
+        with pytest.raises(StoreError, match=message):
             use()
     version(VERSION)
 
@@ -219,7 +221,7 @@ def test_a_store_of_an_older_version_is_brought_up_to_date(kept: Store, monkeypa
     with monkeypatch.context() as newer:
         newer.setattr(module, "MIGRATIONS", (*module.MIGRATIONS, change))
         newer.setattr(module, "VERSION", VERSION + 1)
-        assert [line.id for line in kept.runs()] == [made_up.run(1).id]
+        assert [line.id for line in kept.runs()] == [synthetic_runs.run(1).id]
         with sqlite3.connect(kept.path) as db:
             assert db.execute("PRAGMA user_version").fetchone() == (VERSION + 1,)
             assert db.execute("SELECT note FROM runs").fetchall() == [(None,)]
@@ -235,8 +237,8 @@ def test_a_migration_that_fails_changes_nothing(kept: Store, monkeypatch: pytest
             kept.runs()
 
 
-def test_a_damaged_store_is_told(store: Store) -> None:
-    store.put(made_up.run(1), [made_up.requests(20_000)])
+def test_a_damaged_store_is_reported(store: Store) -> None:
+    store.put(synthetic_runs.run(1), [synthetic_runs.requests(20_000)])
     with sqlite3.connect(store.path) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     whole = store.path.read_bytes()
@@ -245,18 +247,18 @@ def test_a_damaged_store_is_told(store: Store) -> None:
         whole[:4096] + os.urandom(4096) + whole[8192:]: "is damaged|is not a store",
         whole[:5000]: "is damaged",
     }
-    for damaged, told in damages.items():
+    for damaged, message in damages.items():
         for beside in store.path.parent.iterdir():
             beside.unlink()
         store.path.write_bytes(damaged)
-        with pytest.raises(StoreError, match=told) as error:
+        with pytest.raises(StoreError, match=message) as error:
             store.run(store.runs()[0].id)
         assert "\n" not in str(error.value)
 
 
-def test_damaged_rows_are_told(store: Store) -> None:
-    store.put(made_up.run(1), [made_up.requests(10)], [made_up.timeline(10)])
-    run_id = made_up.run(1).id
+def test_damaged_rows_are_reported(store: Store) -> None:
+    store.put(synthetic_runs.run(1), [synthetic_runs.requests(10)], [synthetic_runs.timeline(10)])
+    run_id = synthetic_runs.run(1).id
     with sqlite3.connect(store.path) as db:
         db.execute("UPDATE blobs SET data = substr(data, 1, 60)")
         db.execute("UPDATE measurements SET data = '{}'")
@@ -270,18 +272,18 @@ def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE theirs (a)")
     before = path.read_bytes()
-    for use in (Store(path).runs, lambda: Store(path).put(made_up.run(1))):
+    for use in (Store(path).runs, lambda: Store(path).put(synthetic_runs.run(1))):
         with pytest.raises(StoreError, match="is a database of another program; choose another file with --store"):
             use()
     assert path.read_bytes() == before
 
 
-def test_a_locked_store_is_told(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_store_is_reported(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BUSY_S", 0.05)
     holder = sqlite3.connect(kept.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="is locked by another program"):
-        kept.put(made_up.run(2))
+        kept.put(synthetic_runs.run(2))
     assert len(kept.runs()) == 1  # readers do not wait for a writer
     holder.execute("ROLLBACK")
     holder.close()
@@ -299,13 +301,13 @@ def with_pragma(monkeypatch: pytest.MonkeyPatch, pragma: str) -> None:
     monkeypatch.setattr(module.sqlite3, "connect", opened)
 
 
-def test_a_full_disk_is_told(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as full:
         with_pragma(full, "PRAGMA max_page_count = 1")  # SQLite takes the pages it has for the most
         with pytest.raises(StoreError, match="the disk is full; free some space"):
-            kept.put(made_up.run(2), [made_up.requests(100_000)])
+            kept.put(synthetic_runs.run(2), [synthetic_runs.requests(100_000)])
     assert len(kept.runs()) == 1
-    kept.put(made_up.run(2))
+    kept.put(synthetic_runs.run(2))
 
 
 def test_a_read_only_store_is_read_and_refuses_to_be_written(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,14 +315,14 @@ def test_a_read_only_store_is_read_and_refuses_to_be_written(kept: Store, monkey
         with_pragma(read_only, "PRAGMA query_only = 1")
         assert len(kept.runs()) == 1
         with pytest.raises(StoreError, match="is read-only; make it writable"):
-            kept.put(made_up.run(2))
+            kept.put(synthetic_runs.run(2))
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that nobody can write to")
-def test_a_store_that_cannot_be_made_is_told() -> None:
+def test_a_store_that_cannot_be_made_is_reported() -> None:
     for path in (Path("/sys/kernel/bench.sqlite"), Path("/dev/null/bench.sqlite")):
         with pytest.raises(StoreError, match=f"store {path} cannot be"):
-            Store(path).put(made_up.run(1))
+            Store(path).put(synthetic_runs.run(1))
 
 
 def test_the_store_lies_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

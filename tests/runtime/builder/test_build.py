@@ -111,14 +111,14 @@ def test_a_kill_in_mid_build_leaves_what_was_built_and_the_rest_is_built_next(bu
     script = (
         "import sys, time; from stageline.runtime.builder import build as b\n"
         "from stageline.runtime.bundle.folder import Bundle\n"
-        "from stageline.runtime.planning.planner import Load\n"
+        "from stageline.runtime.workload import Workload\n"
         "from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX\n"
         "from stageline.runtime.engines.tensorrt.records import Options\n"
         "done = []\n"
         "def step(step):\n"
         "    if step.stage == 1: print('building the second', flush=True); time.sleep(60)\n"
         "wanted = [b.Wanted(TENSORRT_RTX, 'sm89', 'fp16')]\n"
-        "b.build(Bundle.open(sys.argv[1]), wanted, Load(2, 8, 2, 16), Options(), jobs=1, progress=step)\n"
+        "b.build(Bundle.open(sys.argv[1]), wanted, Workload(2, 8, 2, 16), Options(), jobs=1, progress=step)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(bundle)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

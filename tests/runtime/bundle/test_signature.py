@@ -39,7 +39,7 @@ TWO = np.ones((2, 2), np.float32)
         ),
         (
             {"input_ids": [[1, 2], [3]], "scale": TWO},
-            "input 'input_ids' is no array: its rows differ in length; pad them to one",
+            "input 'input_ids' is not an array: its rows differ in length; pad them to one",
         ),
         (
             {"input_ids": IDS[0], "scale": TWO},
@@ -58,11 +58,11 @@ TWO = np.ones((2, 2), np.float32)
         ),
         (
             {"input_ids": IDS[:0], "scale": TWO[:0]},
-            "dimension 'batch' is 0: there is nothing to run; leave empty requests out",
+            "dimension 'batch' is 0: there is nothing to run; do not send empty requests",
         ),
         (
             {"input_ids": IDS[:, :0], "scale": TWO},
-            "dimension 'length' is 0: there is nothing to run; leave empty requests out",
+            "dimension 'length' is 0: there is nothing to run; do not send empty requests",
         ),
         (
             {"input_ids": np.ones((2, 7), np.int64), "scale": TWO},
@@ -112,11 +112,11 @@ def test_outputs_are_chosen_by_name_in_the_models_order() -> None:
     assert BERT.check_outputs(["pooled", "hidden", "pooled"]) == ("hidden", "pooled")
     with pytest.raises(RequestError, match=r"^unknown output 'logits'; outputs: hidden, pooled$"):
         BERT.check_outputs(["logits"])
-    with pytest.raises(RequestError, match=r"^no output is asked for; outputs: hidden, pooled$"):
+    with pytest.raises(RequestError, match=r"^no output is requested; outputs: hidden, pooled$"):
         BERT.check_outputs([])
 
 
 def test_an_output_without_a_batch_is_refused_at_open() -> None:
     loss = TensorSpec(name="loss", dtype="float32", shape=())
-    with pytest.raises(BundleError, match=r"^output 'loss' has shape \[\], which has no one dimension 'batch'"):
+    with pytest.raises(BundleError, match=r"^output 'loss' has shape \[\], without exactly one dimension 'batch'"):
         Signature(BERT.inputs, (loss,))

@@ -4,7 +4,7 @@ import itertools
 
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.runtime.bundle.balance import balance
 from stageline.runtime.bundle.crossing import Prologue
@@ -12,6 +12,7 @@ from stageline.runtime.bundle.graph import size_bytes
 from stageline.runtime.bundle.manifest import Manifest, Part, TensorSpec, Use
 
 
+@settings(deadline=None)
 @given(costs=st.lists(st.integers(0, 50), min_size=3, max_size=9), data=st.data())
 def test_balance_is_as_good_as_the_best_of_all_cuts(costs: list[int], data: st.DataObject) -> None:
     blocks = len(costs) - 2
@@ -67,6 +68,7 @@ def _gives(cut: frozenset[ir.Value], wanted: ir.Value) -> bool:
     return node is not None and all(_gives(cut, v) for v in node.inputs if v is not None)
 
 
+@settings(deadline=None)
 @given(
     nodes=st.lists(
         st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 3)), min_size=1, max_size=6

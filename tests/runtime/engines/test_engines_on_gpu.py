@@ -1,4 +1,4 @@
-"""The engines on a real GPU, against ONNX Runtime on processors. Run with: pytest -m gpu."""
+"""The engines on a real GPU, against ONNX Runtime on a CPU. Run with: pytest -m gpu."""
 
 import shutil
 from pathlib import Path
@@ -61,7 +61,7 @@ def greedy(pipeline: Pipeline) -> list[list[tuple[int, float]]]:
 
 
 def check(bundle: Path, engine: str, atol: float) -> None:
-    """Batches and generation on the GPU are near those of processors. In half precision the likeliest token may change
+    """Batches and generation on the GPU are near those of the CPU. In half precision the likeliest token may change
     places with the next; after that the texts are different ones, and no longer compared."""
     inputs = {"input_ids": np.random.default_rng(0).integers(0, 99, (7, 20))}
     with Pipeline.open(bundle, **OPTIONS) as pipeline:
@@ -83,7 +83,7 @@ def check(bundle: Path, engine: str, atol: float) -> None:
 
 @pytest.mark.parametrize("stripped", [False, True], ids=["whole", "stripped"])
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
-def test_tensorrt_agrees_with_processors(name: FlavourName, stripped: bool, decoder: Path, tmp_path: Path) -> None:
+def test_tensorrt_agrees_with_the_cpu(name: FlavourName, stripped: bool, decoder: Path, tmp_path: Path) -> None:
     flavour, gpu = FLAVOURS[name], gpu_here()
     if not flavour.installed:
         pytest.skip(str(flavour.missing()))
@@ -95,7 +95,7 @@ def test_tensorrt_agrees_with_processors(name: FlavourName, stripped: bool, deco
     check(bundle, "tensorrt", 0.1)
 
 
-def test_onnxruntime_agrees_with_processors(decoder: Path) -> None:
+def test_onnxruntime_agrees_with_the_cpu(decoder: Path) -> None:
     try:
         engine_factory("onnxruntime-cuda")
         import onnxruntime as ort

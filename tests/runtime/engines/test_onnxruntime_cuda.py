@@ -1,5 +1,5 @@
-"""ONNX Runtime on GPUs that are made up, whose kernels are ONNX Runtime's on processors, through the real pipeline:
-what it computes is what the processors' pipeline computes, in whatever order the streams come to it."""
+"""ONNX Runtime on fake GPUs, whose kernels are ONNX Runtime's on a CPU, through the real pipeline:
+what it computes is what the CPU's pipeline computes, in whatever order the streams come to it."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(decoder: Path) -> list[tuple[int, ...]]:
-    """What the processors' pipeline goes on with, its caches in half precision as on GPUs."""
+    """What the CPU's pipeline continues with, its caches in half precision as on GPUs."""
     with Pipeline.open(decoder, cache_dtype="float16") as pipeline:
         return [tokens_of(future) for future in submitted(pipeline)]
 
@@ -77,7 +77,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> Callable[...
 
 @pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("devices", DEVICES, ids=" ".join)
-def test_tokens_are_those_of_the_processors(
+def test_tokens_are_those_of_the_cpu(
     devices: list[str],
     seed: int | None,
     decoder: Path,
@@ -94,9 +94,7 @@ def test_tokens_are_those_of_the_processors(
 
 
 @pytest.mark.parametrize("devices", DEVICES, ids=" ".join)
-def test_batches_are_those_of_the_processors(
-    devices: list[str], decoder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_those_of_the_cpu(devices: list[str], decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.random.default_rng(0).integers(0, 99, (9, 20))
     mask = (np.arange(20) < np.random.default_rng(1).integers(1, 21, 9)[:, None]).astype(np.int64)
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -188,22 +186,22 @@ def test_a_pipeline_that_is_closed_at_work_leaves_nothing(decoder: Path, monkeyp
     assert threading.active_count() == before
 
 
-def test_what_does_not_fit_is_told_in_one_line(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_reported_in_one_line(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = on_gpus(monkeypatch, FakeDriver())
-    for options, told in (
-        ({"devices": ["cuda:1"]}, "stage 0 is to run on cuda:1; this machine has cuda:0"),
+    for options, message in (
+        ({"devices": ["cuda:1"]}, "stage 0 was to run on cuda:1; this machine has cuda:0"),
         ({"devices": ["gpu"]}, "unknown device 'gpu'; devices are called cpu, cuda:0, cuda:1, ..."),
-        ({"devices": ["cuda:0"] * 4}, "4 devices are named for 3 stages; name at least one, and at most one each"),
+        ({"devices": ["cuda:0"] * 4}, "4 devices are given for 3 stages; give 1 to 3"),
         ({"cache_dtype": "float32"}, "on a GPU caches are float16, not float32; leave cache_dtype out"),
     ):
         with pytest.raises((EngineError, RequestError)) as caught:
             begin(decoder, **options)
-        assert str(caught.value) == told
+        assert str(caught.value) == message
     with pytest.raises(EngineError, match=r"^the engine onnxruntime does not run on cuda:0; engines that do: .*-cuda"):
         Pipeline.open(decoder, devices=["cuda:0"])
 
 
-def test_an_onnxruntime_without_cuda_is_told_so(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_onnxruntime_without_cuda_says_so(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = on_gpus(monkeypatch, FakeDriver())
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(EngineError, match=r"^this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then"):
@@ -211,7 +209,7 @@ def test_an_onnxruntime_without_cuda_is_told_so(decoder: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("devices", [["cuda:0"], ["cuda:0", "cuda:1"]], ids=" ".join)
-def test_caches_move_when_stages_are_cut_anew_while_they_run(
+def test_caches_move_when_stages_are_recut_while_they_run(
     devices: list[str], decoder: Path, wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = FakeDriver(gpus=2, seed=3)

@@ -23,7 +23,7 @@ class Machine:
 
     def __init__(self, scheduler: Scheduler, seed: int = 0) -> None:
         self.scheduler = scheduler
-        self.cache = np.full((scheduler.slots, scheduler.capacity), GARBAGE)
+        self.cache = np.full((scheduler.slot_count, scheduler.capacity), GARBAGE)
         self.flying: deque[Step] = deque()
         self.lengths: dict[Continuation, int] = {}
         self.issued: dict[Continuation, int] = {}  # tokens issued, from the first step on
@@ -49,12 +49,12 @@ class Machine:
         scheduler = self.scheduler
         slots = [row.slot for row in step.rows]
         assert slots == sorted(set(slots))
-        assert (slots[0], slots[-1]) == (step.first_slot, step.first_slot + step.slots - 1)
+        assert (slots[0], slots[-1]) == (step.first_slot, step.first_slot + step.slot_count - 1)
         assert step.length == max(row.count for row in step.rows)
         for row in step.rows:
             continuation = row.continuation
             assert not continuation.ended
-            assert continuation.slot is scheduler.rows[row.slot]
+            assert continuation.slot is scheduler.slots[row.slot]
             assert row.start == self.issued.get(continuation, continuation.shared)
             assert row.start + step.length <= scheduler.capacity
             self.issued[continuation] = row.start + row.count
@@ -62,11 +62,11 @@ class Machine:
         under_way = [*self.flying, step]
         if step.kind == "decode":
             assert {row.count for row in step.rows} == {1}
-            assert {scheduler.rows[slot].group for slot in range(slots[0], slots[-1] + 1)} == {step.group}
+            assert {scheduler.slots[slot].group for slot in range(slots[0], slots[-1] + 1)} == {step.group}
             assert sum(s.kind == "decode" and s.group == step.group for s in under_way) == 1
         else:
             assert slots == list(range(slots[0], slots[-1] + 1))
-            assert step.length * step.slots <= scheduler.chunk
+            assert step.length * step.slot_count <= scheduler.chunk
             assert sum(s.kind == "prefill" for s in under_way) <= scheduler.prefills
 
     def complete(self, failing: bool = False) -> Step:
@@ -124,7 +124,7 @@ class Machine:
 
     def check_slots(self) -> None:
         """With no step under way, a slot holds what the scheduler takes it to hold."""
-        for slot in self.scheduler.rows:
+        for slot in self.scheduler.slots:
             np.testing.assert_array_equal(self.cache[slot.number, : slot.count], slot.tokens[: slot.count])
 
 
@@ -176,17 +176,17 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: not self.machine.flying)
     @rule(groups=st.integers(1, 3), prefills=st.integers(1, 3))
     def regroup(self, groups: int, prefills: int) -> None:
-        self.machine.scheduler.regroup(min(groups, self.machine.scheduler.slots), prefills)
+        self.machine.scheduler.switch(min(groups, self.machine.scheduler.slot_count), prefills)
 
     @precondition(lambda self: not self.machine.flying and not self.machine.scheduler.running)
     @rule(groups=st.integers(1, 3))
     def forget(self, groups: int) -> None:
-        self.machine.scheduler.regroup(min(groups, self.machine.scheduler.slots), 1, forget=True)
+        self.machine.scheduler.switch(min(groups, self.machine.scheduler.slot_count), 1, forget=True)
         self.machine.cache[:] = GARBAGE
 
     @invariant()
     def a_slot_serves_one(self) -> None:
-        for slot in self.machine.scheduler.rows:
+        for slot in self.machine.scheduler.slots:
             if slot.continuation is not None:
                 assert not slot.continuation.ended
                 assert slot.continuation.slot is slot
@@ -276,7 +276,7 @@ def test_each_group_has_a_decode_step_under_way() -> None:
         machine.complete()
     while machine.issue():
         pass
-    assert sorted((step.group, step.slots) for step in machine.flying) == [(0, 2), (1, 2)]
+    assert sorted((step.group, step.slot_count) for step in machine.flying) == [(0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("prefills", [1, 2])
@@ -449,7 +449,7 @@ def test_other_groups_go_on_where_the_slots_were() -> None:
         machine.complete()
     while machine.flying:
         machine.complete()
-    scheduler.regroup(1, prefills=1)
+    scheduler.switch(1, prefills=1)
     step = machine.issue()
     assert step is not None
     assert (step.kind, [row.slot for row in step.rows]) == ("decode", [0, 1, 2, 3])

@@ -1,4 +1,4 @@
-"""Devices and links, from the command line and from a file; what is wrong is told in one line."""
+"""Devices and links, from the command line and from a file; what is wrong stands in one line."""
 
 import math
 from pathlib import Path
@@ -44,25 +44,25 @@ def test_devices_of_one_kind_are_counted() -> None:
     assert cluster.local
 
 
-def test_processors_taken_together_are_one_device() -> None:
+def test_cores_taken_together_are_one_device() -> None:
     (kind,) = parse_devices("cpu:0+1").kinds
     assert (kind.threads, kind.count) == (2, 1)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("H1000", "unknown device 'H1000'; known devices: H100, H200"),
-        ("cpu:4096", "unknown device 'cpu:4096'; this machine has processors cpu:0 to cpu:"),
+        ("cpu:4096", "unknown device 'cpu:4096'; this machine has cores cpu:0 to cpu:"),
         ("cuda:0", "cuda:0: GPUs of this machine are not measured yet; name their kind: H100"),
-        ("0xL4", "'0xL4' names no device"),
-        ("L4,,L4", "'' names no device"),
+        ("0xL4", "'0xL4' is not a device"),
+        ("L4,,L4", "'' is not a device"),
     ],
 )
-def test_unknown_devices_are_told_with_the_known_ones(text: str, told: str) -> None:
+def test_unknown_devices_are_refused_with_the_known_ones(text: str, message: str) -> None:
     with pytest.raises(StagelineError) as error:
         parse_devices(text)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -100,7 +100,7 @@ def test_links_of_ordered_devices_lead_one_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (TWO, "no link from 'left' to 'right'; give one under [[links]], or one for all as [network]"),
         (TWO + LINK.format("left", "middle"), "a link leads to unknown device 'middle'; known: left, right"),
@@ -114,7 +114,7 @@ def test_links_of_ordered_devices_lead_one_way(tmp_path: Path) -> None:
         ),
         (
             ORDERED + LINK.format("left", "right") + LINK.format("right", "left"),
-            "links go in a circle: left -> right -> left; in order they lead from the first stage to the last",
+            "links form a cycle: left -> right -> left; ordered devices lead from the first stage to the last",
         ),
         (TWO.replace('"H100"', '"H1000"'), "device 'right': unknown device 'H1000'; known devices: H100"),
         (TWO.replace("memory_gb = 70", "memory_gb = -70"), "device 'right': memory_gb: Input should be greater than 0"),
@@ -123,14 +123,14 @@ def test_links_of_ordered_devices_lead_one_way(tmp_path: Path) -> None:
         (TWO.replace("count = 2", "count = 0"), "device 'left' has count 0; give at least 1"),
         (TWO.replace('name = "left"', ""), "a device has no name"),
         ("devices = []", "devices: List should have at least 1 item"),
-        ("devices = [", "is no TOML file"),
+        ("devices = [", "is not a TOML file"),
         (TWO.replace('kind = "L4"', ""), "device 'left': tflops: Field required"),
         (TWO.replace("memory_gb = 70", "idle_w = 9000"), "idle_w 9000 is above busy_w 700"),
     ],
 )
-def test_what_is_wrong_in_a_cluster_file_is_told_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+def test_what_is_wrong_in_a_cluster_file_is_reported_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(StagelineError) as error:
         read_cluster(written(tmp_path, text))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "cluster.toml"))
     assert "\n" not in str(error.value)

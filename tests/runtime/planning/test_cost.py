@@ -99,7 +99,7 @@ def test_quantised_weights_count_as_an_engine_holds_them(
     ir.external_data.set_base_dir(model.graph, bundle)
     held = {name: value.const_value for name, value in to_nbits(model, weights).graph.initializers.items()}
     assert any(name.endswith(f".{weights}.0") for name in held)
-    found = use_costs(opened.manifest, opened.tensors, opened.parts(), Shape(1, 1), weights=weights)
+    found = use_costs(opened.manifest, opened.tensors, opened.parts(), Shape(1, 1), quantise=weights)
     total = sum(cost.parameter_bytes for cost in found)
     assert total == pytest.approx(sum(tensor.nbytes for tensor in held.values() if tensor is not None), rel=0.01)
     assert found[-1].weight_read_bytes == pytest.approx(found[-1].parameter_bytes, rel=0.01)

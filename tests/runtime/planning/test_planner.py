@@ -67,13 +67,13 @@ def test_what_cannot_fit_says_what_is_short_and_what_would_fit(llama: Bundle, ob
     planner = Planner(llama, small(limit_mb, 1), Workload(slots=8, capacity=512))
     with pytest.raises(StagelineError) as error:
         planner.best(objective)  # type: ignore[arg-type]
-    told = str(error.value)
-    assert "\n" not in told
-    assert f"blocks 0 to 5 need {roomy / 1e9:.3g} GB on small, which has {limit_mb / 1e3:.3g} GB: " in told
-    assert f"short by {roomy * 0.4 / 1e9:.3g} GB" in told
-    slots = int(re.search(r"--slots (\d+) instead of 8", told)[1])  # type: ignore[index]
-    capacity = int(re.search(r"--capacity (\d+) instead of 512", told)[1])  # type: ignore[index]
-    devices = int(re.search(r"(\d+) x small instead of 1", told)[1])  # type: ignore[index]
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"blocks 0 to 5 need {roomy / 1e9:.3g} GB on small, which has {limit_mb / 1e3:.3g} GB: " in message
+    assert f"short by {roomy * 0.4 / 1e9:.3g} GB" in message
+    slots = int(re.search(r"--slots (\d+) instead of 8", message)[1])  # type: ignore[index]
+    capacity = int(re.search(r"--capacity (\d+) instead of 512", message)[1])  # type: ignore[index]
+    devices = int(re.search(r"(\d+) x small instead of 1", message)[1])  # type: ignore[index]
     for changed, fits in (
         (Planner(llama, small(limit_mb, 1), Workload(slots=slots, capacity=512)), True),
         (Planner(llama, small(limit_mb, 1), Workload(slots=slots + 1, capacity=512)), False),
@@ -88,7 +88,7 @@ def test_what_cannot_fit_says_what_is_short_and_what_would_fit(llama: Bundle, ob
                 changed.best("latency")
 
 
-def test_processors_without_a_profile_are_told(tiny_bundle: Path) -> None:
+def test_cores_without_a_profile_are_refused(tiny_bundle: Path) -> None:
     planner = Planner(Bundle.open(tiny_bundle), parse_devices("cpu:0"), Workload())
     with pytest.raises(StagelineError, match="are not known; run: stageline profile"):
         planner.best("throughput")
@@ -116,7 +116,7 @@ def test_stages_that_slow_each_other_down_are_planned_and_simulated_so(tiny_bund
     assert report.duration_s / 500 == pytest.approx(0.0125 + 0.01, rel=0.01)
 
 
-def test_quantised_weights_on_processors_take_what_the_engine_holds(
+def test_quantised_weights_on_a_cpu_take_what_the_engine_holds(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A head that is tied to the table of words is quantised beside it."""

@@ -1,4 +1,4 @@
-"""Measured stages, and the times of uses told from them."""
+"""Measured stages, and the times of uses derived from them."""
 
 import json
 import shutil
@@ -19,7 +19,15 @@ from stageline.runtime.planning import measure as measuring
 from stageline.runtime.planning.cost import UseCost, use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.measure import measure, ranges, undisturbed
-from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point, load, save
+from stageline.runtime.planning.profile import (
+    Contention,
+    Grid,
+    Machine,
+    MachineProfile,
+    Point,
+    read_profile,
+    write_profile,
+)
 from stageline.runtime.planning.timings import Timings, fitted_rates, non_negative
 from stageline.runtime.workload import Shape
 
@@ -56,7 +64,7 @@ def timings(bundle: Bundle, profile: MachineProfile) -> Timings:
     return Timings(profile, bundle.manifest, 1, lambda s: use_costs(bundle.manifest, bundle.tensors, parts, s))
 
 
-def test_times_of_uses_are_told_from_stages_and_between_shapes(bundle: Bundle) -> None:
+def test_times_of_uses_are_derived_from_stages_and_between_shapes(bundle: Bundle) -> None:
     times = timings(bundle, linear_profile(bundle, Grid((1, 4, 8), (2, 16)))).of(Shape(6, 9))
     assert times.use_s[1:-1] == pytest.approx([1e-6 * (5 + 12 + 54)] * 3, rel=1e-6)
     assert times.use_s[0] == pytest.approx(42e-6, rel=1e-6)
@@ -72,11 +80,11 @@ def test_the_share_that_stages_take_longer_beside_each_other_is_interpolated(bun
         for (batch, length), share in shares.items()
     )
     profile = linear_profile(bundle, Grid((1, 9), (4, 8))).model_copy(update={"contention": contention})
-    told = timings(bundle, profile)
-    assert told.of(Shape(1, 4)).contention == pytest.approx(0.4)
-    assert told.of(Shape(5, 4)).contention == pytest.approx(0.3)
-    assert told.of(Shape(5, 6)).contention == pytest.approx(0.175)
-    assert told.of(Shape(50, 4)).contention == pytest.approx(0.2)
+    found = timings(bundle, profile)
+    assert found.of(Shape(1, 4)).contention == pytest.approx(0.4)
+    assert found.of(Shape(5, 4)).contention == pytest.approx(0.3)
+    assert found.of(Shape(5, 6)).contention == pytest.approx(0.175)
+    assert found.of(Shape(50, 4)).contention == pytest.approx(0.2)
 
 
 def test_the_least_disturbed_try_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,16 +115,16 @@ def test_what_is_measured_is_stored_and_read_back(bundle: Bundle) -> None:
     beside = {(c.batch, c.length, c.threads) for c in profile.contention}
     assert beside == ({(1, 4, 1), (2, 4, 1)} if len(allowed_cores()) > 1 else set())
     assert profile.host_step_s == 0  # only of models that generate
-    save(bundle, profile)
-    assert load(bundle.path, Machine.here()) == (profile, None)
+    write_profile(bundle, profile)
+    assert read_profile(bundle.path, Machine.here()) == (profile, None)
     assert Bundle.open(bundle.path).manifest == bundle.manifest
 
 
 def test_profile_of_another_machine_warns_and_names_both(bundle: Bundle) -> None:
     profile = linear_profile(bundle, Grid((1,), (4,)))
-    other = profile.machine.model_copy(update={"cpu": "Another CPU", "processors": 96})
-    save(bundle, profile.model_copy(update={"machine": other}))
-    found, warning = load(bundle.path, Machine.here())
+    other = profile.machine.model_copy(update={"cpu": "Another CPU", "cores": 96})
+    write_profile(bundle, profile.model_copy(update={"machine": other}))
+    found, warning = read_profile(bundle.path, Machine.here())
     assert found.machine == other
     assert warning is not None
     assert str(other) in warning
@@ -138,7 +146,7 @@ def test_what_is_timed_is_opened_with_the_weights(
         return opens
 
     monkeypatch.setattr(measuring, "engine_factory", factory)
-    profile = measure(bundle, [1], [Grid((1,), (4,))], passes=1, weights=weights)
+    profile = measure(bundle, [1], [Grid((1,), (4,))], passes=1, quantise=weights)
     assert profile.machine == Machine.here(weights)
     timed = {f"{first}-{end}" for first, end in ranges(bundle)}
     assert {name for name, given in opened if given == weights} >= timed
@@ -149,20 +157,20 @@ def test_what_is_timed_is_opened_with_the_weights(
 def test_profiles_of_other_weights_lie_side_by_side(bundle: Bundle) -> None:
     kinds: tuple[WeightDtype | None, ...] = (None, "int8", "int4")
     profiles = [linear_profile(bundle, Grid((1,), (4,)), weights) for weights in kinds]
-    assert len({save(bundle, profile) for profile in profiles}) == 3
+    assert len({write_profile(bundle, profile) for profile in profiles}) == 3
     for weights, profile in zip(kinds, profiles, strict=True):
-        assert load(bundle.path, Machine.here(weights)) == (profile, None)
+        assert read_profile(bundle.path, Machine.here(weights)) == (profile, None)
 
 
 def test_profiles_from_before_weights_counted_stay_valid(bundle: Bundle) -> None:
-    machine = Machine(cpu="A CPU (model 1)", processors=2, engine="onnxruntime", engine_version="1.32.0")
-    assert machine.file == "a-cpu-model-1-2-processors-onnxruntime-1-32-0.json"
+    machine = Machine(cpu="A CPU (model 1)", cores=2, engine="onnxruntime", engine_version="1.32.0")
+    assert machine.file == "a-cpu-model-1-2-cores-onnxruntime-1-32-0.json"
     profile = linear_profile(bundle, Grid((1,), (4,)))
-    file = save(bundle, profile)
+    file = write_profile(bundle, profile)
     data = json.loads(file.read_text())
     del data["machine"]["weights"]
     file.write_text(json.dumps(data))
-    assert load(bundle.path, Machine.here()) == (profile, None)
+    assert read_profile(bundle.path, Machine.here()) == (profile, None)
 
 
 def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: Bundle) -> None:
@@ -170,16 +178,16 @@ def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: B
     here, wanted = Machine.here(), Machine.here("int8")
     elsewhere = wanted.model_copy(update={"cpu": "Another CPU"})
     for machine in (elsewhere.model_copy(update={"weights": None}), elsewhere):
-        save(bundle, profile.model_copy(update={"machine": machine}))
-        found, warning = load(bundle.path, wanted)
+        write_profile(bundle, profile.model_copy(update={"machine": machine}))
+        found, warning = read_profile(bundle.path, wanted)
         assert found.machine == machine  # the second, of the right weights, is nearer than the first
         assert warning is not None
-        assert f"of another machine ({machine}), not of this one ({wanted})" in warning
-    save(bundle, profile)
-    found, warning = load(bundle.path, wanted)
+        assert f"from another machine ({machine}), not from this one ({wanted})" in warning
+    write_profile(bundle, profile)
+    found, warning = read_profile(bundle.path, wanted)
     assert found.machine == here
     assert warning == (
-        "the profile is of weights as they are, not of int8 weights: times may be far off; "
+        "the profile is for weights that are not quantised, not for int8 weights: times may be far off; "
         f"run stageline profile {bundle.path} --quantise int8"
     )
 
@@ -187,24 +195,24 @@ def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: B
 def test_a_model_too_large_for_one_quantised_graph_is_measured_in_quarters(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "MOST_BYTES", 1000)
+    monkeypatch.setattr(measuring, "MAX_GRAPH_BYTES", 1000)
     assert (0, 3) in ranges(bundle)
     assert set(ranges(bundle, "int8")) == {(0, 1), (1, 2), (2, 3)}
 
 
-def test_a_missing_or_broken_profile_is_told_in_one_line(bundle: Bundle) -> None:
+def test_a_missing_or_broken_profile_is_reported_in_one_line(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="has no profile of any machine; make one with: stageline profile"):
-        load(bundle.path, Machine.here())
+        read_profile(bundle.path, Machine.here())
     with pytest.raises(BundleError, match=r"make one with: stageline profile .* --quantise int4"):
-        load(bundle.path, Machine.here("int4"))
-    file = save(bundle, linear_profile(bundle, Grid((1,), (4,))))
+        read_profile(bundle.path, Machine.here("int4"))
+    file = write_profile(bundle, linear_profile(bundle, Grid((1,), (4,))))
     data = json.loads(file.read_text())
     data["points"][0]["seconds"] = -1
     file.write_text(json.dumps(data))
     with pytest.raises(
-        BundleError, match=r"no valid profile \(points.0.seconds: .*greater than 0\); run stageline profile"
+        BundleError, match=r"is not valid \(points.0.seconds: .*greater than 0.*\); run stageline profile"
     ):
-        load(bundle.path, Machine.here())
+        read_profile(bundle.path, Machine.here())
 
 
 def test_roofline_is_fitted_to_what_was_measured() -> None:

@@ -64,7 +64,7 @@ def test_a_lone_request_takes_its_chunks_and_steps() -> None:
     report = simulate_generation(
         Setting(stages, host_step_s=0.0006, host_row_s=0.0004), [TextRequest(1.0, 70, 5)], 4, 128, 32
     )
-    # Chunks of 32, 32 and 6 tokens follow each other, two of them under way at a time.
+    # Chunks of 32, 32 and 6 tokens follow each other, two of them running at a time.
     step_s = 0.011
     assert report.tpot.mean == pytest.approx(step_s)
     assert report.ttft.mean == pytest.approx(0.004 + 2 * 0.006 + 0.001 + 0.011, abs=0.006)
@@ -109,20 +109,20 @@ def test_copies_overlap_unless_told_otherwise_and_share_a_link(shared: bool, ove
     assert report.duration_s / 1000 == pytest.approx(pace_s, rel=0.01)
 
 
-def test_stages_on_one_processor_take_turns() -> None:
+def test_stages_on_one_core_take_turns() -> None:
     setting = Setting(tuple(SimulatedStage(lambda s: 0.01, n % 2) for n in range(3)))
     report = simulate_batches(setting, [BatchRequest(0.0, 1000, 8)], 1)
     assert report.duration_s / 1000 == pytest.approx(0.02, rel=0.01)
 
 
-def test_a_processor_of_several_stages_does_first_what_is_nearest_to_the_end() -> None:
+def test_a_core_of_several_stages_does_first_what_is_nearest_to_the_end() -> None:
     setting = Setting(tuple(SimulatedStage(lambda s: 0.01, 0) for _ in range(3)))
     report = simulate_batches(setting, [BatchRequest(0.0, 1, 8)] * 4, 1)
     assert report.latency.mean == pytest.approx((0.03 + 0.06 + 0.09 + 0.12) / 4)
 
 
 @pytest.mark.parametrize(("times", "pace_s"), [((0.01, 0.01), 0.015), ((0.01, 0.02), 0.025), ((0.005, 0.02), 0.0225)])
-def test_processors_that_share_memory_slow_each_other_down_while_both_compute(
+def test_cores_that_share_memory_slow_each_other_down_while_both_compute(
     times: tuple[float, float], pace_s: float
 ) -> None:
     """At half as much more for each other one: a stage of t seconds beside a longer one takes 1.5 t, in which the
@@ -158,11 +158,11 @@ def test_replicas_are_the_fewest_that_keep_the_goal() -> None:
     assert found is not None
     count, report = found
     assert report.ttft.p99 <= 0.3 < generation(200 / (count - 1)).ttft.p99
-    assert replicas_needed(generation, 200, 0.001, most=64) is None
+    assert replicas_needed(generation, 200, 0.001, max_replicas=64) is None
 
 
 def test_a_request_that_does_not_fit_a_cache_row_is_told() -> None:
-    with pytest.raises(StagelineError, match="a request has 30 tokens, a cache row holds 16; give a larger context"):
+    with pytest.raises(StagelineError, match="a request has 30 tokens, a cache row holds 16; set a larger capacity"):
         simulate_generation(equal_stages(1), [TextRequest(0.0, 20, 10)], 2, 16, 8)
 
 

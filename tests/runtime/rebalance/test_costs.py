@@ -7,7 +7,7 @@ import pytest
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
 from stageline.runtime.planning.measure import ranges
-from stageline.runtime.planning.profile import Machine, MachineProfile, Point, save
+from stageline.runtime.planning.profile import Machine, MachineProfile, Point, write_profile
 from stageline.runtime.rebalance.costs import use_seconds, work_seconds
 from stageline.runtime.stages.lanes import Amount
 from stageline.runtime.workload import Shape
@@ -32,7 +32,7 @@ def profiled(bundle: Bundle, machine: Machine, block_s: float = 1e-6) -> None:
         for batch, length in SHAPES
         for first, end in ranges(bundle)
     ]  # fmt: skip
-    save(bundle, MachineProfile(machine=machine, handover_s=0.0, points=tuple(points)))
+    write_profile(bundle, MachineProfile(machine=machine, handover_s=0.0, points=tuple(points)))
 
 
 def test_the_profile_of_this_machine_tells_the_times(bundle: Bundle) -> None:

@@ -35,7 +35,7 @@ class Timed:
 
     def __init__(self, engine: Engine, stage: StageFile) -> None:
         self.engine, self.stage = engine, stage
-        self.input_names, self.output_names = engine.input_names, engine.output_names
+        self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
         self.give_caches, self.take_caches = engine.give_caches, engine.take_caches
 
@@ -76,7 +76,7 @@ def opened(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
 
 def watch(pipeline: Pipeline, auto: bool) -> Rebalancer:
     """What `Pipeline.open(rebalance=...)` starts, with shorter windows."""
-    pipeline._rebalancer = Rebalancer(pipeline._serving, 16, pipeline.recut if auto else None, QUICK)
+    pipeline._rebalancer = Rebalancer(pipeline._executor, "auto" if auto else "advise", QUICK)
     return pipeline._rebalancer
 
 
@@ -99,8 +99,8 @@ def test_auto_makes_an_uneven_cut_even_and_follows_a_slow_stage(opened: Opened) 
         watch(pipeline, auto=True)
         tokens = keep_busy(pipeline, lambda: pipeline.layers == (3, 3))
         stats = pipeline.stats()
-        assert stats.switches >= 1
-        assert stats.switch is not None
+        assert stats.changeovers >= 1
+        assert stats.last_changeover is not None
         Timed.slow = {0: 2.5}
         tokens += keep_busy(pipeline, lambda: pipeline.layers in ((2, 4), (1, 5)))
         assert len(set(tokens)) == 4  # the same four texts over and over
@@ -116,7 +116,7 @@ def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCa
         assert told.advice is not None
         assert (told.mode, told.advice.layers, told.advice.now) == ("advise", (3, 3), (5, 1))
         assert told.advice.gain > 0.3
-        assert (pipeline.layers, pipeline.stats().switches) == ((5, 1), 0)
+        assert (pipeline.layers, pipeline.stats().changeovers) == ((5, 1), 0)
         assert any("layers 3,3 instead of 5,1 would give" in record.message for record in caplog.records)
         pipeline.recut([3, 3])  # taken by hand: it does not hold any more
         after = pipeline.stats().rebalance

@@ -55,7 +55,7 @@ class Hooked:
 
     def __init__(self, engine: Engine, number: int, faults: "Faults") -> None:
         self.engine, self.number, self.faults = engine, number, faults
-        self.input_names, self.output_names = engine.input_names, engine.output_names
+        self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
 
     def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:

@@ -97,7 +97,7 @@ def test_embeddings_are_measured(serve: Serve) -> None:
 def test_what_is_no_endpoint_is_told(serve: Serve) -> None:
     with serve() as running:
         refusals: dict[tuple[Any, ...], str] = {
-            ("ftp://somewhere",): "is no URL of an endpoint",
+            ("ftp://somewhere",): "is not the URL of an endpoint",
             (running.url, "gpt"): "serves llama, bert; choose one of them",
             (f"{running.url}/nowhere",): "answers 404",
         }

@@ -5,8 +5,9 @@ import time
 
 import pytest
 from stageline.models.errors import EngineError
+from stageline.runtime.devices.cpu import CpuDevice
 from stageline.runtime.engines import Device, Engine
-from stageline.runtime.stages.lanes import Lane, Lanes, PipelineStage
+from stageline.runtime.stages.lanes import Lander, Lane, Lanes, PipelineStage, Worker
 
 SECONDS = 5  # for what must happen; nothing takes that long
 
@@ -16,6 +17,7 @@ class Recorder:
 
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    max_rows: int | None = None
 
     def __init__(self) -> None:
         self.opened_on = threading.current_thread()
@@ -122,3 +124,38 @@ def test_an_engine_that_does_not_open_closes_those_its_worker_has_opened() -> No
     with pytest.raises(EngineError, match="no"):
         Lanes([*stages, stages[0]], threads=1)
     assert len(opened.closed_on) == 1
+
+
+def test_a_worker_that_ends_does_first_what_was_put_before_and_closes_its_devices_last() -> None:
+    class Host(CpuDevice):
+        def close(self) -> None:
+            order.append("device")
+
+    class Ordered(Recorder):
+        def close(self) -> None:
+            order.append("engine")
+
+    order: list[str] = []
+    entered, held = threading.Event(), threading.Event()
+
+    def hold(lane: Lane, engine: Engine) -> None:
+        entered.set()
+        order.append(f"held {held.wait(SECONDS)}")
+
+    device = Host((0,))
+    lanes = [
+        Lane(number, PipelineStage((), (), lambda device: Ordered()), device, Lander(device, number))
+        for number in (0, 1)
+    ]
+    worker = Worker(lanes, device.close)
+    worker.opened.result(SECONDS)
+    worker.put(lanes[0], hold)
+    assert entered.wait(SECONDS)
+    for lane in lanes:
+        worker.put(lane, lambda lane, engine: order.append(f"lane {lane.number}"))
+    worker.end()
+    worker.end()
+    assert not worker.is_current()
+    held.set()
+    worker.join()
+    assert order == ["held True", "lane 1", "lane 0", "engine", "engine", "device"]

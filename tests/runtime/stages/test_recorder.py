@@ -15,6 +15,7 @@ from stageline.runtime.stages.recorder import WINDOW, Kind, Recorder
 class Double:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    max_rows: int | None = None
 
     def __init__(self, gives: str) -> None:
         self.gives = gives
@@ -31,7 +32,7 @@ def doubled_twice() -> Pipeline:
         PipelineStage(("x",), ("h",), lambda device: Double("h")),
         PipelineStage(("h",), ("y",), lambda device: Double("y")),
     ]
-    return Pipeline(Signature((x,), (y,)), stages, micro_batch=4)
+    return Pipeline.of_stages(Signature((x,), (y,)), stages, micro_batch=4)
 
 
 def test_every_micro_batch_is_recorded_at_every_stage_with_its_request_and_its_shape() -> None:

@@ -186,7 +186,7 @@ def test_after_an_error_that_ends_everything_the_gpu_counts_as_lost() -> None:
     with pytest.raises(EngineError, match=r"^cuda:0 is lost after CUDA_ERROR_ILLEGAL_ADDRESS in synchronize_event"):
         reading.wait()
     for attempt in (lambda: plus_one(lost, numbers(3)), value.read, lambda: plus_one(other, value)):
-        with pytest.raises(EngineError, match=r"^cuda:0 is lost .*start the process anew$"):
+        with pytest.raises(EngineError, match=r"^cuda:0 is lost .*restart the process$"):
             attempt()
     plus_one(other, numbers(3)).read().wait()
     for device in (lost, other):
@@ -208,7 +208,7 @@ def test_a_failure_on_the_way_leaves_the_device_usable(call: str) -> None:
 
 
 def test_a_gpu_that_is_not_there_is_a_request_error() -> None:
-    with pytest.raises(RequestError, match=r"^stage 1 is to run on cuda:2; this machine has cuda:0, cuda:1$"):
+    with pytest.raises(RequestError, match=r"^stage 1 was to run on cuda:2; this machine has cuda:0, cuda:1$"):
         open_gpus([(0, 0), (1, 2)], (0,), FakeDriver(gpus=2))
 
 

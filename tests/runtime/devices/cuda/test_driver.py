@@ -1,4 +1,4 @@
-"""The border to CUDA: what is called there exists, and a machine without CUDA is told so in one line."""
+"""The interface to CUDA: what is called there exists, and a machine without CUDA says so in one line."""
 
 import inspect
 import re
@@ -32,7 +32,7 @@ def test_every_call_is_one_that_the_bindings_have() -> None:
             value = getattr(value, part)
 
 
-def test_a_machine_without_a_driver_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(self: Bindings, cuda: object) -> None:
         raise RuntimeError("libcuda.so.1 was not found\n\nlong story")
 

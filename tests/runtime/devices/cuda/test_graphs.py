@@ -1,4 +1,4 @@
-"""Graphs: run once, captured once, replayed from then on; anew for other work; where capture is refused, not at all."""
+"""Graphs: run once, captured once, replayed from then on; again for other work; never if capture is refused."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ class Adder:
 
     def __init__(self) -> None:
         self.driver = FakeDriver()
-        self.driver.use(self.driver.retain(0))
+        self.driver.make_current(self.driver.retain(0))
         self.stream, self.address = self.driver.new_stream(), self.driver.allocate(256)
         self.driver.zero(self.address, 256, self.stream)
         self.enqueued = 0
@@ -41,7 +41,7 @@ def test_work_is_captured_the_second_time_and_replayed_from_then_on() -> None:
     assert (replay.captures, work.driver.count_of("launch")) == (1, 9)
 
 
-def test_other_addresses_or_shapes_begin_anew() -> None:
+def test_other_addresses_or_shapes_start_over() -> None:
     work = Adder()
     replay = Replay(work.driver, work.stream)
     for key in ("a", "a", "a", "b", "b", "b", "a"):

@@ -14,7 +14,7 @@ from stageline.runtime.devices.cuda.pools import Buffer, Pool, size_class
 
 def opened(driver: FakeDriver) -> tuple[Pool, Events, int]:
     """A pool, events and a stream on GPU 0."""
-    driver.use(driver.retain(0))
+    driver.make_current(driver.retain(0))
     return Pool(driver.allocate, driver.free), Events(driver), driver.new_stream()
 
 
@@ -31,7 +31,7 @@ def test_a_block_is_large_enough_and_little_larger(size: int) -> None:
 @given(st.data())
 def test_whatever_is_taken_dropped_and_finished_no_live_block_is_given_out(data: st.DataObject) -> None:
     """Buffers are taken, worked on, dropped, and the work is done, in any order. A block is live while it is held, or
-    while work on it is under way."""
+    while work on it is running."""
     driver = FakeDriver()
     pool, events, stream = opened(driver)
     held: list[Buffer] = []

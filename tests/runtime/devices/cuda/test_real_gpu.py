@@ -1,4 +1,4 @@
-"""The CUDA side on real GPUs: what the made-up driver was told CUDA does. Run with: pytest -m gpu."""
+"""The CUDA side on real GPUs: what the fake driver assumes that CUDA does. Run with: pytest -m gpu."""
 
 import itertools
 from functools import partial
@@ -106,7 +106,7 @@ def test_a_kernel_is_captured_once_and_replayed() -> None:
 
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_a_pipeline_of_stages_on_gpus_computes(gpus: int) -> None:
-    """Three stages, and many batches under way, cut into micro-batches."""
+    """Three stages, and many batches running, cut into micro-batches."""
     need_gpus(gpus)
     spec = partial(TensorSpec, dtype="float32", shape=("batch", "width"))
     names = ["x", "h1", "h2", "y"]
@@ -115,7 +115,9 @@ def test_a_pipeline_of_stages_on_gpus_computes(gpus: int) -> None:
         for n, (reads, gives) in enumerate(itertools.pairwise(names))
     ]
     devices = [f"cuda:{n % gpus}" for n in range(3)]
-    with Pipeline(Signature((spec(name="x"),), (spec(name="y"),)), stages, micro_batch=3, devices=devices) as pipeline:
+    with Pipeline.of_stages(
+        Signature((spec(name="x"),), (spec(name="y"),)), stages, micro_batch=3, devices=devices
+    ) as pipeline:
         given = [numbers(1 + n % 9, 2048) for n in range(64)]
         futures = [pipeline.submit({"x": array}) for array in given]
         for array, future in zip(given, futures, strict=True):
@@ -126,11 +128,11 @@ def test_a_pipeline_of_stages_on_gpus_computes(gpus: int) -> None:
         assert all(stage.busy_s > 0 for stage in stats.stages)
 
 
-def test_stages_on_processors_and_on_a_gpu_mix() -> None:
+def test_stages_on_a_cpu_and_on_a_gpu_mix() -> None:
     need_gpus()
 
     class OnHost:
-        input_names, output_names = ("h",), ("y",)
+        input_names, output_names, max_rows = ("h",), ("y",), None
 
         def run(self, inputs: Any, outputs: Any) -> Any:
             from stageline.runtime.devices.base import on_host
@@ -145,7 +147,9 @@ def test_stages_on_processors_and_on_a_gpu_mix() -> None:
         PipelineStage(("x",), ("h",), partial(Scale, "x", "h", 2.0, 0.0)),
         PipelineStage(("h",), ("y",), lambda device: OnHost()),  # type: ignore[arg-type,return-value]
     ]
-    with Pipeline(Signature((spec(name="x"),), (spec(name="y"),)), stages, devices=["cuda:0", "cpu"]) as pipeline:
+    with Pipeline.of_stages(
+        Signature((spec(name="x"),), (spec(name="y"),)), stages, devices=["cuda:0", "cpu"]
+    ) as pipeline:
         array = numbers(7, 300)
         np.testing.assert_array_equal(pipeline.run({"x": array})["y"], array * 2 + 1)
 
@@ -162,7 +166,7 @@ def test_peers_that_are_not_reachable_go_through_pinned_memory(monkeypatch: pyte
 
 def test_too_much_memory_is_an_error_that_leaves_the_gpu_usable() -> None:
     (device,) = open_gpus([(0, 0)], (0,), need_gpus())
-    device.gpu.use()
+    device.gpu.make_current()
     with pytest.raises(CudaError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         device.gpu.memory.take(1 << 45)
     array = numbers(10)

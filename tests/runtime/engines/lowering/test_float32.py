@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from stageline.runtime.engines import Array
-from stageline.runtime.engines.lowering.float32 import HALVES, has_halves, to_float32
+from stageline.runtime.engines.lowering.float32 import HALVES, has_types, to_float32
 
 HALF = {"bfloat16": (16, ml_dtypes.bfloat16), "float16": (10, np.float16)}
 
@@ -41,7 +41,7 @@ def test_a_half_precision_graph_computes_in_float32(half: str) -> None:
            y = Add(product, like) }}""",
         w=weight,
     )
-    assert has_halves(model)
+    assert has_types(model)
     lowered = to_float32(model)
     x = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
     y, filled = outputs(lowered, x=x)
@@ -74,4 +74,4 @@ def test_a_weight_that_is_an_output_keeps_its_name() -> None:
 
 
 def test_a_float32_graph_has_no_halves() -> None:
-    assert not has_halves(parsed("(float[2] x) => (float[2] y) { y = Add(x, w) }", w=np.ones(2, np.float32)))
+    assert not has_types(parsed("(float[2] x) => (float[2] y) { y = Add(x, w) }", w=np.ones(2, np.float32)))

@@ -135,7 +135,7 @@ def test_tensorrt_builds_quantised_stages(llama_bundle: Path, precision: Quantis
 
 def test_stripped_and_quantised_is_refused(llama_bundle: Path) -> None:
     wanted = [Wanted(TENSORRT_RTX, "sm89", "int8")]
-    with pytest.raises(EngineError, match="--stripped takes weights from the bundle as they are"):
+    with pytest.raises(EngineError, match="--stripped reads weights unchanged from the bundle"):
         build(Bundle.open(llama_bundle), wanted, Workload(length=8, slots=2, capacity=32), Options(stripped=True))
 
 

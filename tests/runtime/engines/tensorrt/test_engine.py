@@ -1,4 +1,4 @@
-"""TensorRT on GPUs that are made up, through the real pipeline. What the engine computes is ONNX Runtime's, on the
+"""TensorRT on fake GPUs, through the real pipeline. What the engine computes is ONNX Runtime's, on the
 graph that TensorRT would have been given; what it is bound to, when, and in which stream, is the engine's own doing."""
 
 import shutil
@@ -55,7 +55,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(decoder: Path) -> list[tuple[int, ...]]:
-    """What the processors' pipeline goes on with."""
+    """What the CPU's pipeline continues with."""
     with Pipeline.open(decoder, capacity=64) as pipeline:
         return [tokens_of(future) for future in submitted(pipeline)]
 
@@ -90,7 +90,7 @@ def tokens_of(future: "Future[Completion]") -> tuple[int, ...]:
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
 @pytest.mark.parametrize("devices", [["cuda:0"], ["cuda:0", "cuda:1"], ["cpu", "cuda:0"], ["cuda:1", "cpu"]])
-def test_tokens_are_those_of_the_processors(
+def test_tokens_are_those_of_the_cpu(
     devices: list[str], seed: int | None, decoder: Path, wanted: list[tuple[int, ...]], install: Install
 ) -> None:
     driver = FakeDriver(gpus=2, reach=[(1, 0)], seed=seed)
@@ -239,28 +239,30 @@ def test_what_tensorrt_says_is_told(decoder: Path, install: Install) -> None:
 
 def test_what_the_engines_were_not_built_for_is_told(decoder: Path, install: Install) -> None:
     install(FakeDriver())
-    for options, told in (
-        ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are asked for; open with capacity=64, or"),
-        ({"slots": 5}, "stage 0 was built for 4 slots, 5 are asked for; open with slots=4, or build it for more"),
+    for options, message in (
+        ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are requested; open with capacity=64, or"),
+        ({"slots": 5}, "stage 0 was built for 4 slots, 5 are requested; open with slots=4, or build it for more"),
         ({"cache_dtype": "float16"}, "stage 0 was built for caches of float32, not float16; leave cache_dtype out"),
         ({"quantise": "int8"}, "quantise='int8' is for onnxruntime; a TensorRT engine has the precision that it was"),
     ):
         with pytest.raises(EngineError) as caught:
             opened(decoder, **options)
-        assert str(caught.value).startswith(told)
+        assert str(caught.value).startswith(message)
     with opened(decoder, prefill_chunk=60) as pipeline:
         with pytest.raises(EngineError, match=r"not built for batch 1 x length 50 .*, but for decode: .* prefill: "):
             pipeline.generate(list(range(1, 51)), max_tokens=2).result(SECONDS)
         pipeline.generate(list(range(1, 20)), max_tokens=2).result(SECONDS)
 
 
-def test_stages_cut_anew_have_no_engines_and_the_old_ones_go_on(
+def test_stages_recut_have_no_engines_and_the_old_ones_continue(
     decoder: Path, wanted: list[tuple[int, ...]], install: Install
 ) -> None:
     install(FakeDriver(gpus=2))
     with opened(decoder, devices=["cuda:0", "cuda:1"]) as pipeline:
         for stages in (1, 3):
-            with pytest.raises(EngineError, match=r"^stage \d was cut anew while it runs, and TensorRT engines are"):
+            with pytest.raises(
+                EngineError, match=r"^stage \d was recut while the pipeline ran, and TensorRT engines are"
+            ):
                 pipeline.recut(stages)
         assert [tokens_of(future) for future in submitted(pipeline)] == wanted
 
@@ -280,7 +282,7 @@ def test_caches_go_from_engine_to_engine(decoder: Path, install: Install) -> Non
         found = engines[taker].step(after, [name], 2)[name].read().wait()  # type: ignore[union-attr]
         np.testing.assert_array_equal(found, expected)
     assert driver.live_blocks > before  # to another GPU they were copied
-    with pytest.raises(EngineError, match=r"^stage 0 is given no cache "):
+    with pytest.raises(EngineError, match=r"^stage 0 received no cache "):
         engines[1].take_caches({})
 
 
@@ -301,7 +303,7 @@ def test_out_of_memory_for_the_caches_is_told(decoder: Path, install: Install) -
     assert (driver.live_blocks, driver.live_handles) == (0, 0)
 
 
-def test_tensorrt_does_not_run_on_processors(decoder: Path) -> None:
+def test_tensorrt_does_not_run_on_cpus(decoder: Path) -> None:
     from stageline.runtime.devices.cpu import CpuDevice
 
     with pytest.raises(EngineError, match=r"^the engine tensorrt runs on cuda:N, not on cpu; open with devices="):

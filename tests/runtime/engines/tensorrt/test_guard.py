@@ -64,7 +64,7 @@ def put(
         target=target,
         precision=precision,
         options=options or Options(),
-        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(least=1, best=2, most=2)}),),
+        profiles=(OptimizationProfile(name="rows", sizes={"batch": SizeRange(min=1, opt=2, max=2)}),),
         inputs=cut.inputs,
         outputs=cut.outputs,
         build_s=1,
@@ -136,7 +136,7 @@ def test_an_engine_of_a_flavour_that_is_not_installed_is_refused(bundle: Path) -
 def test_an_engine_of_another_precision_is_refused_when_one_is_asked_for(bundle: Path) -> None:
     put(bundle)
     assert "fp16 with TensorRT-RTX" in refusal(bundle, precision="bf16")
-    assert "bf16 is asked for" in refusal(bundle, precision="bf16")
+    assert "bf16 is requested" in refusal(bundle, precision="bf16")
 
 
 def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
@@ -144,7 +144,7 @@ def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
 ) -> None:
     put(bundle)
     change_weight(bundle, 1)
-    assert "the bundle's weights were changed since" in refusal(bundle)
+    assert "the bundle's weights have changed since" in refusal(bundle)
     put(bundle, precision="bf16", options=Options(stripped=True))
     assert checked_engine(Bundle.open(bundle), 1, ADA).record.options.stripped
 
@@ -157,8 +157,8 @@ def test_a_flipped_byte_a_truncated_and_a_missing_file_each_say_so(bundle: Path)
     file.write_bytes(data)
     advice = f"Rebuild: stageline build {bundle} --target sm89 --precision fp16"
     name = record.plan.path
-    told = f"the engine of stage 1: {name} was changed since it was built (SHA-256 differs). {advice}"
-    assert refusal(bundle) == told
+    message = f"the engine of stage 1: {name} was changed since it was built (SHA-256 differs). {advice}"
+    assert refusal(bundle) == message
     file.write_bytes(data[:20])
     assert refusal(bundle) == f"the engine of stage 1: {name} is truncated: 20 bytes, 64 were built. {advice}"
     file.unlink()
@@ -169,7 +169,7 @@ def test_an_engine_that_leads_out_of_the_bundle_is_refused(bundle: Path, tmp_pat
     file = bundle / put(bundle).plan.path
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    assert "leads out of the bundle" in refusal(bundle)
+    assert "is outside the bundle" in refusal(bundle)
 
 
 def test_engines_of_another_cut_are_not_used(bundle: Path) -> None:
@@ -180,7 +180,7 @@ def test_engines_of_another_cut_are_not_used(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "manifest.json is not valid"),
         ('{"format": "stageline-engines", "version": 2}', "has version 2; this stageline reads version 1"),
@@ -189,13 +189,13 @@ def test_engines_of_another_cut_are_not_used(bundle: Path) -> None:
         ('{"format": "stageline-engines", "version": 1, "timings": [{"path": "../x", "size_bytes": 1}]}', "leaves"),
     ],
 )
-def test_a_broken_manifest_of_engines_is_one_line_and_the_bundle_opens(bundle: Path, text: str, told: str) -> None:
+def test_a_broken_manifest_of_engines_is_one_line_and_the_bundle_opens(bundle: Path, text: str, message: str) -> None:
     (bundle / "engines").mkdir()
     (bundle / "engines/manifest.json").write_text(text)
     assert Bundle.open(bundle).manifest.stages
     with pytest.raises(StagelineError) as caught:
         read_engines(bundle)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "stageline build" in str(caught.value)
 
 
@@ -208,13 +208,13 @@ def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.Mo
     assert flavour.choose("sm89", None).name == "tensorrt-rtx"
     assert flavour.choose("portable", ADA).name == "tensorrt-rtx"
     assert flavour.choose("here", ADA).name == "tensorrt-rtx"
-    for target, gpu, told in (
+    for target, gpu, message in (
         ("here", None, "no NVIDIA GPU with a driver"),
         ("sm90", None, "builds for it only on such a GPU, and this machine has no NVIDIA GPU"),
         ("sm90", ADA, r"this machine has RTX 4090 \(sm89\)"),
         ("sm90", TargetGpu("H100", "sm90"), r"TensorRT is not installed: pip install \"stageline\[gpu\]\""),
     ):
-        with pytest.raises(EngineError, match=told):
+        with pytest.raises(EngineError, match=message):
             flavour.choose(target, gpu)
     monkeypatch.setattr(flavour, "version", lambda name: "10.15.1")  # both are installed
     assert flavour.choose("sm90", TargetGpu("H100", "sm90")).name == "tensorrt"

@@ -138,13 +138,13 @@ def test_a_graph_with_branches_is_refused_in_half_precision() -> None:
 def test_profiles_follow_the_load_and_keep_what_a_stage_reads(llama_bundle: Path, tiny_bundle: Path) -> None:
     manifest = Bundle.open(llama_bundle).manifest
     decode, prefill, rows = profiles_of(manifest, Workload(length=8, slots=3, capacity=16))
-    assert decode.sizes["length"] == SizeRange(least=1, best=1, most=1)
-    assert prefill.sizes["batch"] == SizeRange(least=1, best=3, most=3)
-    assert rows.sizes["picks"].most == 8
+    assert decode.sizes["length"] == SizeRange(min=1, opt=1, max=1)
+    assert prefill.sizes["batch"] == SizeRange(min=1, opt=3, max=3)
+    assert rows.sizes["picks"].max == 8
     middle = [spec for spec in manifest.stages[1].inputs if spec.name != "logits_at"]
     assert [p.name for p in narrowed((decode, prefill, rows), middle)] == ["decode", "prefill"]
     (only,) = profiles_of(Bundle.open(tiny_bundle).manifest, Workload(micro_batch=4, length=8))
-    assert only.sizes["length"].most == 16  # what the model can place
+    assert only.sizes["length"].max == 16  # what the model can place
     strange = manifest.inputs[0].model_copy(update={"shape": ("batch", "frames")})
     with pytest.raises(EngineError, match="'frames'"):
         narrowed((decode,), [strange])

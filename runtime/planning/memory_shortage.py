@@ -1,4 +1,4 @@
-"""Why nothing fits: which stage is short of memory, by how much, in the plan that is short of least."""
+"""Why no plan fits: which stage lacks memory, and how much, in the plan that lacks least."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,8 @@ from stageline.runtime.planning.problem import Plan, PlannedStage, Problem
 
 @dataclass(frozen=True)
 class Shortage:
-    """With `short_bytes` more on each device `plan` fits, with less no plan does; `stage` is what is short of them."""
+    """With `short_bytes` more on each device `plan` fits; with less no plan does. `stage` is the one that lacks
+    them."""
 
     short_bytes: float
     stage: PlannedStage
@@ -18,10 +19,10 @@ class Shortage:
 
 
 def smallest_shortage(problem: Problem) -> Shortage | None:
-    """The least memory that every device would need besides its own; None where links or pins allow no plan at all."""
+    """The minimum of additional memory on every device; None if links or pinned layers allow no plan at all."""
     excess = Tables(problem, None).excess_bytes
     steps = np.unique(excess[np.isfinite(excess) & (excess > 0)])
-    low, high = 0, len(steps)  # the first step with which a plan fits
+    low, high = 0, len(steps)  # bounds of the first step with which a plan fits
     found = None
     while low < high:
         middle = (low + high) // 2

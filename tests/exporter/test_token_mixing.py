@@ -3,8 +3,8 @@
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from stageline.exporter.apart import check_apart
-from stageline.exporter.cached import NotCachedError
+from stageline.exporter.skeleton import NoCacheError
+from stageline.exporter.token_mixing import check_apart
 
 HIDDEN = "float[batch, length, 8] x"
 SAME = "float[batch, length, 8] y"
@@ -64,7 +64,7 @@ def test_tokens_that_meet_are_found(name: str) -> None:
         for value in node.outputs:
             if value.shape is None:
                 value.shape = ir.Shape(["batch", "length", "length"])
-    with pytest.raises(NotCachedError, match=rf"^its tokens meet outside attention \({told}"):
+    with pytest.raises(NoCacheError, match=rf"^its tokens meet outside attention \({told}"):
         check_apart(given)
 
 
@@ -76,14 +76,14 @@ def test_values_whose_shape_the_optimiser_left_out_are_followed() -> None:
         "t = Transpose <perm = [1, 0]> (w)  q = MatMul(x, t)  k = Transpose <perm = [0, 2, 1]> (x) "
         "s = MatMul(q, k)  p = Softmax(s)  y = MatMul(p, x)",
     )
-    with pytest.raises(NotCachedError, match="Softmax along the tokens"):
+    with pytest.raises(NoCacheError, match="Softmax along the tokens"):
         check_apart(given)
 
 
 def test_tokens_side_by_side_are_found() -> None:
     given = graph(HIDDEN, "float[batch, half, 16] y", "<int64[3] shape = {0, -1, 16}>", "y = Reshape(x, shape)")
     given.outputs[0].shape = ir.Shape(["batch", "(length//2)", 16])  # as torch writes it
-    with pytest.raises(NotCachedError, match="Reshape takes some tokens or joins others"):
+    with pytest.raises(NoCacheError, match="Reshape takes some tokens or joins others"):
         check_apart(given)
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import onnx_ir as ir
-from stageline.exporter.cached import NotCachedError
+from stageline.exporter.skeleton import NoCacheError
 
 _MIXES = frozenset(
     {
@@ -21,12 +21,8 @@ _ONE_FOR_ONE = frozenset(
 _OTHER_DIMENSIONS = frozenset({"batch", "picks"})
 
 
-class NotApartError(NotCachedError):
-    """Tokens meet elsewhere than in attention: whoever computes that, a cache of keys and values is not enough."""
-
-
 def check_apart(graph: ir.Graph) -> None:
-    """NotApartError where a node other than CacheAttention mixes positions.
+    """NoCacheError where a node other than CacheAttention mixes positions.
 
     Judged by shapes: every free dimension but `batch` and `picks` counts tokens, and a node may not contract it, lose
     it, move along it, or take and join parts of it. Places where logits are wanted (indices with the dimension `picks`)
@@ -43,7 +39,7 @@ def check_apart(graph: ir.Graph) -> None:
         if not any(_counts_tokens(d) for dims in reads for d in dims) or any("picks" in dims for dims in reads):
             continue
         if (reason := _mixing(node, reads)) is not None:
-            raise NotApartError(f"its tokens meet outside attention ({node.op_type} {reason})")
+            raise NoCacheError(f"its tokens meet outside attention ({node.op_type} {reason})")
 
 
 def _mixing(node: ir.Node, reads: list[list[str]]) -> str | None:

@@ -1,4 +1,4 @@
-"""The names that a stage's graph has for its caches."""
+"""Names of the caches in a stage's graph."""
 
 
 def past_names(cache: str) -> tuple[str, str]:

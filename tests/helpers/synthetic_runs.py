@@ -1,4 +1,4 @@
-"""Runs made up from a seed, for tests and for measuring the store: the shape of real ones, the figures of none."""
+"""Synthetic runs from a seed, for tests and store benchmarks: shaped like real ones, with invented figures."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,14 @@ from stageline.runtime.bench.records import (
     Timeline,
     ladder,
 )
+from stageline.runtime.options import PipelineOptions
 from stageline.runtime.stages.recorder import RequestSpan, Span
 
 REPEATS = 3
 
 
 def requests(count: int, seed: int = 0) -> Requests:
-    """So many requests that arrive at random, one in a thousand of which failed."""
+    """`count` requests that arrive at random; one in a thousand failed."""
     draw = np.random.default_rng(seed)
     latency = draw.lognormal(-3.0, 0.4, count).astype(np.float32)
     return Requests(
@@ -42,7 +43,7 @@ def requests(count: int, seed: int = 0) -> Requests:
 
 
 def measurement(of: Requests, contender: str, load: Load, speed: float, seed: int = 0) -> Measurement:
-    """What such requests give, `speed` times as fast."""
+    """A measurement with such requests, `speed` times as fast."""
     draw = np.random.default_rng(seed)
 
     def figure(unit: str, value: float, higher: bool = False) -> Figure:
@@ -72,12 +73,12 @@ def measurement(of: Requests, contender: str, load: Load, speed: float, seed: in
 
 
 def run(number: int, loads: Sequence[Load] = (Load("Server", rate_per_s=20.0),), count: int = 200) -> Run:
-    """A run of the pipeline and a baseline under each load, of `count` requests each. Its id ends with its number."""
+    """A run of the pipeline and a baseline under each load, with `count` requests each. `number` ends its id."""
     asked = requests(count, number)
     contenders = {"stageline": 1.0 + number % 5 / 100, "onnxruntime": 0.9}
     return Run(
         f"20260101-000000-{number:05d}",
-        f"made up {number}",
+        f"synthetic {number}",
         1_767_225_600.0 + 600 * number,
         f"bundles/model{number % 4}",
         f"{number % 4:064x}",
@@ -85,9 +86,9 @@ def run(number: int, loads: Sequence[Load] = (Load("Server", rate_per_s=20.0),),
         "text-generation",
         "float32",
         RunSettings(tuple(loads), REPEATS, 10.0, 2.0, 0, "24 built-in texts", 1, 24, Slo(1.0, 0.2, 0.05),
-                 ("onnxruntime",), "onnxruntime", 2, None, 8),
+                 ("onnxruntime",), PipelineOptions(devices=["cpu"], threads=2)),
         Layout((15, 15), ("cpu:0", "cpu:1")),
-        Environment("a processor", 2, 24 << 30, None, "Linux", {"onnxruntime": "1.32.0"}, "0123456"),
+        Environment("a CPU", 2, 24 << 30, None, "Linux", {"onnxruntime": "1.32.0"}, "0123456"),
         "done",
         None,
         1_767_225_700.0 + 600 * number,
@@ -100,7 +101,7 @@ def run(number: int, loads: Sequence[Load] = (Load("Server", rate_per_s=20.0),),
 
 
 def timeline(micro_batches: int, seed: int = 0) -> Timeline:
-    """Two stages that take turns, with idle time now and then."""
+    """Two stages that take turns, with occasional idle time."""
     draw = np.random.default_rng(seed)
     taken = draw.uniform(0.008, 0.012, (micro_batches, 2))
     free, spans, asked = [0.0, 0.0], [], []

@@ -1,0 +1,169 @@
+"""From a checkpoint to the part graphs of its model: the first attention that fits, traced, cut and fused."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from stageline.exporter import skeleton
+from stageline.exporter.attention import STRATEGIES, Attention
+from stageline.exporter.blocks import Call, kinds, stampable
+from stageline.exporter.cache_task import CacheTask
+from stageline.exporter.cut import NotProvenError, PartGraph, cut
+from stageline.exporter.fuse import fuse_norms
+from stageline.exporter.skeleton import NoCacheError, RefusedError
+from stageline.exporter.trace import first_line, representatives, trace
+from stageline.exporter.weights import Weights, find
+from stageline.models.checkpoint import Checkpoint
+from stageline.models.errors import ExportError
+from stageline.models.sentence import SentencePooling
+from stageline.runtime.bundle.manifest import Refusal, Use
+from stageline.runtime.bundle.recut import check_stages
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is traced, and for what."""
+
+    checkpoint: Checkpoint
+    config: Any
+    task: str
+    dtype: Dtype
+    pooling: SentencePooling | None
+    stages: int | Sequence[int]
+    progress: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TracedParts:
+    """The parts of a traced model, and how it uses them in order: prologue, blocks, epilogue."""
+
+    parts: tuple[PartGraph, ...]
+    uses: tuple[Use, ...]
+    longest: int | None
+    """Tokens in a row that the trace holds for, if it does not for all."""
+    how: str
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """What tracing a model yields, before any weight is placed."""
+
+    task: skeleton.Task | CacheTask
+    weights: Weights
+    traced: TracedParts
+    attention: str
+    refused: tuple[Refusal, ...]
+    no_cache_reason: str | None
+
+
+def trace_model(wanted: Wanted) -> TracedModel:
+    """Trace the model with the first attention that it allows. ExportError if it cannot be traced at all."""
+    left = [strategy for strategy in STRATEGIES if wanted.task == "text-generation" or not strategy.cached]
+    refused: list[Refusal] = []
+    no_cache_reason = None
+    while left:
+        strategy = left.pop(0)
+        try:
+            task, weights, traced = _trace_with(wanted, strategy())
+            return TracedModel(task, weights, traced, strategy.name, tuple(refused), no_cache_reason)
+        except RefusedError as error:
+            refused.append(Refusal(attention=strategy.name, reason=str(error)))
+            if isinstance(error, NoCacheError):
+                left = [other for other in left if not other.cached]
+        if strategy.cached and not any(other.cached for other in left):
+            no_cache_reason = refused[-1].reason
+            wanted.progress(f"tracing without a KV cache ({no_cache_reason})")
+    reasons = ", ".join(f"{refusal.attention} ({refusal.reason})" for refusal in refused)
+    raise ExportError(f"model_type {wanted.config.model_type!r} allows no attention that can be traced: {reasons}")
+
+
+def _trace_with(wanted: Wanted, attention: Attention) -> tuple[skeleton.Task | CacheTask, Weights, TracedParts]:
+    try:
+        with attention.installed():
+            fake = _FakeModel.of(wanted, attention)
+            stack = _blocks(fake, attention)
+            check_stages(len(stack), wanted.stages)  # before what takes time
+            return fake.task, fake.weights, _parts(fake, attention, stack, wanted.progress)
+    except ExportError as error:
+        if not attention.cached:
+            raise
+        raise NoCacheError(str(error)) from error  # what is wrong without a cache as well will be raised again
+
+
+@dataclass(frozen=True)
+class _FakeModel:
+    """A model without data, ready to be run in `mode`."""
+
+    task: skeleton.Task | CacheTask
+    weights: Weights
+    mode: FakeTensorMode
+
+    @classmethod
+    def of(cls, wanted: Wanted, attention: Attention) -> "_FakeModel":
+        dtype = getattr(torch, wanted.dtype)
+        model = skeleton.build(wanted.config, wanted.task, dtype, attention.implementation)
+        weights = find(wanted.checkpoint, model)
+        mode = skeleton.fake_mode()
+        skeleton.fake_weights(model, mode, weights.names)
+        return cls(attention.wrap(model, dtype, wanted.task, wanted.pooling).eval(), weights, mode)
+
+    def samples(self) -> tuple[torch.Tensor, ...]:
+        """Fresh inputs."""
+        with self.mode:
+            return tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in self.task.inputs)
+
+
+def _blocks(fake: _FakeModel, attention: Attention) -> list[Call]:
+    """The calls of the model's blocks, found by running it."""
+    try:
+        with fake.mode, torch.no_grad(), skeleton.no_such_attention(attention.implementation):
+            return attention.watch(fake.task, fake.samples())
+    except (RefusedError, ExportError, KeyError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{type(fake.task.model).__name__} cannot be run on {', '.join(i.name for i in fake.task.inputs)} alone: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _parts(fake: _FakeModel, attention: Attention, stack: list[Call], progress: Callable[[str], None]) -> TracedParts:
+    """The model's parts: stamped from a few blocks if that is proven, else from all of them."""
+    kind = kinds(stack)
+    real = representatives(kind)
+    reason = stampable(stack)
+    if reason is None and len(real) < len(stack):
+        alike = "1 kind" if len(set(kind)) == 1 else f"{len(set(kind))} kinds"
+        how = f"stamped: {len(stack)} blocks of {alike}, proven on {len(real)} traced blocks"
+        try:
+            return _cut(fake, attention, stack, kind, real, how)
+        except NotProvenError as error:
+            reason = str(error)
+    every = f"all {len(stack)} blocks" if len(stack) > 1 else "1 block"
+    if reason is not None:
+        progress(f"tracing {every} ({reason})")
+    how = f"full: {every} traced" + (f", because {reason}" if reason else "")
+    return _cut(fake, attention, stack, kind, frozenset(range(len(stack))), how)
+
+
+def _cut(
+    fake: _FakeModel, attention: Attention, stack: list[Call], kind: list[int], real: frozenset[int], how: str
+) -> TracedParts:
+    """Trace the blocks `real`, cut the graph into parts, and fuse them."""
+    traced = trace(fake.task, fake.samples(), stack, kind, real)
+    attention.check_graph(traced.model.graph)
+    source = {"model." + name: tensor for name, tensor in fake.weights.names.items()}
+    parts, uses = cut(traced, stack, kind, frozenset(source))
+    for part in parts:
+        fuse_norms(part.model)
+    return TracedParts(parts, tuple(_bound(use, source) for use in uses), traced.longest, how)
+
+
+def _bound(use: Use, source: dict[str, str]) -> Use:
+    """The use with the names of the weight files' tensors, and of the model's module, in place of the task's."""
+    weights = {local: source[name] for local, name in use.weights.items()}
+    return use.model_copy(update={"weights": weights, "module": use.module.removeprefix("model.")})
