@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from stageline.exporter.commands import common
@@ -42,7 +42,8 @@ def build_command(
         ),
     ] = None,
     flavour: Annotated[
-        FlavourName | None, typer.Option(help="Which TensorRT (default: by target and what is installed).")
+        Literal["tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(help="Which TensorRT (default: by target and what is installed)."),
     ] = None,
     micro_batch: common.MicroBatchOption = Workload.micro_batch,
     length: Annotated[

@@ -6,12 +6,13 @@ Their Python modules have the same classes. They differ in their targets and in 
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from stageline.models.errors import EngineError
 from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE, RTX_TARGETS, TargetGpu
 
-FlavourName = Literal["tensorrt", "tensorrt-rtx"]
+FlavourName = Annotated[Literal["tensorrt", "tensorrt-rtx"], BeforeValidator(lambda name: str(name).replace("_", "-"))]
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 docs/reference/bundle.md specifies the format.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from stageline.runtime.bundle.manifest import BundlePath, CacheSpec, FileEntry, Sha256, TensorSpec
 from stageline.runtime.engines.tensorrt.flavour import FlavourName
 from stageline.runtime.engines.tensorrt.lower import Precision, compute_dtype
@@ -72,7 +72,7 @@ class EngineRecord(Data):
     graph_sha256: Sha256
     weights_sha256: Sha256 | None = None  # None: a stripped engine, which works with any weights
     weight_files: dict[BundlePath, Sha256]
-    flavour: Annotated[FlavourName, BeforeValidator(lambda name: str(name).replace("_", "-"))]
+    flavour: FlavourName
     version: str
     target: str
     precision: Precision
