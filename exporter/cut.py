@@ -317,8 +317,8 @@ def _block_uses(parts: _Parts, stack: list[Call], kinds: list[int], blocks: Mapp
     # The hidden state skipped the blocks that were left out; lead it through every block in order.
     uses = []
     for index, call in enumerate(stack):
-        first = kinds[index]
-        use = traced[index] if index in traced else _stamped(traced[first], stack[first].module, call, index)
+        kind = kinds[index]
+        use = traced[index] if index in traced else _stamped(traced[kind], stack[kind].module, call, index)
         uses.append(_led(use, index))
     return uses
 

@@ -48,7 +48,7 @@ def export(
     with new_folder(target) as folder:
         progress("tracing")
         traced = trace_model(wanted)
-        parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.traced.parts))
+        parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
         progress("placing weights")
         weights = place(traced.weights, traced.task.model, wanted.config, wanted.dtype, folder)
         progress("stitching stages")
@@ -101,10 +101,9 @@ def _tensors(folder: Path, manifest: UncutManifest) -> dict[str, TensorEntry]:
 def _manifest(
     wanted: Wanted, traced: TracedModel, folder: Path, parts: tuple[Part, ...], weights: list[FileEntry]
 ) -> UncutManifest:
-    config, model = wanted.config, traced.traced
-    last = model.uses[-1]
+    config, last = wanted.config, traced.uses[-1]
     final = {last.writes[spec.name]: spec for spec in parts[last.part].outputs}
-    places = [skeleton.max_positions(traced.task.model), None if any(p.caches for p in parts) else model.longest]
+    places = [skeleton.max_positions(traced.task.model), None if any(p.caches for p in parts) else traced.longest]
     max_positions = min((limit for limit in places if limit is not None), default=None)
     text, extra = _copy_tokenizer(wanted.checkpoint, config, folder, max_positions, wanted.pooling)
     names = getattr(config, "id2label", None) or {}
@@ -123,11 +122,11 @@ def _manifest(
         max_positions=max_positions,
         text=text,
         parts=parts,
-        uses=model.uses,
+        uses=traced.uses,
         labels=tuple(str(names[i]) for i in sorted(names)) if classifies and names else None,
         weight_files=tuple(entry.path for entry in weights),
         files=(*(file_entry(folder, part.file) for part in parts), *weights, *extra),
-        trace=model.how,
+        trace=traced.how,
         attention=traced.attention,
         refused=traced.refused,
         no_cache_reason=traced.no_cache_reason,

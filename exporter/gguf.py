@@ -31,11 +31,6 @@ def _read_once() -> Iterator[None]:
         yield
 
 
-def file_of(checkpoint: Checkpoint) -> Path:
-    """The .gguf file itself."""
-    return checkpoint.files[0]
-
-
 @lru_cache(maxsize=1)
 def _parsed(file: Path) -> dict[str, Any]:
     try:
@@ -47,14 +42,14 @@ def _parsed(file: Path) -> dict[str, Any]:
 
 def config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's config.json, made from its metadata."""
-    values = dict(_parsed(file_of(checkpoint))["config"])
+    values = dict(_parsed(checkpoint.files[0])["config"])
     values["architectures"] = ["ForCausalLM"]
     return values
 
 
 def _processor(checkpoint: Checkpoint) -> Any:
     architecture = checkpoint.config.get("general.architecture")
-    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=_parsed(file_of(checkpoint))["config"])
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=_parsed(checkpoint.files[0])["config"])
 
 
 def tensor_names(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
@@ -66,9 +61,9 @@ def tensor_names(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
 
 def reader(checkpoint: Checkpoint, model: Any) -> Callable[[str], np.ndarray]:
     """A function from a tensor's name to its dequantised float32 values in transformers' layout."""
-    data = np.memmap(file_of(checkpoint), mode="r")
+    data = np.memmap(checkpoint.files[0], mode="r")
     processor = _processor(checkpoint)
-    parsed = _parsed(file_of(checkpoint))
+    parsed = _parsed(checkpoint.files[0])
     with _read_once():
         names = get_gguf_hf_weights_map(model, processor)
 
@@ -85,7 +80,7 @@ def reader(checkpoint: Checkpoint, model: Any) -> Callable[[str], np.ndarray]:
 
 def save_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the tokenizer that the .gguf holds as tokenizer.json and its companions."""
-    file = file_of(checkpoint)
+    file = checkpoint.files[0]
     try:
         with _read_once():
             tokenizer = transformers.AutoTokenizer.from_pretrained(

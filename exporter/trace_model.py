@@ -1,7 +1,7 @@
 """From a checkpoint to the part graphs of its model: the first attention that fits, traced, cut and fused."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,26 +38,19 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class TracedParts:
-    """The parts of a traced model, and how it uses them in order: prologue, blocks, epilogue."""
-
-    parts: tuple[PartGraph, ...]
-    uses: tuple[Use, ...]
-    longest: int | None
-    """Tokens in a row that the trace holds for, if it does not for all."""
-    how: str
-
-
-@dataclass(frozen=True)
 class TracedModel:
-    """What tracing a model yields, before any weight is placed."""
+    """What tracing a model yields, before any weight is placed: its parts, and how it uses them in order (prologue,
+    blocks, epilogue). The trace holds for rows of up to `longest` tokens (None: of any length)."""
 
     task: skeleton.Task | CacheTask
     weights: Weights
-    traced: TracedParts
+    parts: tuple[PartGraph, ...]
+    uses: tuple[Use, ...]
+    longest: int | None
+    how: str
     attention: str
-    refused: tuple[Refusal, ...]
-    no_cache_reason: str | None
+    refused: tuple[Refusal, ...] = ()
+    no_cache_reason: str | None = None
 
 
 def trace_model(wanted: Wanted) -> TracedModel:
@@ -68,8 +61,8 @@ def trace_model(wanted: Wanted) -> TracedModel:
     while left:
         strategy = left.pop(0)
         try:
-            task, weights, traced = _trace_with(wanted, strategy())
-            return TracedModel(task, weights, traced, strategy.name, tuple(refused), no_cache_reason)
+            traced = _trace_with(wanted, strategy())
+            return replace(traced, refused=tuple(refused), no_cache_reason=no_cache_reason)
         except RefusedError as error:
             refused.append(Refusal(attention=strategy.name, reason=str(error)))
             if isinstance(error, NoCacheError):
@@ -81,13 +74,13 @@ def trace_model(wanted: Wanted) -> TracedModel:
     raise ExportError(f"model_type {wanted.config.model_type!r} allows no attention that can be traced: {reasons}")
 
 
-def _trace_with(wanted: Wanted, attention: Attention) -> tuple[skeleton.Task | CacheTask, Weights, TracedParts]:
+def _trace_with(wanted: Wanted, attention: Attention) -> TracedModel:
     try:
         with attention.installed():
             fake = _FakeModel.of(wanted, attention)
             stack = _blocks(fake, attention)
             check_stages(len(stack), wanted.stages)  # before what takes time
-            return fake.task, fake.weights, _parts(fake, attention, stack, wanted.progress)
+            return _parts(fake, attention, stack, wanted.progress)
     except ExportError as error:
         if not attention.cached:
             raise
@@ -131,7 +124,7 @@ def _blocks(fake: _FakeModel, attention: Attention) -> list[Call]:
         ) from error
 
 
-def _parts(fake: _FakeModel, attention: Attention, stack: list[Call], progress: Callable[[str], None]) -> TracedParts:
+def _parts(fake: _FakeModel, attention: Attention, stack: list[Call], progress: Callable[[str], None]) -> TracedModel:
     """The model's parts: stamped from a few blocks if that is proven, else from all of them."""
     kind = kinds(stack)
     real = representatives(kind)
@@ -152,7 +145,7 @@ def _parts(fake: _FakeModel, attention: Attention, stack: list[Call], progress: 
 
 def _cut(
     fake: _FakeModel, attention: Attention, stack: list[Call], kind: list[int], real: frozenset[int], how: str
-) -> TracedParts:
+) -> TracedModel:
     """Trace the blocks `real`, cut the graph into parts, and fuse them."""
     traced = trace(fake.task, fake.samples(), stack, kind, real)
     attention.check_graph(traced.model.graph)
@@ -160,7 +153,8 @@ def _cut(
     parts, uses = cut(traced, stack, kind, frozenset(source))
     for part in parts:
         fuse_norms(part.model)
-    return TracedParts(parts, tuple(_bound(use, source) for use in uses), traced.longest, how)
+    bound = tuple(_bound(use, source) for use in uses)
+    return TracedModel(fake.task, fake.weights, parts, bound, traced.longest, how, attention.name)
 
 
 def _bound(use: Use, source: dict[str, str]) -> Use:

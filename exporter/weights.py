@@ -15,6 +15,7 @@ from stageline.models.errors import CheckpointError, ExportError
 from stageline.models.safetensors_file import header_sha256, write_streaming
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
+from stageline.runtime.bundle.graph import ir_dtype
 from stageline.runtime.bundle.manifest import FileEntry
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -195,16 +196,8 @@ def _entry(file: Path, sha256: str | None) -> FileEntry:
     )
 
 
-def _numpy(dtype: str) -> Any:
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        return ml_dtypes.bfloat16
-    return np.dtype(dtype)
-
-
 def _as(array: Any, dtype: str) -> memoryview:
-    return np.ascontiguousarray(array).astype(_numpy(dtype), copy=False).view(np.uint8).reshape(-1).data
+    return np.ascontiguousarray(array).astype(ir_dtype(dtype).numpy(), copy=False).view(np.uint8).reshape(-1).data
 
 
 def _converted_chunks(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
@@ -217,4 +210,4 @@ def _converted_chunks(entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
             if not data:
                 raise CheckpointError(f"{entry.file} ends inside tensor {entry.name}; download it again")
             left -= len(data)
-            yield _as(np.frombuffer(data, _numpy(entry.dtype)), dtype)
+            yield _as(np.frombuffer(data, ir_dtype(entry.dtype).numpy()), dtype)
