@@ -163,11 +163,6 @@ class UncutManifest(Data):
         return any(part.caches for part in self.parts)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """Number of blocks of each stage."""
-        return tuple(stage.last_block - stage.first_block + 1 for stage in self.stages)
-
-    @property
     def blocks(self) -> int:
         """Number of blocks."""
         return len(self.uses) - 2
@@ -181,6 +176,11 @@ class UncutManifest(Data):
 
 
 class Manifest(UncutManifest):
-    """Everything a runtime needs to know of a bundle."""
+    """Everything that the runtime needs to know about a bundle."""
 
     stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+        return tuple(stage.last_block - stage.first_block + 1 for stage in self.stages)
