@@ -136,10 +136,10 @@ def run_command(
     given = options.lengths(lengths) if lengths else read_texts(texts) if texts else built_in_texts()
     recorded = options.arrivals(arrivals) if arrivals is not None else []
     opened = Bundle.open(bundle)
-    pipeline = PipelineOptions(engine, common.names(devices), threads, _QUEUE, quantise=quantise, slots=slots)
+    pipeline = PipelineOptions(engine, common.split(devices), threads, _QUEUE, quantise=quantise, slots=slots)
     output = _output_tokens(opened, new_tokens, rows)
     cache = pipeline.cache_size(opened.manifest)
-    items, described = make_items(opened, given, rows, output, cache and cache.capacity, seed)
+    items, described = make_items(opened, given, rows, output, cache.capacity if cache else None, seed)
     settings = RunSettings(
         asked, repeats, seconds, warm_up, seed, described, rows, output, bounds, tuple(baseline or ()), pipeline
     )
