@@ -1,5 +1,6 @@
 """Decoders that keep a KV cache generate what transformers does; the others say why not, and are right without."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from parity import check_every_cut, reference
+from stageline.exporter import skeleton
+from stageline.exporter.attention import CacheAttention
 from stageline.exporter.export import export
 from stageline.exporter.mask_window import window_of
-from stageline.exporter.skeleton import RefusedError
+from stageline.exporter.skeleton import NoCacheError, RefusedError
+from stageline.exporter.token_mixing import check_apart
+from stageline.exporter.trace import trace
 from stageline.models.errors import RequestError
-from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.pipeline import Pipeline
 from transformers.masking_utils import (
     and_masks,
@@ -22,6 +27,7 @@ from transformers.masking_utils import (
 )
 from transformers.models.llama import modeling_llama
 
+TOLERANCE = 1e-4  # weights are so large here that positions that are all wrong move outputs by whole units
 _SIZES = {
     "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 99,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
@@ -35,10 +41,13 @@ CACHED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "qwen2", "Qwen2ForCausalLM",
         {**_GROUPED, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     ),
-    "windows and soft caps": ("gemma2", "Gemma2ForCausalLM", _HEADS),
-    "windows with positions of their own": ("gemma3_text", "Gemma3ForCausalLM", {**_HEADS, "num_hidden_layers": 7}),
+    "windows and soft caps": ("gemma2", "Gemma2ForCausalLM", {**_HEADS, "num_hidden_layers": 6}),
+    "windows with positions of their own": ("gemma3_text", "Gemma3ForCausalLM", {**_HEADS, "num_hidden_layers": 13}),
     "windows, and no positions elsewhere": ("cohere2", "Cohere2ForCausalLM", {**_GROUPED, "sliding_window": 6}),
-    "sinks": ("gpt_oss", "GptOssForCausalLM", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "sinks": (
+        "gpt_oss", "GptOssForCausalLM",
+        {**_HEADS, "num_hidden_layers": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "attention of its own through torch": ("falcon", "FalconForCausalLM", _SIZES),
     "values narrower than keys": (
         "deepseek_v3", "DeepseekV3ForCausalLM",
@@ -59,7 +68,8 @@ UNCACHED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "convolutions": (
         "lfm2", "Lfm2ForCausalLM",
-        {**_GROUPED, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+        {**_GROUPED, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"],
+         "block_auto_adjust_ff_dim": False},
         "its tokens meet outside attention (Conv over tokens)",
     ),
 }  # fmt: skip
@@ -79,10 +89,6 @@ def synthesize(folder: Path, model_type: str, name: str, values: dict[str, Any])
     return folder
 
 
-def reference(checkpoint: Path, name: str) -> Any:
-    return getattr(transformers, name).from_pretrained(checkpoint, attn_implementation="eager").eval()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CACHED)
 def test_a_model_with_a_cache_generates_what_transformers_generates(name: str, tmp_path: Path) -> None:
@@ -91,6 +97,7 @@ def test_a_model_with_a_cache_generates_what_transformers_generates(name: str, t
     bundle = export(checkpoint, tmp_path / "bundle", stages=2)
     assert bundle.manifest.cached, bundle.manifest.trace
     assert bundle.manifest.no_cache_reason is None
+    assert bundle.manifest.trace.startswith("full" if name == "a window in some layers" else "stamped")  # 2 + 2 blocks
     model = reference(checkpoint, class_name)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 99, length).tolist() for length in (1, 5, 13, 30)]
@@ -105,6 +112,7 @@ def test_a_model_with_a_cache_generates_what_transformers_generates(name: str, t
             assert list(choice.token_ids) == want[0, len(prompt) :].tolist()
             expected = scores[0, len(prompt) - 1 : -1][torch.arange(12), list(choice.token_ids)]
             np.testing.assert_allclose([entry.logprob for entry in choice.logprobs], expected, atol=1e-4)
+    check_every_cut(bundle.path, model, TOLERANCE)
 
 
 @pytest.mark.slow
@@ -117,45 +125,59 @@ def test_a_model_that_cannot_keep_a_cache_says_why_and_gives_what_torch_gives(na
     assert not bundle.manifest.cached
     assert bundle.manifest.no_cache_reason == why
     assert f"tracing without a KV cache ({why})" in told
-    check_runs(bundle, checkpoint, class_name)
+    check_every_cut(bundle.path, reference(checkpoint, class_name), TOLERANCE)
     with Pipeline.open(bundle.path) as pipeline, pytest.raises(RequestError) as refused:
         pipeline.generate([5])
     assert str(refused.value) == f"this bundle does not generate: {why}; run batches with Pipeline.run"
 
 
-def check_runs(bundle: Bundle, checkpoint: Path, class_name: str) -> None:
-    ids = np.random.default_rng(1).integers(3, 99, (3, 17))
-    with Pipeline.open(bundle.path) as pipeline, torch.no_grad():
-        want = reference(checkpoint, class_name)(torch.tensor(ids)).logits.numpy()
-        np.testing.assert_allclose(pipeline.run({"input_ids": ids})["logits"], want, atol=1e-4)
+MEETING = {
+    "Pad along the tokens": lambda x: torch.nn.functional.pad(x, (0, 0, 1, -1)),
+    "CumSum over tokens": lambda x: x + x.cumsum(1),
+    "ReduceMean along the tokens": lambda x: x - x.mean(1, keepdim=True),
+    "Slice takes some tokens": lambda x: torch.cat([x[:, :1] * 0, x[:, :-1]], 1),
+}
+
+
+class Layer(torch.nn.Module):
+    """A layer to which something is done before it [batch, length, width]."""
+
+    inputs = (skeleton.Input("x", torch.float32, ("batch", "length", 8)),)
+    output_names = ("y",)
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change, self.model = change, torch.nn.Linear(8, 8)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.model(self.change(tensors[0])),)
+
+
+@pytest.mark.parametrize("told", MEETING)
+def test_layers_in_which_tokens_meet_are_found(told: str) -> None:
+    layer: Any = Layer(MEETING[told]).eval()
+    traced = trace(layer, (torch.ones(layer.inputs[0].sample_shape()),), [], [], frozenset())
+    with pytest.raises(NoCacheError, match=rf"^its tokens meet outside attention \({told}"):
+        check_apart(traced.model.graph)
 
 
 def llama(folder: Path) -> Path:
     return synthesize(folder, "llama", "LlamaForCausalLM", {**_GROUPED, "num_hidden_layers": 2})
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda x: torch.nn.functional.pad(x, (0, 0, 1, -1)), "Pad along the tokens"),
-        pytest.param(lambda x: x + x.cumsum(1), "CumSum over tokens", marks=pytest.mark.slow),
-        pytest.param(lambda x: x - x.mean(1, keepdim=True), "ReduceMean along the tokens", marks=pytest.mark.slow),
-        pytest.param(
-            lambda x: torch.cat([x[:, :1] * 0, x[:, :-1]], 1), "Slice takes some tokens", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_layers_in_which_tokens_meet_keep_no_cache(
-    change: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The layers of a Llama whose MLPs get something else than what goes into them [batch, length, width]."""
+def test_a_model_whose_layers_let_tokens_meet_keeps_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of a Llama whose MLPs get what all of `MEETING` make of what goes into them."""
     forward = modeling_llama.LlamaMLP.forward
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda module, x: forward(module, change(x)))
+
+    def changed(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return forward(module, reduce(lambda y, change: change(y), MEETING.values(), x))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", changed)
     checkpoint = llama(tmp_path / "checkpoint")
     bundle = export(checkpoint, tmp_path / "bundle")
     assert not bundle.manifest.cached
-    assert f"its tokens meet outside attention ({told}" in str(bundle.manifest.no_cache_reason)
-    check_runs(bundle, checkpoint, "LlamaForCausalLM")
+    assert "its tokens meet outside attention (Pad along the tokens" in str(bundle.manifest.no_cache_reason)
+    check_every_cut(bundle.path, reference(checkpoint, "LlamaForCausalLM"), TOLERANCE)
 
 
 def chunks_of_four(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -170,28 +192,43 @@ def prefix_of_three(batch: Any, head: Any, query: Any, key: Any) -> Any:
     ("change", "told"),
     [
         ({"or_mask_function": prefix_of_three}, "its attention is not causal"),
-        pytest.param(
-            {"or_mask_function": bidirectional_mask_function}, "its attention is not causal", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            {"and_mask_function": chunks_of_four},
-            "its masks are neither causal nor of a sliding window",
-            marks=pytest.mark.slow,
-        ),
+        ({"or_mask_function": bidirectional_mask_function}, "its attention is not causal"),
+        ({"and_mask_function": chunks_of_four}, "its masks are neither causal nor of a sliding window"),
         (
             {"and_mask_function": sliding_window_causal_mask_function(4)},
             "its masks have a window of 4 tokens, its attention names None",
         ),
     ],
 )
-def test_masks_that_the_operator_cannot_say_keep_no_cache(
-    change: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_masks_that_the_operator_cannot_say_are_refused(
+    change: Any, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    change_masks(monkeypatch, change)
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_GROUPED, "num_hidden_layers": 2}
+    attention, mode = CacheAttention(), skeleton.fake_mode()
+    model = skeleton.build(skeleton.config_of(values), "text-generation", torch.float32, attention.implementation)
+    skeleton.fake_weights(model, mode, ())
+    task = attention.wrap(model, torch.float32, "text-generation", None).eval()
+    samples = tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in task.inputs)
+    with attention.installed(), mode, torch.no_grad(), pytest.raises(RefusedError) as refused:
+        attention.watch(task, samples)
+    assert str(refused.value) == told
+
+
+def test_a_model_with_masks_that_the_operator_cannot_say_keeps_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_masks(monkeypatch, {"or_mask_function": prefix_of_three})
+    checkpoint = llama(tmp_path / "checkpoint")
+    bundle = export(checkpoint, tmp_path / "bundle")
+    assert not bundle.manifest.cached
+    assert bundle.manifest.no_cache_reason == "its attention is not causal"
+    check_every_cut(bundle.path, reference(checkpoint, "LlamaForCausalLM"), TOLERANCE)
+
+
+def change_masks(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     make = modeling_llama.create_causal_mask
     monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **given: make(**given, **change))
-    bundle = export(llama(tmp_path / "checkpoint"), tmp_path / "bundle")
-    assert not bundle.manifest.cached
-    assert bundle.manifest.no_cache_reason == told
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 100, 101, 4096, 1 << 19])

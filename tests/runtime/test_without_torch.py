@@ -4,14 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from stageline.exporter import skeleton
-from stageline.exporter.export import export
-from stageline.models.synthetic import write_random
 
 pytestmark = pytest.mark.slow
 
@@ -69,11 +66,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
+def bundle(export_once: Callable[..., Path], tmp_path: Path) -> Path:
     """A BERT of three blocks in three stages."""
-    model = skeleton.build(skeleton.config_of(CONFIG), "feature-extraction", torch.float32, "eager")
-    write_random(tmp_path / "checkpoint", CONFIG, skeleton.parameter_shapes(model), seed=1)
-    return export(tmp_path / "checkpoint", tmp_path / "bundle", stages=3).path
+    return Path(shutil.copytree(export_once(CONFIG, stages=3), tmp_path / "bundle"))
 
 
 def run(*command: str | Path) -> str:
