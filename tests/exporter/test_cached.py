@@ -206,12 +206,13 @@ def test_masks_that_the_operator_cannot_say_are_refused(
     change_masks(monkeypatch, change)
     values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_GROUPED, "num_hidden_layers": 2}
     attention, mode = CacheAttention(), skeleton.fake_mode()
-    model = skeleton.build(skeleton.config_of(values), "text-generation", torch.float32, attention.implementation)
-    skeleton.fake_weights(model, mode, ())
-    task = attention.wrap(model, torch.float32, "text-generation", None).eval()
-    samples = tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in task.inputs)
-    with attention.installed(), mode, torch.no_grad(), pytest.raises(RefusedError) as refused:
-        attention.watch(task, samples)
+    with attention.installed():
+        model = skeleton.build(skeleton.config_of(values), "text-generation", torch.float32, attention.implementation)
+        skeleton.fake_weights(model, mode, ())
+        task = attention.wrap(model, torch.float32, "text-generation", None).eval()
+        samples = tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in task.inputs)
+        with mode, torch.no_grad(), pytest.raises(RefusedError) as refused:
+            attention.watch(task, samples)
     assert str(refused.value) == told
 
 
