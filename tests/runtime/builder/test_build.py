@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on_later(bundle: Path) -> No
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the worker inherits it: no plan is that small
     try:
-        with pytest.raises(BundleError, match=r"cannot write engines .*what was built before is kept") as caught:
+        with pytest.raises(BundleError, match=r"cannot write engines .*finished engines are kept") as caught:
             built(bundle, SM89, jobs=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
