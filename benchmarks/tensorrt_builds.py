@@ -26,7 +26,7 @@ import numpy as np
 from stageline.exporter.commands.show import table
 from stageline.exporter.export import export
 from stageline.runtime import words
-from stageline.runtime.builder.build import BuildOutcome, Wanted, build
+from stageline.runtime.builder.build import BuildOutcome, WantedEngine, build
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX
@@ -86,7 +86,7 @@ def reference(name: str, folder: Path) -> tuple[list[Engine], Again]:
     """Build the reference bundle `name`, full and, for one target, stripped; again; and with one weight changed."""
     bundle = _copy(ROOT / "bundles" / name, folder / name)
     recut(bundle, 2)
-    wanted = [Wanted(TENSORRT_RTX, target, precision) for target in TARGETS for precision in PRECISIONS]
+    wanted = [WantedEngine(TENSORRT_RTX, target, precision) for target in TARGETS for precision in PRECISIONS]
     begin = time.perf_counter()
     full = _build(bundle, wanted, Options())
     first_s = time.perf_counter() - begin
@@ -94,7 +94,7 @@ def reference(name: str, folder: Path) -> tuple[list[Engine], Again]:
     second = _build(bundle, wanted, Options())
     second_s = time.perf_counter() - begin
     stripped = _build(bundle, [kind for kind in wanted if kind.target == STRIPPED_TARGET], Options(stripped=True))
-    quantised = _build(bundle, [Wanted(TENSORRT_RTX, QUANTISED_TARGET, kind) for kind in QUANTISED], Options())
+    quantised = _build(bundle, [WantedEngine(TENSORRT_RTX, QUANTISED_TARGET, kind) for kind in QUANTISED], Options())
     tensor, stage = _change_one_weight(bundle)
     third = [outcome for outcome in _build(bundle, wanted[:1], Options()) if outcome.built]
     rebuilt = tuple(sorted({outcome.stage for outcome in third}))
@@ -110,7 +110,7 @@ def _engine(name: str, outcome: BuildOutcome) -> Engine:
     return Engine(name, outcome.stage, kind.target, kind.precision, weights, record.plan.size_bytes, record.build_s)
 
 
-def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
+def parity(folder: Path, wanted: Sequence[WantedEngine]) -> Iterator[Architecture]:
     """Build every architecture of the parity list for all wanted targets and precisions."""
     spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/exporter/test_parity.py")
     assert spec is not None
@@ -137,7 +137,7 @@ def parity(folder: Path, wanted: Sequence[Wanted]) -> Iterator[Architecture]:
         shutil.rmtree(folder / name)
 
 
-def _build(path: Path, wanted: Sequence[Wanted], options: Options) -> list[BuildOutcome]:
+def _build(path: Path, wanted: Sequence[WantedEngine], options: Options) -> list[BuildOutcome]:
     bundle = Bundle.open(path)
     limit = bundle.manifest.max_positions or 2048
     load = Workload(length=min(128, limit), capacity=min(2048, limit))
@@ -228,7 +228,7 @@ def main() -> None:
                 agains.append(again)
             document |= {"engines": [asdict(e) for e in engines], "again": [asdict(a) for a in agains]}
         if arguments.only != "reference":
-            kinds = [Wanted(TENSORRT_RTX, t, p) for t in arguments.target or TARGETS for p in arguments.precision]
+            kinds = [WantedEngine(TENSORRT_RTX, t, p) for t in arguments.target or TARGETS for p in arguments.precision]
             kept = {(a["name"], a["target"], a["precision"]): a for a in document.get("architectures", [])}
             for found in parity(folder, kinds):
                 architectures.append(found)

@@ -182,8 +182,8 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path}: the header claims {length:,} bytes, the format allows {MAX_HEADER_BYTES:,}; this is no "
-                    "safetensors file, or a damaged one: download it again"
+                    f"{path}: the header claims {length:,} bytes, the format allows {MAX_HEADER_BYTES:,}; this is not "
+                    "a safetensors file, or a damaged one: download it again"
                 )
             if 8 + length > file_bytes:
                 raise CheckpointError(

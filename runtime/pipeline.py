@@ -35,7 +35,7 @@ from stageline.runtime.stages.opening import Opener, StageSet
 from stageline.runtime.stages.recorder import Recorder
 
 if TYPE_CHECKING:
-    from stageline.runtime.generation.chat import ChatTemplate
+    from stageline.runtime.generation.chat_template import ChatTemplate
     from stageline.runtime.rebalance.rebalancer import Rebalancer, RebalanceStats
 
 __all__ = ["Pipeline", "PipelineOptions", "PipelineStage", "PipelineStats", "StageStats"]
@@ -46,7 +46,7 @@ class PipelineStats:
     """What a pipeline did since it opened. `in_flight` counts unfinished batches, those `queued` (no stage has started
     on them) included; `generation` is None for a model that does not generate.
 
-    `layers` are the blocks of each stage as they are cut now, `last_changeover` is the last of `changeovers` to other
+    `layers` are the blocks of each stage of the current cut, `last_changeover` is the last of `changeovers` to other
     stages; `rebalance` is None if nobody watches the stages.
     """
 
@@ -190,7 +190,7 @@ class Pipeline:
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt of `chat_prompt` as a text, its special tokens included."""
-        from stageline.runtime.generation.chat import ChatTemplate  # imports jinja2
+        from stageline.runtime.generation.chat_template import ChatTemplate  # imports jinja2
 
         with self._template_lock:
             self._executor.check_open()
@@ -226,7 +226,7 @@ class Pipeline:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The blocks of each stage, as it is cut now; empty for a pipeline that was made of stages."""
+        """The blocks of each stage, of the current cut; empty for a pipeline that was made of stages."""
         return self._executor.cut.layers
 
     @property
@@ -247,14 +247,14 @@ class Pipeline:
         they are. Requests notice a pause at most. Returns when the old stages are closed. Calls at the same time take
         turns.
 
-        If anything fails the old stages continue: StagelineError where the cut does not fit, EngineError where a stage
-        does not open or cannot take a cache as it is (GPUs keep them in another precision), RequestError where a device
+        If anything fails the old stages continue: StagelineError if the cut does not fit, EngineError if a stage
+        does not open or cannot take a cache (GPUs keep caches in another precision), RequestError if a device
         is unknown, the pipeline is closed, or a callback on its threads calls this.
         """
         return self._executor.recut(stages, threads, devices)
 
     def swap_weights(self, bundle: str | Path) -> ChangeoverTimes:
-        """Switch to the weights of another bundle of the same model, cut as it is now.
+        """Switch to the weights of another bundle of the same model, with the current cut.
 
         Batches that were queued and requests that had begun to generate finish with the old weights; those that come
         later, or still wait for a slot, start with the new ones when those have ended. What the caches hold is

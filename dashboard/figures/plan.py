@@ -14,9 +14,9 @@ from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
 from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.engines.tensorrt.store import read_engines
-from stageline.runtime.planning.catalogue import Rates, catalogue
 from stageline.runtime.planning.cluster import Cluster, parse_devices
 from stageline.runtime.planning.cost import cut_values, values_bytes
+from stageline.runtime.planning.device_kinds import Rates, catalogue
 from stageline.runtime.planning.planner import Answer, Planner
 from stageline.runtime.planning.profile import Machine, MachineProfile, read_profile
 from stageline.runtime.workload import Workload

@@ -15,18 +15,16 @@ def show() -> None:
     found = _diagnosis()
     for problem in found.problems:
         st.warning(problem, icon=":material/warning:")
-    processor = found.cpu
+    cpu = found.cpu
     with st.container(horizontal=True):
-        st.metric("CPU cores", len(processor.cores), border=True, help=processor.model)
-        memory = processor.memory_bytes
+        st.metric("CPU cores", len(cpu.cores), border=True, help=cpu.model)
+        memory = cpu.memory_bytes
         st.metric("Memory", words.size(memory) if memory else "unknown", border=True)
         st.metric("GPUs", len(found.gpus), border=True)
         ready = [engine for engine in found.engines if engine.version]
         st.metric("Engines", f"{len(ready)} of {len(found.engines)}", border=True, help="installed")
     nvidia = found.driver.problem or f"NVIDIA {found.driver.version}, CUDA up to {found.driver.cuda}"
-    st.caption(
-        f"stageline {found.stageline}, Python {found.python}, {found.system}. {processor.model}. Driver: {nvidia}."
-    )
+    st.caption(f"stageline {found.stageline}, Python {found.python}, {found.system}. {cpu.model}. Driver: {nvidia}.")
     if found.gpus:
         st.subheader("GPUs", anchor=False)
         _table(

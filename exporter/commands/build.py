@@ -9,7 +9,7 @@ import typer
 from stageline.exporter.commands import common
 from stageline.exporter.commands.show import table
 from stageline.runtime import words
-from stageline.runtime.builder.build import BuildOutcome, BuildProgress, Wanted, build, stale
+from stageline.runtime.builder.build import BuildOutcome, BuildProgress, WantedEngine, build, stale
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName, choose
 from stageline.runtime.engines.tensorrt.lower import PRECISIONS, Precision
@@ -109,7 +109,7 @@ def build_command(
     raise typer.Exit(1 if failed else 0)
 
 
-def _wanted(targets: Sequence[str], precisions: Sequence[Precision], name: FlavourName | None) -> list[Wanted]:
+def _wanted(targets: Sequence[str], precisions: Sequence[Precision], name: FlavourName | None) -> list[WantedEngine]:
     """Each target in each precision."""
     gpu: TargetGpu | None = gpu_here()
     result = []
@@ -120,7 +120,7 @@ def _wanted(targets: Sequence[str], precisions: Sequence[Precision], name: Flavo
             if not flavour.installed:
                 raise flavour.missing()
         named = gpu.target if target == HERE and gpu is not None else target
-        result += [Wanted(flavour, named, precision) for precision in dict.fromkeys(precisions)]
+        result += [WantedEngine(flavour, named, precision) for precision in dict.fromkeys(precisions)]
     return list(dict.fromkeys(result))
 
 

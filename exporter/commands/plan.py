@@ -99,7 +99,7 @@ def plan_command(
 ) -> None:
     """Find the best cut of a bundle for some devices.
 
-    Shows which blocks run where and the predicted speed. The bundle stays as it is: `stageline recut` changes it.
+    Shows which blocks run where and the predicted speed. It does not change the bundle; `stageline recut` does.
 
     Example: stageline plan minilm.bundle --devices cpu:0,cpu:1 --explain
     """

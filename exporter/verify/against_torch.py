@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 from stageline.exporter import gguf, skeleton
-from stageline.exporter.verify.inputs import random_inputs
+from stageline.exporter.verify.random_inputs import random_inputs
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.models.sentence import pooling

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnx_ir as ir
-from stageline.exporter.verify.inputs import random_inputs
+from stageline.exporter.verify.random_inputs import random_inputs
 from stageline.models.errors import EngineError
 from stageline.runtime.builder.emulate import EmulatedStage
 from stageline.runtime.bundle.folder import Bundle

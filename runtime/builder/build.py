@@ -33,7 +33,7 @@ _LACKING: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp8": ("sm75",
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedEngine:
     """One kind of engine to build for every stage. `flavour` builds it; `target` is never `here`."""
 
     flavour: Flavour
@@ -47,7 +47,7 @@ class BuildOutcome:
     False if it existed already."""
 
     stage: int
-    wanted: Wanted
+    wanted: WantedEngine
     record: EngineRecord | None
     built: bool
     error: str | None = None
@@ -58,7 +58,7 @@ class BuildProgress:
     """Progress of the build of an engine: TensorRT's name of the phase, and its steps."""
 
     stage: int
-    wanted: Wanted
+    wanted: WantedEngine
     phase: str
     step: int
     steps: int
@@ -67,7 +67,7 @@ class BuildProgress:
 @dataclass(frozen=True)
 class _Job:
     number: int
-    wanted: Wanted
+    wanted: WantedEngine
     lowered: Lowered
     key: str
     weights_sha256: str | None
@@ -78,7 +78,7 @@ class _Job:
 
 def build(
     bundle: Bundle,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[WantedEngine],
     workload: Workload,
     options: Options,
     *,
@@ -111,7 +111,7 @@ def build(
     return sorted(outcomes, key=lambda outcome: (outcome.stage, order[outcome.wanted]))
 
 
-def check(wanted: Wanted, options: Options) -> None:
+def check(wanted: WantedEngine, options: Options) -> None:
     """EngineError if the flavour cannot build such engines."""
     flavour = wanted.flavour
     if wanted.target in _LACKING.get(wanted.precision, ()):
@@ -134,7 +134,7 @@ def stale(bundle: Bundle, store: EngineStore) -> set[str]:
 
 
 def _jobs(
-    bundle: Bundle, wanted: Sequence[Wanted], workload: Workload, options: Options
+    bundle: Bundle, wanted: Sequence[WantedEngine], workload: Workload, options: Options
 ) -> list["_Job | BuildOutcome"]:
     manifest, digests = bundle.manifest, _digests(bundle)
     result: list[_Job | BuildOutcome] = []
@@ -162,7 +162,11 @@ def _jobs(
 
 
 def _key(
-    kind: Wanted, lowered: Lowered, weights: str | None, profiles: tuple[OptimizationProfile, ...], options: Options
+    kind: WantedEngine,
+    lowered: Lowered,
+    weights: str | None,
+    profiles: tuple[OptimizationProfile, ...],
+    options: Options,
 ) -> str:
     """The digest of everything that an engine file depends on. The lowered graph covers the stage's graph, the
     precision, the capacity of caches, and the code that lowers."""
@@ -322,7 +326,7 @@ class _Building:
             build_s=result.build_s,
         )
 
-    def known_timings(self, wanted: Wanted) -> Path | None:
+    def known_timings(self, wanted: WantedEngine) -> Path | None:
         """The stored timing cache, if its file is intact."""
         entry = next((kept for kept in self.store.manifest.timings if kept.path == _timings(wanted)), None)
         return self.bundle.path / entry.path if entry is not None and _whole(self.bundle.path, entry) else None
@@ -340,7 +344,7 @@ def _step(job: _Job, answer: Answer) -> BuildProgress:
     )
 
 
-def _timings(wanted: Wanted) -> str:
+def _timings(wanted: WantedEngine) -> str:
     """The file of the timing cache of a flavour, version and target."""
     return f"{FOLDER}/{wanted.flavour.name}-{wanted.flavour.version}.{wanted.target}.timings"
 

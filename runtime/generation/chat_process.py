@@ -2,8 +2,8 @@
 
 A template is a program of the checkpoint's author. jinja2's sandbox keeps it from Python's internals, but not from
 multiplying a string, a number or a list of lists until memory or patience ends, in one step of C code that nothing in
-the same process can stop. So stageline.runtime.generation.chat runs this file as a process of its own, which the system
-bounds: a render has CPU_S seconds of CPU time and the process MEMORY_BYTES; the text is bounded in `_render`.
+the same process can stop. So `chat_template` runs this file as a process of its own, which the system bounds: a render
+has CPU_S seconds of CPU time and the process MEMORY_BYTES; the text is bounded in `_render`.
 
 It needs only the standard library and jinja2. Each line of standard input is JSON: first {name: template}, then one for
 each render: {"template": name, "variables": {...}}. One line of standard output answers each: {"text": ...}, or
@@ -29,7 +29,7 @@ MEMORY_BYTES = 512 * 1024**2
 LENGTH = 2**20  # characters that any text may have; beyond that, four times as many as the line of the request
 
 
-class RefusedError(TemplateError):
+class TemplateRefusedError(TemplateError):
     """The template called raise_exception."""
 
 
@@ -48,7 +48,7 @@ class _GenerationTag(Extension):
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise RefusedError(message)
+    raise TemplateRefusedError(message)
 
 
 def _to_json(
@@ -95,7 +95,7 @@ def _bounded_answer(templates: dict[str, Template], line: str) -> tuple[str, boo
     signal.setitimer(signal.ITIMER_PROF, CPU_S)  # then SIGPROF ends the process, whatever it is doing
     try:
         return json.dumps(_answer(templates, line)), True
-    except RefusedError as error:
+    except TemplateRefusedError as error:
         return json.dumps({"refused": str(error.message)}), True
     except TemplateSyntaxError as error:
         bad = f"line {error.lineno}: {error.message}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from stageline.models.tokenizer import TextEncoder
 
-_UNFINISHED = "\ufffd"  # what decoding makes of bytes that are no whole character, or not yet
+_UNFINISHED = "\ufffd"  # what decoding makes of bytes that are not a whole character, or not yet
 _CHARACTER_BYTES = 4  # the most a character has in UTF-8; a token has at least one
 _WINDOW_TOKENS = 16
 
@@ -130,7 +130,7 @@ class _Stop:
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        """So many last characters are the beginning of the text."""
+        """Number of last characters that are the beginning of the text."""
         self._shorter = [0] * (len(text) + 1)  # of a match of i characters: the next shorter match in its end
         for end in range(1, len(text)):
             self._shorter[end + 1] = self._extended(self._shorter[end], text[end])

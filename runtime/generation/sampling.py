@@ -74,7 +74,7 @@ class Row:
         return scores
 
     def choose(self, logits: NDArray[np.float32]) -> int | None:
-        """The next token from the row's logits [vocabulary], which stay as they are. None where no token is left."""
+        """The next token from the row's logits [vocabulary], which are not changed. None if no token is left."""
         scores = self.scores(logits)
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):

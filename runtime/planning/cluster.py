@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import pydantic
 from stageline.models.errors import StagelineError
-from stageline.runtime.planning.catalogue import DeviceKind, Positive, catalogue, device_kind
+from stageline.runtime.planning.device_kinds import DeviceKind, Positive, catalogue, device_kind
 from stageline.runtime.planning.problem import Link
 from stageline.runtime.validation import Data, first_error
 

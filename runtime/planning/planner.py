@@ -11,9 +11,9 @@ from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cluster import Cluster, Kind
 from stageline.runtime.planning.cost import UseCost, cut_values, use_costs, values_bytes
+from stageline.runtime.planning.device_kinds import Rates
 from stageline.runtime.planning.memory_shortage import smallest_shortage
 from stageline.runtime.planning.partition import best_plan, runner_up
 from stageline.runtime.planning.problem import DeviceCost, Link, Objective, Plan, PlannedStage, Problem

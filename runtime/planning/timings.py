@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.manifest import Manifest, uses_of
-from stageline.runtime.planning.catalogue import Rates
 from stageline.runtime.planning.cost import UseCost
+from stageline.runtime.planning.device_kinds import Rates
 from stageline.runtime.planning.problem import stage_time_s
 from stageline.runtime.planning.profile import MachineProfile, Point
 from stageline.runtime.workload import Shape

@@ -6,8 +6,8 @@ from functools import cache
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.planning.catalogue import device_kind
 from stageline.runtime.planning.cost import use_costs
+from stageline.runtime.planning.device_kinds import device_kind
 from stageline.runtime.planning.profile import Machine, read_profile
 from stageline.runtime.planning.timings import Timings, UseTimes
 from stageline.runtime.stages.lanes import Amount
@@ -30,7 +30,7 @@ def use_seconds(bundle: Bundle, threads: int, on_cpu: bool, quantise: WeightDtyp
             if profile.machine.same_but_weights(machine):
                 timings = Timings(profile, bundle.manifest, threads, costs)
                 return cache(timings.of)
-        except StagelineError:  # there is none, or none with so many threads
+        except StagelineError:  # there is no profile, or none with this number of threads
             pass
     rates = device_kind(_ANY).rates("float32")
     return cache(lambda shape: UseTimes(tuple(map(rates.use_s, costs(shape))), 0.0))

@@ -9,11 +9,11 @@ from typing import Any
 
 from stageline.runtime.generation.request import Choice
 from stageline.runtime.service.errors import as_json
-from stageline.runtime.service.events import EventStream
 from stageline.runtime.service.generations import Generations, usage
 from stageline.runtime.service.logprobs import of_chat
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import ChatRequest
+from stageline.runtime.service.server_sent_events import EventStream
 from starlette.responses import Response
 
 

@@ -9,11 +9,11 @@ from contextlib import aclosing
 from typing import Any
 
 from stageline.runtime.service.errors import ApiError, as_json
-from stageline.runtime.service.events import EventStream
 from stageline.runtime.service.generations import Generations, usage
 from stageline.runtime.service.logprobs import of_completion
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import CompletionRequest, each
+from stageline.runtime.service.server_sent_events import EventStream
 from starlette.responses import Response
 
 

@@ -175,7 +175,7 @@ def test_a_lying_header_is_refused(tmp_path: Path, header: Any, data_bytes: int,
         (struct.pack("<Q", 10) + b"{}", "header claims 10 bytes, but the file has 10"),
         (
             b"version https://git-lfs",
-            "claims [0-9,]+ bytes, .* allows 100,000,000; this is no safetensors file",
+            "claims [0-9,]+ bytes, .* allows 100,000,000; this is not a safetensors file",
         ),
     ],
 )

@@ -250,7 +250,7 @@ class TensorRTEngine:
         shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
         built = "; ".join(f"{profile.name}: {_ranges(profile)}" for profile in self._record.profiles)
         raise EngineError(
-            f"stage {self._number} was not built for {shape}, but for {built}; send smaller batches, or build it for "
+            f"stage {self._number} was built for {built}, not for {shape}; send smaller batches, or build it for "
             "more: stageline build"
         )
 

@@ -11,7 +11,7 @@ import pytest
 from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
 from stageline.exporter.verify.against_torch import verify
-from stageline.exporter.verify.inputs import random_inputs
+from stageline.exporter.verify.random_inputs import random_inputs
 from stageline.models.errors import ExportError
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from stageline.models.errors import BundleError, EngineError
-from stageline.runtime.builder.build import BuildOutcome, BuildProgress, Wanted, build, stale
+from stageline.runtime.builder.build import BuildOutcome, BuildProgress, WantedEngine, build, stale
 from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.recut import recut
@@ -25,11 +25,11 @@ pytestmark = [
     pytest.mark.skipif(not TENSORRT_RTX.installed, reason="tensorrt-rtx is not installed"),
 ]
 LOAD = Workload(micro_batch=2, length=8, slots=2, capacity=16)
-SM89 = Wanted(TENSORRT_RTX, "sm89", "fp16")
-PORTABLE = Wanted(TENSORRT_RTX, "portable", "fp16")
+SM89 = WantedEngine(TENSORRT_RTX, "sm89", "fp16")
+PORTABLE = WantedEngine(TENSORRT_RTX, "portable", "fp16")
 
 
-def built(path: Path, *wanted: Wanted, options: Options | None = None, jobs: int = 2) -> list[BuildOutcome]:
+def built(path: Path, *wanted: WantedEngine, options: Options | None = None, jobs: int = 2) -> list[BuildOutcome]:
     return build(Bundle.open(path), wanted, LOAD, options or Options(), jobs=jobs)
 
 
@@ -117,7 +117,7 @@ def test_a_kill_in_mid_build_leaves_what_was_built_and_the_rest_is_built_next(bu
         "done = []\n"
         "def step(step):\n"
         "    if step.stage == 1: print('building the second', flush=True); time.sleep(60)\n"
-        "wanted = [b.Wanted(TENSORRT_RTX, 'sm89', 'fp16')]\n"
+        "wanted = [b.WantedEngine(TENSORRT_RTX, 'sm89', 'fp16')]\n"
         "b.build(Bundle.open(sys.argv[1]), wanted, Workload(2, 8, 2, 16), Options(), jobs=1, progress=step)\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(bundle)], stdout=subprocess.PIPE, text=True) as process:
@@ -156,9 +156,9 @@ def test_two_builds_at_a_time_are_refused(bundle: Path) -> None:
 
 def test_what_cannot_be_built_is_said_before_anything_is_written(bundle: Path) -> None:
     with pytest.raises(EngineError, match=r"sm75 .Turing. does not compute in bf16"):
-        built(bundle, Wanted(TENSORRT_RTX, "sm75", "bf16"))
+        built(bundle, WantedEngine(TENSORRT_RTX, "sm75", "bf16"))
     with pytest.raises(EngineError, match=r"sm86 .Ampere. does not compute in fp8; choose --precision fp16"):
-        built(bundle, Wanted(TENSORRT_RTX, "sm86", "fp8"))
+        built(bundle, WantedEngine(TENSORRT_RTX, "sm86", "fp8"))
     with pytest.raises(EngineError, match="no version-compatible engines"):
         built(bundle, SM89, options=Options(version_compatible=True))
     assert not (bundle / FOLDER).exists()

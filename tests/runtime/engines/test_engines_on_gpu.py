@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from real_gpu import need_gpus
 from stageline.models.errors import EngineError
-from stageline.runtime.builder.build import Wanted, build
+from stageline.runtime.builder.build import WantedEngine, build
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import engine_factory
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName
@@ -90,7 +90,7 @@ def test_tensorrt_agrees_with_the_cpu(name: FlavourName, stripped: bool, decoder
     assert gpu is not None
     bundle = Path(shutil.copytree(decoder, tmp_path / "bundle"))
     target = gpu.target if not flavour.builds_anywhere else PORTABLE
-    (*outcomes,) = build(Bundle.open(bundle), [Wanted(flavour, target, "fp16")], LOAD, Options(stripped=stripped))
+    (*outcomes,) = build(Bundle.open(bundle), [WantedEngine(flavour, target, "fp16")], LOAD, Options(stripped=stripped))
     assert [outcome.error for outcome in outcomes] == [None, None]
     check(bundle, "tensorrt", 0.1)
 

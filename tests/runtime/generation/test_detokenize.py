@@ -148,7 +148,7 @@ def test_tokens_that_begin_and_end_inside_characters_stream_as_they_decode(token
 whole_characters = st.characters(exclude_categories=["Cs"]).map(lambda character: list(character.encode()))
 words = st.integers(BYTES, BYTES + 10).map(lambda token: [token])
 broken = st.tuples(st.sampled_from([[0x80] * 9, [0xF0, 0x9F], [0xFF], [0xE2, 0x82, 0x41]]), st.integers(264, 266)).map(
-    lambda pair: [BYTES + 7, *pair[0], pair[1]]  # between tokens that are no bytes
+    lambda pair: [BYTES + 7, *pair[0], pair[1]]  # between tokens that are not bytes
 )
 
 

@@ -153,7 +153,7 @@ def test_busy_time_is_the_device_s_own() -> None:
     assert device.busy_s() == 0
     for _ in range(7):
         plus_one(device, numbers(3)).read().wait()
-    assert device.busy_s() == pytest.approx(7 * KERNEL_S)  # the copies are no part of it
+    assert device.busy_s() == pytest.approx(7 * KERNEL_S)  # copies do not count
 
 
 def test_a_reader_on_any_thread_gets_the_right_context() -> None:

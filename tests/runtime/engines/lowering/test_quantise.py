@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stageline.models.errors import EngineError
-from stageline.runtime.builder.build import Wanted, build
+from stageline.runtime.builder.build import WantedEngine, build
 from stageline.runtime.builder.emulate import EmulatedStage
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import TensorSpec
@@ -126,7 +126,7 @@ def test_a_stage_with_quantised_weights_is_close_to_itself(
 def test_tensorrt_builds_quantised_stages(llama_bundle: Path, precision: Quantisation, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     path = shutil.copytree(llama_bundle, tmp_path / "bundle")
-    wanted = [Wanted(TENSORRT_RTX, "sm89", precision)]
+    wanted = [WantedEngine(TENSORRT_RTX, "sm89", precision)]
     for outcome in build(Bundle.open(path), wanted, Workload(length=8, slots=2, capacity=32), Options()):
         assert outcome.error is None
         assert outcome.record is not None
@@ -134,7 +134,7 @@ def test_tensorrt_builds_quantised_stages(llama_bundle: Path, precision: Quantis
 
 
 def test_stripped_and_quantised_is_refused(llama_bundle: Path) -> None:
-    wanted = [Wanted(TENSORRT_RTX, "sm89", "int8")]
+    wanted = [WantedEngine(TENSORRT_RTX, "sm89", "int8")]
     with pytest.raises(EngineError, match="--stripped reads weights unchanged from the bundle"):
         build(Bundle.open(llama_bundle), wanted, Workload(length=8, slots=2, capacity=32), Options(stripped=True))
 

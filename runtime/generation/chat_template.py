@@ -244,7 +244,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages without what is None in them, as transformers passes them. RequestError where they are no chat."""
+    """The messages without what is None in them, as transformers passes them. RequestError if they are not a chat."""
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages is a {type(messages).__name__}; give a list of messages")
     if not messages:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import BundleError, RequestError, StagelineError
-from stageline.runtime.generation.chat import GIVEN_BYTES, ChatTemplate
+from stageline.runtime.generation.chat_template import GIVEN_BYTES, ChatTemplate
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

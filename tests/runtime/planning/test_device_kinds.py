@@ -4,8 +4,8 @@ import re
 
 import pytest
 from stageline.models.errors import StagelineError
-from stageline.runtime.planning.catalogue import Rates, catalogue, device_kind
 from stageline.runtime.planning.cost import UseCost
+from stageline.runtime.planning.device_kinds import Rates, catalogue, device_kind
 
 CHIPS = {  # float32 lanes, boost GHz, bits of the memory bus, its transfers a pin in GT/s
     "H100": (16896, 1.98, 5120, 5.23),
