@@ -1,6 +1,5 @@
 """The thread that watches a pipeline, on engines that take as long as their blocks are told to."""
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llamas import SIX_BLOCKS
+from stageline.exporter.export import export
+from stageline.exporter.synthesize import synthesize
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import ENGINES, Device, Engine, StageFile, Value, engine_factory
@@ -19,7 +19,12 @@ from stageline.runtime.rebalance.policy import PolicySettings
 from stageline.runtime.rebalance.rebalancer import Rebalancer
 
 SECONDS = 20  # for what must happen; nothing takes that long
-BLOCK_S = 0.002
+BLOCKS, BLOCK_S = 6, 0.002
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 QUICK = PolicySettings(window_s=0.1, windows=2, min_runs=3, rest_s=0.2)
 
 
@@ -40,9 +45,12 @@ class Timed:
 
 
 @pytest.fixture(scope="module")
-def bundle(export_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of six blocks in stages of five and one; do not change it."""
-    return recut(shutil.copytree(export_once(SIX_BLOCKS), tmp_path_factory.mktemp("llama") / "bundle"), [5, 1]).path
+    folder = tmp_path_factory.mktemp("llama")
+    synthesize(LLAMA, folder / "checkpoint", seed=1, dtype="float32")
+    export(folder / "checkpoint", folder / "bundle")
+    return recut(folder / "bundle", [5, 1]).path
 
 
 Opened = Callable[..., Pipeline]
@@ -152,7 +160,7 @@ def test_an_idle_pipeline_is_left_alone_and_closes_at_once(opened: Opened) -> No
         told = pipeline.stats().rebalance
         assert told is not None
         assert (told.mode, told.advice) == ("auto", None)
-        assert pipeline.run({"input_ids": np.array([[5, 6, 7]])})["logits"].shape == (1, 3, SIX_BLOCKS["vocab_size"])
+        assert pipeline.run({"input_ids": np.array([[5, 6, 7]])})["logits"].shape == (1, 3, 100)
     assert set(threading.enumerate()) <= before
 
 
