@@ -94,7 +94,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 @pytest.fixture(scope="session")
 def export_once(made_once: MadeOnce) -> ExportOnce:
-    """Exports a config with random weights, in so many stages: once for all who ask for the same. Do not change it."""
+    """Exports a config with random weights, once for all tests that ask for the same; do not change the bundle."""
     from stageline.exporter.export import export
     from stageline.exporter.synthesize import synthesize
     from stageline.runtime.bundle.recut import recut

@@ -25,7 +25,7 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Run:
+def message(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command that must fail, and gives the one line it says (steps of progress left out)."""
 
     def run(*arguments: str | Path, status: int = 1) -> str:
@@ -61,8 +61,8 @@ def out(tmp_path: Path) -> Path:
 # A checkpoint
 
 
-def test_no_such_checkpoint(told: Run, out: Path) -> None:
-    line = told("export", out / "none", "-o", out / "b")
+def test_no_such_checkpoint(message: Run, out: Path) -> None:
+    line = message("export", out / "none", "-o", out / "b")
     assert f"{out / 'none'} does not exist; give a checkpoint's folder or a .gguf file" in line
     assert not list(out.iterdir())
 
@@ -108,10 +108,10 @@ def unknown_model_type(folder: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint(
-    damage: Callable[[Path], None], culprit: str, way_out: str, checkpoint: Path, out: Path, told: Run
+    damage: Callable[[Path], None], culprit: str, way_out: str, checkpoint: Path, out: Path, message: Run
 ) -> None:
     damage(checkpoint)
-    line = told("export", checkpoint, "-o", out / "b")
+    line = message("export", checkpoint, "-o", out / "b")
     assert culprit in line
     assert way_out in line
     assert not list(out.iterdir())
@@ -120,21 +120,21 @@ def test_a_damaged_checkpoint(
 # An export
 
 
-def test_no_stages_are_a_usage_error(checkpoint: Path, out: Path, told: Run) -> None:
-    assert "--stages" in told("export", checkpoint, "-o", out / "b", "--stages", "0", status=2)
+def test_no_stages_are_a_usage_error(checkpoint: Path, out: Path, message: Run) -> None:
+    assert "--stages" in message("export", checkpoint, "-o", out / "b", "--stages", "0", status=2)
     assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize("cuts", [("--stages", "4"), ("--layers", "2,2"), ("--layers", "3,0")])
-def test_cuts_that_do_not_fit(cuts: tuple[str, str], checkpoint: Path, bundle: Path, out: Path, told: Run) -> None:
-    assert "3 " in told("export", checkpoint, "-o", out / "b", *cuts)
+def test_cuts_that_do_not_fit(cuts: tuple[str, str], checkpoint: Path, bundle: Path, out: Path, message: Run) -> None:
+    assert "3 " in message("export", checkpoint, "-o", out / "b", *cuts)
     assert not list(out.iterdir())
     before = sorted((file, file.stat().st_mtime_ns) for file in bundle.rglob("*"))
-    assert "do not fit" in told("recut", bundle, *cuts)
+    assert "do not fit" in message("recut", bundle, *cuts)
     assert before == sorted((file, file.stat().st_mtime_ns) for file in bundle.rglob("*"))
 
 
-def test_cuts_that_do_not_fit_are_told_before_weights_are_placed(checkpoint: Path, out: Path) -> None:
+def test_cuts_that_do_not_fit_are_reported_before_weights_are_placed(checkpoint: Path, out: Path) -> None:
     steps: list[str] = []
     with pytest.raises(StagelineError, match="4 stages do not fit: the model has 3 blocks, so choose 1 to 3"):
         export(checkpoint, out / "b", stages=4, progress=steps.append)
@@ -142,23 +142,23 @@ def test_cuts_that_do_not_fit_are_told_before_weights_are_placed(checkpoint: Pat
     assert "placing weights" not in steps
 
 
-def test_an_existing_output_is_kept(checkpoint: Path, out: Path, told: Run) -> None:
+def test_an_existing_output_is_kept(checkpoint: Path, out: Path, message: Run) -> None:
     (out / "b").mkdir()
     (out / "b" / "mine").touch()
-    assert f"{out / 'b'} exists already; delete it, or choose another place" in told(
+    assert f"{out / 'b'} exists already; delete it, or choose another place" in message(
         "export", checkpoint, "-o", out / "b"
     )
     assert [file.name for file in out.rglob("*")] == ["b", "mine"]
 
 
 @pytest.mark.parametrize("limit_bytes", [1_000, 60_000])
-def test_a_file_that_cannot_grow(limit_bytes: int, checkpoint: Path, out: Path, told: Run) -> None:
+def test_a_file_that_cannot_grow(limit_bytes: int, checkpoint: Path, out: Path, message: Run) -> None:
     # What the disk refuses while the graphs, or while the weights, are written.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
     try:
-        line = told("export", checkpoint, "-o", out / "b", "--dtype", "float16")
+        line = message("export", checkpoint, "-o", out / "b", "--dtype", "float16")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -166,12 +166,12 @@ def test_a_file_that_cannot_grow(limit_bytes: int, checkpoint: Path, out: Path, 
     assert not list(out.iterdir())
 
 
-def test_a_disk_that_fills(checkpoint: Path, out: Path, told: Run) -> None:
+def test_a_disk_that_fills(checkpoint: Path, out: Path, message: Run) -> None:
     small = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(out)]
     if shutil.which("mount") is None or subprocess.run(small, capture_output=True, check=False).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
-        line = told("export", checkpoint, "-o", out / "b", "--dtype", "float16")
+        line = message("export", checkpoint, "-o", out / "b", "--dtype", "float16")
         assert f"cannot write {out / 'b'}: No space left on device" in line
         assert not list(out.iterdir())
     finally:
@@ -179,7 +179,7 @@ def test_a_disk_that_fills(checkpoint: Path, out: Path, told: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_export_leaves_nothing_that_opens(checkpoint: Path, out: Path, told: Run) -> None:
+def test_a_killed_export_leaves_nothing_that_opens(checkpoint: Path, out: Path, message: Run) -> None:
     command = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; main()"]
     command += ["export", str(checkpoint), "-o", str(out / "b"), "--stages", "3"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as export:
@@ -187,7 +187,7 @@ def test_a_killed_export_leaves_nothing_that_opens(checkpoint: Path, out: Path, 
             time.sleep(0.01)
         export.kill()
     assert export.returncode == -signal.SIGKILL
-    assert f"no bundle at {out / 'b'}" in told("inspect", out / "b")
+    assert f"no bundle at {out / 'b'}" in message("inspect", out / "b")
     assert main(command[3:]) == 0
     assert len(Bundle.open(out / "b").manifest.stages) == 3
     assert list(out.iterdir()) == [out / "b"]
@@ -205,17 +205,17 @@ def flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["stage.000-001.onnx", "weights/model.safetensors", "tokenizer/tokenizer.json"])
-def test_a_changed_byte(name: str, bundle: Path, told: Run) -> None:
+def test_a_changed_byte(name: str, bundle: Path, message: Run) -> None:
     flip(bundle / name)
     for command in (["inspect", bundle], ["run", bundle, "--text", "a cat"], ["recut", bundle, "--stages", "1"]):
-        line = told(*command)
+        line = message(*command)
         assert f"{name} was changed since it was exported (SHA-256 differs); export the bundle again" in line
 
 
 @pytest.mark.parametrize("name", ["stage.002-002.onnx", "weights/model.safetensors", "tokenizer/tokenizer.json"])
-def test_a_missing_file(name: str, bundle: Path, told: Run) -> None:
+def test_a_missing_file(name: str, bundle: Path, message: Run) -> None:
     (bundle / name).unlink()
-    assert f"{name} is missing; export the bundle again" in told("inspect", bundle)
+    assert f"{name} is missing; export the bundle again" in message("inspect", bundle)
 
 
 def edit(bundle: Path, old: str, new: str) -> None:
@@ -225,41 +225,41 @@ def edit(bundle: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def test_a_newer_version(bundle: Path, told: Run) -> None:
+def test_a_newer_version(bundle: Path, message: Run) -> None:
     edit(bundle, '"version": 3,', '"version": 4,')
-    line = told("inspect", bundle)
+    line = message("inspect", bundle)
     assert "has version 4; this stageline reads versions 2 and 3: install a newer stageline" in line
 
 
-def test_a_path_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
+def test_a_path_that_leaves_the_bundle(bundle: Path, message: Run) -> None:
     shutil.copy(bundle / "stage.000-001.onnx", bundle.parent / "outside.onnx")
     edit(bundle, '"stage.000-001.onnx"', '"../outside.onnx"')
-    line = told("inspect", bundle)
+    line = message("inspect", bundle)
     assert "'../outside.onnx' leaves the bundle" in line
     assert "export the bundle again" in line
 
 
-def test_a_link_that_leaves_the_bundle(bundle: Path, told: Run) -> None:
+def test_a_link_that_leaves_the_bundle(bundle: Path, message: Run) -> None:
     stage = bundle / "stage.000-001.onnx"
     stage.rename(bundle.parent / "outside.onnx")
     stage.symlink_to("../outside.onnx")
-    assert "stage.000-001.onnx is outside the bundle; export the bundle again" in told("inspect", bundle)
+    assert "stage.000-001.onnx is outside the bundle; export the bundle again" in message("inspect", bundle)
 
 
-def test_a_file_that_is_used_but_not_listed(bundle: Path, told: Run) -> None:
+def test_a_file_that_is_used_but_not_listed(bundle: Path, message: Run) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["files"] = [entry for entry in manifest["files"] if entry["path"] != "stage.000-001.onnx"]
     (bundle / "manifest.json").write_text(json.dumps(manifest))
-    assert "uses stage.000-001.onnx but does not list it; export the bundle again" in told("inspect", bundle)
+    assert "uses stage.000-001.onnx but does not list it; export the bundle again" in message("inspect", bundle)
 
 
 @pytest.mark.parametrize(
     ("content", "culprit"), [(None, "it has no manifest.json"), ("{", "manifest.json is not valid")]
 )
-def test_a_folder_that_is_no_bundle(content: str | None, culprit: str, out: Path, told: Run) -> None:
+def test_a_folder_that_is_no_bundle(content: str | None, culprit: str, out: Path, message: Run) -> None:
     if content is not None:
         (out / "manifest.json").write_text(content)
-    assert culprit in told("inspect", out)
+    assert culprit in message("inspect", out)
 
 
 # A request
@@ -276,22 +276,22 @@ def test_token_ids_out_of_range(token: int, tiny_bundle: Path) -> None:
         pipeline.run({"input_ids": np.array([[1, token]])})
 
 
-def test_a_text_longer_than_the_model(tiny_bundle: Path, told: Run) -> None:
-    line = told("run", tiny_bundle, "--text", "a cat " * 10)
+def test_a_text_longer_than_the_model(tiny_bundle: Path, message: Run) -> None:
+    line = message("run", tiny_bundle, "--text", "a cat " * 10)
     assert "text 0 has 22 tokens, at most 16 fit; shorten it" in line
 
 
-def test_weights_that_are_not_numbers(checkpoint: Path, out: Path, told: Run) -> None:
+def test_weights_that_are_not_numbers(checkpoint: Path, out: Path, message: Run) -> None:
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
     tensors["classifier.weight"][0, 0] = np.nan
     save_file(tensors, file)
     export(checkpoint, out / "b")
-    assert "the model's logits is not a number (NaN)" in told("run", out / "b", "--text", "a cat")
+    assert "the model's logits is not a number (NaN)" in message("run", out / "b", "--text", "a cat")
 
 
-def test_an_option_of_another_task(tiny_bundle: Path, told: Run) -> None:
-    line = told("run", tiny_bundle, "--text", "a cat", "--new-tokens", "3")
+def test_an_option_of_another_task(tiny_bundle: Path, message: Run) -> None:
+    line = message("run", tiny_bundle, "--text", "a cat", "--new-tokens", "3")
     assert "is for text-generation, but this bundle's task is text-classification; leave it out" in line
 
 

@@ -120,11 +120,11 @@ def test_a_model_with_a_cache_generates_what_transformers_generates(name: str, t
 def test_a_model_that_cannot_keep_a_cache_says_why_and_gives_what_torch_gives(name: str, tmp_path: Path) -> None:
     model_type, class_name, values, why = UNCACHED[name]
     checkpoint = synthesize(tmp_path / "checkpoint", model_type, class_name, values)
-    told: list[str] = []
-    bundle = export(checkpoint, tmp_path / "bundle", stages=2, progress=told.append)
+    message: list[str] = []
+    bundle = export(checkpoint, tmp_path / "bundle", stages=2, progress=message.append)
     assert not bundle.manifest.cached
     assert bundle.manifest.no_cache_reason == why
-    assert f"tracing without a KV cache ({why})" in told
+    assert f"tracing without a KV cache ({why})" in message
     check_every_cut(bundle.path, reference(checkpoint, class_name), TOLERANCE)
     with Pipeline.open(bundle.path) as pipeline, pytest.raises(RequestError) as refused:
         pipeline.generate([5])
@@ -153,11 +153,11 @@ class Layer(torch.nn.Module):
         return (self.model(self.change(tensors[0])),)
 
 
-@pytest.mark.parametrize("told", MEETING)
-def test_layers_in_which_tokens_meet_are_found(told: str) -> None:
-    layer: Any = Layer(MEETING[told]).eval()
+@pytest.mark.parametrize("message", MEETING)
+def test_layers_in_which_tokens_meet_are_found(message: str) -> None:
+    layer: Any = Layer(MEETING[message]).eval()
     traced = trace(layer, (torch.ones(layer.inputs[0].sample_shape()),), [], [], frozenset())
-    with pytest.raises(NoCacheError, match=rf"^its tokens meet outside attention \({told}"):
+    with pytest.raises(NoCacheError, match=rf"^its tokens meet outside attention \({message}"):
         check_apart(traced.model.graph)
 
 
@@ -189,7 +189,7 @@ def prefix_of_three(batch: Any, head: Any, query: Any, key: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"or_mask_function": prefix_of_three}, "its attention is not causal"),
         ({"or_mask_function": bidirectional_mask_function}, "its attention is not causal"),
@@ -201,7 +201,7 @@ def prefix_of_three(batch: Any, head: Any, query: Any, key: Any) -> Any:
     ],
 )
 def test_masks_that_the_operator_cannot_say_are_refused(
-    change: Any, told: str, monkeypatch: pytest.MonkeyPatch
+    change: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_masks(monkeypatch, change)
     values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_GROUPED, "num_hidden_layers": 2}
@@ -213,7 +213,7 @@ def test_masks_that_the_operator_cannot_say_are_refused(
         samples = tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in task.inputs)
         with mode, torch.no_grad(), pytest.raises(RefusedError) as refused:
             attention.watch(task, samples)
-    assert str(refused.value) == told
+    assert str(refused.value) == message
 
 
 def test_a_model_with_masks_that_the_operator_cannot_say_keeps_no_cache(
@@ -242,7 +242,7 @@ def test_a_causal_mask_has_no_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "told"),
+    ("mask", "message"),
     [
         (bidirectional_mask_function, "not causal"),
         (or_masks(causal_mask_function, prefix_of_three), "not causal"),
@@ -255,6 +255,6 @@ def test_a_causal_mask_has_no_window() -> None:
         (lambda b, h, q, k: {}[0], r"cannot be read \(KeyError\)"),
     ],
 )
-def test_other_masks_are_refused(mask: Any, told: str) -> None:
-    with pytest.raises(RefusedError, match=told):
+def test_other_masks_are_refused(mask: Any, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
         window_of(mask)

@@ -58,13 +58,13 @@ MIXING = {
 
 @pytest.mark.parametrize("name", MIXING)
 def test_tokens_that_meet_are_found(name: str) -> None:
-    inputs, outputs, constants, body, told = MIXING[name]
+    inputs, outputs, constants, body, message = MIXING[name]
     given = graph(inputs, outputs, constants, body)
-    for node in given:  # the shapes that a trace has, but for the last of the nodes
+    for node in given:  # the shapes that a trace has, except the last node's
         for value in node.outputs:
             if value.shape is None:
                 value.shape = ir.Shape(["batch", "length", "length"])
-    with pytest.raises(NoCacheError, match=rf"^its tokens meet outside attention \({told}"):
+    with pytest.raises(NoCacheError, match=rf"^its tokens meet outside attention \({message}"):
         check_apart(given)
 
 

@@ -67,7 +67,7 @@ def test_a_fetched_checkpoint_is_not_fetched_again(
     fetch_entry(entry, tmp_path / "sample", silent)
 
 
-def test_a_damaged_one_is_told(entry: Entry, tmp_path: Path) -> None:
+def test_a_damaged_one_is_reported(entry: Entry, tmp_path: Path) -> None:
     fetch_entry(entry, tmp_path / "sample", silent)
     (tmp_path / "sample" / "config.json").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"config.json has 0 bytes instead of 22; delete .*sample and fetch it"):
@@ -81,7 +81,7 @@ def test_another_hash_is_refused_and_leaves_nothing(entry: Entry, tmp_path: Path
     assert not (tmp_path / "root").exists()
 
 
-def test_what_no_index_has_is_told_in_one_line(entry: Entry, tmp_path: Path) -> None:
+def test_what_no_index_has_is_reported_in_one_line(entry: Entry, tmp_path: Path) -> None:
     absent = dataclasses.replace(entry, version="2.0")
     with pytest.raises(
         CheckpointError, match=r"No matching distribution found .*; check the network, the disk"

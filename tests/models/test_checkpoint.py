@@ -74,7 +74,7 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "nowhere")
 
 
-def test_a_path_the_system_refuses_is_told(tmp_path: Path) -> None:
+def test_a_path_the_system_refuses_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot look into .*: File name too long"):
         Checkpoint.open(tmp_path / ("x" * 300))
 
@@ -113,7 +113,7 @@ def test_a_broken_config_is_refused(tmp_path: Path, config: str, message: str) -
         ("model.Q4_0.gguf", "has its weights in model.Q4_0.gguf; give that file's path"),
     ],
 )
-def test_without_weights_the_folder_is_told_what_it_has(tmp_path: Path, name: str, message: str) -> None:
+def test_without_weights_the_folder_is_reported_what_it_has(tmp_path: Path, name: str, message: str) -> None:
     folder_with(tmp_path, config=CONFIG)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=message):

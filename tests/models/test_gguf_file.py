@@ -1,4 +1,4 @@
-"""A .gguf file is read as gguf itself reads it, and a damaged one is told, not crashed on."""
+"""A .gguf file is read as gguf itself reads it, and a damaged one is refused in one line."""
 
 from pathlib import Path
 

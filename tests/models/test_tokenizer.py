@@ -1,4 +1,4 @@
-"""Text becomes arrays, and what cannot become one is told to the user."""
+"""Text becomes arrays, and what cannot become one is refused in one line."""
 
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def test_minilm_gives_the_known_tokens() -> None:
     assert encoder.decode([101, 7592, 2088, 102]) == "hello world"
 
 
-def test_tokens_that_decode_leaves_out_are_told(encoder: TextEncoder) -> None:
+def test_tokens_that_decode_leaves_out_are_reported(encoder: TextEncoder) -> None:
     left_out = [token for token in (PAD, UNK, CLS, SEP, A, B, C, 1000) if encoder.leaves_out(token)]
     assert left_out == [PAD, UNK, CLS, SEP, 1000]
     assert encoder.decode([A, 1000, B]) == "a b"

@@ -75,7 +75,7 @@ def gpu(name: str, capability: tuple[int, int], **more: Any) -> dict[str, Any]:
     return {"name": name, "capability": capability, "total": 80 << 30, **more}
 
 
-def test_this_machine_is_told_as_it_is() -> None:
+def test_this_machine_is_reported_as_it_is() -> None:
     found = diagnose()
     assert found.cpu.cores == allowed_cores()
     assert found.cpu.memory_bytes == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -126,7 +126,7 @@ def test_a_gpu_that_does_not_answer_does_not_hide_the_others() -> None:
     assert problems == ("GPU 0 does not answer: GPU is lost",)
 
 
-def test_without_a_driver_the_reason_is_told() -> None:
+def test_without_a_driver_the_reason_is_reported() -> None:
     class NoDriver(FakeNvml):
         def nvmlInit(self) -> None:  # noqa: N802
             raise self.NVMLError("NVML Shared Library Not Found")

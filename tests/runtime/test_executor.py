@@ -354,17 +354,17 @@ def test_two_switches_at_once_take_turns(llamas: list[Path], want: Callable[...,
 
 
 def test_a_callback_on_the_pipelines_threads_cannot_switch(llamas: list[Path]) -> None:
-    told: Future[BaseException] = Future()
+    message: Future[BaseException] = Future()
 
     def switch(_: object) -> None:
         try:
             pipeline.recut(1)
         except BaseException as error:
-            told.set_result(error)
+            message.set_result(error)
 
     with Pipeline.open(llamas[0]) as pipeline:
         pipeline.submit(request(PROMPTS[0])).add_done_callback(switch)
-        error = told.result(SECONDS)
+        error = message.result(SECONDS)
         assert isinstance(error, RequestError)
         assert "use another thread" in str(error)
 
@@ -450,13 +450,13 @@ def test_weights_of_another_model_are_refused(llamas: list[Path], tmp_path: Path
 def test_only_weights_may_differ(llamas: list[Path]) -> None:
     running, new = map(Bundle.open, llamas)
     check_same_model(running, new)
-    for change, told in (
+    for change, message in (
         ({"vocabulary": 299}, "its vocabulary is 299, not 300"),
         ({"uses": new.manifest.uses[1:]}, "its number of blocks is 5, not 6"),
         ({"max_positions": 64}, "its max positions is 64, not 128"),
         ({"outputs": ()}, r"its outputs is \[\], not \['logits'\]"),
     ):
-        with pytest.raises(BundleError, match=told):
+        with pytest.raises(BundleError, match=message):
             check_same_model(running, replace(new, manifest=new.manifest.model_copy(update=change)))
     name = next(iter(new.tensors))
     wide = {**new.tensors, name: replace(new.tensors[name], shape=(7, 7))}
@@ -501,7 +501,7 @@ def test_batches_go_through_the_stages_that_they_were_queued_for(tiny_bundle: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"stages": 0}, "0 stages do not fit: the model has 6 blocks"),
         ({"stages": 7}, "7 stages do not fit: the model has 6 blocks"),
@@ -513,9 +513,9 @@ def test_batches_go_through_the_stages_that_they_were_queued_for(tiny_bundle: Pa
         ({"stages": 1, "devices": ["cpu", "cpu"]}, "2 devices are given for 1 stages"),
     ],
 )
-def test_a_cut_that_does_not_fit_is_refused(llamas: list[Path], arguments: dict[str, Any], told: str) -> None:
+def test_a_cut_that_does_not_fit_is_refused(llamas: list[Path], arguments: dict[str, Any], message: str) -> None:
     with Pipeline.open(llamas[0]) as pipeline:
-        with pytest.raises(StagelineError, match=told):
+        with pytest.raises(StagelineError, match=message):
             pipeline.recut(**arguments)
         assert tokens_of(pipeline.submit(request(PROMPTS[0], max_tokens=2)))
         assert pipeline.stats().changeovers == 0

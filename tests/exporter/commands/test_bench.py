@@ -162,7 +162,7 @@ def run_of(run_id: str, created: float, speeds: tuple[float, ...], template: Run
 
 @pytest.fixture
 def three(store: Store, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a, b (10 % slower than a, surely) and c (as a, but for noise), made from a measured one."""
+    """Runs a, b (10 % slower than a, surely) and c (as a, except for noise), made from a measured one."""
     assert main(["bench", str(tiny_bundle), *QUICK, "--repeats", "1", "--scenario", "Offline", "--run-id", "real"]) == 0
     template = store.run("real")
     for number, (run_id, speeds) in enumerate({"a": (100, 101, 99), "b": (90, 91, 89), "c": (80, 101, 99)}.items()):

@@ -23,15 +23,16 @@ def test_engines_are_built_listed_and_kept(
     assert lines[0].split() == ["stage", "target", "precision", "size", "build", "s", "engine"]
     assert [line.split()[:3] for line in lines[1:]] == [["0", "portable", "fp16"], ["1", "portable", "fp16"]]
     assert main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [engine["built"] for engine in told["engines"]] == [False, False]
+    message = json.loads(capsys.readouterr().out)
+    assert [engine["built"] for engine in message["engines"]] == [False, False]
     assert all(
-        (bundle / engine["plan"]["path"]).stat().st_size == engine["plan"]["size_bytes"] for engine in told["engines"]
+        (bundle / engine["plan"]["path"]).stat().st_size == engine["plan"]["size_bytes"]
+        for engine in message["engines"]
     )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "message"),
     [
         (["--target", "ada"], 1, "unknown target 'ada'"),
         (["--target", "sm90"], 1, "only on such a GPU"),
@@ -41,8 +42,8 @@ def test_engines_are_built_listed_and_kept(
     ],
 )
 def test_what_cannot_be_built_is_one_line(
-    tiny_bundle: Path, arguments: list[str], status: int, told: str, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path, arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", str(tiny_bundle), *arguments]) == status
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line

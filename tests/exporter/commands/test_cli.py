@@ -30,25 +30,25 @@ def document(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Any:
 
 def test_export_tells_what_it_made(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--layers", "1,2"]) == 0
-    told = capsys.readouterr()
-    assert "2 stages, 3 blocks," in told.out
-    assert "stamped: 3 blocks" in told.out
-    assert told.err.splitlines()[:2] == ["reading the checkpoint", "tracing"]
+    message = capsys.readouterr()
+    assert "2 stages, 3 blocks," in message.out
+    assert "stamped: 3 blocks" in message.out
+    assert message.err.splitlines()[:2] == ["reading the checkpoint", "tracing"]
 
 
 def test_export_as_json_is_one_document(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = document(capsys, "export", tiny_checkpoint, "-o", tmp_path / "b", "--dtype", "float16")
-    assert (told["stages"], told["blocks"]) == (1, 3)
-    assert told["weight_bytes"] == 2 * told["parameters"]
+    message = document(capsys, "export", tiny_checkpoint, "-o", tmp_path / "b", "--dtype", "float16")
+    assert (message["stages"], message["blocks"]) == (1, 3)
+    assert message["weight_bytes"] == 2 * message["parameters"]
 
 
 def test_inspect_shows_stages_and_what_crosses_the_cut(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(bundle)]) == 0
-    told = capsys.readouterr().out
-    assert "0 -> 1  hidden.2" in told
-    assert "at batch 8 x length 128" in told
+    message = capsys.readouterr().out
+    assert "0 -> 1  hidden.2" in message
+    assert "at batch 8 x length 128" in message
     found = document(capsys, "inspect", bundle)
     assert [(stage["first_block"], stage["last_block"]) for stage in found["stages"]] == [(0, 1), (2, 2)]
     assert found["cuts"][0][0]["nominal_bytes"] == 8 * 128 * 32 * 4
@@ -160,7 +160,7 @@ def test_a_made_up_checkpoint_exports_for_its_task(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["recut", "b", "--stages", "0"], "'--stages'"),
         (["recut", "b", "--stages", "two"], "'--stages'"),
@@ -171,10 +171,10 @@ def test_a_made_up_checkpoint_exports_for_its_task(
         (["nope"], "'nope'"),
     ],
 )
-def test_usage_errors_are_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert message in line
     command = "" if arguments == ["nope"] else f"{arguments[0]} "
     assert line.endswith(f"; see stageline {command}--help")
 

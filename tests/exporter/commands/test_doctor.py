@@ -67,17 +67,19 @@ def test_engine_takes_the_names_that_doctor_lists() -> None:
 
 def test_doctor_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["cpu"]["cores"] == list(allowed_cores())
-    assert {"driver", "gpus", "engines", "extras", "checkpoints", "problems"} <= set(told)
+    message = json.loads(capsys.readouterr().out)
+    assert message["cpu"]["cores"] == list(allowed_cores())
+    assert {"driver", "gpus", "engines", "extras", "checkpoints", "problems"} <= set(message)
 
 
 def test_gpus_are_shown_with_their_parts() -> None:
     part = MigDevice("H100 MIG 3g.40gb", "MIG-1", 40_000_000_000)
     gpu = GpuInfo(0, "H100", "GPU-1", "9.0", 80_000_000_000, 79_000_000_000, (part,))
-    told = text(replace(diagnose(), driver=NvidiaDriver("595.71", "13.2", None), gpus=(gpu,), problems=("something",)))
-    assert "driver: NVIDIA 595.71, CUDA up to 13.2" in told
-    assert "cuda:0" in told
-    assert "compute capability 9.0, 80.0 GB, 79.0 GB free" in told
-    assert "MIG, 40.0 GB" in told
-    assert told.endswith("problem: something")
+    message = text(
+        replace(diagnose(), driver=NvidiaDriver("595.71", "13.2", None), gpus=(gpu,), problems=("something",))
+    )
+    assert "driver: NVIDIA 595.71, CUDA up to 13.2" in message
+    assert "cuda:0" in message
+    assert "compute capability 9.0, 80.0 GB, 79.0 GB free" in message
+    assert "MIG, 40.0 GB" in message
+    assert message.endswith("problem: something")

@@ -44,9 +44,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 def test_profile_is_stored_in_the_bundle(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     assert main(["profile", str(path), "--threads", "1"]) == 0
-    told = capsys.readouterr().out
-    assert f"{path}/profiles/" in told
-    assert str(Machine.here()) in told
+    message = capsys.readouterr().out
+    assert f"{path}/profiles/" in message
+    assert str(Machine.here()) in message
     profile, warning = read_profile(path, Machine.here())
     assert warning is None
     assert {point.threads for point in profile.points} == {1}
@@ -54,10 +54,10 @@ def test_profile_is_stored_in_the_bundle(tiny_bundle: Path, tmp_path: Path, caps
 
 def test_plan_for_processors_of_this_machine(profiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("plan", profiled, "--devices", "cpu:0,cpu:1", "--length", "16", "--micro-batch", "4")
-    told = document(capsys, *asked)
-    assert sum(told["layers"]) == 3
-    assert told["tokens_per_s"] == pytest.approx(64 / told["bottleneck_s"])
-    assert told["warning"] is None
+    message = document(capsys, *asked)
+    assert sum(message["layers"]) == 3
+    assert message["tokens_per_s"] == pytest.approx(64 / message["bottleneck_s"])
+    assert message["warning"] is None
     assert main([*map(str, asked), "--explain"]) == 0
     lines = capsys.readouterr().out
     assert "stage  device  blocks  compute ms  copy ms  bubble" in lines
@@ -71,9 +71,9 @@ def test_profile_of_quantised_weights_is_stored_beside(
     path = Path(shutil.copytree(profiled, tmp_path / "bundle"))
     before, _ = read_profile(path, Machine.here())
     assert main(["profile", str(path), "--threads", "1", "--quantise", "int8"]) == 0
-    told = capsys.readouterr().out
-    assert f"{Machine.here('int8')}\n" in told
-    assert "-int8-weights.json: " in told
+    message = capsys.readouterr().out
+    assert f"{Machine.here('int8')}\n" in message
+    assert "-int8-weights.json: " in message
     profile, warning = read_profile(path, Machine.here("int8"))
     assert (profile.machine.quantise, warning) == ("int8", None)
     assert read_profile(path, Machine.here()) == (before, None)
@@ -124,11 +124,11 @@ def test_profile_of_another_machine_is_used_with_a_warning_that_names_both(
 def test_plan_for_devices_that_are_not_here(
     tiny_llama: Path, objective: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = document(capsys, "plan", tiny_llama, "--devices", "2xL4,H100", "--objective", objective, "--explain")
-    assert sum(told["layers"]) == 6
-    assert told["price_per_million_tokens"] > 0
-    assert told["energy_j_per_token"] > 0
-    assert told["next_best"]["layers"]
+    message = document(capsys, "plan", tiny_llama, "--devices", "2xL4,H100", "--objective", objective, "--explain")
+    assert sum(message["layers"]) == 6
+    assert message["price_per_million_tokens"] > 0
+    assert message["energy_j_per_token"] > 0
+    assert message["next_best"]["layers"]
 
 
 def test_cost_and_throughput_want_different_devices(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,21 +142,21 @@ def test_cost_and_throughput_want_different_devices(tiny_llama: Path, capsys: py
 
 def test_how_many_of_which_device_serve_a_rate(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--rate", "2000", "--ttft-p99-ms", "50", "--length", "64", "--new-tokens", "16", "--capacity", "128")
-    told = document(capsys, "plan", tiny_llama, "--devices", "T4,H100", *asked)["serving"]
-    assert {size["kind"] for size in told} == {"T4", "H100"}
-    assert told == sorted(told, key=lambda size: size["price_per_h"])
-    for size in told:
+    message = document(capsys, "plan", tiny_llama, "--devices", "T4,H100", *asked)["serving"]
+    assert {size["kind"] for size in message} == {"T4", "H100"}
+    assert message == sorted(message, key=lambda size: size["price_per_h"])
+    for size in message:
         assert size["devices"] == size["pipelines"] * size["stages"]
         assert size["report"]["ttft"]["p99"] <= 0.05
 
 
 def test_layers_are_pinned(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = document(capsys, "plan", tiny_llama, "--devices", "3xL4", "--layers", "1,3,2")
-    assert told["layers"] == [1, 3, 2]
+    message = document(capsys, "plan", tiny_llama, "--devices", "3xL4", "--layers", "1,3,2")
+    assert message["layers"] == [1, 3, 2]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "give --devices or --cluster"),
         (("--devices", "L4", "--cluster", "c.toml"), "give --devices or --cluster"),
@@ -173,10 +173,10 @@ def test_layers_are_pinned(tiny_llama: Path, capsys: pytest.CaptureFixture[str])
         (("--devices", "L4", "--dtype", "float16", "--quantise", "int8"), "give --dtype or --quantise, not both"),
     ],
 )
-def test_what_cannot_be_planned_is_told_in_one_line(
-    tiny_llama: Path, arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_planned_is_reported_in_one_line(
+    tiny_llama: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in refusal(capsys, "plan", tiny_llama, *arguments)
+    assert message in refusal(capsys, "plan", tiny_llama, *arguments)
 
 
 def test_a_cluster_file_is_planned_for(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,5 +185,5 @@ def test_a_cluster_file_is_planned_for(tiny_llama: Path, tmp_path: Path, capsys:
         'ordered = true\n[[devices]]\nname = "a"\nkind = "L4"\n[[devices]]\nname = "b"\nkind = "T4"\n'
         '[[links]]\nfrom = "a"\nto = "b"\ngb_s = 1\n'
     )
-    told = document(capsys, "plan", tiny_llama, "--cluster", file, "--layers", "4,2")
-    assert [stage["devices"] for stage in told["stages"]] == [["a"], ["b"]]
+    message = document(capsys, "plan", tiny_llama, "--cluster", file, "--layers", "4,2")
+    assert [stage["devices"] for stage in message["stages"]] == [["a"], ["b"]]

@@ -55,9 +55,9 @@ def test_it_answers_and_a_signal_lets_it_finish(llama: Path) -> None:
             lines = answer.iter_lines()
             begun = next(lines)
             process.send_signal(signal.SIGTERM)
-            told = [begun, *filter(None, lines)]
-        assert told[-1] == "data: [DONE]"
-        assert json.loads(told[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+            message = [begun, *filter(None, lines)]
+        assert message[-1] == "data: [DONE]"
+        assert json.loads(message[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert process.wait(20) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
@@ -86,31 +86,31 @@ def test_options_reach_the_service(llama: Path) -> None:
         assert process.wait(20) == 0
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
+def message(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str]:
     status = main(["serve", *map(str, arguments)])
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     return status, said
 
 
-def test_what_cannot_be_served_is_told_in_a_line(
+def test_what_cannot_be_served_is_reported_in_a_line(
     llama: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, said = told(capsys, tiny_bundle, "--port", "0")
+    status, said = message(capsys, tiny_bundle, "--port", "0")
     assert status == 1
     assert "text-classification" in said
-    status, said = told(capsys, tmp_path / "nothing", "--port", "0")
+    status, said = message(capsys, tmp_path / "nothing", "--port", "0")
     assert status == 1
     assert "nothing" in said
     (tmp_path / "other").mkdir()
     shutil.copytree(llama, tmp_path / "other" / "llama")
-    status, said = told(capsys, llama, tmp_path / "other" / "llama", "--port", "0")
+    status, said = message(capsys, llama, tmp_path / "other" / "llama", "--port", "0")
     assert status == 2
     assert "two bundles are called 'llama'" in said
-    status, said = told(capsys, llama, "--name", "a", "--name", "b", "--port", "0")
+    status, said = message(capsys, llama, "--name", "a", "--name", "b", "--port", "0")
     assert status == 2
     assert "2 names for 1 bundle;" in said
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        status, said = told(capsys, llama, "--port", str(taken.getsockname()[1]))
+        status, said = message(capsys, llama, "--port", str(taken.getsockname()[1]))
     assert status == 1
     assert "Address already in use" in said

@@ -17,10 +17,10 @@ def test_lowered_stages_agree_as_closely_as_their_precision_allows(
 ) -> None:
     arguments = ["verify", str(tiny_bundle), "--engine", "tensorrt", "--emulated", "--precision", precision, "--json"]
     assert main(arguments) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["passed"]
-    assert {c["stage"] for c in told["comparisons"]} == {0, 1}
-    errors = [c["max_error"] for c in told["comparisons"]]
+    message = json.loads(capsys.readouterr().out)
+    assert message["passed"]
+    assert {c["stage"] for c in message["comparisons"]} == {0, 1}
+    errors = [c["max_error"] for c in message["comparisons"]]
     assert max(errors) <= most
     assert precision == "fp32" or max(errors) > 0
 

@@ -1,4 +1,4 @@
-"""A window lets in so many at a time, each once, in the order in which they came."""
+"""A window lets in N at a time, each once, in the order of arrival."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""Processors are shared fairly, and a worker stays on its own."""
+"""Cores are shared fairly, and a worker stays on its own."""
 
 import os
 import threading

@@ -213,7 +213,7 @@ def test_of_named_templates_tools_take_their_own(tmp_path: Path) -> None:
         ("{{ 'a' | no_filter }}", r"cannot be used \(line 1: No filter named 'no_filter'.\); give a plain prompt"),
     ],
 )
-def test_a_bundle_without_a_usable_template_is_told_what_to_do(tmp_path: Path, template: Any, message: str) -> None:
+def test_a_bundle_without_a_usable_template_is_reported_what_to_do(tmp_path: Path, template: Any, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         ChatTemplate.open(folder_with(tmp_path, template))
 
@@ -374,7 +374,9 @@ def test_a_process_that_was_killed_is_replaced() -> None:
         ("/bin/false", r"the process that renders chat templates ended with 1; see what /bin/false .*chat_process.py"),
     ],
 )
-def test_a_python_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch, executable: str, message: str) -> None:
+def test_a_python_that_does_not_start_is_reported(
+    monkeypatch: pytest.MonkeyPatch, executable: str, message: str
+) -> None:
     monkeypatch.setattr(sys, "executable", executable)
     with pytest.raises(StagelineError, match=message):
         template_of_nothing()

@@ -57,7 +57,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def bundles(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Gives a bundle of the model cut to so many stages; do not change it."""
+    """Returns the model's bundle in `stages` stages; do not change it."""
     folder = tmp_path_factory.mktemp("generator")
     model.save_pretrained(folder / "checkpoint")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
@@ -135,7 +135,7 @@ class Hooked:
 
 @pytest.fixture
 def hooked(bundles: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pipeline]:
-    """Opens a pipeline of so many stages whose engines call `before` (stage, inputs) and `after` (stage, outputs)."""
+    """Opens a pipeline of `stages` stages whose engines call `before` (stage, inputs) and `after` (stage, outputs)."""
 
     def nothing(stage: int, values: Mapping[str, Array]) -> None:
         pass
@@ -374,7 +374,7 @@ def test_pieces_joined_are_the_completion(bundles: Callable[[int], Path], want: 
 
 def test_what_cannot_be_run_is_refused_at_once(bundles: Callable[[int], Path]) -> None:
     with Pipeline.open(bundles(1)) as pipeline:
-        for prompt, told in (
+        for prompt, message in (
             ("", "the prompt has no tokens"),
             ((), "the prompt has no tokens"),
             ((1, -1), "token 1 of the prompt is -1, outside the vocabulary"),
@@ -383,7 +383,7 @@ def test_what_cannot_be_run_is_refused_at_once(bundles: Callable[[int], Path]) -
             ((1.5,), "token 0 of the prompt is 1.5; give whole numbers"),
             ((True,), "token 0 of the prompt is True"),
         ):
-            with pytest.raises(RequestError, match=told):
+            with pytest.raises(RequestError, match=message):
                 pipeline.generate(prompt, repetition_penalty=1.5)
         assert pipeline.generate((1, 2), max_tokens=3).result(SECONDS).completion_tokens <= 3
         stats = pipeline.stats().generation
@@ -515,9 +515,11 @@ def test_a_stage_that_raises_fails_the_requests_of_that_step_alone(
         armed.set()
         doomed = pipeline.submit(request(unlucky, max_tokens=MOST))
         others = [pipeline.submit(request(prompt)) for prompt in (*PROMPTS[1:5], PROMPTS[7], *PROMPTS[1:5])]
-        with pytest.raises(EngineError, match=rf"^stage {stage} failed in step \d+: ValueError: out of luck$") as told:
+        with pytest.raises(
+            EngineError, match=rf"^stage {stage} failed in step \d+: ValueError: out of luck$"
+        ) as message:
             doomed.result(SECONDS)
-        assert isinstance(told.value.__cause__, ValueError)
+        assert isinstance(message.value.__cause__, ValueError)
         failed = 0
         for prompt, future in zip((*PROMPTS[1:5], PROMPTS[7], *PROMPTS[1:5]), others, strict=True):
             try:

@@ -235,7 +235,7 @@ def alone(slots: int = 4, groups: int = 1, chunk: int = 16, prefills: int = 1, c
 
 
 def settle_but(machine: Machine, steps: int) -> None:
-    """So many steps done, one under way at a time."""
+    """The machine after `steps` steps, one at a time."""
     for _ in range(steps):
         assert machine.issue()
         machine.complete()

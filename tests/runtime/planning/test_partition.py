@@ -20,7 +20,7 @@ def cuts(blocks: int, stages: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def placements(problem: Problem, stages: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Every (device, replicas) for each of so many stages."""
+    """Every (device, replicas) for each of `stages` stages."""
     if problem.counts is None:
         for devices in itertools.combinations(range(len(problem.devices)), stages):
             yield tuple((device, 1) for device in devices)
@@ -186,7 +186,7 @@ def test_200_blocks_on_64_devices_take_seconds(
     assert taken_s < 6.0  # 2 s and less on a current core; a slow one that is shared must not fail
 
 
-def test_pins_that_do_not_fit_are_told() -> None:
+def test_pins_that_do_not_fit_are_reported() -> None:
     device = DeviceCost("d", (1.0,) * 5, 10)
     with pytest.raises(StagelineError, match="layers 2,2 do not fit: give each stage at least 1 block, 3 in all"):
         Problem((device,), ((None,),), (1.0,) * 5, (1.0,) * 3, layers=(2, 2))

@@ -99,7 +99,7 @@ def test_a_straggler_sets_the_pace() -> None:
 @pytest.mark.parametrize(
     ("shared", "overlap", "pace_s"), [(False, True, 0.02), (True, True, 0.04), (False, False, 0.03)]
 )
-def test_copies_overlap_unless_told_otherwise_and_share_a_link(shared: bool, overlap: bool, pace_s: float) -> None:
+def test_copies_overlap_unless_reported_otherwise_and_share_a_link(shared: bool, overlap: bool, pace_s: float) -> None:
     def stage(number: int) -> SimulatedStage:
         link = "bus" if shared else f"wire {number}"
         return SimulatedStage(lambda s: 0.01, number, (lambda s: 0.02) if number else None, link)
@@ -161,7 +161,7 @@ def test_replicas_are_the_fewest_that_keep_the_goal() -> None:
     assert replicas_needed(generation, 200, 0.001, max_replicas=64) is None
 
 
-def test_a_request_that_does_not_fit_a_cache_row_is_told() -> None:
+def test_a_request_that_does_not_fit_a_cache_row_is_reported() -> None:
     with pytest.raises(StagelineError, match="a request has 30 tokens, a cache row holds 16; set a larger capacity"):
         simulate_generation(equal_stages(1), [TextRequest(0.0, 20, 10)], 2, 16, 8)
 

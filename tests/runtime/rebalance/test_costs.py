@@ -1,4 +1,4 @@
-"""What the uses of a model are told to take: by the profile of this machine, else in the proportions of a roofline."""
+"""The expected time of each use: from the profile of this machine, else in the proportions of a roofline."""
 
 import shutil
 from pathlib import Path
@@ -37,10 +37,10 @@ def profiled(bundle: Bundle, machine: Machine, block_s: float = 1e-6) -> None:
 
 def test_the_profile_of_this_machine_tells_the_times(bundle: Bundle) -> None:
     profiled(bundle, Machine.here())
-    told = use_seconds(bundle, 1, on_cpu=True)
-    assert told(Shape(4, 8)).use_s == pytest.approx([64e-6, 32e-6, 32e-6, 32e-6, 128e-6], rel=0.01)
+    message = use_seconds(bundle, 1, on_cpu=True)
+    assert message(Shape(4, 8)).use_s == pytest.approx([64e-6, 32e-6, 32e-6, 32e-6, 128e-6], rel=0.01)
     done = {"batch": Amount(runs=10, rows=20, tokens=120), "prefill": Amount(0, 0, 0), "decode": Amount(0, 0, 0)}
-    work = work_seconds(told, done, past=0)  # ten micro-batches of two rows of six tokens
+    work = work_seconds(message, done, past=0)  # ten micro-batches of two rows of six tokens
     assert work.use_s == pytest.approx([240e-6, 120e-6, 120e-6, 120e-6, 480e-6], rel=0.01)
 
 
@@ -54,22 +54,22 @@ def test_the_profile_of_the_weights_that_run_tells_the_times_or_else_that_of_oth
     assert use_seconds(bundle, 1, True)(Shape(1, 4)).use_s[1] == pytest.approx(12e-6, rel=0.01)
 
 
-@pytest.mark.parametrize("why", ["no profile", "another machine", "other threads", "no processors"])
+@pytest.mark.parametrize("why", ["no profile", "another machine", "other threads", "no CPU"])
 def test_without_one_a_roofline_tells_their_proportions(bundle: Bundle, why: str) -> None:
     machine = Machine.here()
     if why != "no profile":
         profiled(bundle, machine.model_copy(update={"cpu": "another"}) if why == "another machine" else machine)
-    told = use_seconds(bundle, 2 if why == "other threads" else 1, on_cpu=why != "no processors")
-    prologue, first, second, third, epilogue = told(Shape(4, 8)).use_s
+    message = use_seconds(bundle, 2 if why == "other threads" else 1, on_cpu=why != "no CPU")
+    prologue, first, second, third, epilogue = message(Shape(4, 8)).use_s
     assert first == second == third > 0
     assert prologue < first  # it only looks up
     assert epilogue < first  # a pooler and a classifier of twelve words' width
 
 
 def test_kinds_of_work_add_up(bundle: Bundle) -> None:
-    told = use_seconds(bundle, 1, on_cpu=False)
+    message = use_seconds(bundle, 1, on_cpu=False)
     one, other = Amount(3, 6, 48), Amount(2, 2, 8)
-    both = work_seconds(told, {"batch": one, "prefill": other}, past=5)
-    apart = [work_seconds(told, {"batch": one}, past=5), work_seconds(told, {"prefill": other}, past=5)]
+    both = work_seconds(message, {"batch": one, "prefill": other}, past=5)
+    apart = [work_seconds(message, {"batch": one}, past=5), work_seconds(message, {"prefill": other}, past=5)]
     assert both.use_s == pytest.approx([a + b for a, b in zip(*(work.use_s for work in apart), strict=True)])
     assert Amount(5, 8, 56).since(one) == Amount(2, 2, 8)

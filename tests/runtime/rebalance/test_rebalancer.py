@@ -1,4 +1,4 @@
-"""The thread that watches a pipeline, on engines that take as long as their blocks are told to."""
+"""The thread that watches a pipeline, on engines whose blocks take known times."""
 
 import threading
 import time
@@ -111,11 +111,11 @@ def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCa
     with opened() as pipeline:
         rebalancer = watch(pipeline, auto=False)
         keep_busy(pipeline, lambda: rebalancer.stats().advice is not None)
-        told = pipeline.stats().rebalance
-        assert told is not None
-        assert told.advice is not None
-        assert (told.mode, told.advice.layers, told.advice.now) == ("advise", (3, 3), (5, 1))
-        assert told.advice.gain > 0.3
+        reported = pipeline.stats().rebalance
+        assert reported is not None
+        assert reported.advice is not None
+        assert (reported.mode, reported.advice.layers, reported.advice.now) == ("advise", (3, 3), (5, 1))
+        assert reported.advice.gain > 0.3
         assert (pipeline.layers, pipeline.stats().changeovers) == ((5, 1), 0)
         assert any("layers 3,3 instead of 5,1 would have" in record.message for record in caplog.records)
         pipeline.recut([3, 3])  # taken by hand: it does not hold any more
@@ -127,17 +127,19 @@ def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCa
 def test_costs_are_those_of_the_weights_that_were_opened(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def told(*arguments: Any) -> UseSeconds:
+    def reported(*arguments: Any) -> UseSeconds:
         asked.append(arguments[-1])
         return use_seconds(*arguments)
 
-    monkeypatch.setattr("stageline.runtime.rebalance.rebalancer.use_seconds", told)
+    monkeypatch.setattr("stageline.runtime.rebalance.rebalancer.use_seconds", reported)
     with opened(quantise="int8", rebalance="advise") as pipeline:
         keep_busy(pipeline, lambda: bool(asked))
     assert set(asked) == {"int8"}
 
 
-def test_stages_that_do_not_open_are_told_and_it_serves_on(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+def test_stages_that_do_not_open_are_reported_and_it_serves_on(
+    opened: Opened, caplog: pytest.LogCaptureFixture
+) -> None:
     armed = threading.Event()
 
     def fails() -> None:
@@ -157,9 +159,9 @@ def test_stages_that_do_not_open_are_told_and_it_serves_on(opened: Opened, caplo
 def test_an_idle_pipeline_is_left_alone_and_closes_at_once(opened: Opened) -> None:
     before = set(threading.enumerate())
     with opened(rebalance="auto") as pipeline:
-        told = pipeline.stats().rebalance
-        assert told is not None
-        assert (told.mode, told.advice) == ("auto", None)
+        reported = pipeline.stats().rebalance
+        assert reported is not None
+        assert (reported.mode, reported.advice) == ("auto", None)
         assert pipeline.run({"input_ids": np.array([[5, 6, 7]])})["logits"].shape == (1, 3, 100)
     assert set(threading.enumerate()) <= before
 

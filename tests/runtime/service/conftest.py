@@ -1,4 +1,4 @@
-"""A service in a thread, of two tiny models: `llama` generates, `bert` embeds. Its llama can be told to misbehave."""
+"""A service in a thread, of two tiny models: `llama` generates, `bert` embeds. Its llama misbehaves on request."""
 
 import json
 import shutil

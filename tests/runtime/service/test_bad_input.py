@@ -26,13 +26,13 @@ def _alive_after(service: Any) -> Iterator[None]:
     assert service.metric('stageline_slots_running{model="llama"}') == 0
 
 
-def refused(answer: httpx.Response, status: int, *told: str) -> dict[str, Any]:
+def refused(answer: httpx.Response, status: int, *message: str) -> dict[str, Any]:
     """The error of an answer that is one, as OpenAI's clients read it."""
     assert answer.status_code == status, answer.text
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"]
-    for part in told:
+    for part in message:
         assert part in error["message"]
     return error
 
@@ -85,11 +85,11 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "told"), COMPLETIONS, ids=[json.dumps(body)[:40] for body, _ in COMPLETIONS])
-def test_a_wrong_completion_is_400(service: Any, body: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("body", "message"), COMPLETIONS, ids=[json.dumps(body)[:40] for body, _ in COMPLETIONS])
+def test_a_wrong_completion_is_400(service: Any, body: dict[str, Any], message: str) -> None:
     content = json.dumps({"model": "llama", "prompt": "a", **body})  # in ASCII: \ud800 stays an escape
     headers = {"content-type": "application/json"}
-    refused(service.client.post("/v1/completions", content=content, headers=headers), 400, told)
+    refused(service.client.post("/v1/completions", content=content, headers=headers), 400, message)
 
 
 CHATS: list[tuple[dict[str, Any], str]] = [
@@ -107,11 +107,11 @@ CHATS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "told"), CHATS, ids=[json.dumps(body)[:40] for body, _ in CHATS])
-def test_a_wrong_chat_is_400(service: Any, body: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("body", "message"), CHATS, ids=[json.dumps(body)[:40] for body, _ in CHATS])
+def test_a_wrong_chat_is_400(service: Any, body: dict[str, Any], message: str) -> None:
     content = json.dumps({"model": "llama", "messages": CHAT, **body})
     headers = {"content-type": "application/json"}
-    refused(service.client.post("/v1/chat/completions", content=content, headers=headers), 400, told)
+    refused(service.client.post("/v1/chat/completions", content=content, headers=headers), 400, message)
 
 
 EMBEDDINGS: list[tuple[dict[str, Any], str]] = [
@@ -128,9 +128,9 @@ EMBEDDINGS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "told"), EMBEDDINGS, ids=[json.dumps(body)[:40] for body, _ in EMBEDDINGS])
-def test_a_wrong_embedding_is_400(service: Any, body: dict[str, Any], told: str) -> None:
-    refused(service.post("embeddings", **{"model": "bert", "input": "a", **body}), 400, told)
+@pytest.mark.parametrize(("body", "message"), EMBEDDINGS, ids=[json.dumps(body)[:40] for body, _ in EMBEDDINGS])
+def test_a_wrong_embedding_is_400(service: Any, body: dict[str, Any], message: str) -> None:
+    refused(service.post("embeddings", **{"model": "bert", "input": "a", **body}), 400, message)
 
 
 def test_a_long_text_is_cut_where_that_is_asked_for(service: Any) -> None:
@@ -210,7 +210,7 @@ def test_a_body_of_100_mb_is_413_and_never_held(service: Any, declared: bool) ->
     assert service.metric(memory) - before < 40e6
 
 
-def test_a_client_that_asks_before_it_sends_is_told_at_once(service: Any) -> None:
+def test_a_client_that_asks_before_it_sends_is_reported_at_once(service: Any) -> None:
     address = urlsplit(service.url)
     assert address.hostname is not None
     with socket.create_connection((address.hostname, address.port or 0), timeout=10) as connection:
@@ -222,12 +222,14 @@ def test_a_client_that_asks_before_it_sends_is_told_at_once(service: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "status", "told"),
+    ("content", "status", "message"),
     [("refuse", 400, "no such chats"), ("escape", 500, "chat template"), ("loop", 500, "CPU time")],
 )
-def test_a_hostile_chat_template(service: Any, content: str, status: int, told: str) -> None:
+def test_a_hostile_chat_template(service: Any, content: str, status: int, message: str) -> None:
     refused(
-        service.post("chat/completions", model="llama", messages=[{"role": "user", "content": content}]), status, told
+        service.post("chat/completions", model="llama", messages=[{"role": "user", "content": content}]),
+        status,
+        message,
     )
     assert service.post("chat/completions", model="llama", messages=CHAT).status_code == 200
 
@@ -253,11 +255,13 @@ def with_nans(stage: int, inputs: Mapping[str, Any], outputs: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("fault", "word", "told"),
+    ("fault", "word", "message"),
     [(raising, "mats", "the device fell off"), (with_nans, "ran", "logit of token 0 is nan")],
     ids=["raise", "NaN"],
 )
-def test_what_fails_in_a_stage_fails_its_requests_and_no_others(service: Any, fault: Any, word: str, told: str) -> None:
+def test_what_fails_in_a_stage_fails_its_requests_and_no_others(
+    service: Any, fault: Any, word: str, message: str
+) -> None:
     spared: dict[str, Any] = {"prompt": "a cat", "max_tokens": 150, "min_tokens": 150, "temperature": 0}
     alone = service.post("completions", model="llama", **spared).json()["choices"][0]["text"]
     service.faults.step = fault
@@ -266,7 +270,7 @@ def test_what_fails_in_a_stage_fails_its_requests_and_no_others(service: Any, fa
         begun = next(events)
         for stream in (False, True):
             answer = service.post("completions", model="llama", prompt=f"cat {word}", stream=stream)
-            assert refused(answer, 500, told)["code"] == "engine_error"
+            assert refused(answer, 500, message)["code"] == "engine_error"
         assert service.metric('stageline_slots_running{model="llama"}') == 1, "the other should still run"
         lines = [begun, *filter(None, events)]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]

@@ -141,7 +141,7 @@ def test_the_size_of_a_body_is_a_choice(serve: Any) -> None:
 
 
 def streamed(service: Any) -> list[str]:
-    """The lines of a long stream, during which the service is told to end."""
+    """The lines of a long stream, during which the service is asked to stop."""
     with service.stream("completions", **LONG) as answer:
         lines = answer.iter_lines()
         begun = next(lines)

@@ -94,15 +94,15 @@ def test_embeddings_are_measured(serve: Serve) -> None:
     assert (answers.requests.status == ANSWERED).all()
 
 
-def test_what_is_no_endpoint_is_told(serve: Serve) -> None:
+def test_what_is_no_endpoint_is_reported(serve: Serve) -> None:
     with serve() as running:
         refusals: dict[tuple[Any, ...], str] = {
             ("ftp://somewhere",): "is not the URL of an endpoint",
             (running.url, "gpt"): "serves llama, bert; choose one of them",
             (f"{running.url}/nowhere",): "answers 404",
         }
-        for given, told in refusals.items():
-            with pytest.raises(RequestError, match=told):
+        for given, message in refusals.items():
+            with pytest.raises(RequestError, match=message):
                 Endpoint(*given)
     with pytest.raises(RequestError, match=r"cannot be reached .*is it running"):
         Endpoint(running.url)

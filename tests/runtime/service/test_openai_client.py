@@ -62,15 +62,15 @@ def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI, direct: Callable
             stream_options={"include_usage": True},
         )
     )  # fmt: skip
-    *told, last = chunks
-    deltas = [chunk.choices[0].delta for chunk in told]
+    *reported, last = chunks
+    deltas = [chunk.choices[0].delta for chunk in reported]
     assert deltas[0].role == "assistant"
     assert deltas[0].content == ""
     assert [delta.role for delta in deltas[1:]] == [None] * (len(deltas) - 1)
     assert "".join(delta.content or "" for delta in deltas) == want.text
-    reasons = [chunk.choices[0].finish_reason for chunk in told]
-    assert reasons == [None] * (len(told) - 1) + [want.choices[0].finish_reason]
-    assert all(chunk.usage is None for chunk in told)
+    reasons = [chunk.choices[0].finish_reason for chunk in reported]
+    assert reasons == [None] * (len(reported) - 1) + [want.choices[0].finish_reason]
+    assert all(chunk.usage is None for chunk in reported)
     assert last.choices == []
     assert last.usage is not None
     assert last.usage.completion_tokens == want.completion_tokens

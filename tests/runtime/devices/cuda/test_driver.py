@@ -43,7 +43,7 @@ def test_a_machine_without_a_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         load()
 
 
-def test_without_cuda_for_python_the_pip_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_for_python_the_pip_command_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     load.cache_clear()
     with pytest.raises(EngineError, match=r'CUDA for Python is not installed: pip install "stageline\[gpu\]"'):

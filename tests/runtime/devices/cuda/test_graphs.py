@@ -68,7 +68,7 @@ def test_what_cannot_be_captured_is_enqueued_each_time(call: str) -> None:
     assert work.driver.count_of("begin_capture") == 1
 
 
-def test_a_lost_gpu_is_told_at_once() -> None:
+def test_a_lost_gpu_is_reported_at_once() -> None:
     work = Adder()
     replay = Replay(work.driver, work.stream)
     replay.run("a", work.enqueue)

@@ -174,7 +174,7 @@ def test_too_much_memory_is_an_error_that_leaves_the_gpu_usable() -> None:
     device.close()
 
 
-def test_a_gpu_that_is_not_there_is_told() -> None:
+def test_a_gpu_that_is_not_there_is_reported() -> None:
     driver = need_gpus()
     with pytest.raises(RequestError, match=r"this machine has cuda:0"):
         open_gpus([(0, driver.count())], (0,), driver)

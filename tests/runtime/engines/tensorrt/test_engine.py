@@ -209,7 +209,7 @@ def test_weights_are_replaced_while_the_engine_is_open(decoder: Path, tmp_path: 
     assert np.abs(after).max() == 0
 
 
-def test_what_tensorrt_says_is_told(decoder: Path, install: Install) -> None:
+def test_what_tensorrt_says_is_reported(decoder: Path, install: Install) -> None:
     module = install(FakeDriver())
     module.refuse = "plan"
     with pytest.raises(EngineError, match=r"^stage \d does not open in TensorRT on cuda:0: .*the plan is not mine$"):
@@ -223,7 +223,7 @@ def test_what_tensorrt_says_is_told(decoder: Path, install: Install) -> None:
         assert len(pipeline.generate([1, 2], max_tokens=2).result(SECONDS).choices[0].token_ids) == 2
 
 
-def test_what_the_engines_were_not_built_for_is_told(decoder: Path, install: Install) -> None:
+def test_what_the_engines_were_not_built_for_is_reported(decoder: Path, install: Install) -> None:
     install(FakeDriver())
     for options, message in (
         ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are requested; open with capacity=64, or"),
@@ -280,7 +280,7 @@ def test_an_engine_for_another_gpu_is_not_opened(decoder: Path, tmp_path: Path, 
         opened(bundle)
 
 
-def test_out_of_memory_for_the_caches_is_told(decoder: Path, install: Install) -> None:
+def test_out_of_memory_for_the_caches_is_reported(decoder: Path, install: Install) -> None:
     driver = FakeDriver()
     install(driver)
     driver.fail("allocate", "CUDA_ERROR_OUT_OF_MEMORY", after=2)
