@@ -44,9 +44,9 @@ class PipelineOptions:
     threads: int | None = None
     """CPU cores that the stages share. None: all that this process may use."""
     queue: int = 64
-    """Most unfinished requests, batches and generation each. With fewer than two per stage, stages idle."""
+    """Max unfinished requests, batches and generation each. With fewer than two per stage, stages idle."""
     micro_batch: int | None = None
-    """Most rows of a micro-batch. None: chosen from the batch and the number of stages."""
+    """Max rows of a micro-batch. None: chosen from the batch and the number of stages."""
     quantise: WeightDtype | None = None
     """Quantise the weights of matrix products on opening ("int8", "int4"): faster and smaller, and less exact."""
     slots: int = 8
@@ -56,7 +56,7 @@ class PipelineOptions:
     cache_dtype: CacheDtype | None = None
     """What the caches hold. None: what the engine prefers."""
     prefill_chunk: int = 128
-    """Most tokens of a prompt per step, so that a long prompt does not hold up the others."""
+    """Max tokens of a prompt per step, so that a long prompt does not hold up the others."""
     rebalance: RebalanceMode = "off"
     """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
     ("auto"); docs/how-to/recut.md."""
