@@ -1,6 +1,5 @@
 """Decoders that keep a KV cache generate what transformers does; the others say why not, and are right without."""
 
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from transformers.masking_utils import (
 )
 from transformers.models.llama import modeling_llama
 
-TOLERANCE = 1e-4  # weights are so large here that positions that are all wrong move outputs by whole units
+# Outputs go up to 6.5; the largest error measured is 2.9e-5, and positions that are all wrong move outputs by units.
+TOLERANCE = 5e-5
 _SIZES = {
     "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 99,
     "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
@@ -166,11 +166,11 @@ def llama(folder: Path) -> Path:
 
 
 def test_a_model_whose_layers_let_tokens_meet_keeps_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers of a Llama whose MLPs get what all of `MEETING` make of what goes into them."""
+    """The layers of a Llama whose MLPs get the token before."""
     forward = modeling_llama.LlamaMLP.forward
 
     def changed(module: Any, x: torch.Tensor) -> torch.Tensor:
-        return forward(module, reduce(lambda y, change: change(y), MEETING.values(), x))
+        return forward(module, MEETING["Pad along the tokens"](x))
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", changed)
     checkpoint = llama(tmp_path / "checkpoint")

@@ -57,11 +57,12 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("checkpoints", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    run(sys.executable, "-m", "venv", folder / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
     python = folder / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)
     (wheel,) = folder.glob("stageline-*.whl")
-    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu]")
+    run(*pip, "install", "--quiet", "--no-compile", f"{wheel}[cpu]")
     return python.parent
 
 

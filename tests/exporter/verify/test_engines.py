@@ -72,5 +72,5 @@ def test_without_a_gpu_one_line_says_what_is_missing(tiny_bundle: Path, capsys: 
 def test_each_engine_wants_its_own_options(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tiny_bundle)]) == 2
     assert "--against" in capsys.readouterr().err
-    assert main(["verify", str(tiny_bundle), "--engine", "tensorrt", "--layers"]) == 2
+    assert main(["verify", str(tiny_bundle), "--engine", "tensorrt", "--inner-values"]) == 2
     assert "--emulated" in capsys.readouterr().err
