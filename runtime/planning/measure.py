@@ -38,6 +38,7 @@ from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES, bytes_per_
 from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point
+from stageline.runtime.words import counted
 from stageline.runtime.workload import Shape
 
 _MIN_RUNS, _MAX_RUNS, _POINT_S = 2, 40, 0.1
@@ -83,13 +84,13 @@ def measure(
     beside: dict[tuple[int, ...], list[Contention]] = {}
     for number, count in itertools.product(range(passes), able):
         for first, end in ranges(bundle, quantise):
-            progress(f"pass {number + 1} of {passes}: {count} threads, blocks {first} to {end - 1}")
+            progress(f"pass {number + 1} of {passes}: {counted(count, 'core')}, blocks {first} to {end - 1}")
             with _worker(cores[:count]) as worker:
                 submit = partial(worker.submit, _range_points, model, first, end, cores[:count], grids)
                 points, _ = undisturbed(lambda submit=submit: submit().result())  # type: ignore[misc]
             for point in points:
                 found.setdefault((count, point.batch, point.length, point.past, first, end), []).append(point)
-        progress(f"pass {number + 1} of {passes}: stages of {count} threads beside each other")
+        progress(f"pass {number + 1} of {passes}: stages on {counted(count, 'core')} each, side by side")
         for one in _contention(model, count, cores, grids):
             beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
