@@ -11,9 +11,11 @@ import numpy as np
 from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import BundleError, EngineError, RequestError
 from stageline.models.tokenizer import TextEncoder, padded
+from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import EMBEDDING, Manifest
 from stageline.runtime.engines.base import Array
 from stageline.runtime.generation.request import GenerationRequest, Sampling
+from stageline.runtime.generation.text_model import open_encoder
 from stageline.runtime.pipeline import Pipeline
 
 TOP = 5
@@ -43,15 +45,16 @@ class Session:
         return values
 
 
-def encoder_of(folder: Path, manifest: Manifest) -> TextEncoder:
+def encoder_of(bundle: Bundle) -> TextEncoder:
     """The bundle's tokenizer. BundleError if it has none."""
-    if manifest.text is None:
-        reads = ", ".join(spec.name for spec in manifest.inputs)
+    encoder = open_encoder(bundle)
+    if encoder is None:
+        reads = ", ".join(spec.name for spec in bundle.manifest.inputs)
         raise BundleError(
-            f"bundle {folder} has no tokenizer, so it cannot read texts; "
+            f"bundle {bundle.path} has no tokenizer, so it cannot read texts; "
             f"give it {reads} from Python: Pipeline.open(...).run(...)"
         )
-    return TextEncoder.open(folder / manifest.text.tokenizer, manifest.text.max_length, manifest.text.pad_id)
+    return encoder
 
 
 def sentence_similarity(session: Session, texts: Sequence[str]) -> Answer:

@@ -41,7 +41,7 @@ def run_command(
             f"{task} takes no text; run this bundle from Python: Pipeline.open({str(bundle)!r}).run(...)"
         )
     with Pipeline.open(bundle) as pipeline:
-        session = Session(bundle, manifest, pipeline, encoder_of(bundle, manifest))
+        session = Session(bundle, manifest, pipeline, encoder_of(pipeline.bundle))
         if task == "text-generation":
             result = text_generation(session, text, _NEW_TOKENS if new_tokens is None else new_tokens)
         else:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from stageline.models.errors import RequestError
-from stageline.models.tokenizer import TextEncoder, padded
+from stageline.models.tokenizer import padded
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import BATCH, LENGTH
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
+from stageline.runtime.generation.text_model import open_encoder
 
 _ITEMS = 512  # different requests, sent round and round
 
@@ -101,10 +102,10 @@ def make_items(
         ]
         words = f"{rows} x {texts} random tokens" if rows > 1 else f"{texts} random tokens"
         return [_item(names, (), one, bundle, output_tokens) for one in made], words
-    if manifest.text is None:
+    encoder = open_encoder(bundle)
+    if encoder is None:
         raise RequestError(f"bundle {bundle.path} has no tokenizer and cannot read texts; give --lengths")
-    limit = min(limit, manifest.text.max_length)
-    encoder = TextEncoder.open(bundle.path / manifest.text.tokenizer, manifest.text.max_length, manifest.text.pad_id)
+    limit = min(limit, encoder.max_length)
     tokens = {text: tuple(encoder.ids(text)[:limit]) for text in texts}
     chosen = [draw.choices([text for text in texts if tokens[text]], k=rows) for _ in range(_ITEMS)]
     items = [_item(names, one, [tokens[text] for text in one], bundle, output_tokens) for one in chosen]

@@ -118,7 +118,7 @@ def test_run_prints_what_transformers_answers(
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", architectures=[architecture])
     bundle = export(checkpoint, tmp_path / "b")
-    ids = torch.tensor(encoder_of(bundle.path, bundle.manifest).encode([text])["input_ids"])
+    ids = torch.tensor(encoder_of(bundle).encode([text])["input_ids"])
     model = getattr(transformers, architecture).from_pretrained(checkpoint).eval()
     assert main(["run", str(tmp_path / "b"), "--text", text]) == 0
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_run_continues_text_greedily(
     changes = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": None, "bos_token_id": 2}
     checkpoint, texts = make_checkpoint(tmp_path / "c", **changes), ["a cat sat", "dog"]
     bundle = export(checkpoint, tmp_path / "b", stages=3)
-    encoder = encoder_of(bundle.path, bundle.manifest)
+    encoder = encoder_of(bundle)
     model = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
     answer = document(capsys, "run", bundle.path, "--text", texts[0], "--text", texts[1], "--new-tokens", "3")
     for number, text in enumerate(texts):
