@@ -130,6 +130,7 @@ def _manifest(
         attention=traced.attention,
         refused=traced.refused,
         no_cache_reason=traced.no_cache_reason,
+        notes=tuple(wanted.notes),
         made_by={name: version(name) for name in ("stageline", "torch", "transformers", "onnxscript", "onnx-ir")},
     )
 

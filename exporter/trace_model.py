@@ -1,7 +1,7 @@
 """From a checkpoint to the part graphs of its model: the first attention that fits, traced, cut and fused."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,8 @@ class Wanted:
     pooling: SentencePooling | None
     stages: int | Sequence[int]
     progress: Callable[[str], None]
+    notes: list[str] = field(default_factory=list)
+    """Grows while the export finds what a user should know of the bundle; each is a sentence without its full stop."""
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,10 @@ def read_document(kind: type[_Document], file: Path, advice: str) -> _Document:
         if head.format not in expected:
             raise BundleError(f"{file} has format {head.format!r}, not {expected[0]!r}; {advice}")
         if head.version not in versions:
-            known = " and ".join(map(str, versions))
+            *others, last = map(str, versions)
+            known = f"versions {', '.join(others)} and {last}" if others else f"version {last}"
             advice = f"install a newer stageline, or {advice}" if head.version > max(versions) else advice
-            raise BundleError(f"{file} has version {head.version}; this stageline reads version {known}: {advice}")
+            raise BundleError(f"{file} has version {head.version}; this stageline reads {known}: {advice}")
         return kind.model_validate_json(data)
     except ValidationError as error:
         raise BundleError(f"{file} is not valid ({first_error(error)}); {advice}") from error

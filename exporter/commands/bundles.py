@@ -47,13 +47,14 @@ def export_command(
     seconds = time.perf_counter() - begin
     manifest = bundle.manifest
     how = {"trace": manifest.trace, "attention": manifest.attention, "no_cache_reason": manifest.no_cache_reason}
+    how["notes"] = manifest.notes
     summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
     common.print_result(
         as_json,
         summary,
         f"{output}: {words.counted(summary['stages'], 'stage')}, {words.counted(summary['blocks'], 'block')}, "
         f"{bundle.parameters:,} parameters, {words.size(bundle.weight_bytes)} of weights, in {seconds:.1f} s\n"
-        f"{manifest.trace}\n{show.attention(manifest)}",
+        + "\n".join([manifest.trace, show.attention(manifest), *show.notes(manifest)]),
     )
 
 
@@ -106,7 +107,7 @@ def _description(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.path),
         **{
             name: getattr(manifest, name)
-            for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason")
+            for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason", "notes")
         },
         **_summary(bundle),
         "stages": [stage.model_dump(exclude={"inputs", "outputs"}) for stage in manifest.stages],

@@ -28,6 +28,7 @@ def bundle(opened: Bundle) -> str:
         f"{opened.parameters:,} parameters, {words.size(opened.weight_bytes)} of weights",
         f"trace: {manifest.trace}",
         attention(manifest),
+        *notes(manifest),
         "",
         table(
             ["stage", "blocks", "parameters", "weights"],
@@ -46,6 +47,11 @@ def bundle(opened: Bundle) -> str:
         sizes = " x ".join(f"{name} {size}" for name, size in NOMINAL.items())
         head += ["", table(["cut", "value", "dtype", "shape", f"at {sizes}"], crossing)]
     return "\n".join(head)
+
+
+def notes(manifest: Manifest) -> list[str]:
+    """What a user should know of the export, a line each."""
+    return [f"note: {note}" for note in manifest.notes]
 
 
 def attention(manifest: Manifest) -> str:

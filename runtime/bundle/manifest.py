@@ -136,7 +136,7 @@ class UncutManifest(Data):
     """The manifest of a bundle, except its stages: what they are stitched from."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"
-    version: Literal[2, 3] = 3
+    version: Literal[2, 3, 4] = 4
     task: str  # as Hugging Face names it: feature-extraction, sentence-similarity, text-classification, ...
     architecture: str  # the config's model_type
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -149,12 +149,14 @@ class UncutManifest(Data):
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)
     labels: tuple[str, ...] | None = None  # of a classifier
+    activation: Literal["softmax", "sigmoid", "none"] = "softmax"  # makes a classifier's scores of its logits
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
     attention: str | None = None  # cache, cache-torch, fused or primitive (docs/reference/bundle.md); None in version 2
     refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
     no_cache_reason: str | None = None  # why a model of text keeps no keys and values
+    notes: tuple[str, ...] = ()  # what a user should know of the export, each a sentence
     made_by: dict[str, str]  # package -> version
 
     @property

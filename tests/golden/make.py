@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import transformers
 from stageline.exporter.export import export
-from stageline.runtime.bundle.manifest import VERSION
+from stageline.runtime.bundle.manifest import UncutManifest
 
 HERE = Path(__file__).parent
+VERSION = UncutManifest.model_fields["version"].default
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "on", "mats")
 SIZES = {
     "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "num_hidden_layers": 2,

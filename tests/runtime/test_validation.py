@@ -36,10 +36,10 @@ def test_every_version_that_the_model_declares_is_read(version: int, tmp_path: P
         ("{", "is not valid (Invalid JSON: EOF while parsing an object at line 1 column 1"),
         ("{}", "is not valid (format: Field required); build it again"),
         ('{"format": "boat", "version": 3}', "has format 'boat', not 'house'; build it again"),
-        ('{"format": "house", "version": 1}', "has version 1; this stageline reads version 2 and 3: build it again"),
+        ('{"format": "house", "version": 1}', "has version 1; this stageline reads versions 2 and 3: build it again"),
         (
             '{"format": "house", "version": 4, "roof": 1}',
-            "has version 4; this stageline reads version 2 and 3: install a newer stageline, or build it again",
+            "has version 4; this stageline reads versions 2 and 3: install a newer stageline, or build it again",
         ),
         ('{"format": "house", "version": 3, "roof": 1}', "roof: Extra inputs are not permitted (it is 1)); build"),
         (

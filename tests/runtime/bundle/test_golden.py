@@ -14,7 +14,7 @@ from stageline.runtime.pipeline import Pipeline
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 EXPECTED: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text())
-VERSIONS = pytest.mark.parametrize("version", [2, 3])
+VERSIONS = pytest.mark.parametrize("version", [2, 3, 4])
 
 
 def check_classifier(bundle: Path) -> None:
@@ -46,6 +46,11 @@ def test_a_golden_bundle_gives_what_transformers_gives_as_it_is_and_recut(
     CHECKS[name](copy)
 
 
+def test_before_version_4_a_classifier_takes_the_softmax_and_there_are_no_notes() -> None:
+    manifest = Bundle.open(GOLDEN / "v3" / "classifier").manifest
+    assert (manifest.activation, manifest.notes) == ("softmax", ())
+
+
 def test_version_2_states_no_attention() -> None:
     manifest = Bundle.open(GOLDEN / "v2" / "generator").manifest
     assert (manifest.attention, manifest.refused, manifest.no_cache_reason) == (None, None, None)
@@ -53,7 +58,7 @@ def test_version_2_states_no_attention() -> None:
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(1, "export the bundle again"), (4, "install a newer stageline, or export the bundle again")],
+    [(1, "export the bundle again"), (5, "install a newer stageline, or export the bundle again")],
 )
 def test_other_versions_are_refused_in_one_line(version: int, advice: str, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(GOLDEN / "v2" / "classifier", tmp_path / "bundle"))
@@ -61,4 +66,4 @@ def test_other_versions_are_refused_in_one_line(version: int, advice: str, tmp_p
     file.write_text(file.read_text().replace('"version": 2,', f'"version": {version},'))
     with pytest.raises(BundleError) as refused:
         Bundle.open(copy)
-    assert str(refused.value) == (f"{file} has version {version}; this stageline reads version 2 and 3: {advice}")
+    assert str(refused.value) == (f"{file} has version {version}; this stageline reads versions 2, 3 and 4: {advice}")
