@@ -16,6 +16,7 @@ from stageline.exporter.weights import majority_dtype, place
 from stageline.models.checkpoint import Checkpoint, read_json_object
 from stageline.models.errors import ExportError
 from stageline.models.new_folder import new_folder
+from stageline.models.quantisation import check_plain
 from stageline.models.safetensors_file import read_header
 from stageline.models.sentence import SentencePooling, pooling
 from stageline.models.tensors import TensorEntry
@@ -63,6 +64,7 @@ def _wanted(
 ) -> Wanted:
     """What to trace, with the choices that the checkpoint makes if the caller does not."""
     checkpoint = Checkpoint.open(path)
+    check_plain(checkpoint)
     head = pooling(checkpoint) if checkpoint.kind == "safetensors" else None
     config = skeleton.config_of(gguf.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config)
     task = task or skeleton.task_of(config, head)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from stageline.models import gguf_file, safetensors_file
+from stageline.models import gguf_file, other_formats, safetensors_file
 from stageline.models.errors import CheckpointError
 from stageline.models.tensors import TensorEntry
 
@@ -19,7 +19,6 @@ _AUXILIARY = (
     "chat_template.jinja",
     "preprocessor_config.json",
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _open_folder(folder: Path) -> Checkpoint:
     config = read_json_object(folder / "config.json")
     single = folder / "model.safetensors"
+    if (folder / "adapter_config.json").is_file() and (single.is_file() or (folder / _INDEX).is_file()):
+        raise CheckpointError(
+            f"{folder} holds a whole model and an adapter beside it (adapter_config.json); move that file away if the "
+            "adapter is merged into the model already, else merge it and export what that saves"
+        )
     if single.is_file():
         files: tuple[Path, ...] = (single,)
         tensors = safetensors_file.read_header(single)
@@ -129,21 +133,18 @@ def _read_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]
 
 
 def _why_no_weights(folder: Path) -> str:
-    pickles = _names(folder, *_PICKLES)
     stray = _names(folder, "*.safetensors")
     ggufs = _names(folder, "*.gguf")
-    if (folder / "adapter_config.json").is_file():
-        return f"{folder} holds an adapter, not a whole model; merge it into its base model and save that"
+    adapter = other_formats.adapter(folder)
+    if adapter:
+        return f"{folder} {adapter}"
     if stray:
         return f"{folder} has {stray[0]} but neither model.safetensors nor {_INDEX}; download the missing file"
     if ggufs:
         return f"{folder} has its weights in {ggufs[0]}; give that file's path instead of the folder's"
-    if pickles:
-        return (
-            f"{folder} has its weights only in {pickles[0]}, and reading a pickle can run any code; convert it where "
-            "you trust it: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) with transformers"
-        )
-    return f"{folder} has no weights (model.safetensors or {_INDEX}); download them"
+    return other_formats.what_it_holds(folder) or (
+        f"{folder} has no weights (model.safetensors or {_INDEX}); download them"
+    )
 
 
 def _open_gguf(path: Path, file: Path) -> Checkpoint:
@@ -164,8 +165,17 @@ def _only_gguf(folder: Path) -> Path:
     if len(names) > 1:
         raise CheckpointError(f"{folder} has {len(names)} .gguf files ({', '.join(names[:4])}); give one's path")
     if not names:
-        raise CheckpointError(f"{folder} has neither config.json nor a .gguf file; give a checkpoint's folder")
+        raise CheckpointError(other_formats.what_it_holds(folder) or _why_no_config(folder))
     return folder / names[0]
+
+
+def _why_no_config(folder: Path) -> str:
+    inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    if _names(folder, "*.safetensors"):
+        return f"{folder} has weights but no config.json, which says what model they are of; download it"
+    if inside:
+        return f"{folder} has neither config.json nor a .gguf file, but its folder {inside[-1]} has; give that folder"
+    return f"{folder} has neither config.json nor a .gguf file; give a checkpoint's folder"
 
 
 def _tokenizer(folder: Path) -> Path | None:

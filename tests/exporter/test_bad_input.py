@@ -99,7 +99,7 @@ def unknown_model_type(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "culprit", "way_out"),
     [
-        (without_config, "neither config.json nor a .gguf file", "give a checkpoint's folder"),
+        (without_config, "has weights but no config.json", "download it"),
         (truncated, "model.safetensors", "download it again"),
         (lying_header, "model.safetensors", "download it again"),
         (missing_shard, "lacks the shard 'model-00002-of-00002.safetensors', which holds 1 of", "download it"),

@@ -1,0 +1,122 @@
+"""What a folder holds that is no checkpoint we read, in one sentence with the nearest way that works."""
+
+import json
+from pathlib import Path
+
+# peft's types that add inputs to the model and not to its weights, so that nothing can be merged
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT")
+_PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # the likeliest first
+_NOT_WEIGHTS = ("openvino_", "training_args", "optimizer", "scheduler", "rng_state", "scaler")
+_RESAVE = "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) with transformers"
+_FROM_OTHERS = {
+    "*.h5": "TensorFlow",
+    "*.msgpack": "Flax",
+    "saved_model.pb": "TensorFlow",
+    "*.ckpt.index": "TensorFlow",
+}
+_COMPILED = {
+    "openvino_*.xml": "OpenVINO",
+    "*.onnx": "ONNX",
+    "onnx/*.onnx": "ONNX",
+    "*.engine": "TensorRT",
+    "*.plan": "TensorRT",
+    "*.mlpackage": "Core ML",
+    "*.tflite": "TensorFlow Lite",
+}
+
+
+def what_it_holds(folder: Path) -> str | None:
+    """A sentence on what is in `folder`, which has no weights that we read; None if nothing there is known."""
+    for kind in (adapter, _diffusers, _original, _other_framework, _compiled, _pickled):
+        said = kind(folder)
+        if said is not None:
+            return f"{folder} {said}"
+    return None
+
+
+def adapter(folder: Path) -> str | None:
+    """What to do with an adapter, if the folder holds one."""
+    stated = _json(folder / "adapter_config.json")
+    if stated is None:
+        files = _names(folder, "adapter_model.*")
+        return f"holds an adapter ({files[0]}), not a whole model; merge it into its base model" if files else None
+    kind = stated.get("peft_type")
+    base = stated.get("base_model_name_or_path") or stated.get("model_name")
+    what = f"holds {f'an adapter of type {kind}' if kind else 'an adapter'}, not a whole model"
+    if kind in _PROMPTS:
+        return f"{what}, and that type cannot be merged; export its base model{f' {base}' if base else ''} alone"
+    return (
+        f"{what}; merge it into its base model{f' {base}' if base else ''} with peft, and export what that saves: "
+        "PeftModel.from_pretrained(BASE_MODEL, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+    )
+
+
+def _diffusers(folder: Path) -> str | None:
+    stated = _json(folder / "model_index.json")
+    if stated is None:
+        return None
+    kind = stated.get("_class_name", "of unknown kind")
+    parts = sorted(file.parent.name for file in folder.glob("*text_encoder*/config.json"))
+    return f"holds a diffusers pipeline ({kind}), which is not read; " + (
+        f"its {parts[0]} folder is a checkpoint of its own" if parts else "export a model of transformers"
+    )
+
+
+def _original(folder: Path) -> str | None:
+    consolidated = _names(folder, "consolidated*")
+    if not consolidated or (folder / "config.json").is_file():
+        return None
+    return (
+        f"holds {consolidated[0]}, a checkpoint as Meta's or Mistral's own code writes it; use the same model in "
+        "Hugging Face's layout (config.json and model*.safetensors), or make that with the convert_*_weights_to_hf.py "
+        "of its architecture in transformers"
+    )
+
+
+def _other_framework(folder: Path) -> str | None:
+    for pattern, framework in _FROM_OTHERS.items():
+        names = _names(folder, pattern)
+        if names and not _pickles(folder):
+            return (
+                f"has its weights only in {names[0]}, which is {framework}'s; use a version of the checkpoint with "
+                "model.safetensors, or convert it with a transformers below 5, which still read it: "
+                f"AutoModel.from_pretrained(FOLDER, from_{'flax' if framework == 'Flax' else 'tf'}=True)"
+            )
+    return None
+
+
+def _compiled(folder: Path) -> str | None:
+    for pattern, engine in _COMPILED.items():
+        names = _names(folder, pattern)
+        if names and not _pickles(folder):
+            return f"holds {names[0]}, a model compiled for {engine}; give the checkpoint that it was made from"
+    return None
+
+
+def _pickled(folder: Path) -> str | None:
+    names = _pickles(folder)
+    if not names:
+        return None
+    return (
+        f"has its weights only in {names[0]}, and reading a pickle can run any code; convert it where you trust it: "
+        + _RESAVE
+    )
+
+
+def _pickles(folder: Path) -> list[str]:
+    return [n for pattern in _PICKLES for n in _names(folder, pattern) if not n.startswith(_NOT_WEIGHTS)]
+
+
+def _json(file: Path) -> dict[str, object] | None:
+    """The object in a JSON file; None without one, empty if it is damaged (its name tells enough)."""
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _names(folder: Path, pattern: str) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.glob(pattern))
