@@ -4,7 +4,7 @@ Each case runs in a process of its own, to measure its peak memory. The peak inc
 transformers; the row `imports` shows that alone. The synthetic Llamas have real headers and no data (sparse files): an
 export that read their weights would show in `read`. `read` and `written` count system calls during the export; reads
 through a memory map, as of a .gguf, show in the peak instead. `new` is the disk space of the bundle (linked weights
-take none).
+take none; up to 2 GiB are copied where the file system has no reflinks).
 
     python benchmarks/export_cost.py --json export_cost.json
     python benchmarks/export_cost.py --peers      also transformers' own ONNX exporter on SmolLM2 (minutes)

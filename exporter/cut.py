@@ -387,7 +387,8 @@ def _graph(region: _Region, local: Mapping[ir.Value, str], label: str, source: i
     graph = ir.Graph(
         inputs, outputs, nodes=nodes, initializers=constants, opset_imports=dict(source.graph.opset_imports), name=label
     )
-    graph.opset_imports.pop(MARK[0], None)
+    if not any(node.domain == MARK[0] for node in nodes):
+        graph.opset_imports.pop(MARK[0], None)
     return ir.Model(graph, ir_version=source.ir_version, producer_name="stageline")
 
 

@@ -12,7 +12,7 @@ from stageline.exporter import gguf, skeleton
 from stageline.exporter.cut import PartGraph
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
-from stageline.exporter.weights import majority_dtype, place
+from stageline.exporter.weights import linked_note, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint, read_json_object
 from stageline.models.errors import ExportError
 from stageline.models.new_folder import new_folder
@@ -52,6 +52,7 @@ def export(
         parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
         progress("placing weights")
         weights = place(traced.weights, traced.task.model, wanted.config, wanted.dtype, folder)
+        wanted.notes.extend(linked_note(folder, weights))
         progress("stitching stages")
         uncut = _manifest(wanted, traced, folder, parts, weights)
         manifest = _stitch(folder, uncut, stages)

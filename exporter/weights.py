@@ -1,8 +1,6 @@
-"""Bringing the checkpoint's weights into a bundle: linked if they need no change, else streamed."""
+"""Bringing the checkpoint's weights into a bundle: placed as they are if they need no change, else streamed."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +10,7 @@ import torch
 from stageline.exporter import gguf
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError, ExportError
+from stageline.models.place_file import place_file
 from stageline.models.safetensors_file import header_sha256, write_streaming
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
@@ -132,17 +131,18 @@ def _way(weights: Weights, dtype: str) -> Literal["link", "convert", "dequantise
 
 
 def _link(order: _Order) -> list[FileEntry]:
-    """Hard-link the files, or copy them if the file system cannot link. Very large ones are not hashed."""
+    """Place the files as they are. Beyond HASH_LIMIT_BYTES they are linked and not hashed, so that no byte is read.
+
+    The others are copied where no reflink can be made: onnx refuses weights in a file with several hard links
+    (onnx.load, onnx.checker), and copying takes less time than hashing.
+    """
     tensors = order.weights.checkpoint.tensors
     files = sorted({tensors[name].file for name in order.weights.names.values()})
     hashed = sum(file.stat().st_size for file in files) <= HASH_LIMIT_BYTES
     entries = []
     for file in files:
         copy = order.target / file.name
-        try:
-            os.link(file.resolve(), copy)
-        except OSError:
-            shutil.copyfile(file, copy)
+        place_file(file, copy, link=not hashed)
         entries.append(_entry(copy, file_sha256(copy) if hashed else None))
     return entries
 
@@ -181,6 +181,17 @@ def _materialise(order: _Order) -> list[FileEntry]:
     specs = [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()]
     return [
         order.write(specs, lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))])
+    ]
+
+
+def linked_note(folder: Path, entries: Sequence[FileEntry]) -> list[str]:
+    """What a user should know if weight files of the bundle in `folder` are hard links."""
+    linked = sum(entry.size_bytes for entry in entries if (folder / entry.path).stat().st_nlink > 1)
+    if not linked:
+        return []
+    return [
+        f"{linked / 1e9:.1f} GB of weights are hard links to the checkpoint's files, which onnx.load and onnx.checker "
+        "refuse; let them open a copy of the bundle (cp -r)"
     ]
 
 

@@ -13,13 +13,14 @@ import onnx_ir as ir
 from stageline.models.errors import BundleError, CheckpointError
 from stageline.models.safetensors_file import header_sha256, read_header
 from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle.hub_cache import stays_inside
 from stageline.runtime.bundle.manifest import FileEntry, Manifest
 from stageline.runtime.validation import read_document
 
 MANIFEST = "manifest.json"
 HASH_LIMIT_BYTES = 2 * 1024**3
-"""Linked weight files are hashed at export only up to this many bytes in total: reading more would take longer than the
-rest of the export. Their size and header are checked instead."""
+"""Weight files that need no change are copied and hashed at export up to this many bytes in total: more would take
+longer than the rest of the export. Larger ones are linked, and their size and header are checked."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_file(folder: Path, entry: FileEntry) -> None:
     file = folder / entry.path
     try:
-        if not file.resolve().is_relative_to(folder.resolve()):
+        if not stays_inside(folder, file):
             raise BundleError(f"bundle {folder}: {entry.path} is outside the bundle; export the bundle again")
         size = file.stat().st_size
         if size != entry.size_bytes:

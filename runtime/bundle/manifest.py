@@ -33,7 +33,7 @@ ValueName = Annotated[str, Field(min_length=1)]
 
 
 class FileEntry(Data):
-    """One file of the bundle. `sha256` is None for a linked weight file that is too large to be read at export
+    """One file of the bundle. `sha256` is None for a weight file that is too large to be read at export
     (stageline.runtime.bundle.folder.HASH_LIMIT_BYTES); `header_sha256`, over its safetensors header, is checked
     then."""
 

@@ -3,14 +3,23 @@
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 from stageline.models.errors import BundleError, StagelineError
+from stageline.models.place_file import place_file
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.balance import balance, part_costs
 from stageline.runtime.bundle.crossing import Crossing
-from stageline.runtime.bundle.folder import Bundle, file_entry, removed_on_failure, write_manifest
+from stageline.runtime.bundle.folder import (
+    HASH_LIMIT_BYTES,
+    Bundle,
+    file_entry,
+    read_manifest,
+    removed_on_failure,
+    write_manifest,
+)
 from stageline.runtime.bundle.manifest import FileEntry, Stage, UncutManifest
 from stageline.runtime.bundle.stitch import stitch
 
@@ -80,12 +89,11 @@ def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
 
 
 def recut_copy(path: str | Path, to: str | Path, stages: int | Sequence[int]) -> Bundle:
-    """Like `recut`, on a copy of the bundle in the new folder `to`, with hard links if the file system allows them."""
-    return recut(shutil.copytree(path, to, copy_function=_link), stages)
+    """Like `recut`, on a copy of the bundle in the new folder `to`. Large weights are linked if they can be."""
+    size_bytes = sum(entry.size_bytes for entry in read_manifest(Path(path)).files)
+    place = partial(_place, link=size_bytes > HASH_LIMIT_BYTES)
+    return recut(shutil.copytree(path, to, copy_function=place), stages)
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def _place(source: str, target: str, *, link: bool) -> None:
+    place_file(Path(source), Path(target), link=link)

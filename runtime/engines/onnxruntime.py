@@ -17,6 +17,7 @@ from stageline.runtime.bundle.manifest import BATCH, LENGTH, PAST_LENGTHS, Cache
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.lowering.external import root_of
 from stageline.runtime.engines.lowering.float32 import HALVES
 from stageline.runtime.engines.lowering.group_query import padded
 from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
@@ -207,7 +208,7 @@ def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
     # the end of a run they stop, to leave the cores to the next stage.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root_of(stage.folder)))
     if len(cores) > 1:  # one entry for each thread except the calling one; ONNX Runtime counts cores from 1
         affinities = ";".join(str(core + 1) for core in cores[1:])
         options.add_session_config_entry("session.intra_op_thread_affinities", affinities)

@@ -20,6 +20,7 @@ from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.lowering.external import root_of
 from stageline.runtime.engines.lowering.group_query import padded
 from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
 
@@ -209,7 +210,7 @@ def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None)
     }
     options = ort.SessionOptions()
     options.log_severity_level = 4  # fatal only: errors are raised
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(stage.folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root_of(stage.folder)))
     providers: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
     try:
         # Few kernels take bfloat16.

@@ -1,7 +1,11 @@
 """Reading weights that a graph refers to in other files."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
+from stageline.runtime.bundle.hub_cache import repository_of
 from stageline.runtime.engines.base import Array
 
 
@@ -11,3 +15,20 @@ def read_external(tensor: ir.ExternalTensor) -> Array:
     kind = tensor.dtype.numpy()
     data = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.size * kind.itemsize,))
     return data.view(kind).reshape(tensor.shape.numpy())
+
+
+def root_of(folder: Path) -> Path:
+    """The folder that holds the weights of the bundle in `folder`, and into which no symbolic link leads: ONNX Runtime
+    opens no others. In the Hub's cache that is the repository's, since a snapshot is links."""
+    return repository_of(folder) or folder
+
+
+def locate_in(root: Path, model: ir.Model) -> None:
+    """Make the locations of a graph's weights those of the files themselves, relative to `root`."""
+    for value in model.graph.initializers.values():
+        old = value.const_value
+        if isinstance(old, ir.ExternalTensor):
+            location = os.path.relpath(Path(old.path).resolve(), root.resolve())
+            value.const_value = ir.ExternalTensor(
+                location, old.offset, old.length, old.dtype, shape=old.shape, name=old.name, base_dir=root
+            )

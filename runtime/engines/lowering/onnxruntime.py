@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 from stageline.runtime.engines.base import StageFile, WeightDtype
+from stageline.runtime.engines.lowering.external import locate_in, root_of
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.group_query import has_caches, to_group_query
 from stageline.runtime.engines.lowering.nbits import to_nbits
@@ -13,11 +14,15 @@ def lowered(
     stage: StageFile, widened: Collection[ir.DataType], cache_dtype: ir.DataType, quantise: WeightDtype | None
 ) -> bytes:
     """The stage's graph as ONNX bytes, its caches lowered, its weights still in their files unless quantised. If it has
-    one of the types `widened`, all its half-precision values become float32."""
+    one of the types `widened`, all its half-precision values become float32. Locations are relative to `root_of` the
+    stage's folder."""
     model = ir.load(stage.file)
     ir.external_data.set_base_dir(model.graph, stage.folder)
     halves, caches = has_types(model, widened), has_caches(model)
-    if not halves and not caches and quantise is None:
+    root = root_of(stage.folder)
+    if root != stage.folder:
+        locate_in(root, model)
+    elif not halves and not caches and quantise is None:
         return stage.file.read_bytes()
     if halves:
         model = to_float32(model)
