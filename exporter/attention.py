@@ -9,6 +9,7 @@ than an operator, that way refuses the model, with the reason, and the next one 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -17,6 +18,7 @@ import torch
 from stageline.exporter.blocks import Call, watch
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.mask_window import window_of
+from stageline.exporter.rotary_scaling import rows_of, scaled_rotary
 from stageline.exporter.skeleton import RefusedError, Task, inputs_of, outputs_of
 from stageline.exporter.token_mixing import check_apart
 from stageline.models.sentence import SentencePooling
@@ -50,7 +52,9 @@ class Attention:
 
     def wrap(self, model: Any, dtype: torch.dtype, task: str, pooling: SentencePooling | None) -> Task | CacheTask:
         """The model with the inputs and outputs of the bundle."""
-        return Task(model, inputs_of(model, dtype), outputs_of(task), pooling)
+        wrapped = Task(model, inputs_of(model, dtype), outputs_of(task), pooling)
+        wrapped.rows_of = partial(rows_of, scaled_rotary(model))
+        return wrapped
 
     def watch(self, task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call]:
         """Run the task, and return the calls of its blocks."""

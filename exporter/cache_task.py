@@ -6,8 +6,18 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from stageline.exporter.rotary_scaling import row_scaling, rows_of, scaled_rotary
 from stageline.exporter.skeleton import Input, RefusedError
-from stageline.runtime.bundle.manifest import BATCH, INPUT_IDS, LENGTH, LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, PICKS
+from stageline.runtime.bundle.manifest import (
+    BATCH,
+    INPUT_IDS,
+    LENGTH,
+    LOGITS_AT,
+    NEW_LENGTHS,
+    PAST_LENGTHS,
+    PICKS,
+    ROW_LENGTHS,
+)
 
 
 class CacheTask(torch.nn.Module):
@@ -15,7 +25,8 @@ class CacheTask(torch.nn.Module):
 
     Inputs: `input_ids [batch, length]`, rows padded on the right; `past_lengths [batch]`, the tokens that each row has
     seen before; `new_lengths [batch]`, its real tokens now; `logits_at [batch, picks]`, the places whose logits are
-    wanted. All int64. Within `over(past_lengths, new_lengths)` its attention functions know the lengths of the rows.
+    wanted; `row_lengths [batch]` if its rotary embeddings depend on the length of a row. All int64. Within
+    `over(past_lengths, new_lengths)` its attention functions know the lengths of the rows.
     RefusedError if the model cannot be run this way.
     """
 
@@ -30,6 +41,10 @@ class CacheTask(torch.nn.Module):
     def __init__(self, model: Any, over: Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[None]]) -> None:
         super().__init__()
         self.model, self.over = model, over
+        self.scaled = scaled_rotary(model)
+        self.row_scaling = row_scaling(self.scaled)
+        if self.scaled:
+            self.inputs = (*self.inputs, Input(ROW_LENGTHS, torch.int64, (BATCH,)))
         accepted = inspect.signature(model.forward).parameters
         if "position_ids" not in accepted:
             raise RefusedError("it does not take the positions of its tokens")
@@ -38,7 +53,7 @@ class CacheTask(torch.nn.Module):
             raise RefusedError("its output embeddings are not a module")
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor]:
-        ids, past, new, logits_at = tensors
+        ids, past, new, logits_at, *row_lengths = tensors
         places = past[:, None] + torch.arange(ids.shape[1], dtype=torch.int64)
         # Padding takes the last real position, so that no place lies outside a table of positions.
         positions = torch.minimum(places, (past + new - 1).clamp(min=0)[:, None])
@@ -50,7 +65,7 @@ class CacheTask(torch.nn.Module):
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(pick)
         try:
-            with self.over(past, new):
+            with self.over(past, new), rows_of(self.scaled, *row_lengths):
                 result = self.model(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

@@ -123,6 +123,7 @@ def _manifest(
         outputs=tuple(final[name].model_copy(update={"name": name}) for name in traced.task.output_names),
         vocabulary=getattr(config, "vocab_size", None),
         max_positions=max_positions,
+        row_scaling=traced.task.row_scaling,
         text=text,
         parts=parts,
         uses=traced.uses,

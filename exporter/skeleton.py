@@ -5,8 +5,8 @@ size costs kilobytes. Buffers stay real, because some (rotary frequencies) are c
 """
 
 import inspect
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,9 @@ class Input:
 class Task(torch.nn.Module):
     """A transformers model reduced to named tensors in and a tuple of tensors out."""
 
+    row_scaling = None
+    """It keeps no keys that could depend on the length of a row."""
+
     def __init__(
         self, model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...], pooling: SentencePooling | None
     ):
@@ -66,10 +69,14 @@ class Task(torch.nn.Module):
         self.output_names = outputs
         self.pooling = pooling
         self.extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self.rows_of: Callable[[torch.Tensor], AbstractContextManager[None]] = lambda lengths: nullcontext()
+        """What to be in while rows of these lengths [batch] are computed."""
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.input_names, tensors, strict=True))
-        result = self.model(**named, **self.extra, return_dict=True)
+        mask = named.get("attention_mask")
+        with nullcontext() if mask is None else self.rows_of(mask.sum(dim=1)):
+            result = self.model(**named, **self.extra, return_dict=True)
         if self.output_names == ("logits",):
             return (result.logits,)
         hidden = result.last_hidden_state
@@ -205,7 +212,8 @@ def outputs_of(task: str) -> tuple[str, ...]:
 
 
 def max_positions(model: Any) -> int | None:
-    """How many tokens in a row the model can place. Position tables with a padding row begin after it (RoBERTa)."""
+    """How many tokens in a row the model can place. Position tables with a padding row begin after it (RoBERTa);
+    dynamic NTK extends the stated number by its factor."""
     stated = getattr(model.config, "max_position_embeddings", None)
     if stated is None:
         return None
@@ -217,7 +225,8 @@ def max_positions(model: Any) -> int | None:
             and stated != getattr(model.config, "vocab_size", None)
         ):
             return int(stated) - module.padding_idx - 1
-    return int(stated)
+    rotary = getattr(model.config, "rope_parameters", None) or {}
+    return int(stated * (rotary["factor"] if rotary.get("rope_type") == "dynamic" else 1))
 
 
 def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:

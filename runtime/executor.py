@@ -19,7 +19,7 @@ from typing import Self
 from stageline.models.errors import BundleError, RequestError
 from stageline.runtime.batching.batches import Batches
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import CACHED_INPUTS
+from stageline.runtime.bundle.manifest import CACHED_INPUTS, ROW_LENGTHS
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import CacheSize
@@ -213,4 +213,4 @@ class Executor:
 
 def generation_hops(cut: StageSet) -> tuple[Hop, ...]:
     """The route of a step of generation through the stages, to the logits."""
-    return route([(stage.inputs, stage.outputs) for stage in cut.stages], CACHED_INPUTS, ["logits"])
+    return route([(stage.inputs, stage.outputs) for stage in cut.stages], (*CACHED_INPUTS, ROW_LENGTHS), ["logits"])

@@ -16,6 +16,9 @@ CACHED_INPUTS = ("input_ids", "past_lengths", "new_lengths", "logits_at")
 """The inputs of a model with caches, all int64: token ids [batch, length], each row's tokens in the cache [batch], its
 new tokens [batch], and the positions among these whose logits are requested [batch, picks]."""
 INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS, LOGITS_AT = CACHED_INPUTS
+ROW_LENGTHS = "row_lengths"
+"""A fifth input, if the manifest has `row_scaling`, int64 [batch]: the length of the row that the new keys are made
+for, which is that of the prompt, or of the row with its new tokens if that is more."""
 _T = TypeVar("_T")
 
 
@@ -125,6 +128,19 @@ class TextSettings(Data):
     eos_ids: tuple[int, ...] = ()
 
 
+class RowScaling(Data):
+    """How a row's keys depend on its length in tokens: those of rows of up to `shortest` tokens are alike, and those of
+    rows of `longest` tokens or more (None: no others are). A row that grows from the one kind to the other is computed
+    again from its first token; without `longest`, keys stay as they were made."""
+
+    shortest: int = Field(gt=0)
+    longest: int | None = Field(default=None, gt=0)
+
+    def kind(self, length: int) -> int:
+        """The length that stands for all that have the same keys as `length`."""
+        return max(self.shortest, length if self.longest is None else min(length, self.longest))
+
+
 class Refusal(Data):
     """A way to trace attention that the model does not allow, and why; the reason speaks of the model as "it"."""
 
@@ -145,6 +161,7 @@ class UncutManifest(Data):
     outputs: tuple[TensorSpec, ...]
     vocabulary: int | None = None  # token ids are below this
     max_positions: int | None = None  # tokens in a row that the model can place
+    row_scaling: RowScaling | None = None  # of a model with caches whose keys depend on the length of a row
     text: TextSettings | None = None
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)

@@ -13,6 +13,7 @@ from stageline.runtime.bundle.manifest import (
     NEW_LENGTHS,
     PAST_LENGTHS,
     PICKS,
+    ROW_LENGTHS,
     Manifest,
     TensorSpec,
 )
@@ -100,7 +101,8 @@ class Signature:
             _check_ids(given[INPUT_IDS], self.vocabulary)
         filled = {spec.name: given[spec.name] if spec.name in given else _filled(spec, sizes) for spec in self.inputs}
         if self.derived:
-            filled.update(_whole_rows(filled["attention_mask"]))
+            rows = _whole_rows(filled["attention_mask"])
+            filled.update({spec.name: rows[spec.name] for spec in self.derived})
         return filled, sizes
 
 
@@ -119,6 +121,7 @@ def _whole_rows(mask: Array) -> dict[str, Array]:
     return {
         PAST_LENGTHS: np.zeros(rows, np.int64),
         NEW_LENGTHS: new.astype(np.int64),
+        ROW_LENGTHS: new.astype(np.int64),
         LOGITS_AT: np.tile(np.arange(length), (rows, 1)),
     }
 

@@ -21,7 +21,7 @@ from time import perf_counter
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.admission import Admission
-from stageline.runtime.bundle.manifest import CACHED_INPUTS
+from stageline.runtime.bundle.manifest import CACHED_INPUTS, ROW_LENGTHS
 from stageline.runtime.engines import Array, CacheSize, Engine, Value
 from stageline.runtime.generation.changeover import Changeover
 from stageline.runtime.generation.meter import GenerationStats, Meter
@@ -42,8 +42,8 @@ class _Flight(Trip):
     """A step on its way through the stages, from the model's inputs to its logits.
 
     Inputs: `input_ids` int64 [slots, length], `past_lengths` and `new_lengths` int64 [slots], `logits_at` int64
-    [slots, picks]: where logits are wanted, 0 or 1 pick in each row. After a failure only its copies of cache rows are
-    made, for other steps need them.
+    [slots, picks]: where logits are wanted, 0 or 1 pick in each row; `row_lengths` int64 [slots]. After a failure only
+    its copies of cache rows are made, for other steps need them.
     """
 
     visits_all = True
@@ -92,7 +92,9 @@ class Generator:
         self._lanes, self._hops = lanes, tuple(hops)
         groups = min(len(lanes), cache.slots)
         chunk = min(chunk, cache.capacity)
-        self._scheduler = Scheduler(cache.slots, cache.capacity, groups, chunk, prefills=len(lanes))
+        self._scheduler = Scheduler(
+            cache.slots, cache.capacity, groups, chunk, prefills=len(lanes), scaling=text_model.row_scaling
+        )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}
         self._jobs: dict[Generation, Job] = {}
@@ -237,13 +239,13 @@ class Generator:
     def _send(self, step: Step) -> None:
         now = perf_counter()
         ids = np.zeros((step.slot_count, step.length), np.int64)
-        past, new = np.zeros((2, step.slot_count), np.int64)
+        past, new, whole = np.zeros((3, step.slot_count), np.int64)
         picks = np.zeros((step.slot_count, int(any(row.last for row in step.rows))), np.int64)
         requests = []
         for row in step.rows:
             place = row.slot - step.first_slot
             ids[place, : row.count] = row.continuation.tokens[row.start : row.start + row.count]
-            past[place], new[place] = row.start, row.count
+            past[place], new[place], whole[place] = row.start, row.count, row.row_length
             if row.last:
                 picks[place] = row.count - 1
             job = self._choices[row.continuation].job
@@ -252,6 +254,7 @@ class Generator:
                 job.started_at = now
                 self._meter.queue_s.append(now - job.submitted_at)
         values: dict[str, Value] = dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True))
+        values[ROW_LENGTHS] = whole
         self._in_flight += 1
         self._meter.sent(now)
         _Flight(self._lanes, self._hops, values, step.number, step, tuple(requests), self._landed).start()

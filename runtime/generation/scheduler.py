@@ -13,6 +13,7 @@ stage: what a slot holds "once the issued steps are done" is therefore known her
 
     slot.tokens[:slot.count]  what the slot's cache holds then; kept after its continuation ends, for prompts that begin
                               alike
+    slot.made_for[:slot.count]  the kind of row that the keys of these tokens are made for (RowScaling; 0 without)
     continuation.computed     == slot.count while it lives: the tokens issued; the next step begins there
 """
 
@@ -23,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from stageline.runtime.bundle.manifest import RowScaling
 
 MIN_SHARED = 16  # tokens: a shorter common beginning is not worth a copy
 
@@ -44,11 +46,16 @@ class Continuation:
     placed_at: int = 0
     """The step before which it was given its slot."""
     ended: bool = False
+    prefill_length: int = field(init=False)
+    """Tokens that prefill computes: those of the prompt, or all that there were when the row outgrew its keys."""
+
+    def __post_init__(self) -> None:
+        self.prefill_length = self.prompt_length
 
     @property
     def prompt_issued(self) -> bool:
-        """Whether every token of the prompt is in a step."""
-        return self.computed >= self.prompt_length
+        """Whether every token that prefill computes is in a step."""
+        return self.computed >= self.prefill_length
 
 
 @dataclass(eq=False, slots=True)
@@ -60,6 +67,7 @@ class Slot:
     tokens: NDArray[np.int64]
     made_by: NDArray[np.int64]
     """The step that computes each of `tokens`, in whichever slot they were computed first."""
+    made_for: NDArray[np.int64]
     count: int = 0
     continuation: Continuation | None = None
     used_at: int = 0
@@ -76,13 +84,15 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """One row of a step: tokens `start` to `start + count` of a continuation. `last`: its logits are wanted."""
+    """One row of a step: tokens `start` to `start + count` of a continuation. `last`: its logits are wanted. Its keys
+    are made for a row of `row_length` tokens."""
 
     continuation: Continuation
     slot: int
     start: int
     count: int
     last: bool
+    row_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +120,19 @@ class Step:
 @dataclass(eq=False)
 class Scheduler:
     """`slot_count` slots of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
-    `prefills` of them running."""
+    `prefills` of them running. `scaling`: how keys depend on the length of a row, if they do."""
 
     slot_count: int
     capacity: int
     groups: int
     chunk: int
     prefills: int
+    scaling: RowScaling | None = None
     waiting: deque[Continuation] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.slots = [
-            Slot(number, _group_of(number, self.groups, self.slot_count), *np.zeros((2, self.capacity), np.int64))
+            Slot(number, _group_of(number, self.groups, self.slot_count), *np.zeros((3, self.capacity), np.int64))
             for number in range(self.slot_count)
         ]
         self._decoding = [False] * self.groups  # a decode step of the group is running
@@ -168,6 +179,7 @@ class Scheduler:
     def next(self) -> Step | None:
         """The next step to issue, or None until one is done or a continuation comes."""
         self._admit()
+        self._begin_again()
         step = self._decode() or self._prefill()
         self._turn = (self._turn + 1) % self.groups
         return step
@@ -218,6 +230,7 @@ class Scheduler:
         if donor is not None and slot is not donor:
             self._copies.append(Copy(donor.number, slot.number, shared))
             slot.made_by[:shared] = donor.made_by[:shared]
+            slot.made_for[:shared] = donor.made_for[:shared]
         slot.tokens[:shared] = prompt[:shared]
         slot.count = shared
         slot.continuation, continuation.slot = continuation, slot
@@ -228,9 +241,10 @@ class Scheduler:
     def _donor(self, prompt: NDArray[np.int64]) -> tuple[Slot | None, int]:
         """The slot that holds most of the prompt's beginning, and how much; the last token is always computed."""
         best: tuple[Slot | None, int] = (None, 0)
+        kind = self._kind(len(prompt))
         for slot in self.slots:
             bound = min(slot.count, len(prompt) - 1)
-            unlike = np.flatnonzero(slot.tokens[:bound] != prompt[:bound])
+            unlike = np.flatnonzero((slot.tokens[:bound] != prompt[:bound]) | (slot.made_for[:bound] != kind))
             shared = int(unlike[0]) if len(unlike) else bound
             if shared >= MIN_SHARED and (shared, slot.continuation is None) > (best[1], False):
                 best = slot, shared
@@ -243,6 +257,22 @@ class Scheduler:
         return len(busy), span - len(busy), slot.used_at
 
     # Steps.
+
+    def _begin_again(self) -> None:
+        """Let prefill compute the rows again that have outgrown their keys."""
+        if self.scaling is None or self.scaling.longest is None:
+            return
+        for slot in self.slots:
+            continuation = slot.continuation
+            if continuation is None or not continuation.prompt_issued:
+                continue
+            length = len(continuation.tokens)
+            if slot.count < length and slot.made_for[slot.count - 1] != self._kind(length):
+                slot.count = continuation.computed = 0
+                continuation.prefill_length = length
+
+    def _kind(self, length: int) -> int:
+        return 0 if self.scaling is None else self.scaling.kind(length)
 
     def _decode(self) -> Step | None:
         for group in (*range(self._turn, self.groups), *range(self._turn)):
@@ -272,7 +302,7 @@ class Scheduler:
         for slot in chosen:
             assert slot.continuation is not None
             count = counts[slot.number]
-            rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prompt_length))
+            rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length))
         self._prefilling += 1
         return self._step("prefill", chosen[0].group, rows, max(counts.values()))
 
@@ -298,7 +328,7 @@ class Scheduler:
 
     def _left(self, slot: Slot) -> tuple[int, int]:
         assert slot.continuation is not None
-        return slot.continuation.prompt_length - slot.count, slot.continuation.placed_at
+        return slot.continuation.prefill_length - slot.count, slot.continuation.placed_at
 
     def _fits(self, slots: Sequence[Slot]) -> bool:
         counts = [self._chunk_of(slot) for slot in slots]
@@ -311,18 +341,20 @@ class Scheduler:
 
     def _chunk_of(self, slot: Slot) -> int:
         assert slot.continuation is not None
-        return min(self.chunk, slot.continuation.prompt_length - slot.count)
+        return min(self.chunk, slot.continuation.prefill_length - slot.count)
 
     def _issue(self, slot: Slot, count: int, last: bool) -> StepRow:
         """Take the next `count` tokens of the slot's continuation for computed."""
         continuation = slot.continuation
         assert continuation is not None
         start = slot.count
+        row_length = max(continuation.prefill_length, start + count)
         slot.tokens[start : start + count] = continuation.tokens[start : start + count]
         slot.made_by[start : start + count] = self._steps + 1
+        slot.made_for[start : start + count] = self._kind(row_length)
         slot.count = continuation.computed = start + count
         slot.used_at = self._tick()
-        return StepRow(continuation, slot.number, start, count, last)
+        return StepRow(continuation, slot.number, start, count, last, row_length)
 
     def _step(self, kind: Literal["prefill", "decode"], group: int, rows: Sequence[StepRow], length: int) -> Step:
         self._steps += 1

@@ -8,6 +8,7 @@ import numpy as np
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.manifest import RowScaling
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,15 @@ class TextModel:
     end_ids: tuple[int, ...]
     encoder: TextEncoder | None
     """None: prompts are token ids, and the text of what comes is empty."""
+    row_scaling: RowScaling | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
         """The model of a bundle that generates. CheckpointError if its tokenizer is broken."""
         manifest = bundle.manifest
         logits = next(spec for spec in manifest.outputs if spec.name == "logits")
-        return cls(int(logits.shape[-1]), manifest.text.eos_ids if manifest.text else (), open_encoder(bundle))
+        end_ids = manifest.text.eos_ids if manifest.text else ()
+        return cls(int(logits.shape[-1]), end_ids, open_encoder(bundle), manifest.row_scaling)
 
     def prompt_ids(self, prompt: str | Sequence[int], capacity: int, special: bool = True) -> list[int]:
         """A prompt as token ids; `special`: with the tokens that the tokenizer adds to a text. RequestError where it is

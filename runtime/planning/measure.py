@@ -28,7 +28,7 @@ import onnx_ir as ir
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, Manifest, uses_of
+from stageline.runtime.bundle.manifest import LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, ROW_LENGTHS, Manifest, uses_of
 from stageline.runtime.bundle.stitch import stitch
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
@@ -293,7 +293,13 @@ def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
     """Full rows of random tokens or pixels."""
     random = np.random.default_rng(0)
     sizes = shape.sizes()
-    known = {"attention_mask": 1, "token_type_ids": 0, PAST_LENGTHS: shape.past, NEW_LENGTHS: shape.length}
+    known = {
+        "attention_mask": 1,
+        "token_type_ids": 0,
+        PAST_LENGTHS: shape.past,
+        NEW_LENGTHS: shape.length,
+        ROW_LENGTHS: shape.past + shape.length,
+    }
     values: dict[str, Array] = {}
     for spec in manifest.inputs:
         dims = [d if isinstance(d, int) else sizes.get(d, 64) for d in spec.shape]
