@@ -47,6 +47,7 @@ class ScaledRotary:
 def scaled_rotary(model: torch.nn.Module) -> tuple[ScaledRotary, ...]:
     """The model's rotary embeddings that depend on the length of a row."""
     found = []
+    module: Any
     for module in model.modules():
         stated = getattr(module, "rope_type", None)
         if not hasattr(type(module).forward, "__wrapped__"):
@@ -82,6 +83,7 @@ def rows_of(scaled: Sequence[ScaledRotary], lengths: torch.Tensor | None = None)
     modules = {id(one.module): one.module for one in scaled}
     for module in modules.values():
         mine = {one.layer_type: one for one in scaled if one.module is module}
+        assert lengths is not None
         module.forward = partial(_forward, module, mine, lengths)
     try:
         yield
