@@ -1,31 +1,27 @@
 """Exporting a checkpoint to a bundle: trace the model, write its parts, place the weights, stitch the stages."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from stageline.exporter import gguf, skeleton
 from stageline.exporter.cut import PartGraph
+from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
 from stageline.exporter.weights import linked_note, majority_dtype, place
-from stageline.models.checkpoint import Checkpoint, read_json_object
+from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.models.new_folder import new_folder
 from stageline.models.quantisation import check_plain
 from stageline.models.safetensors_file import read_header
-from stageline.models.sentence import SentencePooling, pooling
+from stageline.models.sentence import pooling
 from stageline.models.tensors import TensorEntry
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of
-from stageline.runtime.bundle.manifest import FileEntry, Manifest, Part, TensorSpec, TextSettings, UncutManifest
+from stageline.runtime.bundle.manifest import FileEntry, Manifest, Part, TensorSpec, UncutManifest
 from stageline.runtime.bundle.recut import plan_stages, write_stages
-
-_NAMES_A_LIMIT = 1_000_000  # tokenizers without a limit state a huge one
 
 
 def export(
@@ -108,7 +104,7 @@ def _manifest(
     final = {last.writes[spec.name]: spec for spec in parts[last.part].outputs}
     places = [skeleton.max_positions(traced.task.model), None if any(p.caches for p in parts) else traced.longest]
     max_positions = min((limit for limit in places if limit is not None), default=None)
-    text, extra = _copy_tokenizer(wanted.checkpoint, config, folder, max_positions, wanted.pooling)
+    text, extra = write_tokenizer(wanted, folder, max_positions)
     names = getattr(config, "id2label", None) or {}
     classifies = wanted.task in ("text-classification", "token-classification", "image-classification")
     return UncutManifest(
@@ -137,30 +133,3 @@ def _manifest(
         notes=tuple(wanted.notes),
         made_by={name: version(name) for name in ("stageline", "torch", "transformers", "onnxscript", "onnx-ir")},
     )
-
-
-def _copy_tokenizer(
-    checkpoint: Checkpoint, config: Any, folder: Path, max_positions: int | None, head: SentencePooling | None
-) -> tuple[TextSettings | None, list[FileEntry]]:
-    """Copy the tokenizer and the small files beside it into the bundle, and return how text becomes tensors."""
-    target = folder / "tokenizer"
-    target.mkdir()
-    if checkpoint.kind == "gguf":
-        gguf.save_tokenizer(checkpoint, target)
-    for file in checkpoint.auxiliary:
-        shutil.copyfile(file, target / file.name)
-    files = [file_entry(folder, f"tokenizer/{file.name}") for file in sorted(target.iterdir())]
-    if not (target / "tokenizer.json").is_file():
-        return None, files
-    stated = read_json_object(target / "tokenizer_config.json") if (target / "tokenizer_config.json").is_file() else {}
-    limits = [stated.get("model_max_length"), max_positions, head.max_seq_length if head else None]
-    known = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < _NAMES_A_LIMIT]
-    end = config.eos_token_id
-    ends = () if end is None else tuple(np.atleast_1d(end).tolist())
-    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
-    return TextSettings(
-        tokenizer="tokenizer/tokenizer.json",
-        max_length=min(known, default=_NAMES_A_LIMIT),
-        pad_id=max(0, pad),
-        eos_ids=ends,
-    ), files

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from stageline.models.checkpoint import Checkpoint, read_json_object
 from stageline.models.errors import CheckpointError
 
+_NAMED_BY = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]
 
 _FLAGS: dict[str, PoolingMode] = {
@@ -29,6 +30,8 @@ class SentencePooling:
     """Whether the vector is scaled to length 1 at the end."""
     max_seq_length: int | None
     """The tokens, special ones included, at which sentence-transformers truncates a text; None if not stated."""
+    lower_case: bool = False
+    """Whether sentence-transformers lowers a text before its tokenizer reads it."""
 
 
 def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
@@ -52,10 +55,12 @@ def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
         raise CheckpointError(
             f"{modules_file} puts the Transformer into {transformer_path!r}; move its files up, beside modules.json"
         )
+    file, stated = _transformer_settings(checkpoint.path)
     return SentencePooling(
         mode=_mode(checkpoint.path / pooling_path / "config.json"),
         normalize="Normalize" in names,
-        max_seq_length=_max_seq_length(checkpoint.path / "sentence_bert_config.json"),
+        max_seq_length=_max_seq_length(file, stated),
+        lower_case=bool(stated.get("do_lower_case")),
     )
 
 
@@ -101,10 +106,15 @@ def _mode(file: Path) -> PoolingMode:
     return _FLAGS[on[0]]
 
 
-def _max_seq_length(file: Path) -> int | None:
-    if not file.is_file():
-        return None
-    length = read_json_object(file).get("max_seq_length")
+def _transformer_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """What sentence-transformers stores of its Transformer, and in which file; older versions named it by the model."""
+    files = [folder / f"sentence_{name}_config.json" for name in _NAMED_BY]
+    file = next((file for file in files if file.is_file()), files[0])
+    return file, read_json_object(file) if file.is_file() else {}
+
+
+def _max_seq_length(file: Path, stated: dict[str, Any]) -> int | None:
+    length = stated.get("max_seq_length")
     if length is not None and (type(length) is not int or length <= 0):
         raise CheckpointError(f"{file} has the max_seq_length {length!r}, a positive number is needed; correct it")
     return length

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +14,28 @@ from tokenizers import Tokenizer
 class TextEncoder:
     """A checkpoint's tokenizer. Make one with `TextEncoder.open`; several threads may use it."""
 
-    def __init__(self, tokenizer: Any, max_length: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        pad_id: int,
+        truncation_side: Literal["right", "left"] = "right",
+        token_types: bool = True,
+    ) -> None:
+        """`truncation_side`: where a text that is too long loses tokens. `token_types`: whether the second text of a
+        pair has token type 1, if the tokenizer says so; else all types are 0."""
         self.max_length = max_length
         """The maximum number of tokens of a text, special ones included."""
         self.pad_id = pad_id
+        self._truncation_side, self._token_types = truncation_side, token_types
         # tokenizer.json states padding and truncation as its model was trained, not as it is served.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
 
     @classmethod
-    def open(cls, path: Path, max_length: int, pad_id: int) -> "TextEncoder":
-        """Read a tokenizer.json.
+    def open(cls, path: Path, max_length: int, pad_id: int, **settings: Any) -> "TextEncoder":
+        """Read a tokenizer.json; `settings` as in the constructor.
 
         Raises:
             CheckpointError: the file cannot be read or is not a tokenizer.
@@ -34,7 +44,7 @@ class TextEncoder:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); download it again") from error
-        return cls(tokenizer, max_length, pad_id)
+        return cls(tokenizer, max_length, pad_id, **settings)
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, truncate: bool = False
@@ -63,6 +73,8 @@ class TextEncoder:
 
         ids, mask = padded([encoding.ids for encoding in encodings], self.pad_id)
         types, _ = padded([encoding.type_ids for encoding in encodings], 0)
+        if not self._token_types:
+            types = np.zeros_like(ids)
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def ids(self, text: str, special: bool = True) -> list[int]:
@@ -107,7 +119,7 @@ class TextEncoder:
     def _truncating(self) -> Any:
         """A second tokenizer: truncation is a state of the object, and other threads are using the first."""
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
-        tokenizer.enable_truncation(self.max_length)
+        tokenizer.enable_truncation(self.max_length, direction=self._truncation_side)
         return tokenizer
 
 

@@ -58,7 +58,9 @@ def write_tokenizer(folder: Path, words: tuple[str, ...] = WORDS) -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"mask_token": "[MASK]"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"mask_token": "[MASK]", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
 
 
 def _make_checkpoint(folder: Path, **changes: Any) -> Path:

@@ -126,6 +126,8 @@ class TextSettings(Data):
     max_length: int = Field(gt=0)
     pad_id: int = Field(ge=0)
     eos_ids: tuple[int, ...] = ()
+    truncation_side: Literal["right", "left"] = "right"  # where a text that is too long loses tokens
+    token_types: bool = True  # whether the tokens of a pair's second text may have type 1
 
 
 class RowScaling(Data):

@@ -61,4 +61,12 @@ class TextModel:
 def open_encoder(bundle: Bundle) -> TextEncoder | None:
     """The bundle's tokenizer, if it has one. CheckpointError if it is broken."""
     text = bundle.manifest.text
-    return None if text is None else TextEncoder.open(bundle.path / text.tokenizer, text.max_length, text.pad_id)
+    if text is None:
+        return None
+    return TextEncoder.open(
+        bundle.path / text.tokenizer,
+        text.max_length,
+        text.pad_id,
+        truncation_side=text.truncation_side,
+        token_types=text.token_types,
+    )
