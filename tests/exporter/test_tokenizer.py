@@ -1,4 +1,4 @@
-"""The bundle's tokenizer gives the tokens that transformers gives, whichever files say how the checkpoint reads text."""
+"""The bundle's tokenizer gives the tokens that transformers gives, whichever files say how a text is read."""
 
 import json
 from collections.abc import Callable
@@ -201,9 +201,7 @@ def test_tokens_that_the_model_does_not_have_are_noted(tmp_path: Path) -> None:
          "its ByT5Tokenizer has no form that the tokenizers library runs"),
     ],
 )  # fmt: skip
-def test_a_tokenizer_that_cannot_be_had_leaves_a_bundle_of_token_ids(
-    tmp_path: Path, write: Files, reason: str
-) -> None:
+def test_a_tokenizer_that_cannot_be_had_leaves_a_bundle_of_token_ids(tmp_path: Path, write: Files, reason: str) -> None:
     text, notes = exported(tmp_path, write)
     assert text is None
     assert len(notes) == 1
