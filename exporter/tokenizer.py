@@ -89,7 +89,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def lowered(normalizer: Any) -> Any:
     """The normalizer of the tokenizers library that lowers a text before this one, unless this one does: what
     sentence-transformers makes of `do_lower_case`."""
-    each = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else [normalizer] if normalizer else []
+    each: list[Any] = [] if normalizer is None else [normalizer]
+    if isinstance(normalizer, normalizers.Sequence):
+        each = [*normalizer]  # type: ignore[misc]  # the library's stubs do not know that it can be iterated
     if any(isinstance(one, normalizers.Lowercase) for one in each):
         return normalizer
     return normalizers.Sequence([normalizers.Lowercase(), *each])
