@@ -5,8 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
-from stageline.exporter import gguf, skeleton
+from stageline.exporter import skeleton
 from stageline.exporter.cut import PartGraph
+from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
@@ -63,14 +64,16 @@ def _wanted(
     checkpoint = Checkpoint.open(path)
     check_plain(checkpoint)
     head = pooling(checkpoint) if checkpoint.kind == "safetensors" else None
-    config = skeleton.config_of(gguf.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config)
+    config = skeleton.config_of(gguf_config.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config)
     task = task or skeleton.task_of(config, head)
     if task == "sentence-similarity" and head is None:
         raise ExportError(
             f"{path} does not state how to pool a sentence (it has no modules.json); use --task feature-extraction"
         )
     chosen: Dtype = dtype or majority_dtype(checkpoint)  # type: ignore[assignment]
-    return Wanted(checkpoint, config, task, chosen, head if task == "sentence-similarity" else None, stages, progress)
+    notes = gguf_config.notes(checkpoint) if checkpoint.kind == "gguf" else []
+    sentence = head if task == "sentence-similarity" else None
+    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, notes)
 
 
 def _write_part(folder: Path, number: int, part: PartGraph) -> Part:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import transformers
-from stageline.exporter import gguf
+from stageline.exporter.gguf.tokenizer import save_tokenizer
 from stageline.exporter.trace_model import Wanted
 from stageline.models.checkpoint import Checkpoint, read_json_object
 from stageline.models.errors import CheckpointError
@@ -50,7 +50,7 @@ def write_tokenizer(
     target = folder / "tokenizer"
     target.mkdir()
     if wanted.checkpoint.kind == "gguf":
-        gguf.save_tokenizer(wanted.checkpoint, target)
+        save_tokenizer(wanted.checkpoint, target)
     for file in wanted.checkpoint.auxiliary:
         shutil.copyfile(file, target / file.name)
     try:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from stageline.exporter import gguf
+from stageline.exporter.gguf.tensors import GgufTensors
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError, ExportError
 from stageline.models.place_file import place_file
@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 FOLDER = "weights"
 _FLOATING = frozenset({"float32", "float16", "bfloat16"})
+_GGUF_FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CHUNK_BYTES = 16 * 1024**2
 
 
@@ -39,8 +40,7 @@ def find(checkpoint: Checkpoint, model: Any) -> Weights:
     ExportError if one is missing or has another shape.
     """
     if checkpoint.kind == "gguf":
-        found = gguf.tensor_names(checkpoint, model)
-        return Weights(checkpoint, _checked(checkpoint, model, found), converted=False)
+        return Weights(checkpoint, GgufTensors(checkpoint, model).names, converted=False)
     state = model.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -86,12 +86,15 @@ def _checked(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> di
 
 
 def majority_dtype(checkpoint: Checkpoint) -> str:
-    """The floating dtype that most bytes of the checkpoint have; float32 for quantised ones."""
+    """The floating dtype that most bytes of the checkpoint have; float32 if most are quantised."""
     sizes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size_bytes
-    floating = {dtype: size for dtype, size in sizes.items() if dtype in _FLOATING}
-    return max(floating, key=floating.__getitem__) if floating and checkpoint.kind == "safetensors" else "float32"
+        dtype = _GGUF_FLOATING.get(entry.dtype, entry.dtype)
+        sizes[dtype] = sizes.get(dtype, 0) + entry.size_bytes
+    if checkpoint.kind == "safetensors":
+        sizes = {dtype: size for dtype, size in sizes.items() if dtype in _FLOATING}
+    most = max(sizes, key=sizes.__getitem__, default="float32")
+    return most if most in _FLOATING else "float32"
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _dequantise(order: _Order) -> list[FileEntry]:
     names = order.weights.names
     tensors = dict([*order.model.named_parameters(), *order.model.named_buffers()])
     shapes = {names[name]: tuple(tensor.shape) for name, tensor in tensors.items() if name in names}
-    read = gguf.reader(order.weights.checkpoint, order.model)
+    read = GgufTensors(order.weights.checkpoint, order.model).read
     specs = [(name, order.dtype, shape) for name, shape in shapes.items()]
     return [order.write(specs, lambda name: [_as(read(name), order.dtype)])]
 

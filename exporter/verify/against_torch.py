@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from stageline.exporter import gguf, skeleton
+from stageline.exporter import skeleton
+from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.verify.random_inputs import random_inputs
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
@@ -146,7 +147,7 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     is_gguf = checkpoint.kind == "gguf"
-    config = skeleton.config_of(gguf.config(checkpoint) if is_gguf else checkpoint.config)
+    config = skeleton.config_of(gguf_config.config(checkpoint) if is_gguf else checkpoint.config)
     if config.model_type != manifest.architecture:
         raise ExportError(
             f"{checkpoint.path} is a {config.model_type}, the bundle was made from a {manifest.architecture}; "
