@@ -1,6 +1,6 @@
 """The config of a .gguf file, made from its metadata: every key is understood, without effect, or stops the export."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -101,7 +101,7 @@ def _stated(checkpoint: Checkpoint, known: Architecture, keys: Metadata) -> dict
     for key in known.keys:
         if key not in values:
             raise ExportError(f"the metadata lacks {key}")
-    return {attribute: values[key] for key, attribute in (known.keys | known.optional).items() if key in values}
+    return {attribute: values[key] for key, attribute in {**known.keys, **known.optional}.items() if key in values}
 
 
 def _one_for_all(key: str, value: Any) -> Any:

@@ -26,7 +26,7 @@ _UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # what the rotary base
 _name_map = lru_cache(maxsize=4)(gguf.get_tensor_name_map)
 
 
-class _MixtralTensorProcessor(Qwen2MoeTensorProcessor):  # type: ignore[misc]
+class MixtralTensorProcessor(Qwen2MoeTensorProcessor):  # type: ignore[misc]
     """llama.cpp's order of rotated dimensions, and experts in one tensor for each projection."""
 
     def process(self, weights: Any, name: str, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ def _dequantise(entry: TensorEntry, data: NDArray[np.uint8]) -> NDArray[np.float
 def _processor(checkpoint: Checkpoint, model: Any) -> Any:
     """What turns a tensor of llama.cpp's layout into transformers'."""
     kind = checkpoint.config["general.architecture"]
-    made = _MixtralTensorProcessor if model.config.model_type == "mixtral" else TENSOR_PROCESSORS.get(kind)
+    made = MixtralTensorProcessor if model.config.model_type == "mixtral" else TENSOR_PROCESSORS.get(kind)
     return (made or TensorProcessor)(config=model.config.to_dict())
 
 

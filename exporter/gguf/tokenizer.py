@@ -13,7 +13,7 @@ import transformers
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError
 from tokenizers import Regex, pre_tokenizers
-from transformers.integrations.gguf import read_gguf_metadata
+from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer, read_gguf_metadata
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, GGUF_TOKENIZER_TYPES
 
 _CONTROL = 3
@@ -41,27 +41,21 @@ def save_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.tokenizer is not None or _why_none(checkpoint) is not None:
         return
     file, split = checkpoint.files[0], checkpoint.config.get("tokenizer.ggml.pre")
-    stated = {"add_bos_token": True} if split in _WHOLE_WORDS else {}
-    stated |= {name: bool(checkpoint.config[key]) for name, key in _FLAGS.items() if key in checkpoint.config}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True, **stated
-        )
+        architecture, held, settings = get_gguf_tokenizer(str(file))
+        backend, _ = convert_gguf_tokenizer(architecture, held)
+        if held["tokenizer_type"] == "gpt2":
+            backend.model.ignore_merges = split in _WHOLE_WORDS
+            if (pre_tokenizer := _split(split)) is not None:
+                backend.pre_tokenizer = pre_tokenizer
+        settings.setdefault("add_bos_token", split in _WHOLE_WORDS)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(folder)
     except Exception as error:
         raise CheckpointError(f"{file}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from error
-    backend = tokenizer.backend_tokenizer
-    if checkpoint.config["tokenizer.ggml.model"] == "gpt2":
-        backend.model.ignore_merges = split in _WHOLE_WORDS
-        if (pre_tokenizer := _split(split)) is not None:
-            backend.pre_tokenizer = pre_tokenizer
-    tokenizer.save_pretrained(folder)
-
-
-_FLAGS = {"add_bos_token": "tokenizer.ggml.add_bos_token", "add_eos_token": "tokenizer.ggml.add_eos_token"}
 
 
 def end_ids(checkpoint: Checkpoint) -> list[int]:
-    """The tokens that end a text, as llama.cpp has them: EOS, end of turn and of message, and those it knows by name."""
+    """The tokens that end a text for llama.cpp: EOS, end of turn, end of message, and those it knows by spelling."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     stated = [int(checkpoint.config[key]) for key in keys if checkpoint.config.get(key) is not None]
     tokens, kinds = _vocabulary(checkpoint.files[0])

@@ -16,6 +16,7 @@ import torch
 import transformers
 from stageline.exporter import skeleton
 from stageline.exporter.gguf import config as gguf_config
+from stageline.exporter.verify.gguf_reference import load_gguf_reference
 from stageline.exporter.verify.random_inputs import random_inputs
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
@@ -153,12 +154,14 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = 
             f"{checkpoint.path} is a {config.model_type}, the bundle was made from a {manifest.architecture}; "
             "give the checkpoint that the bundle was exported from"
         )
-    file = checkpoint.files[0]
-    source: dict[str, Any] = {"gguf_file": file.name} if is_gguf else {"config": config, "use_safetensors": True}
+    factory = skeleton.TASKS[manifest.task][1]
     try:
-        model = skeleton.TASKS[manifest.task][1].from_pretrained(
-            file.parent if is_gguf else checkpoint.path,
-            **source,
+        if is_gguf:
+            return load_gguf_reference(checkpoint, factory, attention).eval()
+        model = factory.from_pretrained(
+            checkpoint.path,
+            config=config,
+            use_safetensors=True,
             dtype=torch.float32,
             attn_implementation=attention,
             local_files_only=True,

@@ -52,7 +52,7 @@ def tensors_of(model: torch.nn.Module, arch: str) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for parameter, held in dict(model.named_parameters()).items():
         values = held.detach().float().numpy()
-        stem, dot, suffix = parameter.rpartition(".")
+        stem, _, suffix = parameter.rpartition(".")
         if ".experts." in parameter:
             block = f"blk.{parameter.split('.')[2]}"
             parts = {"gate": values[:, : values.shape[1] // 2], "up": values[:, values.shape[1] // 2 :]}
@@ -78,8 +78,8 @@ def write_gguf(
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
     leave_out: Iterable[str] = (),
 ) -> Path:
-    """Write the model; matrices of `kind`, vectors in float32. A key without a dot before it (`rope.freq_base`) gets the
-    architecture's name; None takes away one that is there by default. `extra` are tensors by name."""
+    """Write the model; matrices of `kind`, vectors in float32. `keys` lack the architecture's name (`rope.freq_base`);
+    None takes away one that is there by default. `extra` are tensors by name."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**keys_of(model, arch), **(keys or {})}.items():
         if value is not None:

@@ -141,7 +141,7 @@ def test_tools_parts_and_variables_render_as_in_transformers(tmp_path: Path) -> 
 @pytest.mark.checkpoints
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="needs the reference checkpoint: stageline models fetch smollm2")
 def test_smollm2_renders_as_in_transformers(tmp_path: Path) -> None:
-    from stageline.exporter.gguf import save_tokenizer
+    from stageline.exporter.gguf.tokenizer import save_tokenizer
 
     save_tokenizer(Checkpoint.open(SMOLLM2), tmp_path)
     reference = AutoTokenizer.from_pretrained(tmp_path)

@@ -40,7 +40,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Byte-level BPE; as the exporter writes it into a bundle."""
     if not SMOLLM2.is_dir():
         pytest.skip("needs the reference checkpoint: stageline models fetch smollm2")
-    from stageline.exporter.gguf import save_tokenizer
+    from stageline.exporter.gguf.tokenizer import save_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2")
     save_tokenizer(Checkpoint.open(SMOLLM2), folder)
