@@ -21,7 +21,6 @@ from stageline.exporter.mask_window import window_of
 from stageline.exporter.rotary_scaling import rows_of, scaled_rotary
 from stageline.exporter.skeleton import RefusedError, Task, inputs_of, outputs_of
 from stageline.exporter.token_mixing import check_apart
-from stageline.models.sentence import SentencePooling
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -50,9 +49,9 @@ class Attention:
         """While entered, models that were built with `implementation` call this attention."""
         return contextlib.nullcontext()
 
-    def wrap(self, model: Any, dtype: torch.dtype, task: str, pooling: SentencePooling | None) -> Task | CacheTask:
+    def wrap(self, model: Any, dtype: torch.dtype, task: str, head: torch.nn.Module | None) -> Task | CacheTask:
         """The model with the inputs and outputs of the bundle."""
-        wrapped = Task(model, inputs_of(model, dtype), outputs_of(task), pooling)
+        wrapped = Task(model, inputs_of(model, dtype), outputs_of(task), head)
         wrapped.rows_of = partial(rows_of, scaled_rotary(model))
         return wrapped
 
@@ -179,7 +178,7 @@ class CacheAttention(_OneOperator):
     def installed(self) -> contextlib.AbstractContextManager[None]:
         return _registered(self.implementation, self.attend, self.mask)
 
-    def wrap(self, model: Any, dtype: torch.dtype, task: str, pooling: SentencePooling | None) -> Task | CacheTask:
+    def wrap(self, model: Any, dtype: torch.dtype, task: str, head: torch.nn.Module | None) -> Task | CacheTask:
         return CacheTask(model, self._over)
 
     def watch(self, task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call]:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from stageline.exporter import skeleton
 from stageline.exporter.cut import PartGraph
 from stageline.exporter.gguf import config as gguf_config
+from stageline.exporter.sentence_head import place_head
 from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
@@ -49,6 +50,8 @@ def export(
         parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
         progress("placing weights")
         weights = place(traced.weights, traced.task.model, wanted.config, wanted.dtype, folder)
+        if wanted.pooling is not None:
+            weights += place_head(wanted.pooling, wanted.checkpoint, wanted.dtype, folder)
         wanted.notes.extend(linked_note(folder, weights))
         progress("stitching stages")
         uncut = _manifest(wanted, traced, folder, parts, weights)

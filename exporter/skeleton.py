@@ -59,15 +59,13 @@ class Task(torch.nn.Module):
     row_scaling = None
     """It keeps no keys that could depend on the length of a row."""
 
-    def __init__(
-        self, model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...], pooling: SentencePooling | None
-    ):
+    def __init__(self, model: Any, inputs: tuple[Input, ...], outputs: tuple[str, ...], head: torch.nn.Module | None):
         super().__init__()
         self.model = model
         self.inputs = inputs
         self.input_names = tuple(i.name for i in inputs)
         self.output_names = outputs
-        self.pooling = pooling
+        self.head = head
         self.extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         self.rows_of: Callable[[torch.Tensor], AbstractContextManager[None]] = lambda lengths: nullcontext()
         """What to be in while rows of these lengths [batch] are computed."""
@@ -80,35 +78,9 @@ class Task(torch.nn.Module):
         if self.output_names == ("logits",):
             return (result.logits,)
         hidden = result.last_hidden_state
-        if self.pooling is None:
+        if self.head is None:
             return (hidden,)
-        return (pool(hidden, named["attention_mask"], self.pooling), hidden)
-
-
-def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: SentencePooling) -> torch.Tensor:
-    """Sentence embeddings as sentence-transformers defines them: hidden [batch, length, width] -> [batch, width]."""
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    if pooling.mode == "cls":
-        # the first token that is not padding: the same as token 0 when padding is on the right
-        first = mask.argmax(dim=1)
-        sentence = hidden.gather(1, first.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
-    elif pooling.mode == "lasttoken":
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = (mask * positions).argmax(dim=1)
-        sentence = hidden.gather(1, last.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
-    elif pooling.mode == "max":
-        sentence = hidden.masked_fill(weights == 0, -1e9).max(dim=1).values
-    elif pooling.mode in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
-        if pooling.mode == "weightedmean":
-            weights = weights * torch.arange(1, mask.shape[1] + 1, device=mask.device).to(hidden.dtype).view(1, -1, 1)
-        count = weights.sum(dim=1).clamp(min=1e-9)
-        sentence = (hidden * weights).sum(dim=1) / (count.sqrt() if pooling.mode == "mean_sqrt_len_tokens" else count)
-    else:
-        raise ExportError(
-            f"pooling mode {pooling.mode!r} is not known; known: cls, lasttoken, max, mean, "
-            "mean_sqrt_len_tokens, weightedmean"
-        )
-    return torch.nn.functional.normalize(sentence, p=2.0, dim=1) if pooling.normalize else sentence
+        return (self.head(hidden, named["attention_mask"]), hidden)
 
 
 def config_of(config: Mapping[str, Any]) -> Any:

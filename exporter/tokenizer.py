@@ -152,6 +152,8 @@ def _settings(wanted: Wanted, max_positions: int | None, stated: dict[str, Any])
     end = config.eos_token_id
     ends = () if end is None else tuple(np.atleast_1d(end).tolist())
     pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
+    if head is not None:
+        stated |= {"prompts": head.prompts, "default_prompt": head.default_prompt, "similarity": head.similarity}
     return TextSettings(
         tokenizer=f"tokenizer/{_FILE}",
         max_length=min(known, default=_NAMES_A_LIMIT),

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 from stageline.exporter import skeleton
+from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.verify.against_torch import load_reference
 from stageline.models.checkpoint import Checkpoint
-from stageline.models.sentence import pooling
 from stageline.runtime.bench.baselines import one_by_one
 from stageline.runtime.bench.contenders import CallContender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
@@ -37,7 +37,7 @@ def torch_contender(kind: Kind, checkpoint: Path, manifest: Manifest, threads: i
         if kind == "torch-compile":
             model.forward = torch.compile(model.forward, dynamic=True)
         return CallContender(kind, _Generating(model), slots)
-    head = pooling(opened) if manifest.task == "sentence-similarity" else None
+    head = loaded_head(opened) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
     wanted = (EMBEDDING,) if EMBEDDING in names else names
     task: Any = skeleton.Task(model, skeleton.inputs_of(model, torch.float32), wanted, head).eval()

@@ -11,6 +11,7 @@ from stageline.exporter.blocks import Call, kinds, stampable
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.cut import NotProvenError, PartGraph, cut
 from stageline.exporter.fuse import fuse_norms
+from stageline.exporter.sentence_head import PREFIX, SentenceHead
 from stageline.exporter.skeleton import NoCacheError, RefusedError
 from stageline.exporter.trace import first_line, representatives, trace
 from stageline.exporter.weights import Weights, find
@@ -104,7 +105,12 @@ class _FakeModel:
         weights = find(wanted.checkpoint, model)
         mode = skeleton.fake_mode()
         skeleton.fake_weights(model, mode, weights.names)
-        return cls(attention.wrap(model, dtype, wanted.task, wanted.pooling).eval(), weights, mode)
+        head = None
+        if wanted.pooling is not None:
+            with torch.device("meta"):
+                head = SentenceHead(wanted.pooling, dtype)
+            skeleton.fake_weights(head, mode, ())
+        return cls(attention.wrap(model, dtype, wanted.task, head).eval(), weights, mode)
 
     def samples(self) -> tuple[torch.Tensor, ...]:
         """Fresh inputs."""
@@ -152,6 +158,8 @@ def _cut(
     traced = trace(fake.task, fake.samples(), stack, kind, real)
     attention.check_graph(traced.model.graph)
     source = {"model." + name: tensor for name, tensor in fake.weights.names.items()}
+    head = getattr(fake.task, "head", None)
+    source |= {} if head is None else {"head." + name: PREFIX + name for name, _ in head.named_parameters()}
     parts, uses = cut(traced, stack, kind, frozenset(source))
     for part in parts:
         fuse_norms(part.model)

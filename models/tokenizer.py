@@ -1,6 +1,6 @@
 """Text to token arrays and back, with the tokenizers library alone: what serving needs of a checkpoint's tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,17 @@ class TextEncoder:
         pad_id: int,
         truncation_side: Literal["right", "left"] = "right",
         token_types: bool = True,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt: str | None = None,
     ) -> None:
         """`truncation_side`: where a text that is too long loses tokens. `token_types`: whether the second text of a
-        pair has token type 1, if the tokenizer says so; else all types are 0."""
+        pair has token type 1, if the tokenizer says so; else all types are 0. `prompts`: what `encode` puts before a
+        text, by name; `default_prompt`: the name of the one that it takes if none is named."""
         self.max_length = max_length
         """The maximum number of tokens of a text, special ones included."""
         self.pad_id = pad_id
         self._truncation_side, self._token_types = truncation_side, token_types
+        self._prompts, self._default_prompt = dict(prompts or {}), default_prompt
         # tokenizer.json states padding and truncation as its model was trained, not as it is served.
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -47,17 +51,24 @@ class TextEncoder:
         return cls(tokenizer, max_length, pad_id, **settings)
 
     def encode(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, truncate: bool = False
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        truncate: bool = False,
+        prompt: str | None = None,
     ) -> dict[str, NDArray[np.int64]]:
-        """Turn texts, or each text with its pair, into arrays padded on the right to the longest of them.
+        """Turn texts, or each text with its pair, into arrays padded on the right to the longest of them. `prompt`: the
+        name of what is put before each text; default: the default prompt, if there is one.
 
         Returns input_ids, attention_mask and token_type_ids, each int64 [batch, length].
 
         Raises:
-            RequestError: no texts, something that is not a text, a text without tokens, or one longer than
-                `max_length` while `truncate` is off.
+            RequestError: no texts, something that is not a text, a text without tokens, one longer than `max_length`
+                while `truncate` is off, or a prompt that is not known.
         """
         inputs = _inputs(texts, pairs)
+        if before := self._prompt(prompt):
+            inputs = _inputs([before + text for text in texts], pairs)
         encodings = self._tokenizer.encode_batch(inputs)
         for number, encoding in enumerate(encodings):
             if len(encoding.ids) > self.max_length:
@@ -76,6 +87,15 @@ class TextEncoder:
         if not self._token_types:
             types = np.zeros_like(ids)
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def _prompt(self, name: str | None) -> str:
+        name = self._default_prompt if name is None else name
+        if name is None:
+            return ""
+        if name not in self._prompts:
+            known = f"known are {', '.join(self._prompts)}" if self._prompts else "this model has none"
+            raise RequestError(f"prompt {name!r} is not known; {known}")
+        return self._prompts[name]
 
     def ids(self, text: str, special: bool = True) -> list[int]:
         """The tokens of one text, of any number; `special`: with those that the tokenizer adds to every text.

@@ -24,12 +24,14 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Session:
-    """An open pipeline and the tokenizer that makes its inputs. `folder`: the bundle's."""
+    """An open pipeline and the tokenizer that makes its inputs. `folder`: the bundle's; `prompt`: the name of what is
+    put before a text that is embedded."""
 
     folder: Path
     manifest: Manifest
     pipeline: Pipeline
     encoder: TextEncoder
+    prompt: str | None = None
 
     def run(self, encoded: Mapping[str, Array], output: str) -> Array:
         """One output of the model for encoded texts. EngineError if it holds NaN."""
@@ -58,10 +60,25 @@ def encoder_of(bundle: Bundle) -> TextEncoder:
 
 
 def sentence_similarity(session: Session, texts: Sequence[str]) -> Answer:
-    """The embedding of each text, and the cosine similarity of each pair."""
-    vectors = session.run(session.encoder.encode(texts), EMBEDDING)
+    """The embedding of each text, and the similarity of each pair as the model's makers compare them."""
+    vectors = session.run(session.encoder.encode(texts, prompt=session.prompt), EMBEDDING)
+    kind = session.manifest.text.similarity if session.manifest.text else "cosine"
+    return {"embeddings": vectors.tolist(), "similarity": _SIMILARITY[kind](vectors).tolist(), "compared_by": kind}
+
+
+def _cosine(vectors: Array) -> Array:
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
-    return {"embeddings": vectors.tolist(), "similarity": (unit @ unit.T).tolist()}
+    result: Array = unit @ unit.T
+    return result
+
+
+# vectors [texts, width] -> [texts, texts]; distances are negative, so that more alike is higher
+_SIMILARITY: dict[str, Callable[[Array], Array]] = {
+    "cosine": _cosine,
+    "dot": lambda vectors: vectors @ vectors.T,
+    "euclidean": lambda vectors: -np.linalg.norm(vectors[:, None] - vectors[None], axis=2),
+    "manhattan": lambda vectors: -np.abs(vectors[:, None] - vectors[None]).sum(axis=2),
+}
 
 
 def feature_extraction(session: Session, texts: Sequence[str]) -> Answer:

@@ -23,6 +23,10 @@ def run_command(
         int | None,
         typer.Option(min=0, metavar="N", help=f"text-generation: max tokens to generate (default: {_NEW_TOKENS})."),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="sentence-similarity: which of the model's prompts stands before each text."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run texts through a bundle and print its answers.
@@ -36,12 +40,14 @@ def run_command(
     task = manifest.task
     if task != "text-generation" and new_tokens is not None:
         raise RequestError(f"--new-tokens is for text-generation, but this bundle's task is {task}; leave it out")
+    if task != "sentence-similarity" and prompt is not None:
+        raise RequestError(f"--prompt is for sentence-similarity, but this bundle's task is {task}; leave it out")
     if task != "text-generation" and task not in ANSWERS:
         raise RequestError(
             f"{task} takes no text; run this bundle from Python: Pipeline.open({str(bundle)!r}).run(...)"
         )
     with Pipeline.open(bundle) as pipeline:
-        session = Session(bundle, manifest, pipeline, encoder_of(pipeline.bundle))
+        session = Session(bundle, manifest, pipeline, encoder_of(pipeline.bundle), prompt)
         if task == "text-generation":
             result = text_generation(session, text, _NEW_TOKENS if new_tokens is None else new_tokens)
         else:

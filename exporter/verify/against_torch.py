@@ -16,11 +16,11 @@ import torch
 import transformers
 from stageline.exporter import skeleton
 from stageline.exporter.gguf import config as gguf_config
+from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.verify.gguf_reference import load_gguf_reference
 from stageline.exporter.verify.random_inputs import random_inputs
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
-from stageline.models.sentence import pooling
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 from stageline.runtime.bundle.signature import Signature
@@ -110,7 +110,7 @@ def verify(
 def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """torch's values for these inputs at every cut (`hidden.K`) and for every output, by the manifest's names."""
     model = load_reference(checkpoint, manifest)
-    head = pooling(checkpoint) if manifest.task == "sentence-similarity" else None
+    head = loaded_head(checkpoint) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
     task = skeleton.Task(model, skeleton.inputs_of(model, torch.float32), names, head).eval()
     crossing = {spec.name for stage in manifest.stages for spec in stage.outputs}

@@ -128,6 +128,9 @@ class TextSettings(Data):
     eos_ids: tuple[int, ...] = ()
     truncation_side: Literal["right", "left"] = "right"  # where a text that is too long loses tokens
     token_types: bool = True  # whether the tokens of a pair's second text may have type 1
+    prompts: dict[str, str] = Field(default_factory=dict)  # what is put before a text that is embedded, by name
+    default_prompt: str | None = None  # the one of these that a text has if none is named
+    similarity: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"  # how embeddings are compared
 
 
 class RowScaling(Data):

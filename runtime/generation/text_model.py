@@ -69,4 +69,6 @@ def open_encoder(bundle: Bundle) -> TextEncoder | None:
         text.pad_id,
         truncation_side=text.truncation_side,
         token_types=text.token_types,
+        prompts=text.prompts,
+        default_prompt=text.default_prompt,
     )

@@ -35,7 +35,9 @@ def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
     if not 1 <= len(given) <= MAX_INPUTS:
         raise ApiError(400, f"input holds {len(given)} texts; send 1 to {MAX_INPUTS}", param="input")
     if isinstance(given[0], str):
-        return dict(model.encoder.encode(given, truncate=body.truncate))
+        return dict(model.encoder.encode(given, truncate=body.truncate, prompt=body.prompt_name))
+    if body.prompt_name is not None:
+        raise ApiError(400, "prompt_name is for texts; put the prompt's tokens before the others", param="prompt_name")
     rows = [row[: model.length] if body.truncate else model.fitting(row) for row in given]
     for place, row in enumerate(rows):
         if not row:

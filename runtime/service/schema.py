@@ -174,3 +174,5 @@ class EmbeddingRequest(_Body):
     encoding_format: Literal["float", "base64"] = "float"
     truncate: bool = False
     """Not OpenAI's: truncate texts that are too long instead of refusing them."""
+    prompt_name: str | None = None
+    """Not OpenAI's: which of the model's prompts is put before each text."""
