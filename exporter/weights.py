@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from stageline.exporter.gguf.tensors import GgufTensors
+from stageline.exporter.standard_names import folder_for_transformers
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError, ExportError
 from stageline.models.place_file import place_file
@@ -171,15 +172,16 @@ def _dequantise(order: _Order) -> list[FileEntry]:
 
 def _materialise(order: _Order) -> list[FileEntry]:
     """Let transformers load the model, merging or splitting tensors as it does, and write what it got."""
-    model = type(order.model).from_pretrained(
-        order.weights.checkpoint.path,
-        config=order.config,
-        dtype=getattr(torch, order.dtype),
-        attn_implementation="eager",  # the config still names the attention of the trace
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    with folder_for_transformers(order.weights.checkpoint) as folder:
+        model = type(order.model).from_pretrained(
+            folder,
+            config=order.config,
+            dtype=getattr(torch, order.dtype),
+            attn_implementation="eager",  # the config still names the attention of the trace
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     specs = [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()]
     return [

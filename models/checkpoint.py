@@ -1,6 +1,7 @@
 """A checkpoint on disk, opened without its weights: what it is, what it holds, and where each tensor is."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -8,8 +9,8 @@ from typing import Any, Literal
 from stageline.models import gguf_file, other_formats, safetensors_file
 from stageline.models.errors import CheckpointError
 from stageline.models.tensors import TensorEntry
+from stageline.models.weight_files import INDEX, SINGLE, complete, weight_files
 
-_INDEX = "model.safetensors.index.json"
 _AUXILIARY = (
     "config.json",
     "generation_config.json",
@@ -40,7 +41,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Open a Hugging Face folder, a .gguf file, or a folder with one .gguf file. Reads headers, never weights.
+        """Open a Hugging Face folder, one of its .safetensors files (with the other shards of its set), a .gguf file,
+        or a folder with one .gguf file. Reads headers, never weights.
 
         Raises:
             CheckpointError: nothing there, not a checkpoint, unsafe (pickled) or damaged.
@@ -54,7 +56,11 @@ class Checkpoint:
                 return _open_gguf(path, _only_gguf(path))
             if path.suffix == ".gguf":
                 return _open_gguf(path, path)
-            raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the checkpoint's folder")
+            if path.suffix == ".safetensors":
+                return _open_folder(path.parent, path.name)
+            raise CheckpointError(
+                f"{path} is neither a folder nor a .gguf or .safetensors file; give the checkpoint's folder"
+            )
         except OSError as error:
             raise CheckpointError(f"cannot look into {path}: {error.strerror}") from error
 
@@ -76,21 +82,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, file: str | None = None) -> Checkpoint:
+    """The checkpoint in `folder`, with the weights of the set that `file` is of if it is given."""
     config = read_json_object(folder / "config.json")
-    single = folder / "model.safetensors"
-    if (folder / "adapter_config.json").is_file() and (single.is_file() or (folder / _INDEX).is_file()):
+    names = _names(folder, "*.safetensors", "*.json")
+    adapted = "adapter_config.json" in names
+    if adapted and (SINGLE in names or INDEX in names):
         raise CheckpointError(
             f"{folder} holds a whole model and an adapter beside it (adapter_config.json); move that file away if the "
             "adapter is merged into the model already, else merge it and export what that saves"
         )
-    if single.is_file():
-        files: tuple[Path, ...] = (single,)
-        tensors = safetensors_file.read_header(single)
-    elif (folder / _INDEX).is_file():
-        files, tensors = _read_shards(folder)
-    else:
+    if adapted:
         raise CheckpointError(_why_no_weights(folder))
+    found = weight_files(names, folder) if file is None else complete(file, names, folder)
+    if found is None:
+        raise CheckpointError(_why_no_weights(folder))
+    if found.index is not None:
+        files, tensors = _read_shards(folder / found.index)
+    else:
+        files, tensors = _read_files([folder / name for name in found.files])
     return Checkpoint(
         path=folder,
         kind="safetensors",
@@ -102,18 +112,37 @@ def _open_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _read_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:
-    index = folder / _INDEX
+def _read_files(files: Sequence[Path]) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in safetensors_file.read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{file} and {tensors[name].file.name} both hold tensor {name!r}, and no {INDEX} says which is the "
+                    "model's; download that file"
+                )
+            tensors[name] = entry
+    return tuple(files), tensors
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """The shard that holds each tensor, by the index of a sharded checkpoint. CheckpointError if it is not valid."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download it again")
-    names_by_shard: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         # Judged by its text: the Hub's cache makes every file a link out of the folder, so resolving would refuse it.
         if not isinstance(shard, str) or PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
             raise CheckpointError(
                 f"{index} puts tensor {name!r} into {shard!r}, outside the folder; do not trust this checkpoint"
             )
+    return weight_map
+
+
+def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:
+    folder, weight_map = index.parent, shards_of(index)
+    names_by_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
         names_by_shard.setdefault(shard, []).append(name)
 
     tensors: dict[str, TensorEntry] = {}
@@ -127,23 +156,22 @@ def _read_shards(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]
         held = safetensors_file.read_header(file)
         for name in names:
             if name not in held:
-                raise CheckpointError(f"{file} lacks tensor {name!r}, which {_INDEX} puts there; download both again")
+                raise CheckpointError(
+                    f"{file} lacks tensor {name!r}, which {index.name} puts there; download both again"
+                )
             tensors[name] = held[name]
     return tuple(folder / shard for shard in sorted(names_by_shard)), tensors
 
 
 def _why_no_weights(folder: Path) -> str:
-    stray = _names(folder, "*.safetensors")
     ggufs = _names(folder, "*.gguf")
     adapter = other_formats.adapter(folder)
     if adapter:
         return f"{folder} {adapter}"
-    if stray:
-        return f"{folder} has {stray[0]} but neither model.safetensors nor {_INDEX}; download the missing file"
     if ggufs:
         return f"{folder} has its weights in {ggufs[0]}; give that file's path instead of the folder's"
     return other_formats.what_it_holds(folder) or (
-        f"{folder} has no weights (model.safetensors or {_INDEX}); download them"
+        f"{folder} has no weights (model.safetensors or {INDEX}); download them"
     )
 
 

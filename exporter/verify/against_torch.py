@@ -17,6 +17,7 @@ import transformers
 from stageline.exporter import skeleton
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.sentence_head import loaded_head
+from stageline.exporter.standard_names import folder_for_transformers
 from stageline.exporter.verify.gguf_reference import load_gguf_reference
 from stageline.exporter.verify.random_inputs import random_inputs
 from stageline.models.checkpoint import Checkpoint
@@ -158,15 +159,16 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = 
     try:
         if is_gguf:
             return load_gguf_reference(checkpoint, factory, attention).eval()
-        model = factory.from_pretrained(
-            checkpoint.path,
-            config=config,
-            use_safetensors=True,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with folder_for_transformers(checkpoint) as folder:
+            model = factory.from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(
             f"transformers cannot load {checkpoint.path}: {' '.join(str(error).split())[:300]}"

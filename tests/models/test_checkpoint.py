@@ -81,7 +81,7 @@ def test_a_path_the_system_refuses_is_reported(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"neither a folder nor a .gguf file"):
+    with pytest.raises(CheckpointError, match=r"neither a folder nor a .gguf or .safetensors file"):
         Checkpoint.open(tmp_path / "model.onnx")
 
 
@@ -109,7 +109,10 @@ def test_a_broken_config_is_refused(tmp_path: Path, config: str, message: str) -
         ),
         ("model.ckpt", "only in model.ckpt, and reading a pickle can run any code"),
         ("adapter_config.json", "holds an adapter, not a whole model; merge it"),
-        ("model-00001-of-00002.safetensors", "but neither model.safetensors nor model.safetensors.index.json"),
+        (
+            "model-00001-of-00002.safetensors",
+            "lacks 1 of 2 shards, such as 'model-00002-of-00002.safetensors'; download them",
+        ),
         ("model.Q4_0.gguf", "has its weights in model.Q4_0.gguf; give that file's path"),
     ],
 )

@@ -1,0 +1,33 @@
+"""A checkpoint under the file names that transformers loads, for the few steps that let transformers load it."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stageline.models.checkpoint import Checkpoint, shards_of
+from stageline.models.weight_files import INDEX, SINGLE
+
+
+@contextmanager
+def folder_for_transformers(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The checkpoint's folder if transformers would load the same weight files from it; else a temporary one of links,
+    whose index names them."""
+    folder = checkpoint.path
+    if checkpoint.kind == "gguf" or _would_load(folder) == {file.name for file in checkpoint.files}:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="stageline-") as made:
+        links = Path(made)
+        for file in (*checkpoint.auxiliary, *checkpoint.files):
+            (links / file.name).symlink_to(file.resolve())
+        shards = {name: entry.file.name for name, entry in checkpoint.tensors.items()}
+        (links / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+        yield links
+
+
+def _would_load(folder: Path) -> set[str]:
+    if (folder / SINGLE).is_file():
+        return {SINGLE}
+    return set(shards_of(folder / INDEX).values()) if (folder / INDEX).is_file() else set()
