@@ -12,10 +12,10 @@ from stageline.models.weight_files import INDEX, SINGLE
 
 @contextmanager
 def folder_for_transformers(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's folder if transformers would load the same weight files from it; else a temporary one of links,
-    whose index names them."""
+    """The folder of a checkpoint in safetensors if transformers would load the same files from it; else a temporary one
+    of links, whose index names them."""
     folder = checkpoint.path
-    if checkpoint.kind == "gguf" or _would_load(folder) == {file.name for file in checkpoint.files}:
+    if _would_load(folder) == {file.name for file in checkpoint.files}:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="stageline-") as made:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from stageline.models.errors import CheckpointError
 from stageline.models.new_folder import new_folder
+from stageline.models.user_cache import user_cache
 
 Progress = Callable[[int, int], None]
 """Called now and then with the bytes downloaded and the bytes there are in all."""
@@ -106,7 +107,7 @@ def default_root() -> Path:
         return Path(chosen)
     if _is_source_checkout(Path.cwd()):
         return Path.cwd() / "models" / "checkpoints"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stageline" / "checkpoints"
+    return user_cache() / "checkpoints"
 
 
 def fetch(name: str, root: Path, progress: Progress) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stageline.models.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"(?P<before>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<after>.*)\.safetensors")
+_SHARD = re.compile(r"(?P<before>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<after>.*\.(safetensors|gguf))")
 _INDEX = re.compile(r".+\.safetensors\.index(\..+)?\.json")
 _NAMED = 6  # files named in a message
 
@@ -50,9 +50,7 @@ def complete(name: str, names: Iterable[str], where: object) -> WeightFiles:
     if shard is None:
         return WeightFiles((name,))
     width, count = len(shard["count"]), int(shard["count"])
-    wanted = [
-        f"{shard['before']}-{i:0{width}}-of-{shard['count']}{shard['after']}.safetensors" for i in range(1, count + 1)
-    ]
+    wanted = [f"{shard['before']}-{i:0{width}}-of-{shard['count']}{shard['after']}" for i in range(1, count + 1)]
     missing = sorted(set(wanted) - set(names))
     if missing:
         raise CheckpointError(f"{where} lacks {len(missing)} of {count} shards, such as {missing[0]!r}; download them")

@@ -1,6 +1,5 @@
 """Benchmarks started from a page: `stageline bench` as a child process that outlives the page, one at a time."""
 
-import os
 import subprocess
 import tempfile
 import threading
@@ -10,6 +9,7 @@ from typing import IO
 
 from stageline.dashboard.children.command import stageline
 from stageline.models.errors import StagelineError
+from stageline.models.user_cache import user_cache
 from stageline.runtime.bench.options import new_id
 from stageline.runtime.bench.records import RunLine
 from stageline.runtime.bench.store import Store
@@ -125,8 +125,7 @@ def cut_copy(bundle: Path, stages: int) -> Path:
     """
     if len(read_manifest(bundle).stages) == stages:
         return bundle
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(home) / "stageline" / "cuts" / f"{bundle.name}-{stages}-stages"
+    folder = user_cache() / "cuts" / f"{bundle.name}-{stages}-stages"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         copy = recut_copy(bundle, Path(scratch) / bundle.name, stages).path

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import pydantic
 import typer
-from stageline.exporter.commands import bench_show, common
+from stageline.exporter.commands import bench_show, common, hub
 from stageline.models.errors import RequestError, StagelineError
 from stageline.runtime.bench import files, options
 from stageline.runtime.bench.compare import JUDGED, compare
@@ -55,7 +55,7 @@ def register(parent: typer.Typer) -> None:
 
 @app.command(_RUN)
 def run_command(
-    bundle: common.BundleArgument,
+    bundle: hub.BundleArgument,
     scenario: Annotated[
         str | None,
         typer.Option(
@@ -95,7 +95,8 @@ def run_command(
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="CHECKPOINT", help="For the baselines torch and torch-compile.")
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="For the baselines torch and torch-compile."),
     ] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Model of the URL (default: its first).")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="STAGELINE_API_KEY", help="API key for the URL.")] = None,
@@ -135,7 +136,7 @@ def run_command(
     bounds = options.slo(slo)
     given = options.lengths(lengths) if lengths else read_texts(texts) if texts else built_in_texts()
     recorded = options.arrivals(arrivals) if arrivals is not None else []
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(hub.bundle_of(bundle))
     pipeline = PipelineOptions(engine, common.split(devices), threads, _QUEUE, quantise=quantise, slots=slots)
     output = _output_tokens(opened, new_tokens, rows)
     cache = pipeline.cache_size(opened.manifest)
@@ -306,7 +307,7 @@ def _openers(
         elif name in ("torch", "torch-compile"):
             if checkpoint is None:
                 raise typer.BadParameter(f"{name} needs the checkpoint: give --checkpoint", param_hint="--baseline")
-            openers[name] = partial(_torch, name, checkpoint, bundle, pipeline)
+            openers[name] = partial(_torch, name, hub.checkpoint_of(checkpoint), bundle, pipeline)
         else:
             known = ", ".join((*BASELINES, "a URL"))
             raise typer.BadParameter(f"unknown baseline {name!r}; known: {known}", param_hint="--baseline")

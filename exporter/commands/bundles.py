@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from stageline.exporter.commands import common, show
+from stageline.exporter.commands import common, hub, show
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.graph import size_bytes
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export_command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder or a .gguf file.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=hub.CHECKPOINT_HELP)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The new bundle's folder.")],
     stages: StagesOption = None,
     layers: common.LayersOption = None,
@@ -42,11 +42,16 @@ def export_command(
     begin = time.perf_counter()
     with common.needs(*common.EXPORTER):
         from stageline.exporter.export import export
+    source = hub.checkpoint_of(checkpoint)
     with common.progress_steps() as progress:
-        bundle = export(checkpoint, output, stages=cuts, dtype=dtype, task=task, progress=progress)
+        bundle = export(source, output, stages=cuts, dtype=dtype, task=task, progress=progress)
     seconds = time.perf_counter() - begin
     manifest = bundle.manifest
-    how = {"trace": manifest.trace, "attention": manifest.attention, "no_cache_reason": manifest.no_cache_reason}
+    how: dict[str, Any] = {
+        "trace": manifest.trace,
+        "attention": manifest.attention,
+        "no_cache_reason": manifest.no_cache_reason,
+    }
     how["notes"] = manifest.notes
     summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
     common.print_result(
@@ -75,12 +80,12 @@ def recut_command(
     common.print_result(as_json, _description(done), show.bundle(done))
 
 
-def inspect_command(bundle: common.BundleArgument, as_json: common.JsonOption = False) -> None:
+def inspect_command(bundle: hub.BundleArgument, as_json: common.JsonOption = False) -> None:
     """Show a bundle's stages and the values that cross each cut.
 
     Example: stageline inspect minilm.bundle
     """
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(hub.bundle_of(bundle))
     common.print_result(as_json, _description(opened), show.bundle(opened))
 
 

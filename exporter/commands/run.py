@@ -3,8 +3,8 @@
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands import show
-from stageline.exporter.commands.common import BundleArgument, JsonOption, print_result
+from stageline.exporter.commands import hub, show
+from stageline.exporter.commands.common import JsonOption, print_result
 from stageline.models.errors import RequestError
 from stageline.runtime.bundle.folder import read_manifest
 
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run_command(
-    bundle: BundleArgument,
+    bundle: hub.BundleArgument,
     text: Annotated[list[str], typer.Option(metavar="TEXT", help="An input text. May be repeated.")],
     new_tokens: Annotated[
         int | None,
@@ -36,6 +36,7 @@ def run_command(
     from stageline.exporter.commands.answers import ANSWERS, Session, encoder_of, text_generation
     from stageline.runtime.pipeline import Pipeline
 
+    bundle = hub.bundle_of(bundle)
     manifest = read_manifest(bundle)
     task = manifest.task
     if task != "text-generation" and new_tokens is not None:

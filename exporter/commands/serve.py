@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands import common
+from stageline.exporter.commands import common, hub
 from stageline.runtime import words
 from stageline.runtime.engines import CacheDtype
 from stageline.runtime.options import PipelineOptions, RebalanceMode
@@ -24,12 +24,20 @@ def register(app: typer.Typer) -> None:
 
 
 def serve_command(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles that generate or embed.")],
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BUNDLE...",
+            help="Bundles that generate or embed: folders, or ORG/NAME[@REVISION][:FILE] on the Hub.",
+        ),
+    ],
     host: common.HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: any free one.")] = 8000,
     name: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Name that clients use (default: the folder's). One for each bundle."),
+        typer.Option(
+            metavar="NAME", help="Name that clients use (default: the folder's, or ORG/NAME). One for each bundle."
+        ),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="STAGELINE_API_KEY", help="Key that clients must send (default: none).")
@@ -71,10 +79,11 @@ def serve_command(
     names = _names(bundles, name or [])
     if rebalance != "off":
         _log_rebalancing()
+    folders = [hub.bundle_of(bundle) for bundle in bundles]
     with bound_socket(host, port) as listening, ExitStack() as stack:
         pipelines = {
-            called: stack.enter_context(Pipeline.open(bundle, options))
-            for called, bundle in zip(names, bundles, strict=True)
+            called: stack.enter_context(Pipeline.open(folder, options))
+            for called, folder in zip(names, folders, strict=True)
         }
         app = create_app(
             pipelines,
@@ -95,11 +104,16 @@ def serve_command(
 def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
     if given and len(given) != len(bundles):
         raise common.UsageError(f"{len(given)} names for {words.counted(len(bundles), 'bundle')}; give each one --name")
-    names = list(given) or [bundle.resolve().name for bundle in bundles]
+    names = list(given) or [_name(bundle) for bundle in bundles]
     for called in names:
         if names.count(called) > 1:
             raise common.UsageError(f"two bundles are called {called!r}; give each one --name")
     return names
+
+
+def _name(bundle: Path) -> str:
+    name = hub.hub_name(bundle)
+    return bundle.resolve().name if name is None else name.repository
 
 
 def _log_rebalancing() -> None:

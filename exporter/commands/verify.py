@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from stageline.exporter.commands import common, show
+from stageline.exporter.commands import common, hub, show
 from stageline.runtime.engines.tensorrt.lower import Precision
 
 
@@ -16,10 +16,13 @@ def register(app: typer.Typer) -> None:
 
 
 def verify_command(
-    bundle: common.BundleArgument,
+    bundle: hub.BundleArgument,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help="The checkpoint that was exported; needed for onnxruntime."),
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="The checkpoint that was exported, or its name on the Hub; needed for onnxruntime.",
+        ),
     ] = None,
     engine: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="The engine to verify.")] = "onnxruntime",
     precision: Annotated[
@@ -47,14 +50,17 @@ def verify_command(
 
     Example: stageline verify minilm.bundle --against models/checkpoints/minilm
     """
+    if engine == "onnxruntime" and against is None:
+        raise common.UsageError("give --against and the checkpoint that the bundle was exported from")
+    bundle = hub.bundle_of(bundle)
     if engine == "tensorrt":
         _verify_tensorrt(bundle, precision, emulated, inner_values, as_json)
-    if against is None:
-        raise common.UsageError("give --against and the checkpoint that the bundle was exported from")
+    assert against is not None
     with common.needs(*common.EXPORTER):
         from stageline.exporter.verify.against_torch import verify
+    checkpoint = hub.checkpoint_of(against)
     with common.progress_steps() as progress:
-        done = verify(bundle, against, seed=secrets.randbits(32), progress=progress)
+        done = verify(bundle, checkpoint, seed=secrets.randbits(32), progress=progress)
     rows = [
         ["whole" if c.stage is None else f"stage {c.stage}", c.value, f"{c.max_error:.1e}", f"{c.mean_error:.1e}",
          f"{c.relative_error:.1e}", "ok" if c.passed else "FAILED"]

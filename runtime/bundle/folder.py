@@ -86,6 +86,8 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     if not folder.exists():
         raise BundleError(f"no bundle at {folder}; make one with: stageline export CHECKPOINT -o {folder}")
+    if not file.is_file() and (folder.suffix == ".gguf" or (folder / "config.json").is_file()):
+        raise BundleError(f"{folder} is a checkpoint; export it first: stageline export {folder} -o BUNDLE")
     if not file.is_file():
         raise BundleError(
             f"{folder} is not a bundle: it has no {MANIFEST}; make one with: stageline export CHECKPOINT -o BUNDLE"

@@ -95,7 +95,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         """All models."""
         return _json({"object": "list", "data": [_described(model) for model in models.values()]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         """One model."""
         if name not in models:

@@ -1,0 +1,81 @@
+"""Names of the Hugging Face Hub where commands take paths. A path that exists is taken as one."""
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from stageline.exporter.commands import common
+from stageline.models.errors import CheckpointError
+from stageline.models.hub import Fetched, fetch
+from stageline.models.hub_name import HubName
+from stageline.models.user_cache import user_cache
+from stageline.runtime.bundle.manifest import UncutManifest
+
+CHECKPOINT_HELP = "A Hugging Face folder, a .safetensors or .gguf file, or ORG/NAME[@REVISION][:FILE] on the Hub."
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, or ORG/NAME[@REVISION][:FILE] on the Hub.")
+]
+_COMMIT_DIGITS = 12
+
+
+def hub_name(given: Path) -> HubName | None:
+    """The name of the Hub that is meant; None if it is a path."""
+    return None if given.exists() else HubName.parse(str(given))
+
+
+def checkpoint_of(given: Path) -> Path:
+    """The checkpoint at a path, or of a name of the Hub, which is downloaded into the Hub's cache."""
+    name = hub_name(given)
+    if name is None:
+        return given
+    found = fetched(name)
+    if found.is_bundle:
+        raise CheckpointError(f"{name} holds a bundle, which is exported already; run it: stageline run {name}")
+    return found.path
+
+
+def bundle_of(given: Path) -> Path:
+    """The bundle at a path, or of a name of the Hub. A checkpoint there is exported once, into the user's cache."""
+    name = hub_name(given)
+    if name is None:
+        return given
+    found = fetched(name)
+    return found.path if found.is_bundle else _exported(name, found)
+
+
+def fetched(name: HubName) -> Fetched:
+    """What has this name on the Hub, downloaded into the Hub's cache."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when `fetch` imports huggingface_hub
+    return fetch(name, lambda step: print(f"stageline: {step}", file=sys.stderr))
+
+
+def _exported(name: HubName, found: Fetched) -> Path:
+    """The bundle of a downloaded checkpoint, by its commit and our version, exported if there is none."""
+    made_by = f"stageline-{version('stageline')}-{UncutManifest.model_fields['version'].default}"
+    file = f"{Path(name.file).stem}-" if name.file else ""
+    family = user_cache() / "bundles" / name.repository.replace("/", "--")
+    target = family / f"{file}{found.commit[:_COMMIT_DIGITS]}-{made_by}"
+    with _one_at_a_time(family):
+        if not target.exists():
+            with common.needs(*common.EXPORTER):
+                from stageline.exporter.export import export
+            with common.progress_steps() as progress:
+                export(found.path, target, progress=progress)
+            print(f"stageline: exported {name} to {target}", file=sys.stderr)
+    return target
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let no two processes export the same repository; the second one then finds the bundle of the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
