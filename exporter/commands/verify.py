@@ -38,11 +38,13 @@ def verify_command(
     ] = False,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Compare a bundle's stages with torch, on random inputs.
+    """Compare a bundle with its checkpoint: its stages with torch on random inputs, and its answers to texts.
 
-    Each stage is compared alone, and all of them together, for rows of several lengths. The reference is transformers
-    with eager attention in float32. Exits with 1 if an error is larger than 1e-4 (float32), 1e-2 (float16) or 6e-2
-    (bfloat16) of torch's largest value for the same token.
+    Each stage is compared alone, and all of them together, for rows of several lengths up to the model's positions. The
+    reference is transformers with eager attention in float32. Texts are read and answered by transformers' tokenizer,
+    pipelines and generate, or by sentence-transformers where it is installed. Exits with 1 if an error is larger than
+    1e-4 (float32), 1e-2 (float16) or 6e-2 (bfloat16) of torch's largest value for the same token, of an answer's
+    largest score, or if a text becomes other tokens.
 
     With --engine tensorrt, each stage's engine is compared with ONNX Runtime in float32: 9 of 10 tokens must be within
     1e-3 (fp32), 1e-2 (fp16) or 6e-2 (bf16). For int8, fp8 and int4 the reference has the same quantised weights and the
@@ -65,16 +67,24 @@ def verify_command(
         ["whole" if c.stage is None else f"stage {c.stage}", c.value, f"{c.max_error:.1e}", f"{c.mean_error:.1e}",
          f"{c.relative_error:.1e}", "ok" if c.passed else "FAILED"]
         for c in done.comparisons
+    ] + [
+        [t.step, t.value, "", "", f"{t.relative_error:.1e}", "ok" if t.passed else f"FAILED: {_short(t.worst)}"]
+        for t in done.texts
     ]  # fmt: skip
     compared = show.table(["what", "value", "max error", "mean error", "relative", ""], rows)
     verdict = "agrees with torch" if done.passed else "DIFFERS from torch"
     comparisons = [{**asdict(c), "passed": c.passed} for c in done.comparisons]
+    texts = [{**asdict(t), "passed": t.passed} for t in done.texts]
     common.print_result(
         as_json,
-        {**asdict(done), "comparisons": comparisons, "passed": done.passed},
+        {**asdict(done), "comparisons": comparisons, "texts": texts, "passed": done.passed},
         f"{compared}\n{bundle} {verdict} ({done.dtype}: relative error up to {done.tolerance:.0e}; seed {done.seed})",
     )
     raise typer.Exit(0 if done.passed else 1)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
 def _verify_tensorrt(

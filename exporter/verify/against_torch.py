@@ -1,4 +1,4 @@
-"""Verifying a bundle: each stage alone, and all of them together, against torch on fresh random inputs.
+"""Verifying a bundle: each stage alone, and all of them together, against torch on fresh random inputs, then texts.
 
 The reference is transformers with eager attention, in float32, loaded from the checkpoint. A stage gets torch's values
 as its inputs, so an error shows in the stage that makes it. An error is a fraction of the largest value that torch has
@@ -18,8 +18,9 @@ from stageline.exporter import skeleton
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.standard_names import folder_for_transformers
+from stageline.exporter.verify.from_text import TextComparison, compare_texts
 from stageline.exporter.verify.gguf_reference import load_gguf_reference
-from stageline.exporter.verify.random_inputs import random_inputs
+from stageline.exporter.verify.random_inputs import long_inputs, random_inputs
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.runtime.bundle.folder import Bundle
@@ -56,18 +57,20 @@ class TorchComparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """All comparisons of a bundle. `lengths` are the real tokens in each row of the inputs, if any."""
+    """All comparisons of a bundle: of stages on random rows, each the worst of short and long rows, and of texts.
+    `lengths` are the real tokens in each row of the inputs, if any."""
 
     dtype: str
     tolerance: float
     seed: int
     lengths: tuple[int, ...]
     comparisons: tuple[TorchComparison, ...]
+    texts: tuple[TextComparison, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every comparison passed."""
-        return all(comparison.passed for comparison in self.comparisons)
+        return all(each.passed for each in self.comparisons) and all(each.passed for each in self.texts)
 
 
 def verify(
@@ -81,36 +84,53 @@ def verify(
     progress("opening the bundle")
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    inputs = random_inputs(manifest, seed)
-    progress("running torch")
-    reference = torch_values(Checkpoint.open(Path(against)), manifest, inputs)
-    mask = inputs.get("attention_mask")
+    checkpoint = Checkpoint.open(Path(against))
+    progress("loading the checkpoint into torch")
+    model = load_reference(checkpoint, manifest)
     tolerance = TOLERANCE[manifest.dtype]
+    with Pipeline.open(path) as pipeline:
+        drawn = [inputs for inputs in (random_inputs(manifest, seed), long_inputs(manifest, seed)) if inputs]
+        compared = [_compare_all(pipeline, torch_values(model, checkpoint, manifest, inputs), inputs, progress)
+                    for inputs in drawn]  # fmt: skip
+        progress("from text to answer")
+        texts = compare_texts(pipeline, checkpoint, model, tolerance)
+    masks = [inputs["attention_mask"] for inputs in drawn if "attention_mask" in inputs]
+    lengths = tuple(int(length) for mask in masks for length in mask.sum(axis=1))
+    worst = tuple(max(each, key=_badness) for each in zip(*compared, strict=True))
+    return Verification(manifest.dtype, tolerance, seed, lengths, worst, texts)
+
+
+def _compare_all(
+    pipeline: Pipeline, reference: Mapping[str, Array], inputs: Mapping[str, Array], progress: Callable[[str], None]
+) -> list[TorchComparison]:
+    """Each stage alone, and the whole pipeline, on the same inputs."""
+    bundle = pipeline.bundle
+    manifest, mask = bundle.manifest, inputs.get("attention_mask")
 
     def compare(stage: int | None, spec: TensorSpec, got: Array) -> TorchComparison:
-        return _compare(stage, spec, got, reference[spec.name], mask, tolerance)
+        return _compare(stage, spec, got, reference[spec.name], mask, TOLERANCE[manifest.dtype])
 
     comparisons = []
     signature = Signature.of(manifest)
     values: dict[str, Array] = signature.check_inputs(inputs)[0]
+    longest = "" if mask is None else f", rows of up to {mask.shape[1]} tokens"
     for number, stage in enumerate(manifest.stages):
-        progress(f"stage {number + 1} of {len(manifest.stages)}")
+        progress(f"stage {number + 1} of {len(manifest.stages)}{longest}")
         outputs = _run_stage(
             bundle, number, {spec.name: reference.get(spec.name, values.get(spec.name)) for spec in stage.inputs}
         )
         values.update(outputs)
         comparisons += [compare(number, spec, outputs[spec.name]) for spec in stage.outputs if spec.name in reference]
-    progress("the whole pipeline")
-    with Pipeline.open(path) as pipeline:
-        outputs = pipeline.run(inputs)
-    comparisons += [compare(None, spec, outputs[spec.name]) for spec in signature.outputs]
-    lengths = () if mask is None else tuple(int(n) for n in mask.sum(axis=1))
-    return Verification(manifest.dtype, tolerance, seed, lengths, tuple(comparisons))
+    progress(f"the whole pipeline{longest}")
+    outputs = pipeline.run(inputs)
+    return comparisons + [compare(None, spec, outputs[spec.name]) for spec in signature.outputs]
 
 
-def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """torch's values for these inputs at every cut (`hidden.K`) and for every output, by the manifest's names."""
-    model = load_reference(checkpoint, manifest)
+def torch_values(
+    model: Any, checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The reference model's values for these inputs at every cut (`hidden.K`) and for every output, by the manifest's
+    names."""
     head = loaded_head(checkpoint) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
     task = skeleton.Task(model, skeleton.inputs_of(model, torch.float32), names, head).eval()
@@ -132,15 +152,18 @@ def torch_values(checkpoint: Checkpoint, manifest: Manifest, inputs: Mapping[str
         return after
 
     modules = dict(model.named_modules())
+    hooks = []
     for path in dict.fromkeys(path for path, _ in wanted):
         if path not in modules:
             raise ExportError(
                 f"{checkpoint.path} has no module {path}, which the bundle was traced from; "
                 "give the checkpoint that the bundle was exported from"
             )
-        modules[path].register_forward_hook(hook(path))
+        hooks.append(modules[path].register_forward_hook(hook(path)))
     with torch.no_grad():
         outputs = task(*(torch.from_numpy(inputs[name]) for name in task.input_names))
+    for one in hooks:
+        one.remove()
     return {**values, **{name: output.numpy() for name, output in zip(names, outputs, strict=True)}}
 
 
@@ -174,6 +197,10 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = 
             f"transformers cannot load {checkpoint.path}: {' '.join(str(error).split())[:300]}"
         ) from error
     return model.eval()
+
+
+def _badness(comparison: TorchComparison) -> float:
+    return float("inf") if np.isnan(comparison.relative_error) else comparison.relative_error
 
 
 def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None]) -> dict[str, Array]:
