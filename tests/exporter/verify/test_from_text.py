@@ -64,10 +64,10 @@ def steps(done: Verification) -> dict[str, bool]:
     ("architecture", "value"),
     [
         ("BertForSequenceClassification", "scores"),
+        ("BertModel", "last_hidden_state"),
         ("LlamaForCausalLM", "greedy tokens"),
         pytest.param("BertForTokenClassification", "scores of labels", marks=pytest.mark.slow),
         pytest.param("BertForMaskedLM", "scores of tokens", marks=pytest.mark.slow),
-        pytest.param("BertModel", "last_hidden_state", marks=pytest.mark.slow),
     ],
 )
 def test_texts_are_answered_as_transformers_answers_them(made: Make, architecture: str, value: str) -> None:
@@ -112,7 +112,7 @@ def test_another_activation_of_a_classifier_is_found(made: Make, tmp_path: Path)
 def test_a_branch_on_length_is_found_in_the_long_row(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.bert.modeling_bert import BertSelfAttention
 
-    source, bundle = made("BertForSequenceClassification")
+    source, bundle = made("BertModel")
     forward = BertSelfAttention.forward
 
     def longer_rows_differ(self: Any, hidden_states: Any, *args: Any, **options: Any) -> Any:
