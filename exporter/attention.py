@@ -86,7 +86,7 @@ class _OneOperator(Attention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """The function for transformers; returns [batch, length, heads, value size]."""
@@ -96,7 +96,7 @@ class _OneOperator(Attention):
             raise RefusedError(f"its attention takes {', '.join(unknown)}")
         causal = options.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        return self.emit(_AttentionCall(query, key, value, mask, causal, options)), None
+        return self.emit(_AttentionCall(query, key, value, attention_mask, causal, options)), None
 
     def emit(self, call: _AttentionCall) -> torch.Tensor:
         raise NotImplementedError

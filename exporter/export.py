@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
-from stageline.exporter import skeleton
+from stageline.exporter import skeleton, tasks
 from stageline.exporter.cut import PartGraph
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.sentence_head import place_head
@@ -68,13 +68,16 @@ def _wanted(
     check_plain(checkpoint)
     head = pooling(checkpoint) if checkpoint.kind == "safetensors" else None
     config = skeleton.config_of(gguf_config.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config)
-    task = task or skeleton.task_of(config, head)
+    task = task or tasks.task_of(config, head)
     if task == "sentence-similarity" and head is None:
         raise ExportError(
             f"{path} does not state how to pool a sentence (it has no modules.json); use --task feature-extraction"
         )
     chosen: Dtype = dtype or majority_dtype(checkpoint)  # type: ignore[assignment]
-    notes = gguf_config.notes(checkpoint) if checkpoint.kind == "gguf" else []
+    notes = [
+        *(gguf_config.notes(checkpoint) if checkpoint.kind == "gguf" else ()),
+        *tasks.notes_of(config, task),
+    ]
     sentence = head if task == "sentence-similarity" else None
     return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, notes)
 
@@ -123,7 +126,7 @@ def _manifest(
             for i in traced.task.inputs
         ),
         outputs=tuple(final[name].model_copy(update={"name": name}) for name in traced.task.output_names),
-        vocabulary=getattr(config, "vocab_size", None),
+        vocabulary=getattr(config.get_text_config(), "vocab_size", None),
         max_positions=max_positions,
         row_scaling=traced.task.row_scaling,
         text=text,

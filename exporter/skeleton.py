@@ -13,22 +13,14 @@ from typing import Any
 import accelerate
 import torch
 import transformers
+from stageline.exporter.failure import first_line
+from stageline.exporter.tasks import class_of
 from stageline.models.errors import ExportError
 from stageline.models.sentence import SentencePooling
 from stageline.runtime.bundle.manifest import EMBEDDING
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-# task (Hugging Face's name) -> (how a class of that task ends its name, the factory, the outputs)
-TASKS: dict[str, tuple[str, Any]] = {
-    "text-generation": ("ForCausalLM", transformers.AutoModelForCausalLM),
-    "text-classification": ("ForSequenceClassification", transformers.AutoModelForSequenceClassification),
-    "token-classification": ("ForTokenClassification", transformers.AutoModelForTokenClassification),
-    "image-classification": ("ForImageClassification", transformers.AutoModelForImageClassification),
-    "fill-mask": ("ForMaskedLM", transformers.AutoModelForMaskedLM),
-    "feature-extraction": ("Model", transformers.AutoModel),
-    "sentence-similarity": ("Model", transformers.AutoModel),
-}
 SAMPLES = {"batch": 3, "length": 7, "picks": 5}  # unlike any usual width, so that none is taken for a constant
 
 
@@ -118,28 +110,6 @@ def _floats(value: Any) -> Any:
     return [_floats(v) for v in value] if isinstance(value, list) else value
 
 
-def task_of(config: Any, pooling: SentencePooling | None) -> str:
-    """The task that the checkpoint was saved for, from sentence-transformers' files and config.architectures."""
-    if pooling is not None:
-        return "sentence-similarity"
-    for name in getattr(config, "architectures", None) or ():
-        for task, (ending, _) in TASKS.items():
-            if name.endswith(ending) or (ending == "ForCausalLM" and name.endswith("LMHeadModel")):
-                return task
-    return "feature-extraction"
-
-
-def _class_of(config: Any, task: str) -> Any:
-    """What makes the model of a task: the class that the checkpoint was saved from if it has that task (it may be half
-    of what the config describes: T5EncoderModel), else transformers' choice."""
-    ending, factory = TASKS[task]
-    for name in getattr(config, "architectures", None) or ():
-        found: Any = getattr(transformers, name, None)
-        if name.endswith(ending) and getattr(found, "config_class", None) is type(config):
-            return found._from_config
-    return factory.from_config
-
-
 @contextmanager
 def no_such_attention(name: str) -> Iterator[None]:
     """Around calls into transformers: a model that looks up `name` in a table of its own, in vain, raises RefusedError.
@@ -155,21 +125,22 @@ def no_such_attention(name: str) -> Iterator[None]:
 def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     """The transformers model for a task, parameters on meta, in evaluation mode. RefusedError if it cannot have this
     attention."""
-    if task not in TASKS:
-        raise ExportError(f"task {task!r} is not known; known: {', '.join(TASKS)}")
-    config.use_cache = False
-    config._attn_implementation_internal = None  # a config that was used before still holds its choice
+    found = class_of(config, task)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.use_cache = False
+        part._attn_implementation_internal = None  # a config that was used before still holds its choice
     try:
         with accelerate.init_empty_weights(include_buffers=False), no_such_attention(attention):
-            model = _class_of(config, task)(config, dtype=dtype, attn_implementation=attention)
+            make = getattr(found, "_from_config", None) or found.from_config
+            model = make(config, dtype=dtype, attn_implementation=attention)
             model.set_experts_implementation("batched_mm")  # the one whose shapes do not depend on the router's choice
+    except ImportError as error:
+        raise ExportError(f"{config.model_type} needs another package: {first_line(error)}") from error
     except ValueError as error:
         first = " ".join(str(error).split())[:200]
         if attention != "eager" and "attention" in first.lower():
             raise RefusedError("it computes attention itself") from error
-        raise ExportError(
-            f"model_type {config.model_type!r} has no model for task {task!r} ({first}); choose another --task"
-        ) from error
+        raise ExportError(f"no model of {config.model_type} for {task} can be made: {first}") from error
     model.tie_weights()  # replacing parameters by meta ones undid it
     return model.eval()
 
@@ -186,7 +157,8 @@ def outputs_of(task: str) -> tuple[str, ...]:
 def max_positions(model: Any) -> int | None:
     """How many tokens in a row the model can place. Position tables with a padding row begin after it (RoBERTa);
     dynamic NTK extends the stated number by its factor."""
-    stated = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None)
     if stated is None:
         return None
     for module in model.modules():
@@ -194,10 +166,10 @@ def max_positions(model: Any) -> int | None:
             isinstance(module, torch.nn.Embedding)
             and module.num_embeddings == stated
             and module.padding_idx is not None
-            and stated != getattr(model.config, "vocab_size", None)
+            and stated != getattr(config, "vocab_size", None)
         ):
             return int(stated) - module.padding_idx - 1
-    rotary = getattr(model.config, "rope_parameters", None) or {}
+    rotary = getattr(config, "rope_parameters", None) or {}
     return int(stated * (rotary["factor"] if rotary.get("rope_type") == "dynamic" else 1))
 
 
@@ -206,7 +178,7 @@ def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
     accepted = inspect.signature(model.forward).parameters
     main = model.main_input_name
     config = model.config
-    if main == "input_ids":
+    if main == "input_ids" or (model.can_generate() and "input_ids" in accepted):
         names = ["input_ids", "attention_mask"]
         if "token_type_ids" in accepted and getattr(config, "type_vocab_size", None):
             names.append("token_type_ids")
@@ -217,7 +189,9 @@ def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
             raise ExportError("config.json states no image_size; add the size of the images that will be run")
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return (Input("pixel_values", dtype, ("batch", config.num_channels, height, width)),)
-    raise ExportError(f"the model reads {main!r}; stages can be cut for models that read input_ids or pixel_values")
+    raise ExportError(
+        f"{type(model).__name__} reads {main}; what can be exported reads input_ids (text) or pixel_values (images)"
+    )
 
 
 def fake_mode() -> FakeTensorMode:

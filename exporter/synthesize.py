@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stageline.exporter import skeleton
+from stageline.exporter import skeleton, tasks
 from stageline.models.synthetic import write_random, write_sparse
 
 
@@ -16,7 +16,7 @@ def synthesize(config: Mapping[str, Any], folder: Path, *, seed: int | None, dty
     does not know the config or the folder cannot be made.
     """
     parsed = skeleton.config_of(config)
-    model = skeleton.build(parsed, skeleton.task_of(parsed, None), getattr(torch, dtype), "eager")
+    model = skeleton.build(parsed, tasks.task_of(parsed, None), getattr(torch, dtype), "eager")
     values = {**config, "architectures": [type(model).__name__], "dtype": dtype}
     shapes = skeleton.parameter_shapes(model)
     if seed is None:

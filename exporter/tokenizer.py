@@ -149,9 +149,13 @@ def _settings(wanted: Wanted, max_positions: int | None, stated: dict[str, Any])
     if head is not None and head.max_seq_length is not None:
         limit = head.max_seq_length  # sentence-transformers sets the tokenizer's to it
     known = [int(n) for n in (limit, max_positions) if isinstance(n, (int, float)) and 0 < n < _NAMES_A_LIMIT]
-    end = config.eos_token_id
+    text = config.get_text_config()  # a multimodal config may state them here, there, or in both
+    end, padding = (
+        getattr(text, name, None) if getattr(config, name, None) is None else getattr(config, name)
+        for name in ("eos_token_id", "pad_token_id")
+    )
     ends = () if end is None else tuple(np.atleast_1d(end).tolist())
-    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
+    pad = padding if padding is not None else (ends[0] if ends else 0)
     if head is not None:
         stated |= {"prompts": head.prompts, "default_prompt": head.default_prompt, "similarity": head.similarity}
     return TextSettings(

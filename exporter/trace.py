@@ -16,20 +16,13 @@ import torch
 from onnxscript import optimizer
 from stageline.exporter.blocks import Call
 from stageline.exporter.cache_task import CacheTask
+from stageline.exporter.failure import reason_of
 from stageline.exporter.skeleton import Input, RefusedError, Task
 from stageline.models.errors import ExportError
 from torch.utils import _pytree
 
 OPSET = 23
 MARK = ("stageline", "Mark")
-
-
-def first_line(error: BaseException) -> str:
-    """The root cause's first line of text: torch wraps causes in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line[:300]}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ def trace(
         except RefusedError:
             raise
         except Exception as error:
-            raise ExportError(f"{type(task.model).__name__} cannot be traced: {first_line(error)}") from error
+            raise ExportError(f"{type(task.model).__name__} cannot be traced: {reason_of(error)}") from error
     assert exported is not None
     model = exported.model
     name_borders(model, task.inputs, task.output_names)

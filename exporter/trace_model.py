@@ -10,10 +10,12 @@ from stageline.exporter.attention import STRATEGIES, Attention
 from stageline.exporter.blocks import Call, kinds, stampable
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.cut import NotProvenError, PartGraph, cut
+from stageline.exporter.failure import reason_of
 from stageline.exporter.fuse import fuse_norms
 from stageline.exporter.sentence_head import PREFIX, SentenceHead
 from stageline.exporter.skeleton import NoCacheError, RefusedError
-from stageline.exporter.trace import first_line, representatives, trace
+from stageline.exporter.scans import any_length
+from stageline.exporter.trace import representatives, trace
 from stageline.exporter.weights import Weights, find
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
@@ -81,9 +83,10 @@ def _trace_with(wanted: Wanted, attention: Attention) -> TracedModel:
     try:
         with attention.installed():
             fake = _FakeModel.of(wanted, attention)
-            stack = _blocks(fake, attention)
-            check_stages(len(stack), wanted.stages)  # before what takes time
-            return _parts(fake, attention, stack, wanted.progress)
+            with any_length(fake.task):
+                stack = _blocks(fake, attention)
+                check_stages(len(stack), wanted.stages)  # before what takes time
+                return _parts(fake, attention, stack, wanted.progress)
     except ExportError as error:
         if not attention.cached:
             raise
@@ -128,7 +131,7 @@ def _blocks(fake: _FakeModel, attention: Attention) -> list[Call]:
     except Exception as error:
         raise ExportError(
             f"{type(fake.task.model).__name__} cannot be run on {', '.join(i.name for i in fake.task.inputs)} alone: "
-            f"{first_line(error)}"
+            f"{reason_of(error)}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from stageline.exporter import skeleton
+from stageline.exporter import skeleton, tasks
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.standard_names import folder_for_transformers
@@ -178,7 +178,7 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = 
             f"{checkpoint.path} is a {config.model_type}, the bundle was made from a {manifest.architecture}; "
             "give the checkpoint that the bundle was exported from"
         )
-    factory = skeleton.TASKS[manifest.task][1]
+    factory = tasks.class_of(config, manifest.task)
     try:
         if is_gguf:
             return load_gguf_reference(checkpoint, factory, attention).eval()

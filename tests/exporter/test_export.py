@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from stageline.exporter import skeleton
+from stageline.exporter import skeleton, tasks
 from stageline.exporter.export import export
 from stageline.models.errors import BundleError, ExportError
 from stageline.models.synthetic import write_random, write_sparse
@@ -29,7 +29,7 @@ def checkpoint(
 ) -> Path:
     values = {**TINY, "model_type": model_type, "architectures": [saved_as], **more}
     config = skeleton.config_of(values)
-    model = skeleton.build(config, skeleton.task_of(config, None), getattr(torch, dtype), "eager")
+    model = skeleton.build(config, tasks.task_of(config, None), getattr(torch, dtype), "eager")
     shapes = skeleton.parameter_shapes(model)
     if sparse:
         write_sparse(folder, values, shapes)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from parity import check_every_cut, outputs_of, random_inputs, reference
-from stageline.exporter import skeleton
+from stageline.exporter import skeleton, tasks
 from stageline.exporter.export import export
 from stageline.models.synthetic import write_random
 from stageline.runtime.bundle.folder import Bundle
@@ -100,7 +100,7 @@ def synthesize(folder: Path, model_type: str, values: dict[str, Any], saved_as: 
     """A checkpoint with seeded random weights in `folder`."""
     values = {"model_type": model_type, "architectures": [saved_as], **values}
     config = skeleton.config_of(values)
-    model = skeleton.build(config, skeleton.task_of(config, None), getattr(torch, dtype), "eager")
+    model = skeleton.build(config, tasks.task_of(config, None), getattr(torch, dtype), "eager")
     write_random(folder, values, skeleton.parameter_shapes(model), seed=7)
     return folder
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stageline.exporter import skeleton
+from stageline.exporter import skeleton, tasks
 from stageline.exporter.attention import Attention, CacheAttention, FusedAttention
 from stageline.exporter.skeleton import RefusedError
 from stageline.exporter.trace import Trace, first_line, representatives, trace
@@ -60,8 +60,8 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_a_task_is_read_from_the_class_that_the_checkpoint_names() -> None:
-    assert skeleton.task_of(skeleton.config_of(LLAMA), None) == "text-generation"
-    assert skeleton.task_of(skeleton.config_of({"model_type": "bert"}), None) == "feature-extraction"
+    assert tasks.task_of(skeleton.config_of(LLAMA), None) == "text-generation"
+    assert tasks.task_of(skeleton.config_of({"model_type": "bert"}), None) == "feature-extraction"
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:

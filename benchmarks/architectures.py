@@ -1,0 +1,216 @@
+"""Every architecture of transformers, tiny and random: exported, verified, and generating what transformers generates?
+
+A checkpoint of a few thousand random weights is made for each model class, exported with the command's defaults, and
+the pipeline is compared with torch in float32 on ragged rows, short and long. Models that generate text do so greedily,
+40 tokens for each of three prompts, against transformers' `generate`; where torch's two highest logits are close, either
+token is right. Each class has a process of its own. Results are kept as they come, and those that are there are not
+computed again unless they are named:
+
+    python benchmarks/architectures.py                       # all that are left
+    python benchmarks/architectures.py llama 'gemma*'        # these, again
+    python benchmarks/architectures.py --docs                # write docs/reference/architectures.md
+"""
+
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_models
+import torch
+import transformers
+from stageline.exporter.export import export
+from stageline.models.errors import StagelineError
+from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.generation.request import GenerationRequest, Sampling
+from stageline.runtime.pipeline import Pipeline
+from transformers.models.auto import modeling_auto
+
+RESULTS = Path(__file__).parent / "results" / "architectures.json"
+TOLERANCE = 1e-3
+"""Of the largest value of a row; two computations of these models in float32 differ by some 1e-6."""
+NEW_TOKENS = 40
+_TIMEOUT_S = 1200
+_MEMORY_BYTES = 12 * 1024**3
+# what is tried, in order: a class that an earlier mapping has is not tried again
+_MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_IMAGE_CLASSIFICATION", "MODEL_FOR_IMAGE_TEXT_TO_TEXT",
+    "MODEL_FOR_TEXT_ENCODING", "MODEL_FOR_SEQUENCE_CLASSIFICATION", "MODEL_FOR_TOKEN_CLASSIFICATION",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_SPEECH_SEQ_2_SEQ", "MODEL_FOR_AUDIO_CLASSIFICATION",
+    "MODEL_FOR_CTC", "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION", "MODEL_FOR_OBJECT_DETECTION",
+    "MODEL_FOR_SEMANTIC_SEGMENTATION", "MODEL_FOR_MASK_GENERATION", "MODEL_FOR_VIDEO_CLASSIFICATION",
+    "MODEL_FOR_TIME_SERIES_PREDICTION", "MODEL_FOR_TEXT_TO_WAVEFORM", "MODEL_FOR_QUESTION_ANSWERING",
+    "MODEL_FOR_MULTIPLE_CHOICE", "MODEL_FOR_PRETRAINING",
+)  # fmt: skip
+_SAMPLED = {"MODEL_FOR_SEQUENCE_CLASSIFICATION", "MODEL_FOR_TOKEN_CLASSIFICATION", "MODEL_FOR_QUESTION_ANSWERING",
+            "MODEL_FOR_MULTIPLE_CHOICE", "MODEL_FOR_PRETRAINING"}  # fmt: skip
+"""Heads on bodies that other mappings have: only these of them."""
+_SAMPLE = ("bert", "roberta", "deberta-v2", "modernbert", "llama", "qwen3", "gemma3_text", "xlnet", "distilbert",
+           "electra", "t5", "bart", "funnel", "gpt2")  # fmt: skip
+
+
+def candidates() -> list[tuple[str, str, str]]:
+    """What is tried: mapping, model_type, class."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for mapping in _MAPPINGS:
+        for kind, names in getattr(modeling_auto, f"{mapping}_MAPPING_NAMES").items():
+            if mapping in _SAMPLED and kind not in _SAMPLE:
+                continue
+            name = names if isinstance(names, str) else names[0]
+            found.setdefault(f"{kind} {name}", (mapping.removeprefix("MODEL_FOR_").lower(), kind, name))
+    return list(found.values())
+
+
+def tried(kind: str, class_name: str, folder: Path, dtype: str) -> dict[str, Any]:
+    """One class through export, comparison and generation, as an entry of the results."""
+    try:
+        model = tiny_models.make(kind, class_name, folder / "checkpoint", getattr(torch, dtype))
+    except Exception as error:
+        return {"result": "not made", "line": _line(error)}
+    try:
+        bundle = export(folder / "checkpoint", folder / "bundle")
+    except StagelineError as error:
+        return {"result": "refused", "line": _line(error)}
+    except Exception as error:
+        return {"result": "traceback", "line": _line(error), "traceback": traceback.format_exc()[-3000:]}
+    manifest = bundle.manifest
+    entry: dict[str, Any] = {"task": manifest.task, "attention": manifest.attention, "notes": list(manifest.notes)}
+    entry["no_cache_reason"] = manifest.no_cache_reason
+    try:
+        with Pipeline.open(folder / "bundle") as pipeline:
+            errors = {length: _error(model, pipeline, bundle, length) for length in (7, 100)}
+            entry["error"] = max(errors.values())
+            if manifest.cached:
+                entry["generated"] = _generated(model, pipeline)
+    except Exception as error:
+        return entry | {"result": "WRONG", "line": _line(error), "traceback": traceback.format_exc()[-3000:]}
+    if not entry["error"] <= TOLERANCE:
+        return entry | {"result": "WRONG", "line": f"errors by length: {errors}"}
+    if entry.get("generated", NEW_TOKENS) != NEW_TOKENS:
+        return entry | {"result": "WRONG", "line": f"leaves torch's best token after {entry['generated']} tokens"}
+    return entry | {"result": "holds", "line": ""}
+
+
+def _error(model: Any, pipeline: Pipeline, bundle: Any, length: int) -> float:
+    """The largest error over the largest value, padding left out, on rows of up to `length` tokens."""
+    rng = np.random.default_rng(length)
+    limit = bundle.manifest.max_positions or length
+    length = min(length, limit)
+    real = np.arange(length) < np.array([length, 1, max(1, length * 2 // 3)])[:, None]
+    inputs: dict[str, Any] = {}
+    for spec in Signature.of(bundle.manifest).inputs:
+        shape = [{"batch": 3, "length": length}[d] if isinstance(d, str) else d for d in spec.shape]
+        if spec.name == "attention_mask":
+            inputs[spec.name] = real.astype(np.int64)
+        elif spec.name == "input_ids":
+            inputs[spec.name] = np.where(real, rng.integers(3, 80, shape), 0)
+        elif spec.name == "token_type_ids":
+            inputs[spec.name] = np.zeros(shape, np.int64)
+        else:
+            inputs[spec.name] = rng.standard_normal(shape).astype(np.float32)
+    if "input_ids" in inputs and "attention_mask" not in inputs:
+        inputs["input_ids"] = rng.integers(3, 80, inputs["input_ids"].shape)
+        real = np.ones_like(real)
+    name = bundle.manifest.outputs[-1].name
+    got = pipeline.run(inputs)[name]
+    with torch.no_grad():
+        result = model(**{key: torch.from_numpy(value) for key, value in inputs.items()})
+    want = result[name].numpy() if name in result else result[0].numpy()
+    if "input_ids" in inputs and got.ndim == 3 and got.shape[1] == length:
+        got, want = got[real], want[real]
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def _generated(model: Any, pipeline: Pipeline) -> int:
+    """How many greedy tokens agree with transformers' generate, the fewest of three prompts that run together."""
+    rng = np.random.default_rng(1)
+    prompts = [tuple(rng.integers(3, 80, length).tolist()) for length in (3, 12, 31)]
+    sampling = Sampling(max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS)
+    futures = [pipeline.submit(GenerationRequest(prompt, sampling)) for prompt in prompts]
+    agreed = NEW_TOKENS
+    for prompt, future in zip(prompts, futures, strict=True):
+        got = list(future.result().choices[0].token_ids)
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            want = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+            if got != want:
+                text = torch.tensor([[*prompt, *got]])
+                logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits[0, len(prompt) - 1 : -1]
+                behind = logits.max(dim=-1).values - logits[torch.arange(len(got)), torch.tensor(got)]
+                far = (behind > TOLERANCE * logits.abs().max()).nonzero()
+                agreed = min(agreed, int(far[0]) if len(far) else NEW_TOKENS, len(got))
+    return agreed
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:400]
+    return text if isinstance(error, StagelineError) else f"{type(error).__name__}: {text}"
+
+
+def _child(kind: str, class_name: str, dtype: str, send: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        send.send(tried(kind, class_name, Path(folder), dtype))
+
+
+def in_a_process(kind: str, class_name: str, dtype: str) -> dict[str, Any]:
+    """`tried`, in a process of its own, with a time limit."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    began = time.perf_counter()
+    process = context.Process(target=_child, args=(kind, class_name, dtype, send))
+    process.start()
+    send.close()
+    try:
+        entry = receive.recv() if receive.poll(_TIMEOUT_S) else {"result": "timeout", "line": f"{_TIMEOUT_S} s"}
+    except EOFError:
+        entry = {"result": "traceback", "line": "the process died"}
+    process.kill()
+    process.join()
+    return {**entry, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def main() -> None:
+    """Try what is left or named, print a table, and exit with 1 if something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="model_types to try again; they may hold wildcards")
+    parser.add_argument("--mapping", help="only of this one, such as causal_lm")
+    parser.add_argument("--result", help="try again those with this result, such as WRONG")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    results: dict[str, dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    for mapping, kind, name in candidates():
+        key = f"{kind} {name}"
+        named = any(fnmatch.fnmatch(kind, pattern) for pattern in arguments.names)
+        again = named or (arguments.result is not None and results.get(key, {}).get("result") == arguments.result)
+        left = key not in results and not arguments.names and arguments.result is None
+        if not (again or left) or (arguments.mapping and mapping != arguments.mapping):
+            continue
+        entry = {"mapping": mapping, **in_a_process(kind, name, arguments.dtype)}
+        results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        results[key] = entry
+        arguments.json.parent.mkdir(exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{key:70} {entry['result']:9} {entry.get('attention', ''):9} {entry['line'][:160]}", flush=True)
+    print(", ".join(f"{count} {result}" for result, count in Counter(e["result"] for e in results.values()).most_common()))
+    sys.exit(any(entry["result"] in ("WRONG", "traceback", "timeout") for entry in results.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Why torch could not trace a model, in words about the model: torch's own messages are about torch's inside."""
+
+import re
+import traceback
+from pathlib import Path
+
+_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'(?:, overload='(\w+)')?")
+
+
+def reason_of(error: BaseException) -> str:
+    """Why the model cannot be traced, and where in its code; the error itself stays its cause."""
+    chain = _chain(error)
+    text = "\n".join(f"{type(e).__name__}: {e}" for e in chain)
+    place = next((place for e in reversed(chain) if (place := _place(e)) is not None), "")
+    if found := _FUNCTION.search(text):
+        return f"it uses {found[1]}, which ONNX has no function for"
+    if "Constraints violated" in text or "ConstraintViolation" in text:
+        return "its code holds for rows of one length only: it repeats itself for each token, or branches on the length"
+    if "data-dependent" in text.lower() or "DataDependent" in text or "GuardOnDataDependent" in text:
+        return f"its code goes one way or another by the values that it computes{place}"
+    if "ModuleNotFoundError" in text or "ImportError" in text:
+        return first_line(chain[-1])
+    cause = chain[-1]
+    if _raised_in_transformers(cause):
+        return f"{first_line(cause)}{place}"
+    return f"{type(cause).__name__}{place or ' inside torch'}"
+
+
+def first_line(error: BaseException) -> str:
+    """The error's first line of text."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line[:300]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _place(error: BaseException) -> str | None:
+    """The last line of a model's code that led to the error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "transformers" in Path(f.filename).parts]
+    models = [f for f in frames if Path(f.filename).name.startswith("modeling_")]
+    if not (models or frames):
+        return None
+    last = (models or frames)[-1]
+    return f" ({Path(last.filename).name}, line {last.lineno}: {last.line})"
+
+
+def _raised_in_transformers(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "transformers" in Path(frames[-1].filename).parts
