@@ -2,9 +2,9 @@
 
 A checkpoint of a few thousand random weights is made for each model class, exported with the command's defaults, and
 the pipeline is compared with torch in float32 on ragged rows, short and long. Models that generate text do so greedily,
-40 tokens for each of three prompts, against transformers' `generate`; where torch's two highest logits are close, either
-token is right. Each class has a process of its own. Results are kept as they come, and those that are there are not
-computed again unless they are named:
+40 tokens for each of three prompts, against transformers' `generate`; where torch's two highest logits are close,
+either token is right. Each class has a process of its own. Results are kept as they come, and those that are there are
+not computed again unless they are named:
 
     python benchmarks/architectures.py                       # all that are left
     python benchmarks/architectures.py llama 'gemma*'        # these, again
@@ -208,7 +208,9 @@ def main() -> None:
         arguments.json.parent.mkdir(exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{key:70} {entry['result']:9} {entry.get('attention', ''):9} {entry['line'][:160]}", flush=True)
-    print(", ".join(f"{count} {result}" for result, count in Counter(e["result"] for e in results.values()).most_common()))
+    print(
+        ", ".join(f"{count} {result}" for result, count in Counter(e["result"] for e in results.values()).most_common())
+    )
     sys.exit(any(entry["result"] in ("WRONG", "traceback", "timeout") for entry in results.values()))
 
 

@@ -1,9 +1,9 @@
 """Recurrences over tokens (state spaces, the gated delta rule) in a form that holds for rows of any length.
 
 transformers computes them without kernels in a Python loop over tokens or chunks, so a trace holds the loop of one
-length. Here h[t] = decay[t] h[t-1] + added[t] is computed by doubling: within chunks of `_CHUNK` elements, then over the
-chunks' last states in the same way, and so on. This is the parallel prefix sum of Blelloch, "Prefix Sums and Their
-Applications" (1990); that a state space is one is from Gu and Dao, "Mamba" (2023), section 3.3.
+length. Here h[t] = decay[t] h[t-1] + added[t] is computed by doubling: within chunks of `_CHUNK` elements, then over
+the chunks' last states in the same way, and so on. This is the parallel prefix sum of Blelloch, "Prefix Sums and Their
+Applications" (1990).
 """
 
 import contextlib
@@ -66,7 +66,8 @@ def _scan(
     shift = 1
     while shift < _CHUNK:
         added = torch.cat(
-            [added[:, :, :, :shift], added[:, :, :, shift:] + compose(decay[:, :, :, shift:], added[:, :, :, :-shift])], 3
+            [added[:, :, :, :shift], added[:, :, :, shift:] + compose(decay[:, :, :, shift:], added[:, :, :, :-shift])],
+            3,
         )
         decay = torch.cat([decay[:, :, :, :shift], compose(decay[:, :, :, shift:], decay[:, :, :, :-shift])], 3)
         shift *= 2
@@ -148,7 +149,8 @@ def _chunked_delta_rule(original: Any) -> Any:
         use_qk_l2norm_in_kernel: bool = False,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        assert initial_state is None and not output_final_state, "a trace keeps no state"
+        assert initial_state is None
+        assert not output_final_state
         length, heads = value.shape[1:3]
         torch._check(length <= LONGEST)
         if key.shape[2] != heads:

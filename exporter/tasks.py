@@ -1,7 +1,7 @@
 """Which task a checkpoint is for, and the transformers class that has it; refusals of what is not exported.
 
-What a class is for is read from transformers' own tables of automatic classes, not from how its name ends: GPT2LMHeadModel
-generates text, and so does Gemma3ForConditionalGeneration, though it also takes images.
+What a class is for is read from transformers' own tables of automatic classes, not from how its name ends:
+GPT2LMHeadModel generates text, and so does Gemma3ForConditionalGeneration, though it also takes images.
 """
 
 from typing import Any
@@ -170,10 +170,9 @@ def _not_exported(config: Any, name: str, other: str) -> str:
     kind = config.model_type
     if config.is_encoder_decoder:
         return f"{kind} ({name}) is an encoder-decoder for {other}, which is not supported yet{_encoder_alone(kind)}"
-    return (
-        f"{name} is for {other}, which is not supported (supported: {', '.join(TASKS)}); without its head: "
-        f"--task {' or '.join(possible_tasks(config))}"
-    )
+    headless = name not in _flat(modeling_auto.MODEL_MAPPING_NAMES)
+    instead = f"; without its head: --task {' or '.join(possible_tasks(config))}" if headless else ""
+    return f"{name} is for {other}, which is not supported; what is: {', '.join(TASKS)}{instead}"
 
 
 def _task_of_class(name: str) -> str | None:
@@ -183,6 +182,8 @@ def _task_of_class(name: str) -> str | None:
             return task
     if any(name in _classes(table) for table in _MULTIMODAL):
         return GENERATION
+    if _other_task(name) is not None:
+        return None
     if name in _classes("IMAGE") | _classes("TEXT_ENCODING") | set(_flat(modeling_auto.MODEL_MAPPING_NAMES)):
         return FEATURES
     if hasattr(transformers, name):

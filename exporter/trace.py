@@ -17,6 +17,7 @@ from onnxscript import optimizer
 from stageline.exporter.blocks import Call
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.failure import reason_of
+from stageline.exporter.functions import without_unknown
 from stageline.exporter.skeleton import Input, RefusedError, Task
 from stageline.models.errors import ExportError
 from torch.utils import _pytree
@@ -112,7 +113,9 @@ def trace(
     with _quiet(), _Marks(stack, kinds, real), torch.no_grad():
         try:
             program = torch.export.export(task, samples, dynamic_shapes=(free,), strict=False)
-            exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+            exported = torch.onnx.export(
+                without_unknown(program), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+            )
         except RefusedError:
             raise
         except Exception as error:

@@ -12,9 +12,9 @@ from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.cut import NotProvenError, PartGraph, cut
 from stageline.exporter.failure import reason_of
 from stageline.exporter.fuse import fuse_norms
+from stageline.exporter.scans import any_length
 from stageline.exporter.sentence_head import PREFIX, SentenceHead
 from stageline.exporter.skeleton import NoCacheError, RefusedError
-from stageline.exporter.scans import any_length
 from stageline.exporter.trace import representatives, trace
 from stageline.exporter.weights import Weights, find
 from stageline.models.checkpoint import Checkpoint

@@ -5,7 +5,7 @@ import torch
 from stageline.exporter import skeleton, tasks
 from stageline.exporter.attention import Attention, CacheAttention, FusedAttention
 from stageline.exporter.skeleton import RefusedError
-from stageline.exporter.trace import Trace, first_line, representatives, trace
+from stageline.exporter.trace import Trace, representatives, trace
 from stageline.models.errors import ExportError
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
@@ -78,9 +78,3 @@ def test_only_the_lookup_of_the_attention_is_a_refusal() -> None:
 
 def test_the_first_and_the_last_block_of_each_kind_are_traced() -> None:
     assert representatives([0, 0, 2, 0, 2, 0]) == {0, 2, 4, 5}
-
-
-def test_the_first_line_of_an_error_is_that_of_its_root() -> None:
-    error = RuntimeError("pages of advice")
-    error.__cause__ = ValueError("\n  the cause\nadvice")
-    assert first_line(error) == "ValueError: the cause"

@@ -1,0 +1,37 @@
+"""Why a model cannot be traced, said about the model."""
+
+import torch
+from stageline.exporter.failure import reason_of
+
+
+def _raised(error: Exception, cause: Exception | None = None) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def test_an_operator_without_a_function_is_named() -> None:
+    inside = ValueError("No ONNX function found for <OpOverload(op='aten.special_airy_ai', overload='default')>. x")
+    error = _raised(RuntimeError("Failed to convert\npages of advice"), inside)
+    assert reason_of(error) == "it uses aten.special_airy_ai, which ONNX has no function for"
+
+
+def test_a_loop_over_the_length_is_said_to_be_one() -> None:
+    def loop(x: torch.Tensor) -> torch.Tensor:
+        return sum((x[:, t] for t in range(x.shape[1])), torch.zeros(2))
+
+    class Looping(torch.nn.Module):
+        forward = staticmethod(loop)
+
+    try:
+        torch.export.export(Looping(), (torch.ones(2, 7),), dynamic_shapes=({1: torch.export.Dim("length")},))
+    except Exception as error:
+        assert "rows of one length only" in reason_of(error)
+    else:
+        raise AssertionError("it was traced")
+
+
+def test_errors_of_torch_are_named_without_their_text() -> None:
+    try:
+        torch.ones(2) @ torch.ones(3)
+    except RuntimeError as error:
+        assert reason_of(error) == "RuntimeError inside torch"
