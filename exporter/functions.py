@@ -28,7 +28,7 @@ def _polynomial(coefficients: tuple[float, ...], x: torch.Tensor) -> torch.Tenso
 def without_unknown(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with such functions replaced; itself if it has none."""
     if any(node.target in _REPLACEMENTS for node in program.graph.nodes):
-        return program.run_decompositions(_REPLACEMENTS)
+        program = program.run_decompositions(_REPLACEMENTS)
     return program
 
 

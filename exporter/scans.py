@@ -53,7 +53,7 @@ def _scan(
     """Along dimension 2 of tensors with 5. `identity` [1, 1, 1, ...] composes with anything to that."""
     length = decay.shape[2]
     if levels == 0:
-        torch._check(length <= _CHUNK)
+        torch._check(length <= _CHUNK)  # type: ignore[no-untyped-call]
         chunks, filled = 1, _CHUNK
     else:
         # Two chunks at least: the tracer takes a size of 1 for a constant, whatever the length of the rows.
@@ -94,7 +94,7 @@ def _selective_scan(original: Any) -> Any:
         return_last_state: bool = False,
         **options: Any,
     ) -> Any:
-        torch._check(hidden_states.shape[2] <= LONGEST)
+        torch._check(hidden_states.shape[2] <= LONGEST)  # type: ignore[no-untyped-call]
         step = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
         step = softplus(step) if delta_softplus else step
         decay = torch.exp(A[None, :, None, :] * step[..., None])
@@ -152,7 +152,7 @@ def _chunked_delta_rule(original: Any) -> Any:
         assert initial_state is None
         assert not output_final_state
         length, heads = value.shape[1:3]
-        torch._check(length <= LONGEST)
+        torch._check(length <= LONGEST)  # type: ignore[no-untyped-call]
         if key.shape[2] != heads:
             query, key = (x.repeat_interleave(heads // key.shape[2], dim=2) for x in (query, key))
         dtype = query.dtype

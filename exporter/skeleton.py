@@ -16,7 +16,6 @@ import transformers
 from stageline.exporter.failure import first_line
 from stageline.exporter.tasks import class_of
 from stageline.models.errors import ExportError
-from stageline.models.sentence import SentencePooling
 from stageline.runtime.bundle.manifest import EMBEDDING
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv

@@ -89,7 +89,7 @@ def task_of(config: Any, pooling: SentencePooling | None) -> str:
 
 def notes_of(config: Any, task: str) -> list[str]:
     """What a user should know of the task that was chosen."""
-    names = getattr(config, "architectures", None) or ()
+    names: list[str] = list(getattr(config, "architectures", None) or ())
     others = [other for other in possible_tasks(config) if other != task]
     instead = f"; with --task: {', '.join(others)}" if others else ""
     if task == GENERATION and is_multimodal(config):

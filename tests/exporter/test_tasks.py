@@ -47,13 +47,13 @@ def test_what_is_not_exported_is_refused_by_name(kind: str, name: str, message: 
 
 
 def test_a_task_that_the_checkpoint_cannot_have_is_refused_with_those_that_it_can() -> None:
-    with pytest.raises(ExportError, match="bert reads texts both ways.*--task fill-mask or text-classification or"):
+    with pytest.raises(ExportError, match=r"bert reads texts both ways.*--task fill-mask or text-classification or"):
         tasks.class_of(_config("bert", "BertForMaskedLM"), "text-generation")
-    with pytest.raises(ExportError, match="no model of llama for fill-mask; .*--task text-generation or"):
+    with pytest.raises(ExportError, match=r"no model of llama for fill-mask; .*--task text-generation or"):
         tasks.class_of(_config("llama", "LlamaForCausalLM"), "fill-mask")
     with pytest.raises(ExportError, match="t5 is an encoder-decoder"):
         tasks.class_of(_config("t5"), "text-generation")
-    with pytest.raises(ExportError, match="task 'poetry' is not known; known: text-generation"):
+    with pytest.raises(ExportError, match=r"task 'poetry' is not known; known: text-generation"):
         tasks.class_of(_config("bert"), "poetry")
 
 
