@@ -123,13 +123,16 @@ class _Repository:
         self._hub: Any = huggingface_hub
         self._errors: Any = errors
         self._endpoint, self._cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+        self._timeout_s = constants.HF_HUB_ETAG_TIMEOUT  # without one, a network that drops packets is waited for
         self._name, self._progress = name, progress
 
     def list(self) -> _Listing:
         """The files at the revision, as the Hub says or, if it does not answer, as far as the cache has them."""
         name = self._name
         try:
-            info = self._hub.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True)
+            info = self._hub.HfApi().model_info(
+                name.repository, revision=name.revision, timeout=self._timeout_s, files_metadata=True
+            )
             return _Listing(info.sha, {file.rfilename: file.size or 0 for file in info.siblings}, offline=False)
         except self._errors.RevisionNotFoundError as error:
             raise self._failed(error) from error
@@ -138,7 +141,7 @@ class _Repository:
             if folder is None:
                 raise self._failed(error) from error
             if not isinstance(error, self._errors.OfflineModeIsEnabled):
-                self._progress(f"the Hub gives no answer, so the cached {name} is used ({_first_line(error)})")
+                self._progress(f"the Hub does not give {name}, so the cached one is used ({_first_line(error)})")
             files = [file for file in folder.rglob("*") if file.is_file()]
             sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
             return _Listing(folder.name, sizes, offline=True)
@@ -152,7 +155,8 @@ class _Repository:
             if not isinstance(self._hub.try_to_load_from_cache(name.repository, file, revision=listing.commit), str)
         ]
         if lacking:
-            self._progress(f"downloading {len(lacking)} files of {name}, {sum(lacking) / 1e6:,.1f} MB")
+            count = "1 file" if len(lacking) == 1 else f"{len(lacking)} files"
+            self._progress(f"downloading {count} of {name}, {sum(lacking) / 1e6:,.1f} MB")
         try:
             folder = Path(
                 self._hub.snapshot_download(

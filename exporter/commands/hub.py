@@ -1,10 +1,9 @@
 """Names of the Hugging Face Hub where commands take paths. A path that exists is taken as one."""
 
 import fcntl
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -52,16 +51,19 @@ def bundle_of(given: Path) -> Path:
 def fetched(name: HubName) -> Fetched:
     """What has this name on the Hub, downloaded into the Hub's cache."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when `fetch` imports huggingface_hub
+        with suppress(ImportError):  # `fetch` says what to install
+            from huggingface_hub.utils.tqdm import disable_progress_bars
+
+            disable_progress_bars()
     return fetch(name, lambda step: print(f"stageline: {step}", file=sys.stderr))
 
 
 def _exported(name: HubName, found: Fetched) -> Path:
     """The bundle of a downloaded checkpoint, by its commit and our version, exported if there is none."""
     made_by = f"stageline-{version('stageline')}-{UncutManifest.model_fields['version'].default}"
-    file = f"{Path(name.file).stem}-" if name.file else ""
+    called = Path(name.file).stem if name.file else name.repository.partition("/")[2]
     family = user_cache() / "bundles" / name.repository.replace("/", "--")
-    target = family / f"{file}{found.commit[:_COMMIT_DIGITS]}-{made_by}"
+    target = family / f"{called}-{found.commit[:_COMMIT_DIGITS]}-{made_by}"
     with _one_at_a_time(family):
         if not target.exists():
             with common.needs(*common.EXPORTER):

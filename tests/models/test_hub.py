@@ -99,7 +99,7 @@ def test_a_second_time_nothing_is_downloaded(hub: Hub, tmp_path: Path) -> None:
     said: list[str] = []
     name = HubName("org/model")
     fetch(name, said.append)
-    assert [line.split(",")[0] for line in said] == ["downloading 1 files of org/model"] * 2
+    assert [line.split(",")[0] for line in said] == ["downloading 1 file of org/model"] * 2
     before, said[:] = len(hub.downloads), []
     fetch(name, said.append)
     assert (len(hub.downloads), said) == (before, [])
@@ -165,7 +165,7 @@ def test_without_a_network_the_cache_is_used_and_that_is_said(
     monkeypatch.setattr(constants, "ENDPOINT", _closed())
     said: list[str] = []
     assert fetch(HubName("org/model"), said.append).path == snapshot
-    assert said[0].startswith("the Hub gives no answer, so the cached org/model is used (")
+    assert said[0].startswith("the Hub does not give org/model, so the cached one is used (")
     assert "cannot download org/other from http://127.0.0.1:" in refusal("org/other")
 
 

@@ -44,9 +44,9 @@ def test_a_checkpoint_is_exported_once_and_then_runs_without_a_network(
     assert main(["run", "org/half", *TEXT]) == 0
     first = capsys.readouterr()
     (bundle,) = (tmp_path / "own" / "stageline" / "bundles" / "org--half").glob("[!.]*")
-    assert bundle.name.startswith(COMMIT[:12])
+    assert bundle.name.startswith(f"half-{COMMIT[:12]}-stageline-")
     assert f"stageline: exported org/half to {bundle}\n" in first.err
-    assert "stageline: downloading 1 files of org/half, 0.1 MB\n" in first.err
+    assert "stageline: downloading 1 file of org/half, 0.1 MB\n" in first.err
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["run", "org/half", *TEXT]) == 0

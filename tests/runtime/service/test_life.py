@@ -196,6 +196,18 @@ def test_the_app_can_be_mounted_in_another(serve: Any) -> None:
         assert asyncio.run(ask()) == [200, 401, 200, 404]
 
 
+def test_a_model_may_be_called_as_it_is_on_the_hub(serve: Any) -> None:
+    with serve() as service:
+        app = create_app({"org/llama": service.pipelines["llama"]})
+
+        async def ask(path: str) -> Any:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
+                return (await client.get(path)).json()["id"]
+
+        # openai's client quotes a name, a browser does not
+        assert {asyncio.run(ask(f"/v1/models/{name}")) for name in ("org/llama", "org%2Fllama")} == {"org/llama"}
+
+
 def test_a_closed_pipeline_is_not_ready(serve: Any) -> None:
     with serve() as service:
         service.pipelines["llama"].close()
