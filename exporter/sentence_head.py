@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from stageline.exporter.narrowing import Narrowing
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError
-from stageline.models.safetensors_file import read_header
+from stageline.models.safetensors_file import read_header, write_streaming
 from stageline.models.sentence import Dense, LayerNorm, Normalize, PoolingMode, SentencePooling, Step, pooling
 from stageline.runtime.bundle.folder import file_entry
 from stageline.runtime.bundle.manifest import FileEntry
@@ -48,26 +49,32 @@ def loaded_head(checkpoint: Checkpoint) -> SentenceHead | None:
     if settings is None:
         return None
     head = SentenceHead(settings, torch.float32)
-    head.load_state_dict(_tensors(head, checkpoint, torch.float32))
+    head.load_state_dict(_tensors(head, checkpoint))
     return head.eval()
 
 
-def place_head(settings: SentencePooling, checkpoint: Checkpoint, dtype: str, folder: Path) -> list[FileEntry]:
+def place_head(
+    settings: SentencePooling, checkpoint: Checkpoint, dtype: str, folder: Path, notes: list[str]
+) -> list[FileEntry]:
     """Write the head's tensors into the bundle `folder` with `dtype`, and return the file's entry, if it has tensors.
+    What a user should know of their values is added to `notes`.
 
-    CheckpointError if the checkpoint's files are damaged or do not fit.
+    CheckpointError if the checkpoint's files are damaged or do not fit; ExportError if values do not fit into `dtype`.
     """
     with torch.device("meta"):
         head = SentenceHead(settings, torch.float32)
-    tensors = _tensors(head, checkpoint, getattr(torch, dtype))
+    tensors = {PREFIX + name: tensor.numpy() for name, tensor in _tensors(head, checkpoint).items()}
     if not tensors:
         return []
-    save_file({PREFIX + name: tensor for name, tensor in tensors.items()}, folder / _FILE)
+    narrowing = Narrowing(checkpoint.path, dtype)
+    specs = [(name, dtype, tensor.shape) for name, tensor in tensors.items()]
+    write_streaming(folder / _FILE, specs, lambda name: [narrowing.converted(name, tensors[name])])
+    notes += narrowing.check()
     return [file_entry(folder, _FILE)]
 
 
-def _tensors(head: SentenceHead, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors by the names that they have in the head."""
+def _tensors(head: SentenceHead, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors, in float32, by the names that they have in the head."""
     found: dict[str, torch.Tensor] = {}
     for number, step in enumerate(head.settings.steps):
         wanted = {name: tensor.shape for name, tensor in head.get_submodule(str(number)).state_dict().items()}
@@ -84,7 +91,7 @@ def _tensors(head: SentenceHead, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             raise CheckpointError(
                 f"{file} holds {_shapes(held)}, but its config.json makes them {_shapes(wanted)}; download both again"
             )
-        found.update({f"{number}.{name}": tensor.to(dtype) for name, tensor in load_file(file).items()})
+        found.update({f"{number}.{name}": tensor.float() for name, tensor in load_file(file).items()})
     return found
 
 

@@ -221,5 +221,9 @@ def fake_weights(model: torch.nn.Module, mode: FakeTensorMode, stored: Container
 
 
 def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every distinct parameter as name -> (dtype, shape); for writing synthetic checkpoints."""
-    return {n: (str(p.dtype).removeprefix("torch."), tuple(p.shape)) for n, p in model.named_parameters()}
+    """Every distinct parameter, and every buffer of real numbers that is stored, as name -> (dtype, shape); for writing
+    synthetic checkpoints."""
+    kept = model.state_dict().keys()
+    buffers = {n: b for n, b in model.named_buffers() if b.is_floating_point() and n in kept}
+    tensors = {**dict(model.named_parameters()), **buffers}
+    return {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}

@@ -12,6 +12,7 @@ from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.cut import NotProvenError, PartGraph, cut
 from stageline.exporter.failure import reason_of
 from stageline.exporter.fuse import fuse_norms
+from stageline.exporter.matching import TensorsError, missing_error
 from stageline.exporter.scans import any_length
 from stageline.exporter.sentence_head import PREFIX, SentenceHead
 from stageline.exporter.skeleton import NoCacheError, RefusedError
@@ -67,6 +68,7 @@ def trace_model(wanted: Wanted) -> TracedModel:
         strategy = left.pop(0)
         try:
             traced = _trace_with(wanted, strategy())
+            wanted.notes.extend(traced.weights.notes)
             return replace(traced, refused=tuple(refused), no_cache_reason=no_cache_reason)
         except RefusedError as error:
             refused.append(Refusal(attention=strategy.name, reason=str(error)))
@@ -87,6 +89,8 @@ def _trace_with(wanted: Wanted, attention: Attention) -> TracedModel:
                 stack = _blocks(fake, attention)
                 check_stages(len(stack), wanted.stages)  # before what takes time
                 return _parts(fake, attention, stack, wanted.progress)
+    except TensorsError:
+        raise
     except ExportError as error:
         if not attention.cached:
             raise
@@ -107,7 +111,7 @@ class _FakeModel:
         model = skeleton.build(wanted.config, wanted.task, dtype, attention.implementation)
         weights = find(wanted.checkpoint, model)
         mode = skeleton.fake_mode()
-        skeleton.fake_weights(model, mode, weights.names)
+        skeleton.fake_weights(model, mode, weights.names.keys() | weights.missing)
         head = None
         if wanted.pooling is not None:
             with torch.device("meta"):
@@ -163,11 +167,19 @@ def _cut(
     source = {"model." + name: tensor for name, tensor in fake.weights.names.items()}
     head = getattr(fake.task, "head", None)
     source |= {} if head is None else {"head." + name: PREFIX + name for name, _ in head.named_parameters()}
-    parts, uses = cut(traced, stack, kind, frozenset(source))
+    parameters = {"model." + name for name, _ in fake.task.model.named_parameters(remove_duplicate=False)}
+    missing = {"model." + name for name in fake.weights.missing}
+    parts, uses = cut(traced, stack, kind, frozenset(source.keys() | parameters | missing))
+    read = {name for use in uses for name in use.weights.values()}
+    if not read <= source.keys():
+        lacking = {name.removeprefix("model.") for name in read - source.keys()}
+        raise missing_error(fake.weights.checkpoint, fake.task.model, lacking)
     for part in parts:
         fuse_norms(part.model)
     bound = tuple(_bound(use, source) for use in uses)
-    return TracedModel(fake.task, fake.weights, parts, bound, traced.longest, how, attention.name)
+    needed = {name: tensor for name, tensor in fake.weights.names.items() if "model." + name in read}
+    weights = replace(fake.weights, names=needed)
+    return TracedModel(fake.task, weights, parts, bound, traced.longest, how, attention.name)
 
 
 def _bound(use: Use, source: dict[str, str]) -> Use:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from stageline.models import gguf_file, other_formats, safetensors_file
 from stageline.models.errors import CheckpointError
-from stageline.models.tensors import TensorEntry
+from stageline.models.tensors import TensorEntry, same_data
 from stageline.models.weight_files import INDEX, SINGLE, complete, weight_files
 
 _AUXILIARY = (
@@ -42,7 +42,7 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
         """Open a Hugging Face folder, one of its .safetensors files (with the other shards of its set), a .gguf file,
-        or a folder with one .gguf file. Reads headers, never weights.
+        or a folder with one .gguf file. Reads headers, never weights (but for a tensor that two shards hold).
 
         Raises:
             CheckpointError: nothing there, not a checkpoint, unsafe (pickled) or damaged.
@@ -145,7 +145,7 @@ def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]
     for name, shard in weight_map.items():
         names_by_shard.setdefault(shard, []).append(name)
 
-    tensors: dict[str, TensorEntry] = {}
+    copies: dict[str, list[TensorEntry]] = {}
     for shard, names in sorted(names_by_shard.items()):
         file = folder / shard
         if not file.is_file():
@@ -159,8 +159,23 @@ def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]
                 raise CheckpointError(
                     f"{file} lacks tensor {name!r}, which {index.name} puts there; download both again"
                 )
-            tensors[name] = held[name]
-    return tuple(folder / shard for shard in sorted(names_by_shard)), tensors
+        for name, entry in held.items():  # transformers reads what the index does not list as well
+            copies.setdefault(name, []).append(entry)
+    return tuple(folder / shard for shard in sorted(names_by_shard)), {
+        name: _one_of(folder, entries) for name, entries in copies.items()
+    }
+
+
+def _one_of(folder: Path, copies: list[TensorEntry]) -> TensorEntry:
+    """The tensor that several shards may hold."""
+    first, *others = copies
+    for other in others:
+        if not same_data(first, other):
+            raise CheckpointError(
+                f"{folder} holds tensor {first.name!r} in {first.file.name} and in {other.file.name}, with different "
+                "values; download both again"
+            )
+    return first
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -34,6 +34,8 @@ _TRACES = {
     ".input_scale": "compressed-tensors or modelopt",
     ".input_zero_point": "compressed-tensors",
     ".weight_scale_inv": "fp8",
+    ".k_scale": "fp8, of its KV cache",
+    ".v_scale": "fp8, of its KV cache",
     ".activation_scale": "fp8",
     ".input_scale_ub": "fbgemm_fp8",
     "_proj_blocks": "mxfp4",
@@ -53,7 +55,7 @@ _TRACES = {
 }
 # The methods that transformers turns into plain weights on any processor, and the class that asks for it.
 _DEQUANTISED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
-_NARROW = ("float8", "float6", "float4")
+_NARROW = ("float8_", "float6_", "float4_")
 _UNNAMED = "a method that config.json does not name"
 
 

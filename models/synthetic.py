@@ -25,8 +25,8 @@ _CHUNK_ELEMENTS = 1 << 20
 def write_random(folder: Path, config: dict[str, Any], tensors: TensorShapes, seed: int) -> None:
     """Write a checkpoint whose values depend on the seed and each tensor's name only, and stay in a useful range.
 
-    Matrices and biases are normal with deviation 0.02; a vector named `weight`, which scales a norm's output, is 1
-    plus a tenth of a normal value.
+    Matrices and biases are normal with deviation 0.02; a vector named `weight`, which scales a norm's output, or
+    `running_var`, which divides it, is 1 plus a tenth of a normal value.
 
     Raises:
         CheckpointError: the folder exists, cannot be written, or a dtype is not a floating type of safetensors.
@@ -80,7 +80,7 @@ def _write_sparse_shards(folder: Path, tensors: TensorShapes, shard_bytes: int) 
 def _random_chunks(name: str, dtype: str, shape: tuple[int, ...], seed: int) -> Iterator[bytes]:
     stored = _floating(name, dtype)
     generator = np.random.default_rng([seed, *hashlib.sha256(name.encode()).digest()])
-    is_scale = len(shape) == 1 and name.endswith("weight")
+    is_scale = len(shape) == 1 and name.endswith(("weight", "running_var"))
     count = math.prod(shape)
     for begin in range(0, count, _CHUNK_ELEMENTS):
         normal = generator.standard_normal(min(_CHUNK_ELEMENTS, count - begin), dtype=np.float32)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+_CHUNK_BYTES = 16 * 1024**2
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -17,3 +19,18 @@ class TensorEntry:
     offset: int
     """First byte in the file, counted from the file's beginning."""
     size_bytes: int
+
+
+def same_data(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; reads both, a few megabytes at a time, up to the first
+    difference. OSError if a file cannot be read."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for begin in range(0, one.size_bytes, _CHUNK_BYTES):
+            length = min(_CHUNK_BYTES, one.size_bytes - begin)
+            if first.read(length) != second.read(length):
+                return False
+    return True

@@ -142,6 +142,22 @@ def test_a_shard_without_its_tensor_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(shards(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"}))
 
 
+def test_a_tensor_that_the_index_leaves_out_is_read(tmp_path: Path) -> None:
+    save_file({"a": np.zeros(2, np.float32), "b": np.ones(3, np.float32)}, tmp_path / "one.safetensors")
+    assert set(Checkpoint.open(shards(tmp_path, {"a": "one.safetensors"})).tensors) == {"a", "b"}
+
+
+def test_a_tensor_in_two_shards_must_be_the_same(tmp_path: Path) -> None:
+    for name, value in (("one", 1), ("two", 1), ("three", 2)):
+        save_file({"a": np.full(2, value, np.float32), name: np.zeros(1)}, tmp_path / f"{name}.safetensors")
+    same = shards(tmp_path, {"a": "two.safetensors", "one": "one.safetensors"})
+    assert Checkpoint.open(same).tensors["a"].shape == (2,)
+    with pytest.raises(
+        CheckpointError, match=r"'a' in one.safetensors and in three.safetensors, with different values"
+    ):
+        Checkpoint.open(shards(tmp_path, {"a": "one.safetensors", "three": "three.safetensors"}))
+
+
 def test_an_index_without_a_map_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no weight_map"):
         Checkpoint.open(folder_with(tmp_path, config=CONFIG, index={"weight_map": []}))

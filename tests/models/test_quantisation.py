@@ -114,5 +114,9 @@ def test_tensors_tell_the_method(names: list[str], method: str | None) -> None:
 
 
 def test_narrow_floats_are_told_from_weights() -> None:
-    narrow = [name for name in ("float8_e4m3fn", "float8_e8m0fnu", "float16", "bfloat16", "int8") if is_narrow(name)]
+    narrow = [
+        name
+        for name in ("float8_e4m3fn", "float8_e8m0fnu", "float16", "bfloat16", "float64", "int8")
+        if is_narrow(name)
+    ]
     assert narrow == ["float8_e4m3fn", "float8_e8m0fnu"]
