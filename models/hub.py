@@ -19,7 +19,7 @@ from stageline.models.weight_files import complete, weight_files
 _MANIFEST = "manifest.json"  # of a bundle
 _BUNDLE = re.compile(r"manifest\.json|[^/]+\.onnx|(parts|weights|tokenizer)/.+")
 """A bundle's files, without `engines/`: engine files are code, and made for the GPUs of whoever built them."""
-_SMALL = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken|spm)|\d+_\w+/[^/]+\.(json|txt|safetensors)")
+_SMALL = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken|spm|bpe|codes|vocab)|\d+_\w+/[^/]+\.(json|txt|safetensors)")
 """What stands beside the weights; the folders are the modules of sentence-transformers."""
 _WEIGHTS = (".safetensors", ".gguf")
 _NAMED = 8  # files named in a message

@@ -68,13 +68,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_files_and_the_weights_come_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
     repository(
         hub, tmp_path / "r", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt", "modeling_own.py",
+        "bpe.codes", "vocab.pkl",
         "model.onnx", "onnx/model.onnx", "1_Pooling/config.json", "2_Dense/model.safetensors", "README.md",
         "model.fp16.safetensors", "training_args.bin",
     )  # fmt: skip
     fetched = got("org/model")
     assert sorted(hub.downloads) == [
-        "1_Pooling/config.json", "2_Dense/model.safetensors", "config.json", "model.safetensors", "tokenizer.json",
-        "vocab.txt",
+        "1_Pooling/config.json", "2_Dense/model.safetensors", "bpe.codes", "config.json", "model.safetensors",
+        "tokenizer.json", "vocab.txt",
     ]  # fmt: skip
     assert (fetched.commit, fetched.is_bundle) == (COMMIT, False)
     assert fetched.path == tmp_path / "cache" / "models--org--model" / "snapshots" / COMMIT
