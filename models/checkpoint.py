@@ -41,8 +41,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Open a Hugging Face folder, one of its .safetensors files (with the other shards of its set), a .gguf file,
-        or a folder with one .gguf file. Reads headers, never weights (but for a tensor that two shards hold).
+        """Open a Hugging Face folder, one of its .safetensors files (with the other shards of its set), a .gguf file
+        (with the other parts of its set), or a folder with one model in .gguf. Reads headers, never weights (but for a
+        tensor that two shards hold).
 
         Raises:
             CheckpointError: nothing there, not a checkpoint, unsafe (pickled) or damaged.
@@ -191,13 +192,13 @@ def _why_no_weights(folder: Path) -> str:
 
 
 def _open_gguf(path: Path, file: Path) -> Checkpoint:
-    metadata, tensors = gguf_file.read_header(file)
+    metadata, tensors, files = gguf_file.read_model(file)
     return Checkpoint(
         path=path,
         kind="gguf",
         config=metadata,
         tensors=tensors,
-        files=(file,),
+        files=files,
         tokenizer=_tokenizer(file.parent),
         auxiliary=_auxiliary(file.parent),
     )
@@ -205,11 +206,12 @@ def _open_gguf(path: Path, file: Path) -> Checkpoint:
 
 def _only_gguf(folder: Path) -> Path:
     names = _names(folder, "*.gguf")
-    if len(names) > 1:
+    models = gguf_file.model_files(names, folder)
+    if len(models) > 1:
         raise CheckpointError(f"{folder} has {len(names)} .gguf files ({', '.join(names[:4])}); give one's path")
     if not names:
         raise CheckpointError(other_formats.what_it_holds(folder) or _why_no_config(folder))
-    return folder / names[0]
+    return folder / models.pop()[0]
 
 
 def _why_no_config(folder: Path) -> str:

@@ -8,26 +8,102 @@ and takes from gguf only the table of quantisation types.
 import math
 import mmap
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from stageline.models.errors import CheckpointError
 from stageline.models.tensors import TensorEntry
+from stageline.models.weight_files import complete
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 8
+_NO_MODEL = {
+    "adapter": "an adapter (LoRA), not a whole model; merge it into its base model: llama-export-lora",
+    "imatrix": "an importance matrix, which llama-quantize reads, not a model",
+    "mmproj": "the projector of images or sound of a multimodal model; give the .gguf of its language model",
+    "clip": "the projector of images or sound of a multimodal model; give the .gguf of its language model",
+    "controlvector": "a control vector, not a model",
+}
+"""What general.type or general.architecture say of a file that holds no language model."""
 
 
 class _DamagedError(Exception):
     """Found while walking the header; becomes a CheckpointError that names the file."""
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
-    """Read a .gguf file's metadata, without the arrays of its tokenizer, and its tensors by name.
+def model_files(names: Iterable[str], folder: Path) -> set[tuple[str, ...]]:
+    """The models among the `names` of .gguf files in one folder, each as its file, or its parts in order. A projector
+    of images (`mmproj*`) counts only where nothing else is. CheckpointError if a part is missing."""
+    all_names = sorted(names)
+    models = [name for name in all_names if not name.startswith("mmproj")] or all_names
+    return {complete(name, models, folder).files for name in models}
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry], tuple[Path, ...]]:
+    """Read a model's metadata, without the arrays of its tokenizer, its tensors by name, and the files that hold them.
+    `path` may be any part of a split model. Reads headers only.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, is one part of several, or gguf is not installed.
+        CheckpointError: a file cannot be read or is damaged, a part is missing, or the file holds something else.
+    """
+    metadata, tensors = read_header(path)
+    files = _parts(path, metadata)
+    if len(files) > 1:
+        metadata, tensors = _read_parts(files)
+    for key in ("general.type", "general.architecture"):
+        if (held := _NO_MODEL.get(str(metadata.get(key)))) is not None:
+            raise CheckpointError(f"{path} holds {held}")
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors, only a vocabulary; give the .gguf of the whole model")
+    return metadata, tensors, files
+
+
+def _parts(path: Path, metadata: dict[str, Any]) -> tuple[Path, ...]:
+    """The files of the model of which `path` is one, in order."""
+    count = metadata.get("split.count", 1)
+    if count in (0, 1):
+        return (path,)
+    files = complete(path.name, (file.name for file in path.parent.glob("*.gguf")), path.parent).files
+    if len(files) != count:
+        raise CheckpointError(
+            f"{path} is one of {count} parts, whose names end in -00001-of-0000N.gguf and so on; give each its "
+            "name again, or merge them: llama-gguf-split --merge"
+        )
+    return tuple(path.with_name(name) for name in files)
+
+
+def _read_parts(files: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """The metadata of the first part, and the tensors of all."""
+    first: dict[str, Any] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for number, file in enumerate(files):
+        metadata, held = read_header(file)
+        stated = (metadata.get("split.no"), metadata.get("split.count"))
+        if stated != (number, len(files)):
+            raise CheckpointError(
+                f"{file} says it is part {stated[0]} of {stated[1]} (counted from 0), its name that it is "
+                f"{number} of {len(files)}; give it its own name again"
+            )
+        if twice := tensors.keys() & held.keys():
+            raise CheckpointError(f"{file} holds {min(twice)!r} once more; the parts are of different models")
+        first = first or metadata
+        tensors |= held
+    total = first.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise CheckpointError(
+            f"{files[0]} announces {total} tensors, its {len(files)} parts hold {len(tensors)}; "
+            "the parts are of different models"
+        )
+    return first, tensors
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """Read one .gguf file's metadata, without the arrays of its tokenizer, and its tensors by name.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or gguf is not installed.
     """
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -47,11 +123,6 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except _DamagedError as error:
         raise CheckpointError(f"{path}: {error}; the file is damaged: download it again") from error
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise CheckpointError(
-            f"{path} is one of {parts} parts, which are not read one by one; merge them first: llama-gguf-split --merge"
-        )
     return metadata, tensors
 
 
@@ -60,8 +131,10 @@ def _walk(
 ) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     cursor = _Cursor(data, 4)
     version = cursor.scalar("<I")
+    if version in (2 << 24, 3 << 24):
+        raise CheckpointError(f"{path} is big-endian, for IBM's mainframes; download or convert the little-endian file")
     if version not in (2, 3):
-        raise CheckpointError(f"{path} has GGUF version {version}, known are 2 and 3 (little-endian); convert it again")
+        raise CheckpointError(f"{path} has GGUF version {version}, known are 2 and 3; convert the model again")
     tensor_count, key_count = cursor.scalar("<Q"), cursor.scalar("<Q")
 
     metadata: dict[str, Any] = {}

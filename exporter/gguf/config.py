@@ -6,10 +6,11 @@ from typing import Any
 import gguf
 from stageline.exporter.gguf import rotary
 from stageline.exporter.gguf.architectures import ARCHITECTURES, MIXTRAL, Architecture, Metadata
-from stageline.exporter.gguf.tensors import dequantised
+from stageline.exporter.gguf.tensors import check_types, dequantised
 from stageline.exporter.gguf.tokenizer import end_ids, tokenizer_notes
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _NO_EFFECT = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -31,6 +32,7 @@ def config(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a config.json would hold. ExportError if the metadata lacks something or states what is not understood."""
     architecture, keys = _keys(checkpoint)
     known = _architecture(checkpoint)
+    check_types(checkpoint)
     tensors = checkpoint.tensors
     try:
         result = {**known.fixed, **_stated(checkpoint, known, keys)}
@@ -46,7 +48,7 @@ def config(checkpoint: Checkpoint) -> dict[str, Any]:
         window = result.get("sliding_window")
         if window is not None and known.model_type == "phi3" and window >= result["max_position_embeddings"]:
             result["sliding_window"] = None
-    except ExportError as error:
+    except (ExportError, ArithmeticError, IndexError, TypeError, ValueError) as error:
         raise ExportError(
             f"{checkpoint.path}: {error} (architecture {architecture!r}); export the Hugging Face checkpoint that the "
             "file was made of"
@@ -55,7 +57,8 @@ def config(checkpoint: Checkpoint) -> dict[str, Any]:
     result |= {ours: checkpoint.config.get(f"tokenizer.ggml.{theirs}") for ours, theirs in ids.items()}
     ends = end_ids(checkpoint)
     result["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
-    return {"model_type": known.model_type, "architectures": ["ForCausalLM"], **result}
+    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[known.model_type]
+    return {"model_type": known.model_type, "architectures": [named], **result}
 
 
 def notes(checkpoint: Checkpoint) -> list[str]:

@@ -5,6 +5,7 @@ merges (`tokenizer.ggml.pre`, by `src/llama-vocab.cpp` of llama.cpp), whether wh
 text begins with a token, and control tokens outside the byte alphabet.
 """
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import transformers
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer, read_gguf_metadata
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, GGUF_TOKENIZER_TYPES
 
-_CONTROL = 3
+_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "▁"
 _ENDS = frozenset({
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
     "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>",
@@ -45,9 +47,12 @@ def save_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         architecture, held, settings = get_gguf_tokenizer(str(file))
         backend, _ = convert_gguf_tokenizer(architecture, held)
         if held["tokenizer_type"] == "gpt2":
+            backend = _with_whole_tokens(backend, held["tokens"], held.get("token_type") or [])
             backend.model.ignore_merges = split in _WHOLE_WORDS
             if (pre_tokenizer := _split(split)) is not None:
                 backend.pre_tokenizer = pre_tokenizer
+        if held["tokenizer_type"] == "llama" and not architecture.startswith("gemma"):
+            _spaces(backend, prefixed=bool(held.get("add_prefix_space", True)))
         settings.setdefault("add_bos_token", split in _WHOLE_WORDS)
         transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(folder)
     except Exception as error:
@@ -91,6 +96,33 @@ def _why_none(checkpoint: Checkpoint) -> str | None:
     if kind == "gpt2" and split is not None and split not in _KNOWN_SPLITS:
         return f"how tokenizer.ggml.pre {split!r} splits text is not known"
     return None
+
+
+def _with_whole_tokens(backend: Any, tokens: list[str], kinds: list[int]) -> Any:
+    """The tokenizer with the control and user-defined tokens that are spelled with other characters than its alphabet
+    of bytes (`<｜User｜>`): transformers spells them in bytes and does not find them in a text."""
+    state = json.loads(backend.to_str())
+    vocabulary, added = state["model"]["vocab"], {token["id"] for token in state["added_tokens"]}
+    spelled = {number: token for token, number in vocabulary.items()}
+    for number, (token, kind) in enumerate(zip(tokens, kinds, strict=False)):
+        if kind not in (_CONTROL, _USER_DEFINED) or number in added or number not in spelled:
+            continue
+        del vocabulary[spelled[number]]
+        vocabulary[token] = number
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        state["added_tokens"].append({"id": number, "content": token, **plain, "special": kind == _CONTROL})
+    state["added_tokens"].sort(key=lambda token: token["id"])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _spaces(backend: Any, prefixed: bool) -> None:
+    """Make a sentencepiece tokenizer treat spaces as llama.cpp does: `prefixed` puts one before a text and after an
+    added token, whatever follows. transformers puts none before a space, and asks no file whether to."""
+    replaced = normalizers.Replace(" ", _SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replaced]) if prefixed else replaced
+    backend.pre_tokenizer = None
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1)] if prefixed else steps)
 
 
 def _split(name: str | None) -> Any:

@@ -83,7 +83,11 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**keys_of(model, arch), **(keys or {})}.items():
         if value is not None:
-            add(writer, key if key.startswith(("general.", "tokenizer.", "split.")) else f"{arch}.{key}", value)
+            add(
+                writer,
+                key if key.startswith(("general.", "tokenizer.", "split.", "quantize.")) else f"{arch}.{key}",
+                value,
+            )
     (tokenizer or byte_level)(writer)
     for name, values in {**tensors_of(model, arch), **(extra or {})}.items():
         if name in leave_out:
