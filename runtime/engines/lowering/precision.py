@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from stageline.models.errors import EngineError
+from stageline.runtime.engines.lowering.float32 import HALVES
 
 _WIDE = frozenset(
     {"Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log", "CumSum"}
@@ -22,24 +23,28 @@ _FLOAT_PARAMETERS = {"Resize": frozenset({1, 2})}
 """Operator -> its inputs that must stay float32."""
 
 
-def fold_weight_casts(model: ir.Model) -> None:
-    """Let each weight enter the graph as float32: a Cast of one becomes the weight itself. A weight's value has the
-    type in the graph, its tensor the one on disk."""
+def widen_initializers(model: ir.Model) -> None:
+    """Let each floating initializer enter the graph as float32: a Cast of a weight becomes the weight itself, and
+    constants are converted. A weight's value has the type in the graph, its tensor the one on disk."""
     for node in list(model.graph):
         source = node.inputs[0] if node.inputs else None
-        if node.op_type == "Cast" and source is not None and _is_weight(source):
-            source.dtype = ir.DataType.FLOAT
+        if node.op_type == "Cast" and source is not None and _is_weight(source) and _to(node).is_floating_point():
             ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
     for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
         if _is_weight(value):
+            value.dtype = ir.DataType.FLOAT
+        elif tensor.dtype in HALVES:
+            value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
             value.dtype = ir.DataType.FLOAT
 
 
 def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str]) -> None:
     """Type the values of `model`, a float32 graph whose weights have no casts, in place. `state` names the inputs and
-    outputs that are caches. EngineError if the graph has branches or loops."""
-    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    outputs that are caches. EngineError if the graph has branches or loops, or a value whose type cannot be inferred."""
+    _infer_types(model)
     typing = _Typing(model.graph, dtype)
     for value in model.graph.inputs:
         if value.name in state:
@@ -52,6 +57,28 @@ def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str]) ->
             model.graph.outputs[place] = typing.widened_output(value)
     RemoveUnusedNodesPass()(model)
     typing.rename_weights()
+
+
+def _infer_types(model: ir.Model) -> None:
+    """Give every value of the graph its type. ONNX's inference leaves the whole model as it is if the tensor of one
+    initializer has another type than its value, so it sees the weights in the type that they have in the graph."""
+    weights = {value: value.const_value for value in model.graph.initializers.values() if _is_weight(value)}
+    for value in weights:
+        assert value.dtype is not None
+        assert value.shape is not None
+        value.const_value = ir.ExternalTensor("weights", 0, None, value.dtype, shape=value.shape, name=str(value.name))
+    try:
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    finally:
+        for value, tensor in weights.items():
+            value.const_value = tensor
+    for node in model.graph:
+        for value in node.outputs:
+            if value.dtype is None and (value.uses() or value.is_graph_output()):
+                raise EngineError(
+                    f"the type of {value.name!r}, which {node.op_type} computes, cannot be inferred: "
+                    "choose --precision fp32, and report this"
+                )
 
 
 class _Typing:
@@ -79,7 +106,7 @@ class _Typing:
         is_narrow = not to_wide and any(value in self.narrow or _is_weight(value) for value in values)
         for place, value in zip(places, values, strict=True):
             node.replace_input_with(place, self.narrowed(value, node) if is_narrow else self.widened(value, node))
-        if node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()) == ir.DataType.FLOAT and is_narrow:
+        if node.op_type == "Cast" and _to(node) == ir.DataType.FLOAT and is_narrow:
             node.attributes["to"] = ir.AttrInt64("to", self.dtype)
         if is_narrow:
             for value in node.outputs:
@@ -158,6 +185,10 @@ class _Typing:
                 del self.graph.initializers[name]
                 value.name = name.removesuffix(suffix)
                 self.graph.register_initializer(value)
+
+
+def _to(cast: ir.Node) -> ir.DataType:
+    return ir.DataType(cast.attributes["to"].as_int())
 
 
 def _is_weight(value: ir.Value) -> bool:

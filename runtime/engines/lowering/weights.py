@@ -6,8 +6,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from stageline.models.errors import EngineError
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.external import read_external
+from stageline.runtime.engines.lowering.float32 import HALVES
 
 _LARGEST = {ir.DataType.INT8: 127, ir.DataType.INT4: 7, ir.DataType.FLOAT8E4M3FN: 448}
 """The largest value of a type: a scale is a group's largest magnitude divided by it. Ranges are symmetric around 0."""
@@ -31,13 +33,21 @@ class Weight:
         return -(-int(np.prod(self.shape, dtype=np.int64)) * self.dtype.bitwidth // 8)
 
     def read(self) -> Array:
-        """The values, contiguous: memory-mapped if the file has the same type, else converted."""
+        """The values, contiguous: memory-mapped if the file has the same type, else converted. EngineError if one is
+        beyond the type's range."""
         array = read_external(self.tensor)
         if self.tensor.dtype == self.dtype:
             return array
-        if self.dtype == ir.DataType.FLOAT16:  # larger values become the largest that float16 holds
-            array = np.clip(array.astype(np.float32), -65504, 65504)
-        return np.ascontiguousarray(array.astype(self.dtype.numpy()))
+        return np.ascontiguousarray(self._converted(array))
+
+    def _converted(self, array: Array) -> Array:
+        with np.errstate(over="ignore"):
+            converted = array.astype(self.dtype.numpy())
+        if self.dtype in HALVES:
+            lost = array[np.isinf(converted) & np.isfinite(array)]
+            if lost.size:
+                raise _beyond_range(str(self.tensor.name), self.dtype, lost)
+        return converted
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,22 @@ class Scales(Weight):
         return tuple(shape)
 
     def read(self) -> Array:
-        """The scales, in the graph's type."""
+        """The scales, in the graph's type. EngineError if a value of the matrix is beyond that type's range: its product
+        with a scale would be infinite."""
+        super().read()
         return np.ascontiguousarray(self.of.scales().reshape(self.shape).astype(self.dtype.numpy()))
+
+
+def _beyond_range(name: str, dtype: ir.DataType, lost: Array) -> EngineError:
+    """What to say of the values `lost` of a tensor, which are finite and would be infinite in `dtype`."""
+    limit = float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
+    largest = float(np.abs(lost.astype(np.float64)).max())
+    values = "1 value" if lost.size == 1 else f"{lost.size} values"
+    wider = "bf16" if dtype == ir.DataType.FLOAT16 else "fp32"
+    return EngineError(
+        f"tensor {name!r} has {values} beyond the range of {dtype.name.lower()} ({limit:g}), the largest {largest:g}; "
+        f"choose --precision {wider}"
+    )
 
 
 def unread(name: str, weight: Weight) -> ir.ExternalTensor:

@@ -10,7 +10,7 @@ from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
 from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
-from stageline.runtime.engines.lowering.precision import fold_weight_casts, to_precision
+from stageline.runtime.engines.lowering.precision import to_precision, widen_initializers
 from stageline.runtime.engines.lowering.quantise import Quantisation, to_quantised
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
 from stageline.runtime.engines.lowering.weights import Weight, unread
@@ -71,9 +71,9 @@ def _lower(
     stage: StageFile, dtype: ir.DataType, quantisation: Quantisation | None, capacity: int, stripped: bool
 ) -> Lowered:
     model = ir.load(stage.file)
+    widen_initializers(model)
     if has_types(model):
         to_float32(model)
-    fold_weight_casts(model)
     caches = to_tensor_scatter(model, capacity)
     IdentityEliminationPass()(model)
     state = {n for cache in caches for n in (*past_names(cache.name), *present_names(cache.name))}

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.lowering.precision import fold_weight_casts, to_precision
+from stageline.runtime.engines.lowering.precision import widen_initializers, to_precision
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -100,7 +100,7 @@ def test_a_cast_of_a_weight_becomes_the_weight(tmp_path: Path) -> None:
     x, w = value("x"), weight("w", tmp_path, HALF)
     cast = node("Cast", w, name="wide", to=FLOAT)
     made = model([x], [cast, node("MatMul", x, cast.outputs[0], name="y")], [w])
-    fold_weight_casts(made)
+    widen_initializers(made)
     assert [n.op_type for n in made.graph] == ["MatMul"]
     assert made.graph[0].inputs[1] is w
     assert (w.dtype, w.const_value.dtype) == (FLOAT, HALF)  # type: ignore[union-attr]
