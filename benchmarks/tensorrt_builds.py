@@ -5,8 +5,9 @@
 The reference bundles (bundles/minilm, bundles/smollm2, from `make demo`) are copied, cut into 2 stages and built for
 all targets in fp16 and bf16, and for one with quantised weights. A second build must build nothing. After one weight is
 changed, a third one, for the first target and precision, must build one stage. The architectures of
-tests/exporter/test_parity.py are synthesised, exported, and built in 2 stages for all targets; if TensorRT rejects one,
-the table shows its reason. No GPU is needed.
+tests/exporter/test_parity.py are synthesised, exported, and built in 2 stages for all targets; if TensorRT rejects
+one, the table shows its reason. The reference checkpoints, saved as bfloat16 by transformers, are exported and built
+whole in every precision, stripped too, beside the bundles of the float32 ones. No GPU is needed.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from stageline.exporter.commands.show import table
 from stageline.exporter.export import export
 from stageline.runtime import words
@@ -33,9 +35,11 @@ from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX
 from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision
 from stageline.runtime.engines.tensorrt.records import Options
 from stageline.runtime.workload import Workload
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("portable", "sm80", "sm89", "sm120")
+HALVES_TARGETS = ("sm89", "portable")
 PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
 STRIPPED_TARGET = QUANTISED_TARGET = "sm89"
 
@@ -82,6 +86,18 @@ class Architecture:
     error: str | None
 
 
+@dataclass(frozen=True)
+class Halves:
+    """Bytes of a whole model's engine, from the bundle of its bfloat16 checkpoint and from that of the float32 one."""
+
+    model: str
+    target: str
+    precision: str
+    weights: str
+    bfloat16_bytes: int
+    float32_bytes: int
+
+
 def reference(name: str, folder: Path) -> tuple[list[Engine], Again]:
     """Build the reference bundle `name`, full and, for one target, stripped; again; and with one weight changed."""
     bundle = _copy(ROOT / "bundles" / name, folder / name)
@@ -115,6 +131,7 @@ def parity(folder: Path, wanted: Sequence[WantedEngine]) -> Iterator[Architectur
     spec = importlib.util.spec_from_file_location("test_parity", ROOT / "tests/exporter/test_parity.py")
     assert spec is not None
     assert spec.loader is not None
+    sys.path.insert(0, str(ROOT / "tests/helpers"))  # which it imports
     tests: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tests)
     for name, (model_type, values, saved_as) in tests.ARCHITECTURES.items():
@@ -135,6 +152,36 @@ def parity(folder: Path, wanted: Sequence[WantedEngine]) -> Iterator[Architectur
                 errors[0] if errors else None,
             )
         shutil.rmtree(folder / name)
+
+
+def halves(name: str, folder: Path) -> Iterator[Halves]:
+    """Build the reference checkpoint `name`, in bfloat16 and in float32, for `HALVES_TARGETS` in every precision."""
+    saved = _saved_in_bfloat16(ROOT / "models/checkpoints" / name, folder / f"{name}.bfloat16")
+    twins = (export(saved, folder / f"{name}.halves").path, _copy(ROOT / "bundles" / name, folder / f"{name}.float32"))
+    recut(twins[1], 1)
+    for options in (Options(), Options(stripped=True)):
+        kinds = (*PRECISIONS, *(() if options.stripped else QUANTISED))
+        wanted = [WantedEngine(TENSORRT_RTX, target, kind) for target in HALVES_TARGETS for kind in kinds]
+        for kind in wanted:
+            half, whole = (_engine(name, _build(twin, [kind], options)[0]) for twin in twins)
+            yield Halves(name, kind.target, kind.precision, half.weights, half.plan_bytes, whole.plan_bytes)
+
+
+def _saved_in_bfloat16(checkpoint: Path, to: Path) -> Path:
+    """The checkpoint as transformers saves it in bfloat16, with the small files beside it."""
+    gguf = next((file.name for file in checkpoint.glob("*.gguf")), None)
+    kind = AutoModel if gguf is None else AutoModelForCausalLM
+    loaded = kind.from_pretrained(checkpoint, gguf_file=gguf, dtype=torch.bfloat16)
+    if gguf is not None:  # transformers does not save a model that it loaded from a .gguf file
+        vars(loaded.config).pop("quantization_config", None)
+        fresh = type(loaded)(loaded.config).to(torch.bfloat16)
+        fresh.load_state_dict(loaded.state_dict())
+        AutoTokenizer.from_pretrained(checkpoint, gguf_file=gguf).save_pretrained(to)
+        loaded = fresh
+    else:
+        shutil.copytree(checkpoint, to)
+    loaded.save_pretrained(to)
+    return to
 
 
 def _build(path: Path, wanted: Sequence[WantedEngine], options: Options) -> list[BuildOutcome]:
@@ -172,7 +219,9 @@ def _folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Sequence[Architecture]) -> str:
+def _show(
+    engines: Sequence[Engine], agains: Sequence[Again], architectures: Sequence[Architecture], twins: Sequence[Halves]
+) -> str:
     parts = []
     if engines:
         rows = [
@@ -197,16 +246,23 @@ def _show(engines: Sequence[Engine], agains: Sequence[Again], architectures: Seq
         parts.append(table(["architecture", "target", "precision", "caches", "engines", "build s", ""], rows))
         rejected = sum(a.error is not None for a in architectures)
         parts.append(f"{len(architectures) - rejected} of {len(architectures)} build")
+    if twins:
+        rows = [
+            [t.model, t.target, t.precision, t.weights, words.size(t.bfloat16_bytes), words.size(t.float32_bytes)]
+            for t in twins
+        ]
+        head = ["model", "target", "precision", "weights", "engine of bfloat16", "of float32"]
+        parts.append(table(head, rows))
     return "\n\n".join(parts)
 
 
 def main() -> None:
     """Run, print the tables, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["reference", "parity"], help="run only one half")
+    parser.add_argument("--only", choices=["reference", "parity", "halves"], help="run only one part")
     parser.add_argument("--target", action="append", help="of the architectures (default: all)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="of the architectures")
-    parser.add_argument("--json", type=Path, help="write the figures here; a half keeps the other half of the file")
+    parser.add_argument("--json", type=Path, help="write the figures here; a part keeps the other parts of the file")
     arguments = parser.parse_args()
     document: dict[str, Any] = {}
     if arguments.json is not None and arguments.json.exists():
@@ -220,14 +276,21 @@ def main() -> None:
     engines: list[Engine] = []
     agains: list[Again] = []
     architectures: list[Architecture] = []
+    twins: list[Halves] = []
     with _folder() as folder:
-        if arguments.only != "parity":
+        if arguments.only in (None, "reference"):
             for name in ("minilm", "smollm2"):
                 more, again = reference(name, folder)
                 engines += more
                 agains.append(again)
             document |= {"engines": [asdict(e) for e in engines], "again": [asdict(a) for a in agains]}
-        if arguments.only != "reference":
+        if arguments.only in (None, "halves"):
+            for name in ("minilm", "smollm2"):
+                for pair in halves(name, folder):
+                    twins.append(pair)
+                    document["halves"] = [asdict(twin) for twin in twins]
+                    keep()
+        if arguments.only in (None, "parity"):
             kinds = [WantedEngine(TENSORRT_RTX, t, p) for t in arguments.target or TARGETS for p in arguments.precision]
             kept = {(a["name"], a["target"], a["precision"]): a for a in document.get("architectures", [])}
             for found in parity(folder, kinds):
@@ -236,7 +299,7 @@ def main() -> None:
                 document["architectures"] = list(kept.values())
                 keep()
     keep()
-    print("\n" + _show(engines, agains, architectures))
+    print("\n" + _show(engines, agains, architectures, twins))
 
 
 if __name__ == "__main__":

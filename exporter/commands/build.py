@@ -12,7 +12,7 @@ from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, BuildProgress, WantedEngine, build, stale
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName, choose
-from stageline.runtime.engines.tensorrt.lower import PRECISIONS, Precision
+from stageline.runtime.engines.tensorrt.lower import PRECISIONS, Precision, default_precision
 from stageline.runtime.engines.tensorrt.records import Options
 from stageline.runtime.engines.tensorrt.store import locked
 from stageline.runtime.engines.tensorrt.targets import HERE, TargetGpu, check_target, gpu_here
@@ -38,7 +38,7 @@ def build_command(
         typer.Option(
             metavar="P",
             help="fp32, fp16 or bf16: what the engine computes in. int8, fp8 or int4: quantised weights, computing in "
-            "fp16 (default: fp16). May be repeated.",
+            "fp16, those of a bfloat16 bundle in bf16 (default: fp16, of a bfloat16 bundle bf16). May be repeated.",
         ),
     ] = None,
     flavour: Annotated[
@@ -80,8 +80,9 @@ def build_command(
 
     Example: stageline build minilm.bundle --target sm89 --target portable --precision fp16
     """
-    wanted = _wanted(target, _precisions(precision or ["fp16"]), flavour)
+    asked = _precisions(precision or [])
     opened = Bundle.open(bundle)
+    wanted = _wanted(target, asked or [default_precision(opened.manifest.dtype)], flavour)
     load = common.workload(opened.manifest, micro_batch, length, slots, capacity)
     options = Options(
         stripped=stripped,

@@ -26,13 +26,20 @@ from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
 from stageline.runtime.engines import Array, StageFile, engine_factory
+from stageline.runtime.engines.tensorrt.engine import open_tensorrt
 from stageline.runtime.engines.tensorrt.guard import checked_engine
-from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision, lower, lower_exactly
+from stageline.runtime.engines.tensorrt.lower import (
+    QUANTISED,
+    Precision,
+    computed_precision,
+    default_precision,
+    lower,
+    lower_exactly,
+)
 from stageline.runtime.engines.tensorrt.targets import gpu_here
 
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 6e-2, "int8": 1e-2, "fp8": 1e-2, "int4": 1e-2}
-"""float32 leaves room for TF32 products, the halves for 11 and 8 bits at every operator. With quantised weights float16
-is computed."""
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 6e-2}
+"""By what is computed in. float32 leaves room for TF32 products, the halves for 11 and 8 bits at every operator."""
 _SHARE = 0.9  # of the tokens must be within the tolerance
 Progress = Callable[[str], None]
 Shown = Literal["inside", "quantised"]
@@ -49,6 +56,7 @@ class EngineComparison:
     median_error: float
     p90_error: float
     max_error: float
+    tolerance: float
     shown: Shown | None = None
     """Why the value is only shown and not judged: it does not leave the stage, or the error is what quantised weights
     add."""
@@ -56,7 +64,7 @@ class EngineComparison:
     @property
     def passed(self) -> bool:
         """Whether the error is within the tolerance; NaN is not."""
-        return self.shown is not None or self.p90_error <= TOLERANCE[self.precision]
+        return self.shown is not None or self.p90_error <= self.tolerance
 
 
 def verify_engines(path: Path, precision: Precision | None, *, seed: int, progress: Progress) -> list[EngineComparison]:
@@ -78,7 +86,7 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
         progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
         record = checked_engine(bundle, number, gpu, precision).record
         (device,) = open_devices(["cuda:0"], None)
-        engine = engine_factory("tensorrt")(fed.file, device)
+        engine = open_tensorrt(fed.file, device, precision=precision)
         try:
             got = on_host(engine.run(fed.inputs, list(fed.outputs)), list(fed.outputs))
         finally:
@@ -88,12 +96,14 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
 
 
 def verify_emulated(
-    path: Path, precision: Precision, *, layers: bool, seed: int, progress: Progress
+    path: Path, precision: Precision | None, *, layers: bool, seed: int, progress: Progress
 ) -> list[EngineComparison]:
-    """Compare the stages as lowered for `precision`, run on the CPU, on inputs drawn from `seed`. With `layers`
-    every value inside them is compared as well, with the same value of the stage lowered for float32."""
+    """Compare the stages as lowered for `precision` (None: the bundle's default), run on the CPU, on inputs drawn from
+    `seed`. With `layers` every value inside them is compared as well, with the same value of the stage lowered for
+    float32."""
     comparisons = []
     bundle = Bundle.open(path)
+    precision = precision or default_precision(bundle.manifest.dtype)
     for fed in _reference(bundle, seed):
         number = fed.file.number
         progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
@@ -106,7 +116,7 @@ def verify_emulated(
         exactly = _exactly(fed, precision, inside)
         comparisons += _judged(fed, precision, got, exactly)
         comparisons += [
-            compare(number, name, precision, got[name], exactly[name], fed.real, shown="inside")
+            fed.compared(name, precision, got[name], exactly[name], "inside")
             for name in inside
             if got[name].ndim and got[name].size
         ]
@@ -125,32 +135,34 @@ def _judged(
     fed: "_Fed", precision: Precision, got: Mapping[str, Array], exactly: Mapping[str, Array]
 ) -> list[EngineComparison]:
     """Outputs against ONNX Runtime's; those of quantised weights against `exactly`, and then what quantising adds."""
-    number = fed.file.number
-    if precision not in QUANTISED:
-        return [compare(number, name, precision, got[name], want, fed.real) for name, want in fed.outputs.items()]
-    judged = [compare(number, name, precision, got[name], exactly[name], fed.real) for name in fed.outputs]
-    return judged + [
-        compare(number, name, precision, got[name], want, fed.real, shown="quantised")
-        for name, want in fed.outputs.items()
-    ]
+    judged = fed.outputs if precision not in QUANTISED else exactly
+    comparisons = [fed.compared(name, precision, got[name], judged[name]) for name in fed.outputs]
+    if precision in QUANTISED:
+        comparisons += [fed.compared(n, precision, got[n], want, "quantised") for n, want in fed.outputs.items()]
+    return comparisons
 
 
 def compare(
     stage: int,
     name: str,
     precision: Precision,
+    activations: str,
     got: Array,
     want: Array,
     real: Array | None,
     shown: Shown | None = None,
 ) -> EngineComparison:
-    """Judge one value, [rows, length, ...] without the places where `real` is 0; NaN counts as an infinite error."""
+    """Judge one value of an engine of `precision`, of a bundle with `activations`: [rows, length, ...] without the
+    places where `real` is 0. NaN counts as an infinite error."""
     if real is not None and want.shape[:2] == real.shape:
         got, want = got[real == 1], want[real == 1]
     scale = np.abs(want.astype(np.float64)).max(axis=-1, keepdims=True, initial=1)
     errors = np.nan_to_num(np.abs(got.astype(np.float64) - want) / scale, nan=np.inf).max(axis=-1)
     p90 = float(np.quantile(errors, _SHARE, method="lower"))
-    return EngineComparison(stage, name, precision, float(np.median(errors)), p90, float(errors.max()), shown)
+    tolerance = TOLERANCE[computed_precision(precision, activations)]
+    return EngineComparison(
+        stage, name, precision, float(np.median(errors)), p90, float(errors.max()), tolerance, shown
+    )
 
 
 @dataclass(frozen=True)
@@ -162,11 +174,18 @@ class _Fed:
     outputs: dict[str, Array]
     real: Array | None
     rows: int
+    activations: str
 
     @property
     def length(self) -> int:
         """Tokens in a row."""
         return next((array.shape[1] for array in self.inputs.values() if array.ndim == 2), 1)
+
+    def compared(
+        self, name: str, precision: Precision, got: Array, want: Array, shown: Shown | None = None
+    ) -> EngineComparison:
+        """One of its values, as an engine of `precision` has it."""
+        return compare(self.file.number, name, precision, self.activations, got, want, self.real, shown)
 
 
 def _reference(bundle: Bundle, seed: int) -> list[_Fed]:
@@ -182,7 +201,7 @@ def _reference(bundle: Bundle, seed: int) -> list[_Fed]:
         finally:
             engine.close()
         rows = len(next(iter(inputs.values())))
-        result.append(_Fed(file, dict(values), outputs, inputs.get("attention_mask"), rows))
+        result.append(_Fed(file, dict(values), outputs, inputs.get("attention_mask"), rows, bundle.manifest.dtype))
         values.update(outputs)
     return result
 

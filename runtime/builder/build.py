@@ -20,7 +20,7 @@ from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.tensorrt.flavour import Flavour
 from stageline.runtime.engines.tensorrt.guard import is_current, weight_digests
-from stageline.runtime.engines.tensorrt.lower import QUANTISED, Lowered, Precision, lower
+from stageline.runtime.engines.tensorrt.lower import QUANTISED, Lowered, Precision, computed_precision, lower
 from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.store import FOLDER, EngineStore, locked
 from stageline.runtime.workload import Workload
@@ -93,7 +93,7 @@ def build(
     if the disk is full or another build is running.
     """
     for kind in wanted:
-        check(kind, options)
+        check(kind, options, bundle.manifest.dtype)
     with locked(bundle.path) as store:
         todo: list[_Job] = []
         outcomes: list[BuildOutcome] = []
@@ -111,14 +111,15 @@ def build(
     return sorted(outcomes, key=lambda outcome: (outcome.stage, order[outcome.wanted]))
 
 
-def check(wanted: WantedEngine, options: Options) -> None:
-    """EngineError if the flavour cannot build such engines."""
+def check(wanted: WantedEngine, options: Options, activations: str) -> None:
+    """EngineError if the flavour cannot build such engines of a bundle with `activations`."""
     flavour = wanted.flavour
-    if wanted.target in _LACKING.get(wanted.precision, ()):
-        raise EngineError(
-            f"{wanted.target} ({_GENERATIONS[wanted.target]}) does not compute in {wanted.precision}; "
-            "choose --precision fp16"
-        )
+    for precision in (wanted.precision, computed_precision(wanted.precision, activations)):
+        if wanted.target in _LACKING.get(precision, ()):
+            raise EngineError(
+                f"{wanted.target} ({_GENERATIONS[wanted.target]}) does not compute in {precision}; "
+                "choose --precision fp16"
+            )
     if options.stripped and wanted.precision in QUANTISED:
         raise EngineError(
             f"--stripped reads weights unchanged from the bundle, and {wanted.precision} quantises them; leave it "
@@ -316,6 +317,7 @@ class _Building:
             version=str(job.wanted.flavour.version),
             target=job.wanted.target,
             precision=job.wanted.precision,
+            computes=str(job.lowered.computes.numpy()),
             options=self.options,
             profiles=job.profiles,
             inputs=job.lowered.inputs,

@@ -57,6 +57,9 @@ def build(request: Request, progress: network.Progress) -> Result:
     trt = FLAVOURS[request.flavour].load()
     stripped = request.options.stripped
     lowered = lower(request.stage, request.precision, request.capacity, stripped)
+    if stripped:
+        for weight in lowered.weights.values():
+            weight.read()  # a value that would be refused at load is refused now
     parsed = network.parse(trt, lowered, stripped)
     known = b""
     if request.known_timings is not None:

@@ -66,6 +66,7 @@ def build(
                 version=VERSION,
                 target=target,
                 precision=precision,
+                computes=str(lowered.computes.numpy()),
                 options=Options(stripped=stripped),
                 profiles=profiles,
                 inputs=lowered.inputs,

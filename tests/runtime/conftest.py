@@ -26,8 +26,8 @@ LLAMA: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def llama_bundle(export_once: Callable[..., Path]) -> Path:
-    """A Llama of two blocks in two stages, with caches; do not change it, copy it."""
-    return export_once(LLAMA, stages=2, seed=3)
+    """A Llama of two blocks in two stages, with caches, in bfloat16; do not change it, copy it."""
+    return export_once(LLAMA, stages=2, seed=3, dtype="bfloat16")
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ def widen_initializers(model: ir.Model) -> None:
 
 def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str]) -> None:
     """Type the values of `model`, a float32 graph whose weights have no casts, in place. `state` names the inputs and
-    outputs that are caches. EngineError if the graph has branches or loops, or a value whose type cannot be inferred."""
+    outputs that are caches. EngineError if the graph has branches or loops, or a value whose type cannot be
+    inferred."""
     _infer_types(model)
     typing = _Typing(model.graph, dtype)
     for value in model.graph.inputs:

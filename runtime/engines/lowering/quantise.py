@@ -1,6 +1,6 @@
 """Quantise the weights of a lowered graph's matrix products: TensorRT fuses DequantizeLinear into the product.
 
-Only weights, because they dominate the memory that decoding reads. Activations stay float16: no fixed scale fits them.
+Only weights, because they dominate the memory that decoding reads. Activations stay halves: no fixed scale fits them.
 In SmolLM2 the first tokens have values of 24,000.
 """
 
@@ -20,11 +20,12 @@ _TYPES: dict[Quantisation, ir.DataType] = {
 _INT4_GROUP = 64  # values per scale; TensorRT supports 64 and 128
 
 
-def to_quantised(model: ir.Model, kind: Quantisation) -> dict[str, Weight]:
+def to_quantised(model: ir.Model, kind: Quantisation, scales: ir.DataType) -> dict[str, Weight]:
     """Let each matrix product of `model` read its weight quantised, in place.
 
     int8 and fp8 have one scale per output channel, int4 one per 64 values of a channel (a matrix whose size is not a
-    multiple of 64 is not quantised). Returns the contents of each new initializer by its name.
+    multiple of 64 is not quantised). Scales are rounded to the type `scales`, float16 or bfloat16. Returns the contents
+    of each new initializer by its name.
     """
     made: dict[ir.Value, ir.Value] = {}
     weights: dict[str, Weight] = {}
@@ -42,7 +43,7 @@ def to_quantised(model: ir.Model, kind: Quantisation) -> dict[str, Weight]:
         if columns % group:
             continue
         if value not in made:
-            quantised = QuantisedWeight(tensor, _TYPES[kind], axis, group)
+            quantised = QuantisedWeight(tensor, _TYPES[kind], axis, group, scales)
             assert value.dtype is not None
             pair = {
                 f"{value.name}.{kind}": quantised,

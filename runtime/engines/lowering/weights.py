@@ -53,10 +53,11 @@ class Weight:
 @dataclass(frozen=True)
 class QuantisedWeight(Weight):
     """A matrix with values of type `dtype`, each times the scale of its group: `group` consecutive values along `axis`,
-    over which the products are summed."""
+    over which the products are summed. A scale is a value of `scale_dtype`, float16 or bfloat16."""
 
     axis: int
     group: int
+    scale_dtype: ir.DataType
 
     def read(self) -> Array:
         """The quantised values, in the shape of the tensor."""
@@ -66,14 +67,15 @@ class QuantisedWeight(Weight):
         return np.ascontiguousarray(values.reshape(self.shape).astype(self.dtype.numpy()))
 
     def scales(self) -> NDArray[np.float32]:
-        """float32 values that float16 can hold, in the shape of the tensor with groups in place of values along
+        """float32 values that `scale_dtype` can hold, in the shape of the tensor with groups in place of values along
         `axis`."""
         return self._scales(self._groups())
 
     def _scales(self, groups: NDArray[np.float32]) -> NDArray[np.float32]:
         scales = np.abs(groups).max(axis=self.axis + 1) / np.float32(_LARGEST[self.dtype])
-        smallest = np.float32(ml_dtypes.finfo(np.float16).smallest_normal)  # type: ignore[no-untyped-call]
-        return np.asarray(scales.clip(smallest, 65504).astype(np.float16), np.float32)
+        limits = ml_dtypes.finfo(self.scale_dtype.numpy())  # type: ignore[no-untyped-call]
+        scales = scales.clip(np.float32(limits.smallest_normal), np.float32(limits.max))
+        return np.asarray(scales.astype(self.scale_dtype.numpy()), np.float32)
 
     def _groups(self) -> NDArray[np.float32]:
         """The values with `axis` split into groups."""
@@ -96,8 +98,8 @@ class Scales(Weight):
         return tuple(shape)
 
     def read(self) -> Array:
-        """The scales, in the graph's type. EngineError if a value of the matrix is beyond that type's range: its product
-        with a scale would be infinite."""
+        """The scales, in the graph's type. EngineError if a value of the matrix is beyond that type's range: its
+        quantised value times the scale would be infinite."""
         super().read()
         return np.ascontiguousarray(self.of.scales().reshape(self.shape).astype(self.dtype.numpy()))
 

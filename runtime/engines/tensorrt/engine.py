@@ -32,6 +32,7 @@ from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.tensorrt.guard import checked_engine
+from stageline.runtime.engines.tensorrt.lower import Precision
 from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile
 from stageline.runtime.engines.tensorrt.refit import weights_of
 from stageline.runtime.engines.tensorrt.targets import TargetGpu
@@ -42,9 +43,14 @@ _PIECE_BYTES = 32 * 2**20  # of weights in pinned memory at a time
 
 
 def open_tensorrt(
-    stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
+    stage: StageFile,
+    device: Device,
+    cache: CacheSize | None = None,
+    quantise: WeightDtype | None = None,
+    precision: Precision | None = None,
 ) -> "TensorRTEngine":
-    """The stage's engine for this GPU, from its bundle. EngineError if none fits."""
+    """The stage's engine for this GPU, of `precision` (None: the last built), from its bundle. EngineError if none
+    fits."""
     if not isinstance(device, CudaDevice):
         raise EngineError(f"the engine tensorrt runs on cuda:N, not on {device.name}; open with devices=['cuda:0']")
     if quantise is not None:
@@ -60,7 +66,7 @@ def open_tensorrt(
         )
     driver, ordinal = device.gpu.driver, device.gpu.ordinal
     major, minor = driver.capability(ordinal)
-    found = checked_engine(bundle, stage.number, TargetGpu(driver.name(ordinal), f"sm{major}{minor}"))
+    found = checked_engine(bundle, stage.number, TargetGpu(driver.name(ordinal), f"sm{major}{minor}"), precision)
     filled = weights_of(found.record, bundle.tensors)
     return TensorRTEngine(stage.number, device, found.flavour.load(), found.record, found.plan, cache, filled)
 

@@ -16,20 +16,33 @@ from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
 from stageline.runtime.engines.lowering.weights import Weight, unread
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
-"""int8, fp8 and int4 are types of weights; they are computed in float16."""
+"""int8, fp8 and int4 are types of weights; they are computed in float16, those of a bfloat16 bundle in bfloat16."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTISED: tuple[Quantisation, ...] = get_args(Quantisation)
 
 
-def compute_dtype(precision: Precision) -> ir.DataType:
-    """The type of computed values and of caches."""
-    return {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}.get(precision, ir.DataType.FLOAT16)
+def default_precision(activations: str) -> Precision:
+    """The precision for a bundle with `activations` (its manifest's dtype), if none is asked for. A model that was
+    trained in bfloat16 may compute values that float16 cannot hold."""
+    return "bf16" if activations == "bfloat16" else "fp16"
+
+
+def computed_precision(precision: Precision, activations: str) -> Precision:
+    """What an engine of `precision` computes in, for a bundle with `activations`: the default if weights are
+    quantised."""
+    return default_precision(activations) if precision in QUANTISED else precision
+
+
+def compute_dtype(precision: Precision, activations: str) -> ir.DataType:
+    """The type of computed values and of caches, for a bundle with `activations`."""
+    computed = computed_precision(precision, activations)
+    return {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}.get(computed, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True)
 class Lowered:
     """A stage for TensorRT. Floating inputs and outputs are float32; each of `caches` is two inputs and two outputs
-    (`past_names`, `present_names` of stageline.runtime.engines.lowering.cache_names) in the precision's type.
+    (`past_names`, `present_names` of stageline.runtime.engines.lowering.cache_names) in the type `computes`.
 
     `proto` is the graph as ONNX bytes. `weights` maps names to values that stay in the bundle's files: initializers
     without data, or inputs of a stripped graph, which is never quantised.
@@ -40,6 +53,7 @@ class Lowered:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     caches: tuple[CacheSpec, ...]
+    computes: ir.DataType
 
     @property
     def weight_specs(self) -> tuple[TensorSpec, ...]:
@@ -55,12 +69,20 @@ def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool)
 
     The result depends only on the arguments and the stage's graph. EngineError if the graph cannot be lowered.
     """
-    return _lower(stage, compute_dtype(precision), _quantisation(precision), capacity, stripped)
+    model = ir.load(stage.file)
+    dtype = _compute_dtype(model, precision)
+    return _lower(model, dtype, _quantisation(precision), dtype, capacity, stripped)
 
 
 def lower_exactly(stage: StageFile, precision: Precision, capacity: int) -> Lowered:
     """The stage with weights in `precision`, computed in float32: the reference for an engine."""
-    return _lower(stage, ir.DataType.FLOAT, _quantisation(precision), capacity, stripped=False)
+    model = ir.load(stage.file)
+    scales = _compute_dtype(model, precision)
+    return _lower(model, ir.DataType.FLOAT, _quantisation(precision), scales, capacity, stripped=False)
+
+
+def _compute_dtype(model: ir.Model, precision: Precision) -> ir.DataType:
+    return compute_dtype(precision, "bfloat16" if has_types(model, {ir.DataType.BFLOAT16}) else "float32")
 
 
 def _quantisation(precision: Precision) -> Quantisation | None:
@@ -68,9 +90,14 @@ def _quantisation(precision: Precision) -> Quantisation | None:
 
 
 def _lower(
-    stage: StageFile, dtype: ir.DataType, quantisation: Quantisation | None, capacity: int, stripped: bool
+    model: ir.Model,
+    dtype: ir.DataType,
+    quantisation: Quantisation | None,
+    scales: ir.DataType,
+    capacity: int,
+    stripped: bool,
 ) -> Lowered:
-    model = ir.load(stage.file)
+    """Compute in `dtype`. Scales of quantised weights are rounded to the type `scales`."""
     widen_initializers(model)
     if has_types(model):
         to_float32(model)
@@ -81,7 +108,7 @@ def _lower(
         to_precision(model, dtype, state)
     inputs = tuple(_spec(value) for value in model.graph.inputs if value.name not in state)
     outputs = tuple(_spec(value) for value in model.graph.outputs if value.name not in state)
-    weights = to_quantised(model, quantisation) if quantisation is not None else {}
+    weights = to_quantised(model, quantisation, scales) if quantisation is not None else {}
     for name, value in list(model.graph.initializers.items()):
         if isinstance(value.const_value, ir.ExternalTensor) and name not in weights:
             assert value.dtype is not None
@@ -92,7 +119,7 @@ def _lower(
                 model.graph.inputs.append(value)
             else:
                 value.const_value = unread(name, weight)
-    return Lowered(ir.to_proto(model).SerializeToString(), weights, inputs, outputs, caches)
+    return Lowered(ir.to_proto(model).SerializeToString(), weights, inputs, outputs, caches, dtype)
 
 
 def _spec(value: ir.Value) -> TensorSpec:

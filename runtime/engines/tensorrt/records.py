@@ -54,7 +54,7 @@ class EngineRecord(Data):
     The order of `profiles` is that of the engine's optimisation profiles. `inputs` and `outputs` are those of the graph
     except the caches; floating ones are float32. Each of `caches` is two inputs and two outputs, named by `past_names`
     and `present_names` (stageline.runtime.engines.lowering.cache_names): [batch, heads, capacity, key or value size] in
-    the type of the precision. An input and its output MUST be bound to one address; the engine writes in place. They
+    `cache_dtype`. An input and its output MUST be bound to one address; the engine writes in place. They
     MUST be zero before the first run.
 
     `weights` are the further inputs of a stripped engine (`refit` in this package returns their values), each bound
@@ -76,6 +76,7 @@ class EngineRecord(Data):
     version: str
     target: str
     precision: Precision
+    computes: str | None = Field(default=None, pattern="^(float32|float16|bfloat16)$")  # None: an older record
     options: Options
     profiles: tuple[OptimizationProfile, ...] = Field(min_length=1)
     inputs: tuple[TensorSpec, ...]
@@ -87,8 +88,8 @@ class EngineRecord(Data):
 
     @property
     def cache_dtype(self) -> str:
-        """The NumPy name of the caches' type, or bfloat16."""
-        return str(compute_dtype(self.precision).numpy())
+        """The NumPy name of the caches' type, or bfloat16: what the engine computes in."""
+        return self.computes or str(compute_dtype(self.precision, "float32").numpy())
 
 
 class EnginesManifest(Data):

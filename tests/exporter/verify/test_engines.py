@@ -52,14 +52,14 @@ def test_errors_are_those_of_tokens_and_padding_is_left_out() -> None:
     real[1, 5:] = 0
     got = want.copy()
     got[1, 5:] = np.nan
-    assert compare(0, "h", "fp16", got, want, real).max_error == 0
+    assert compare(0, "h", "fp16", "float32", got, want, real).max_error == 0
     got[0, 0] += 1  # one token of 35 may be off
-    assert compare(0, "h", "fp16", got, want, real).passed
+    assert compare(0, "h", "fp16", "float32", got, want, real).passed
     got[0] += 1
-    failed = compare(0, "h", "fp16", got, want, real)
+    failed = compare(0, "h", "fp16", "float32", got, want, real)
     assert not failed.passed
     assert failed.median_error == 0
-    assert not compare(0, "h", "fp16", np.full_like(want, np.nan), want, real).passed
+    assert not compare(0, "h", "fp16", "float32", np.full_like(want, np.nan), want, real).passed
 
 
 @pytest.mark.skipif(gpu_here() is not None, reason="there is a GPU")

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.lowering.precision import widen_initializers, to_precision
+from stageline.runtime.engines.lowering.precision import to_precision, widen_initializers
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -104,6 +104,40 @@ def test_a_cast_of_a_weight_becomes_the_weight(tmp_path: Path) -> None:
     assert [n.op_type for n in made.graph] == ["MatMul"]
     assert made.graph[0].inputs[1] is w
     assert (w.dtype, w.const_value.dtype) == (FLOAT, HALF)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [HALF, ir.DataType.BFLOAT16])
+def test_values_get_their_types_whatever_the_file_holds(tmp_path: Path, dtype: ir.DataType) -> None:
+    """ONNX's inference leaves a model as it is if a small weight has another type on disk than in the graph."""
+    x, w = value("x"), weight("w", tmp_path, dtype)
+    inner, last = node("Neg", x, name="inner"), None
+    inner.outputs[0].type = None
+    last = node("MatMul", inner.outputs[0], w, name="y")
+    made = model([x], [inner, last], [w])
+    widen_initializers(made)
+    to_precision(made, HALF, ())
+    assert (types(made)["inner"], types(made)["y.float16"]) == (FLOAT, HALF)
+    assert made.graph.initializers["w"].const_value.dtype == dtype  # type: ignore[union-attr]
+
+
+def test_a_value_without_a_type_is_refused(tmp_path: Path) -> None:
+    x, w = value("x"), weight("w", tmp_path)
+    unknown = ir.node("Strange", [x], domain="nobody", name="unknown")
+    unknown.outputs[0].name = "u"
+    made = model([x], [unknown, node("MatMul", unknown.outputs[0], w, name="y")], [w])
+    with pytest.raises(EngineError, match="the type of 'u', which Strange computes, cannot be inferred"):
+        to_precision(made, HALF, ())
+
+
+def test_constants_in_half_precision_are_widened() -> None:
+    x = value("x")
+    data = ir.tensor(np.array([0.5, -65504], np.float16), name="c")
+    c = ir.Value(name="c", shape=ir.Shape([2]), type=ir.TensorType(HALF), const_value=data)
+    made = model([x], [node("Mul", x, c, name="y")], [c])
+    widen_initializers(made)
+    tensor = made.graph.initializers["c"].const_value
+    assert tensor is not None
+    assert (c.dtype, tensor.dtype, tensor.numpy().tolist()) == (FLOAT, FLOAT, [0.5, -65504])
 
 
 def test_a_branch_is_refused() -> None:

@@ -51,7 +51,7 @@ def test_a_value_is_off_by_at_most_half_a_step(
     array = (rng.standard_normal((rows, groups * group)) * 10 ** rng.uniform(-2, 2, (rows, 1))).astype(np.float32)
     array[rng.random(array.shape) < 0.1] = 0
     array = np.ascontiguousarray(array.T) if axis == 0 else array
-    weight = QuantisedWeight(on_disk(array, tmp_path_factory.mktemp("w")), dtype, axis, group)
+    weight = QuantisedWeight(on_disk(array, tmp_path_factory.mktemp("w")), dtype, axis, group, ir.DataType.FLOAT16)
     scales = Scales(weight.tensor, ir.DataType.FLOAT16, weight)
     values = weight.read().astype(np.float64)
     assert scales.read().shape == scales.shape
@@ -81,7 +81,7 @@ def test_scales_are_of_output_channels_whichever_way_the_matrix_lies(tmp_path: P
         assert initializer.const_value is not None
         shape = initializer.const_value.shape.numpy()
         initializer.const_value = on_disk(np.ones(shape, np.float32), tmp_path, name)
-    weights = to_quantised(model, "int8")
+    weights = to_quantised(model, "int8", ir.DataType.FLOAT16)
     assert {name: weight.shape for name, weight in weights.items()} == {
         "w.int8": (3, 4), "w.int8.scales": (3,), "v.int8": (3, 4), "v.int8.scales": (3,),
         "u.int8": (4, 3), "u.int8.scales": (3,),
@@ -103,7 +103,7 @@ def test_every_product_of_a_stage_reads_quantised_weights_and_lookups_do_not(
         assert len(products) == len(quantised) == 7
     for node in graph:
         if node.op_type == "Gather" and node.inputs[0].is_initializer():
-            assert node.inputs[0].dtype == compute_dtype(precision)
+            assert node.inputs[0].dtype == compute_dtype(precision, "bfloat16")
 
 
 @pytest.mark.parametrize(("precision", "most"), [("int8", 2e-2), ("fp8", 8e-2)])
@@ -130,7 +130,7 @@ def test_tensorrt_builds_quantised_stages(llama_bundle: Path, precision: Quantis
     for outcome in build(Bundle.open(path), wanted, Workload(length=8, slots=2, capacity=32), Options()):
         assert outcome.error is None
         assert outcome.record is not None
-        assert outcome.record.cache_dtype == "float16"
+        assert outcome.record.cache_dtype == "bfloat16"  # what the bundle computes in
 
 
 def test_stripped_and_quantised_is_refused(llama_bundle: Path) -> None:
@@ -155,7 +155,7 @@ def test_emulated_products_are_those_of_the_quantised_weights_and_of_nothing_els
     weight.const_value = zeros
     model.graph.register_initializer(weight)
     weight.const_value = on_disk(array, tmp_path)
-    weights = to_quantised(model, kind)
+    weights = to_quantised(model, kind, ir.DataType.FLOAT16)
     spec = TensorSpec(name="y", dtype="float32", shape=("n", 256))
     lowered = Lowered(ir.to_proto(model).SerializeToString(), weights, (), (spec,), ())
     x = rng.standard_normal((5, 192)).astype(np.float32) * 10 ** rng.uniform(-3, 3, (5, 1)).astype(np.float32)
