@@ -15,7 +15,7 @@ from stageline.models.errors import EngineError
 from stageline.runtime.builder import network
 from stageline.runtime.builder.build import WantedEngine, build
 from stageline.runtime.builder.emulate import EmulatedStage
-from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import StageFile
 from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX
@@ -123,8 +123,14 @@ def test_a_value_beyond_float16_stops_a_build_in_it_and_bf16_keeps_it(
 ) -> None:
     path = shutil.copytree(export_once(LLAMA, dtype="bfloat16"), tmp_path / "bundle")
     name = "model.layers.0.mlp.up_proj.weight"
-    entry = Bundle.open(path).tensors[name]
-    np.memmap(entry.file, np.uint16, "r+", entry.offset, (1,))[:] = 0x47C3  # 99840 in bfloat16
+    bundle = Bundle.open(path)
+    entry, manifest = bundle.tensors[name], bundle.manifest
+    data = np.memmap(entry.file, np.uint16, "r+", entry.offset, (1,))
+    data[:] = 0x47C3  # 99840 in bfloat16
+    data.flush()
+    file = entry.file.relative_to(path).as_posix()
+    files = tuple(file_entry(path, file) if one.path == file else one for one in manifest.files)
+    write_manifest(path, manifest.model_copy(update={"files": files}))
     wanted = [WantedEngine(TENSORRT_RTX, "sm89", precision) for precision in ("fp16", "bf16")]
     half, wide = build(Bundle.open(path), wanted, LOAD, Options(stripped=stripped))
     assert half.error == (

@@ -157,7 +157,7 @@ def test_emulated_products_are_those_of_the_quantised_weights_and_of_nothing_els
     weight.const_value = on_disk(array, tmp_path)
     weights = to_quantised(model, kind, ir.DataType.FLOAT16)
     spec = TensorSpec(name="y", dtype="float32", shape=("n", 256))
-    lowered = Lowered(ir.to_proto(model).SerializeToString(), weights, (), (spec,), ())
+    lowered = Lowered(ir.to_proto(model).SerializeToString(), weights, (), (spec,), (), ir.DataType.FLOAT)
     x = rng.standard_normal((5, 192)).astype(np.float32) * 10 ** rng.uniform(-3, 3, (5, 1)).astype(np.float32)
     got = EmulatedStage(lowered, 5, 1).run({"x": x})["y"]
     values, scales = (part.read().astype(np.float64) for part in weights.values())
