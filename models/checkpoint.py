@@ -218,6 +218,11 @@ def _why_no_config(folder: Path) -> str:
     inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
     if _names(folder, "*.safetensors"):
         return f"{folder} has weights but no config.json, which says what model they are of; download it"
+    if inside and (folder / "modules.json").is_file():
+        return (
+            f"{folder} has modules.json but no config.json: it keeps its Transformer in a folder of its own "
+            f"({inside[0]}); move that folder's files up, beside modules.json, and set its path there to ''"
+        )
     if inside:
         return f"{folder} has neither config.json nor a .gguf file, but its folder {inside[-1]} has; give that folder"
     return f"{folder} has neither config.json nor a .gguf file; give a checkpoint's folder"

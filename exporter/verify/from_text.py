@@ -97,7 +97,8 @@ def compare_texts(
     compared = [_worst("text to tokens", "input_ids", tokens, 0.0)]
     if manifest.task in _ANSWERS:
         value, errors = _ANSWERS[manifest.task](sides)
-        compared.append(_worst("text to answer", value, errors, tolerance))
+        if errors:
+            compared.append(_worst("text to answer", value, errors, tolerance))
     return tuple(compared)
 
 
@@ -214,6 +215,8 @@ def _token_classification(sides: _Sides) -> _Errors:
 
 def _fill_mask(sides: _Sides) -> _Errors:
     """How far the bundle's scores of the reference's likeliest tokens are from the reference's."""
+    if sides.tokenizer.mask_token is None:
+        return "scores of tokens", []
     reference = sides.hf("fill-mask", top_k=5)
     errors = []
     for text in TEXTS[:-1]:
@@ -252,7 +255,7 @@ def _text_generation(sides: _Sides) -> _Errors:
                 num_beams=1, max_new_tokens=NEW_TOKENS, output_scores=True, return_dict_in_generate=True,
             )  # fmt: skip
         errors.append((text, _parting(got, made.sequences[0, len(ids) :].tolist(), made.scores)))
-    return "greedy tokens", errors or [(TEXTS[0], 0.0)]
+    return "greedy tokens", errors
 
 
 def _parting(got: Sequence[int], want: Sequence[int], step_scores: Sequence[torch.Tensor]) -> float:

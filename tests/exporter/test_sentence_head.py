@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from stageline.exporter.commands.answers import Session, encoder_of, sentence_similarity
 from stageline.exporter.export import export
 from stageline.exporter.sentence_head import loaded_head
 from stageline.models.checkpoint import Checkpoint
@@ -40,7 +41,10 @@ def save(folder: Path, prompts: dict[str, str], default: str | None, modules: li
         module.to(torch.bfloat16).to(torch.float32)  # values that bfloat16 has
     transformer = st.Transformer(str(base), max_seq_length=12)
     made = sentence_transformers.SentenceTransformer(
-        modules=[transformer, st.Pooling(32, **pooling), *modules], prompts=prompts, default_prompt_name=default
+        modules=[transformer, st.Pooling(32, **pooling), *modules],
+        prompts=prompts,
+        default_prompt_name=default,
+        similarity_fn_name="euclidean",
     )
     made.save_pretrained(str(folder / "c"), create_model_card=False)
     (folder / "c/sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 12, "do_lower_case": True}))
@@ -75,6 +79,18 @@ def test_the_vectors_of_texts_are_those_of_sentence_transformers(
     assert got.shape == want.shape == (4, 16)
     assert np.abs(got - want).max() < 0.02  # lengths are 1; a wrong prompt or module gives 0.3 and more
     assert (got * want).sum(axis=1).min() > 0.999
+
+
+def test_run_compares_texts_as_the_model_says(everything: tuple[Path, Path]) -> None:
+    source, bundle = everything
+    reference = sentence_transformers.SentenceTransformer(str(source), model_kwargs={"dtype": "float32"})
+    want = reference.encode(TEXTS[:3], prompt_name="plain")
+    with Pipeline.open(bundle) as pipeline:
+        session = Session(bundle, pipeline.bundle.manifest, pipeline, encoder_of(pipeline.bundle), prompt="plain")
+        answer = sentence_similarity(session, TEXTS[:3])
+    assert answer["compared_by"] == "euclidean"
+    assert np.abs(answer["similarity"] - reference.similarity(want, want).numpy()).max() < 0.05
+    assert np.abs(answer["embeddings"] - want).max() < 0.02
 
 
 def test_an_unknown_prompt_is_refused_with_those_that_are_known(everything: tuple[Path, Path]) -> None:

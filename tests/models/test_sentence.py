@@ -144,6 +144,15 @@ def test_a_transformer_in_a_folder_of_its_own_is_refused(tmp_path: Path) -> None
         pooling(checkpoint(tmp_path, modules, {}))
 
 
+def test_a_folder_whose_transformer_lies_deeper_says_what_to_move(tmp_path: Path) -> None:
+    held = checkpoint(tmp_path, [{**PLAIN[0], "path": "0_Transformer"}, PLAIN[1]], {}).path
+    (held / "0_Transformer").mkdir()
+    for name in "config.json", "model.safetensors":
+        (held / name).rename(held / "0_Transformer" / name)
+    with pytest.raises(CheckpointError, match=r"keeps its Transformer in a folder of its own \(0_Transformer\); move"):
+        Checkpoint.open(held)
+
+
 def test_a_senseless_length_is_refused(tmp_path: Path) -> None:
     held = checkpoint(tmp_path, PLAIN, {"pooling_mode_cls_token": True})
     (held.path / "sentence_bert_config.json").write_text('{"max_seq_length": "long"}')

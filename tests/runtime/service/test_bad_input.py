@@ -125,6 +125,8 @@ EMBEDDINGS: list[tuple[dict[str, Any], str]] = [
     ({"dimensions": 8}, "unknown or unsupported parameter 'dimensions'"),
     ({"encoding_format": "hex"}, "encoding_format"),
     ({"model": "llama"}, "generates and does not embed"),
+    ({"prompt_name": "query"}, "prompt 'query' is not known; this model has none"),
+    ({"prompt_name": "query", "input": [5]}, "prompt_name is for texts"),
 ]
 
 
