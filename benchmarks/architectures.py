@@ -8,7 +8,7 @@ not computed again unless they are named:
 
     python benchmarks/architectures.py                       # all that are left
     python benchmarks/architectures.py llama 'gemma*'        # these, again
-    python benchmarks/architectures.py --docs                # write docs/reference/architectures.md
+    python benchmarks/architectures.py --result WRONG        # those that were wrong
 """
 
 import argparse
@@ -36,10 +36,11 @@ from stageline.runtime.pipeline import Pipeline
 from transformers.models.auto import modeling_auto
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
-TOLERANCE = 1e-3
-"""Of the largest value of a row; two computations of these models in float32 differ by some 1e-6."""
+TOLERANCE = 1e-2
+"""Of the largest value. Two computations in float32 differ by some 1e-6, but constants of a half-precision model (the
+scale of Gemma's embeddings) have 8 bits."""
 NEW_TOKENS = 40
-_TIMEOUT_S = 1200
+_TIMEOUT_S = 600
 _MEMORY_BYTES = 12 * 1024**3
 # what is tried, in order: a class that an earlier mapping has is not tried again
 _MAPPINGS = (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
 VOCABULARY = 99
 POSITIONS = 128
@@ -148,6 +149,8 @@ def make(kind: str, class_name: str, folder: Path, dtype: torch.dtype) -> Any:
     """Save a checkpoint of `class_name` with seeded weights of `dtype`, so large that what a token attends to decides
     the next. Returns the model in float32."""
     config = tiny_config(kind)
+    if class_name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and hasattr(config, "is_decoder"):
+        config.is_decoder = True  # a type that reads texts both ways generates only so
     torch.manual_seed(0)
     model = getattr(transformers, class_name)(config).eval()
     with torch.no_grad():

@@ -20,6 +20,8 @@ def reason_of(error: BaseException) -> str:
         return f"its code goes one way or another by the values that it computes{place}"
     if "ModuleNotFoundError" in text or "ImportError" in text:
         return first_line(chain[-1])
+    if "scalar type" in text or "have the same dtype" in text:
+        return f"its code mixes types{place}; try --dtype float32"
     cause = chain[-1]
     if _raised_in_transformers(cause):
         return f"{first_line(cause)}{place}"

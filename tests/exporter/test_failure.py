@@ -33,3 +33,9 @@ def test_errors_of_torch_are_named_without_their_text() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.ones(2) @ torch.ones(3)
     assert reason_of(raised.value) == "RuntimeError inside torch"
+
+
+def test_mixed_types_suggest_float32() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.ones(2, 2) @ torch.ones(2, 2, dtype=torch.bfloat16)
+    assert reason_of(raised.value) == "its code mixes types; try --dtype float32"
