@@ -126,6 +126,8 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     attention."""
     found = class_of(config, task)
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is None:  # ESM has a part that only its folding needs
+            continue
         part.use_cache = False
         part._attn_implementation_internal = None  # a config that was used before still holds its choice
     try:

@@ -294,3 +294,8 @@ def test_a_stored_buffer_of_real_numbers_is_not_replaced_by_its_first_value(tmp_
     save(tmp_path / "c", random(config, transformers.AutoModelForCausalLM), lambda tensors: tensors.pop(bias))
     with pytest.raises(ExportError, match=rf"lacks 1 tensor \({bias}\)"):
         export(tmp_path / "c", tmp_path / "b", task="text-generation")
+
+
+def test_a_config_may_lack_a_part(tmp_path: Path) -> None:
+    config = {**BERT, "model_type": "esm", "architectures": ["EsmForMaskedLM"], "pad_token_id": 1, "mask_token_id": 2}
+    assert not found(save(tmp_path, random(config, transformers.AutoModelForMaskedLM)), "fill-mask").missing
