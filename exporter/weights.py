@@ -118,8 +118,9 @@ def _link(order: _Order) -> list[FileEntry]:
     files = sorted({tensors[name].file for name in order.weights.names.values()})
     hashed = sum(file.stat().st_size for file in files) <= HASH_LIMIT_BYTES
     entries = []
-    for file in files:
-        copy = order.target / file.name
+    names = [file.name for file in files]
+    for number, file in enumerate(files):  # shards may be in folders of their own, under one name
+        copy = order.target / (file.name if names.count(file.name) == 1 else f"{number:05}-{file.name}")
         place_file(file, copy, link=not hashed)
         entries.append(_entry(copy, file_sha256(copy) if hashed else None))
     return entries

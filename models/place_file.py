@@ -1,5 +1,6 @@
 """Putting a large file into another folder without copying it, where the file system allows that."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -16,6 +17,8 @@ def place_file(source: Path, target: Path, *, link: bool) -> None:
     Otherwise a hard link if `link`, and a copy if not or if the file system cannot link. OSError if nothing works.
     """
     real = source.resolve()
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     with suppress(OSError), real.open("rb") as old, target.open("xb") as new:
         fcntl.ioctl(new, _FICLONE, old.fileno())
         return

@@ -1,5 +1,6 @@
 """Weights under any name: transformers loads those that were opened, and an export has their values."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from stageline.exporter.export import export
 from stageline.exporter.standard_names import folder_for_transformers
 from stageline.exporter.verify.against_torch import verify
 from stageline.models.checkpoint import Checkpoint
+from stageline.models.safetensors_file import read_header
 
 
 @pytest.fixture
@@ -42,6 +44,19 @@ def test_transformers_loads_the_files_that_were_opened(folder: Path) -> None:
 def test_a_folder_that_transformers_reads_as_we_do_is_given_as_it_is(tiny_checkpoint: Path) -> None:
     with folder_for_transformers(Checkpoint.open(tiny_checkpoint)) as names:
         assert names == tiny_checkpoint
+
+
+@pytest.mark.slow
+def test_shards_of_one_name_in_two_folders_are_both_placed(folder: Path, tmp_path: Path) -> None:
+    weight_map = {}
+    for number in (1, 2):
+        shard = folder / f"part{number}" / "model.safetensors"
+        shard.parent.mkdir()
+        (folder / f"model.bf16-0000{number}-of-00002.safetensors").rename(shard)
+        weight_map |= dict.fromkeys(read_header(shard), f"part{number}/model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert len(export(folder, tmp_path / "b").manifest.weight_files) == 2
+    assert verify(tmp_path / "b", folder, seed=4).passed
 
 
 @pytest.mark.slow

@@ -61,6 +61,13 @@ def test_a_reflink_is_asked_for_first(source: Path, tmp_path: Path, monkeypatch:
     assert (tmp_path / "target").stat().st_nlink == 1
 
 
+def test_a_file_that_is_there_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"other")
+    with pytest.raises(FileExistsError):
+        place_file(source, tmp_path / "target", link=False)
+    assert (tmp_path / "target").read_bytes() == b"other"
+
+
 def test_a_source_that_is_missing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         place_file(tmp_path / "none", tmp_path / "target", link=False)
