@@ -5,8 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
-from stageline.exporter import skeleton, tasks
+from stageline.exporter import classifier, skeleton, tasks
 from stageline.exporter.cut import PartGraph
+from stageline.exporter.generation_defaults import generation_defaults
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.sentence_head import place_head
 from stageline.exporter.tokenizer import write_tokenizer
@@ -114,8 +115,6 @@ def _manifest(
     places = [skeleton.max_positions(traced.task.model), None if any(p.caches for p in parts) else traced.longest]
     max_positions = min((limit for limit in places if limit is not None), default=None)
     text, extra = write_tokenizer(wanted, folder, max_positions)
-    names = getattr(config, "id2label", None) or {}
-    classifies = wanted.task in ("text-classification", "token-classification", "image-classification")
     return UncutManifest(
         task=wanted.task,
         architecture=config.model_type,
@@ -132,7 +131,9 @@ def _manifest(
         text=text,
         parts=parts,
         uses=traced.uses,
-        labels=tuple(str(names[i]) for i in sorted(names)) if classifies and names else None,
+        labels=classifier.labels(wanted),
+        activation=classifier.activation(wanted),
+        generation=generation_defaults(wanted) if wanted.task == "text-generation" else None,
         weight_files=tuple(entry.path for entry in weights),
         files=(*(file_entry(folder, part.file) for part in parts), *weights, *extra),
         trace=traced.how,

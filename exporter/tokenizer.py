@@ -162,7 +162,6 @@ def _settings(wanted: Wanted, max_positions: int | None, stated: dict[str, Any])
         tokenizer=f"tokenizer/{_FILE}",
         max_length=min(known, default=_NAMES_A_LIMIT),
         pad_id=max(0, pad),
-        eos_ids=ends,
         **stated,
     )
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
@@ -30,6 +32,7 @@ from stageline.runtime.generation.request import Completion, GenerationRequest, 
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel, open_encoder
 from stageline.runtime.options import OpenKeywords, PipelineOptions
+from stageline.runtime.scores import scores
 from stageline.runtime.stages.lanes import PipelineStage, StageStats
 from stageline.runtime.stages.opening import Opener, StageSet
 from stageline.runtime.stages.recorder import Recorder
@@ -124,6 +127,19 @@ class Pipeline:
         """
         return await self._executor.batches.arun(inputs, outputs)
 
+    def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> NDArray[np.float64]:
+        """A text classifier's scores of texts, or of each text with its pair (a reranker's question and text).
+
+        float64 [texts, labels], by the manifest's `activation`, in the order of its `labels`. RequestError if this
+        bundle does not classify texts, or a text does not fit.
+        """
+        manifest = self.bundle.manifest
+        if manifest.task != "text-classification" or self.encoder is None:
+            raise RequestError(f"this bundle does not classify texts: its task is {manifest.task}; use Pipeline.run")
+        encoded = self.encoder.encode(texts, pairs)
+        given = {spec.name: encoded[spec.name] for spec in self.signature.inputs}
+        return scores(self.run(given, ["logits"])["logits"], manifest.activation)
+
     @overload
     def submit(
         self,
@@ -168,7 +184,8 @@ class Pipeline:
     def generate(self, prompt: str | Sequence[int], *, deadline_s: float | None = None, **sampling: Any) -> Generation:
         """Continue a prompt; keywords as in `Sampling`. Iterate over it (`for`, `async for`), or take its `.result()`.
 
-        Greedy unless a `temperature` is given. RequestError for what cannot be run; waits while the queue is full.
+        Greedy unless a `temperature` is given; what else is not given is as the checkpoint says. RequestError for what
+        cannot be run; waits while the queue is full.
         """
         return self.start(self.request(prompt, deadline_s=deadline_s, **sampling))
 

@@ -14,9 +14,13 @@ from stageline.models.tokenizer import TextEncoder, padded
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import EMBEDDING, Manifest
 from stageline.runtime.engines.base import Array
+from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.request import GenerationRequest, Sampling
+from stageline.runtime.generation.sampling import Row, sample
+from stageline.runtime.generation.settings import decide
 from stageline.runtime.generation.text_model import open_encoder
 from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.scores import scores
 
 TOP = 5
 Answer = dict[str, Any]
@@ -94,10 +98,14 @@ def feature_extraction(session: Session, texts: Sequence[str]) -> Answer:
     }
 
 
-def text_classification(session: Session, texts: Sequence[str]) -> Answer:
-    """The probability of each label for each text, highest first."""
-    chances = _softmax(session.run(session.encoder.encode(texts), "logits"))
-    return {"labels": [_best(row, _labels(session, len(row)), len(row)) for row in chances]}
+def text_classification(session: Session, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Answer:
+    """The score of each label for each text, or each text with its pair, highest first."""
+    logits = session.run(session.encoder.encode(texts, pairs), "logits")
+    found = scores(logits, session.manifest.activation)
+    return {
+        "activation": session.manifest.activation,
+        "labels": [_best(row, _labels(session, len(row)), len(row)) for row in found],
+    }
 
 
 def token_classification(session: Session, texts: Sequence[str]) -> Answer:
@@ -108,8 +116,8 @@ def token_classification(session: Session, texts: Sequence[str]) -> Answer:
     return {
         "tokens": [
             [
-                {"token": session.encoder.decode([token]), "label": names[int(scores.argmax())]}
-                for token, scores, real in zip(ids, rows, mask, strict=True)
+                {"token": session.encoder.decode([token]), "label": names[int(row.argmax())]}
+                for token, row, real in zip(ids, rows, mask, strict=True)
                 if real
             ]
             for ids, rows, mask in zip(encoded["input_ids"], logits, encoded["attention_mask"], strict=True)
@@ -127,24 +135,24 @@ def fill_mask(session: Session, texts: Sequence[str]) -> Answer:
     logits = session.run(encoded, "logits")
     return {
         "masks": [
-            [_best(row, session.encoder) for row in _softmax(rows[ids == mask_id])]
+            [_best(row, session.encoder) for row in scores(rows[ids == mask_id], "softmax")]
             for ids, rows in zip(encoded["input_ids"], logits, strict=True)
         ]
     }
 
 
 def text_generation(session: Session, texts: Sequence[str], new_tokens: int) -> Answer:
-    """The most probable next tokens of each text, and its greedy continuation by at most `new_tokens`."""
+    """The most probable next tokens of each text, and its greedy continuation by at most `new_tokens`, with the
+    checkpoint's own penalties and bans."""
     if session.manifest.cached:
         return _generated(session, texts, new_tokens)
     encoded = session.encoder.encode(texts)
     lengths = encoded["attention_mask"].sum(axis=1)
     prompts = [ids[:length].tolist() for ids, length in zip(encoded["input_ids"], lengths, strict=True)]
-    chances = _softmax(_next_logits(session, prompts))
-    continuations = [_continue(session, prompt, new_tokens) for prompt in prompts]
+    chances = scores(_next_logits(session, prompts), "softmax")
     return {
         "next": [_best(row, session.encoder) for row in chances],
-        "continuations": [session.encoder.decode(ids) for ids in continuations],
+        "continuations": [_continue(session, prompt, new_tokens) for prompt in prompts],
     }
 
 
@@ -175,16 +183,24 @@ def _generated(session: Session, texts: Sequence[str], new_tokens: int) -> Answe
     }
 
 
-def _continue(session: Session, prompt: list[int], new_tokens: int) -> list[int]:
+def _continue(session: Session, prompt: list[int], new_tokens: int) -> str:
     """The greedy continuation without a KV cache: each step runs the whole text again."""
-    assert session.manifest.text is not None
-    ids = list(prompt)
-    while len(ids) < min(len(prompt) + new_tokens, session.encoder.max_length):
-        token = int(_next_logits(session, [ids])[0].argmax())
-        if token in session.manifest.text.eos_ids:
+    defaults = session.manifest.generation_defaults
+    settings = decide(Sampling(max_tokens=max(1, new_tokens)), defaults, len(prompt))
+    text = TextStream(session.encoder, settings.stop, settings.min_tokens, prompt)
+    row: Row | None = None
+    ids, pieces = list(prompt), []
+    while len(ids) < min(len(prompt) + new_tokens, session.encoder.max_length) and not text.stopped:
+        logits = _next_logits(session, [ids]).astype(np.float32)
+        row = row or Row(settings, logits.shape[1], prompt, defaults.end_ids)
+        (drawn,) = sample(logits, [row])
+        if isinstance(drawn, EngineError):
+            raise drawn
+        if drawn.token_id in defaults.end_ids:
             break
-        ids.append(token)
-    return ids[len(prompt) :]
+        ids.append(drawn.token_id)
+        pieces.append(text.push([drawn.token_id]))
+    return "".join(pieces) + ("" if text.stopped else text.finish())
 
 
 def _next_logits(session: Session, rows: list[list[int]]) -> Array:
@@ -195,22 +211,16 @@ def _next_logits(session: Session, rows: list[list[int]]) -> Array:
     return last
 
 
-def _best(chances: Array, names: Sequence[str] | TextEncoder, count: int = TOP) -> list[dict[str, Any]]:
-    """The `count` highest of `chances` [classes], each with its label or token and its probability."""
-    best = np.argsort(-chances)[:count]
+def _best(found: Array, names: Sequence[str] | TextEncoder, count: int = TOP) -> list[dict[str, Any]]:
+    """The `count` highest of the scores `found` [classes], each with its label or token, as `probability`."""
+    best = np.argsort(-found)[:count]
     if isinstance(names, TextEncoder):
-        return [{"token": names.decode([i]), "id": int(i), "probability": float(chances[i])} for i in best]
-    return [{"label": names[i], "probability": float(chances[i])} for i in best]
+        return [{"token": names.decode([i]), "id": int(i), "probability": float(found[i])} for i in best]
+    return [{"label": names[i], "probability": float(found[i])} for i in best]
 
 
 def _labels(session: Session, count: int) -> Sequence[str]:
     return session.manifest.labels or [f"LABEL_{i}" for i in range(count)]
-
-
-def _softmax(logits: Array) -> Array:
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    chances: Array = powers / powers.sum(axis=-1, keepdims=True)
-    return chances
 
 
 def _mask(folder: Path) -> tuple[str, int]:

@@ -59,7 +59,7 @@ def export_command(
         summary,
         f"{output}: {words.counted(summary['stages'], 'stage')}, {words.counted(summary['blocks'], 'block')}, "
         f"{bundle.parameters:,} parameters, {words.size(bundle.weight_bytes)} of weights, in {seconds:.1f} s\n"
-        + "\n".join([manifest.trace, show.attention(manifest), *show.notes(manifest)]),
+        + "\n".join([manifest.trace, show.attention(manifest), *show.generation(manifest), *show.notes(manifest)]),
     )
 
 

@@ -28,6 +28,7 @@ def bundle(opened: Bundle) -> str:
         f"{opened.parameters:,} parameters, {words.size(opened.weight_bytes)} of weights",
         f"trace: {manifest.trace}",
         attention(manifest),
+        *generation(manifest),
         *notes(manifest),
         "",
         table(
@@ -52,6 +53,19 @@ def bundle(opened: Bundle) -> str:
 def notes(manifest: Manifest) -> list[str]:
     """What a user should know of the export, a line each."""
     return [f"note: {note}" for note in manifest.notes]
+
+
+def generation(manifest: Manifest) -> list[str]:
+    """What the checkpoint says of generation, in one line; none if it says nothing."""
+    stated = manifest.generation.model_dump(exclude_none=True) if manifest.generation else {}
+    ends = stated.pop("end_ids", ())
+    said = [f"end tokens {', '.join(map(str, ends))}"] if ends else []
+    said += [f"{name} {_shortened(value)}" for name, value in stated.items()]
+    return [f"generation defaults of the checkpoint: {'; '.join(said)}"] if said else []
+
+
+def _shortened(value: Any) -> str:
+    return f"of {len(value)}" if isinstance(value, tuple) and len(value) > 8 else str(value)
 
 
 def attention(manifest: Manifest) -> str:
@@ -90,7 +104,8 @@ def answer(task: str, texts: Sequence[str], result: Mapping[str, Any]) -> str:
             found = result["features"][number]
             lines.append(f"  {found['shape']}  {_numbers(found['first'])}")
         elif task == "text-classification":
-            lines += [f"  {_percent(one)}  {one['label']}" for one in result["labels"][number]]
+            written = _number if result["activation"] == "none" else _percent
+            lines += [f"  {written(one)}  {one['label']}" for one in result["labels"][number]]
         elif task == "token-classification":
             lines += [f"  {one['token']}  {one['label']}" for one in result["tokens"][number]]
         elif task == "fill-mask":
@@ -115,6 +130,10 @@ def _similarity(texts: Sequence[str], result: Mapping[str, Any]) -> str:
 
 def _percent(one: Mapping[str, Any]) -> str:
     return f"{100 * one['probability']:5.1f} %"
+
+
+def _number(one: Mapping[str, Any]) -> str:
+    return f"{one['probability']:8.4f}"
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -125,12 +125,34 @@ class TextSettings(Data):
     tokenizer: BundlePath
     max_length: int = Field(gt=0)
     pad_id: int = Field(ge=0)
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()  # end tokens, up to version 3; later in GenerationDefaults
     truncation_side: Literal["right", "left"] = "right"  # where a text that is too long loses tokens
     token_types: bool = True  # whether the tokens of a pair's second text may have type 1
     prompts: dict[str, str] = Field(default_factory=dict)  # what is put before a text that is embedded, by name
     default_prompt: str | None = None  # the one of these that a text has if none is named
     similarity: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"  # how embeddings are compared
+
+
+class GenerationDefaults(Data):
+    """What the checkpoint says of generation, in generation_config.json or, without one, in config.json. Names and
+    meanings are those of transformers' GenerationConfig. None: it says nothing."""
+
+    end_ids: tuple[int, ...] = ()  # eos_token_id
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None  # prompt and output
+    min_new_tokens: int | None = None
+    min_length: int | None = None  # prompt and output
 
 
 class RowScaling(Data):
@@ -171,6 +193,7 @@ class UncutManifest(Data):
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)
     labels: tuple[str, ...] | None = None  # of a classifier
+    generation: GenerationDefaults | None = None  # of a model that generates; None up to version 3
     activation: Literal["softmax", "sigmoid", "none"] = "softmax"  # makes a classifier's scores of its logits
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
@@ -185,6 +208,11 @@ class UncutManifest(Data):
     def cached(self) -> bool:
         """Whether the model keeps keys and values of earlier tokens, so that it can generate."""
         return any(part.caches for part in self.parts)
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the checkpoint says of generation, whatever the bundle's version."""
+        return self.generation or GenerationDefaults(end_ids=self.text.eos_ids if self.text else ())
 
     @property
     def blocks(self) -> int:

@@ -11,19 +11,25 @@ from stageline.models.tokenizer import TextEncoder
 _UNFINISHED = "\ufffd"  # what decoding makes of bytes that are not a whole character, or not yet
 _CHARACTER_BYTES = 4  # the most a character has in UTF-8; a token has at least one
 _WINDOW_TOKENS = 16
+_CONTEXT_TOKENS = 8
 
 
 class TextStream:
     """The text of one choice, piece by piece, up to a stop.
 
-    The pieces joined are the decoded tokens, cut before whichever of `stop` is complete first. The text of the first
-    `min_tokens` tokens is not searched for stops. A token costs the same however long the text is.
+    The pieces joined are what the tokens add to the decoded `prompt`, cut before whichever of `stop` is complete first:
+    many decoders drop the space before the first token of a text, which that of a continuation is not. The text of the
+    first `min_tokens` tokens is not searched for stops. A token costs the same however long the text is.
     """
 
-    def __init__(self, encoder: TextEncoder, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self, encoder: TextEncoder, stop: Sequence[str] = (), min_tokens: int = 0, prompt: Sequence[int] = ()
+    ) -> None:
         self.stopped = False
         """Whether a stop was found; the text has ended before it."""
-        self._characters = _Characters(encoder)
+        self.added = ""
+        """What the tokens of the last `push` or `finish` add to the text, whether it is held back, given or stopped."""
+        self._characters = _Characters(encoder, prompt)
         self._stops = [_Stop(text) for text in stop]
         self._unsearched = min_tokens
         self._held = ""  # the beginning of a stop, perhaps
@@ -31,8 +37,10 @@ class TextStream:
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens and give the text that is certain now; none once stopped."""
         pieces = []
+        self.added = ""
         for token in token_ids:
             text = self._characters.push(token)
+            self.added += text
             if self._unsearched > 0:
                 self._unsearched -= 1
                 pieces.append(text)
@@ -42,7 +50,8 @@ class TextStream:
 
     def finish(self) -> str:
         """Give what was held back: no token follows. Unfinished characters come as U+FFFD."""
-        text = self._before_stop(self._characters.finish())
+        self.added = self._characters.finish()
+        text = self._before_stop(self.added)
         held, self._held = self._held, ""
         return text + held
 
@@ -69,11 +78,11 @@ class _Characters:
     with; they are there for what comes after them (a space between words).
     """
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextEncoder, prompt: Sequence[int]) -> None:
         self._encoder = encoder
-        self._window: list[int] = []
-        self._settled = 0
-        self._given = ""
+        self._window = _context(encoder, prompt)
+        self._settled = len(self._window)
+        self._given = encoder.decode(self._window)
 
     def push(self, token: int) -> str:
         """The text that is certain with this token: all but a character at the end that may be unfinished."""
@@ -122,6 +131,19 @@ class _Characters:
         self._settled = max(self._settled - count, 0)
         text = self._encoder.decode(self._window)
         self._given = text[: len(text) - held]
+
+
+def _context(encoder: TextEncoder, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of the prompt that have a text of whole characters; special ones have none."""
+    context: list[int] = []
+    for token in reversed(prompt):
+        if len(context) == _CONTEXT_TOKENS:
+            break
+        if not encoder.leaves_out(token):
+            context.insert(0, token)
+    while context and _UNFINISHED in encoder.decode(context):
+        del context[0]
+    return context
 
 
 class _Stop:

@@ -111,18 +111,22 @@ class Generator:
 
     def submit(self, request: GenerationRequest, wait: bool, timeout: float | None) -> Generation:
         """See `Pipeline.start`."""
-        prompt = self.text_model.prompt_ids(request.prompt, self.capacity)
+        job = self._job(request)
         self._admission.take(wait, timeout)
-        return self._start(request, prompt)
+        return self._start(job)
 
     async def submit_async(self, request: GenerationRequest) -> Generation:
         """See `Pipeline.astart`."""
-        prompt = self.text_model.prompt_ids(request.prompt, self.capacity)
+        job = self._job(request)
         await self._admission.take_async()
-        return self._start(request, prompt)
+        return self._start(job)
 
-    def _start(self, request: GenerationRequest, prompt: list[int]) -> Generation:
-        job = Job(request, prompt, Generation(), perf_counter())
+    def _job(self, request: GenerationRequest) -> Job:
+        prompt = self.text_model.prompt_ids(request.prompt, self.capacity)
+        settings = self.text_model.settings(request.sampling, len(prompt))
+        return Job(request, settings, prompt, Generation(), perf_counter())
+
+    def _start(self, job: Job) -> Generation:
         with self._lock:
             if self._closed:
                 self._admission.give_back()
@@ -297,7 +301,7 @@ class Generator:
 
     def _add(self, choice: RunningChoice, drawn: Drawn, now: float) -> Delta:
         job = choice.job
-        piece = choice.add(drawn, self.text_model.end_ids)
+        piece = choice.add(drawn, self.text_model.defaults.end_ids)
         if choice.number == 0:
             self._meter.token(job.token_times[-1] if job.token_times else None, now, job.submitted_at)
             job.token_times.append(now)

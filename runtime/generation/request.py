@@ -17,37 +17,47 @@ MAX_STOPS = 16
 class Sampling:
     """How tokens are chosen and when a choice ends. RequestError for a value out of its range.
 
-    A token is drawn from the logits after, in this order: `repetition_penalty` (CTRL: a seen token's logit is divided
-    by it if positive, else multiplied; prompt and output), `presence_penalty` and `frequency_penalty` (OpenAI:
-    subtracted once, and once per occurrence, for output tokens), `temperature` (0: the likeliest, nothing is drawn),
-    `top_k` (0: off), `top_p` (1: off), `min_p` (0: off; a fraction of the likeliest's probability).
+    None: as the checkpoint says (`GenerationDefaults`), or off where it says nothing. A token is drawn from the logits
+    after, in this order: `sequence_bias` (added to the logit of a sequence's last token where the others stand before
+    it), `repetition_penalty` (CTRL: a seen token's logit is divided by it if positive, else multiplied; prompt and
+    output; 1: off), `presence_penalty` and `frequency_penalty` (OpenAI: subtracted once, and once per occurrence, for
+    output tokens), `no_repeat_ngram_size` (no N tokens come twice, prompt included; 0: off), `bad_words_ids` (sequences
+    that may not come), `suppress_tokens` and, for the first token, `begin_suppress_tokens` (tokens that may not come),
+    `temperature` (0: the likeliest, nothing is drawn), `top_k` (0: off), `top_p` (1: off), `min_p` (0: off; a fraction
+    of the likeliest's probability).
     """
 
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
     """The same seed gives the same tokens whatever else is in flight; choice i of n draws from `seed + i`."""
     max_tokens: int | None = None
-    """None: until an end token, a stop, or the cache's capacity."""
-    min_tokens: int = 0
+    """None: as the checkpoint says, else until an end token, a stop, or the cache's capacity."""
+    min_tokens: int | None = None
     """Until N tokens, no end token and no stop ends the choice: end and stop tokens are not drawn."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | None = None
     """Texts that end a choice; they are not part of its text."""
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     """How many of the likeliest tokens to name beside each token drawn, 0 to 20; None: no logprobs at all."""
     n: int = 1
     """How many choices, which share the prompt's cache."""
+    no_repeat_ngram_size: int | None = None
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] | None = None
+    """Pairs of a sequence of token ids and its bias."""
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
+            if value is None and name not in _NEVER_NONE:
                 continue
             whole = name in _WHOLE
             kind = int if whole else (int, float)
@@ -55,16 +65,27 @@ class Sampling:
                 raise RequestError(f"{name} is {value!r}; give {'a whole' if whole else 'a finite'} number")
             if not low <= value <= high:
                 raise RequestError(f"{name} is {value}; give {low} to {high}")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}; lower it")
-        if len(self.stop) > MAX_STOPS or len(self.stop_token_ids) > MAX_STOPS:
+        stops = self.stop or ()
+        if len(stops) > MAX_STOPS or len(self.stop_token_ids) > MAX_STOPS:
             raise RequestError(f"more than {MAX_STOPS} stops were given; give fewer")
-        for stop in self.stop:
+        for stop in stops:
             if not isinstance(stop, str) or not stop:
                 raise RequestError(f"stop holds {stop!r}; give texts that are not empty")
-        for token in self.stop_token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise RequestError(f"stop_token_ids holds {token!r}; give token ids")
+        for name, tokens in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("suppress_tokens", self.suppress_tokens or ()),
+            ("begin_suppress_tokens", self.begin_suppress_tokens or ()),
+            *(("bad_words_ids", word or (None,)) for word in self.bad_words_ids or ()),
+            *(("sequence_bias", sequence or (None,)) for sequence, _ in self.sequence_bias or ()),
+        ):
+            for token in tokens:
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise RequestError(f"{name} holds {token!r}; give token ids")
+        for sequence, bias in self.sequence_bias or ():
+            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
+                raise RequestError(f"sequence_bias of {list(sequence)} is {bias!r}; give a finite number")
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
@@ -76,12 +97,29 @@ class Sampling:
         given = dict(values)
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
-        for name in ("stop", "stop_token_ids"):
-            if name in given:
-                if given[name] is not None and not isinstance(given[name], (list, tuple)):
-                    raise RequestError(f"{name} is {given[name]!r}; give a list")
-                given[name] = tuple(given[name] or ())
+        for name in _LISTS:
+            if given.get(name) is not None:
+                given[name] = _tuples(name, given[name])
+        if given.get("stop_token_ids", ()) is None:
+            given["stop_token_ids"] = ()
         return cls(**given)
+
+
+def _tuples(name: str, value: Any) -> tuple[Any, ...]:
+    """A list as a tuple, and the lists that `name` holds as well. RequestError if it is not one."""
+    if not isinstance(value, (list, tuple)):
+        raise RequestError(f"{name} is {value!r}; give a list")
+    if name == "bad_words_ids":
+        return tuple(_tuples("a word of bad_words_ids", word) for word in value)
+    if name == "sequence_bias":
+        for pair in value:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise RequestError(f"sequence_bias holds {pair!r}; give pairs of token ids and a bias")
+        return tuple((_tuples("a sequence of sequence_bias", ids), bias) for ids, bias in value)
+    return tuple(value)
+
+
+_LISTS = ("stop", "stop_token_ids", "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 
 
 _MOST = 2**31 - 1
@@ -98,9 +136,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("min_tokens", 0, _MOST),
     ("logprobs", 0, MAX_LOGPROBS),
     ("n", 1, MAX_CHOICES),
+    ("no_repeat_ngram_size", 0, _MOST),
 )
-_MAY_BE_NONE = frozenset({"seed", "max_tokens", "logprobs"})
-_WHOLE = frozenset({"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "n"})
+_WHOLE = frozenset({"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "n", "no_repeat_ngram_size"})
+_NEVER_NONE = frozenset({"temperature", "presence_penalty", "frequency_penalty", "n"})
 
 
 @dataclass(frozen=True)
@@ -124,11 +163,14 @@ class GenerationRequest:
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token drawn, its log probability (of the model's own logits, before temperature, penalties and cuts, float64
-    log-softmax), and the likeliest tokens at its place as (id, logprob), likeliest first."""
+    log-softmax), and the likeliest tokens at its place as (id, logprob), likeliest first. `text` is what it adds to the
+    text, stops included: none for a special token, and for one that leaves a character unfinished; the token that
+    finishes it has the whole."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    text: str = ""
 
 
 @dataclass(frozen=True)

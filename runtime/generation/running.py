@@ -1,6 +1,6 @@
 """A request while it is generated: its choices, the tokens and text of each, and what it ends as."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.request import (
@@ -13,6 +13,7 @@ from stageline.runtime.generation.request import (
 )
 from stageline.runtime.generation.sampling import Drawn, Row
 from stageline.runtime.generation.scheduler import Continuation
+from stageline.runtime.generation.settings import Settings
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
 
@@ -38,13 +39,14 @@ class RunningChoice:
 
     def add(self, drawn: Drawn, end_ids: tuple[int, ...]) -> Delta:
         """Write a token down; its piece has a reason to finish if it is the last."""
-        token, sampling = drawn.token_id, self.job.request.sampling
+        token, settings = drawn.token_id, self.job.settings
         self.continuation.tokens.append(token)
-        text = ""
-        if token in end_ids or token in sampling.stop_token_ids:
+        text = added = ""
+        if token in end_ids or token in settings.stop_token_ids:
             self.finish_reason = "stop"
         elif self.text is not None:
             text = self.text.push([token])
+            added = self.text.added
             if self.text.stopped:
                 self.finish_reason = "stop"
         count = len(self.continuation.tokens) - self.continuation.prompt_length
@@ -52,8 +54,9 @@ class RunningChoice:
             self.finish_reason = "length"
         if self.finish_reason is not None and self.text is not None and not self.text.stopped:
             text += self.text.finish()
+            added += self.text.added
         self.written.append(text)
-        logprobs = () if drawn.logprob is None else (drawn.logprob,)
+        logprobs = () if drawn.logprob is None else (replace(drawn.logprob, text=added),)
         self.logprobs.extend(logprobs)
         return Delta(self.number, text, (token,), logprobs, self.finish_reason)
 
@@ -63,6 +66,7 @@ class Job:
     """A request that was submitted. Times are those of `perf_counter`, in seconds."""
 
     request: GenerationRequest
+    settings: Settings
     prompt: list[int]
     generation: Generation
     submitted_at: float
@@ -75,16 +79,16 @@ class Job:
 
     def begin(self, text_model: TextModel, capacity: int) -> None:
         """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
-        sampling = self.request.sampling
+        settings = self.settings
         room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache
-        max_tokens = room if sampling.max_tokens is None else min(room, sampling.max_tokens)
+        max_tokens = room if settings.max_tokens is None else min(room, settings.max_tokens)
         leader = None
-        for number in range(sampling.n):
+        for number in range(settings.n):
             continuation = Continuation(list(self.prompt), len(self.prompt), leader)
             leader = leader or continuation
-            row = Row(sampling, text_model.vocabulary, self.prompt, text_model.end_ids, number)
+            row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number)
             encoder = text_model.encoder
-            text = None if encoder is None else TextStream(encoder, sampling.stop, sampling.min_tokens)
+            text = None if encoder is None else TextStream(encoder, settings.stop, settings.min_tokens, self.prompt)
             self.choices.append(RunningChoice(self, number, continuation, row, text, max_tokens))
 
     def completion(self, now: float) -> Completion:

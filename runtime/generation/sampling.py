@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
-from stageline.runtime.generation.request import Sampling, TokenLogprob
+from stageline.runtime.generation.processors import Processors
+from stageline.runtime.generation.request import TokenLogprob
+from stageline.runtime.generation.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Row:
 
     def __init__(
         self,
-        sampling: Sampling,
+        settings: Settings,
         vocabulary: int,
         prompt: Sequence[int] = (),
         end_ids: Sequence[int] = (),
@@ -34,56 +36,29 @@ class Row:
     ) -> None:
         """`prompt`: token ids below `vocabulary`, the width of the logits. `end_ids`: tokens that end a text, which are
         not drawn before `min_tokens`. `choice`: which of the n, counted from 0."""
-        self.sampling = sampling
+        self.settings = settings
         self.drawn = 0
         """Tokens drawn so far."""
-        seed = sampling.seed
+        seed = settings.seed
         self._generator = np.random.default_rng(None if seed is None else seed + choice)
-        barred = {*end_ids, *sampling.stop_token_ids}
-        self._barred = np.array([token for token in barred if token < vocabulary], np.int64)
-        self._penalised = (
-            sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-        )
-        self._counts = np.zeros(vocabulary if self._penalised else 0, np.int32)  # how often each token was drawn
-        self._in_prompt = np.zeros(len(self._counts), np.bool_)
-        if self._penalised:
-            self._in_prompt[np.asarray(prompt, np.int64)] = True
+        self.processors = Processors(settings, vocabulary, prompt, end_ids)
 
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the next token is the raw logits' argmax."""
-        return self.sampling.temperature == 0 and not self._penalised and not self._bars_ends
-
-    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The row's logits [vocabulary] after penalties, with tokens that may not be drawn yet at minus infinity. A new
-        array, or `logits` itself where nothing changes."""
-        if not self._penalised and not self._bars_ends:
-            return logits
-        scores = logits.copy()
-        sampling = self.sampling
-        if sampling.repetition_penalty != 1:
-            seen = np.flatnonzero(self._in_prompt | (self._counts > 0))
-            values = scores[seen]
-            penalty = np.float32(sampling.repetition_penalty)
-            scores[seen] = np.where(values < 0, values * penalty, values / penalty)
-        if self._penalised:
-            drawn = np.flatnonzero(self._counts)
-            scores[drawn] -= sampling.presence_penalty + sampling.frequency_penalty * self._counts[drawn]
-        if self._bars_ends:
-            scores[self._barred] = -np.inf
-        return scores
+        return self.settings.temperature == 0 and self.processors.idle
 
     def choose(self, logits: NDArray[np.float32]) -> int | None:
         """The next token from the row's logits [vocabulary], which are not changed. None if no token is left."""
-        scores = self.scores(logits)
+        scores = self.processors.apply(logits)
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
             return None
-        if self.sampling.temperature == 0:
+        if self.settings.temperature == 0:
             return best
         # One uniform number, looked up in the weights cumulated in the order of the ids. That order does not depend on
         # the scores, so a rounding difference between two runs moves the borders between tokens by as little.
-        ids, weights = weigh(scores, self.sampling)
+        ids, weights = weigh(scores, self.settings)
         cumulated = np.cumsum(weights)
         total = cumulated[-1]
         place = np.searchsorted(cumulated, self._generator.random() * total, side="right")
@@ -93,12 +68,7 @@ class Row:
     def record(self, token: int) -> None:
         """Take the token for drawn."""
         self.drawn += 1
-        if self._penalised:
-            self._counts[token] += 1
-
-    @property
-    def _bars_ends(self) -> bool:
-        return self.drawn < self.sampling.min_tokens
+        self.processors.record(token)
 
 
 def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | EngineError]:
@@ -129,36 +99,36 @@ def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | Eng
         if chosen is None:
             results.append(
                 EngineError(
-                    f"no token is left for token {row.drawn}: all that the model allows end the text, and min_tokens "
-                    f"is {row.sampling.min_tokens}; lower it"
+                    f"no token is left for token {row.drawn}: min_tokens ({row.settings.min_tokens}), bad_words_ids, "
+                    "suppress_tokens or no_repeat_ngram_size bar all that the model allows; loosen them"
                 )
             )
             continue
-        wanted = row.sampling.logprobs
+        wanted = row.settings.logprobs
         results.append(Drawn(chosen, None if wanted is None else _logprob(logits[number], chosen, wanted)))
         row.record(chosen)
     return results
 
 
-def weigh(scores: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def weigh(scores: NDArray[np.float32], settings: Settings) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The tokens that temperature (above 0), top_k, top_p and min_p leave of one row's scores [vocabulary].
 
     Returns their ids in rising order and, of the same length, weights in proportion to their probabilities (the
     likeliest weighs 1; some may weigh 0). Ties with the k-th token stay, as in transformers' TopKLogitsWarper.
     """
     best = scores.max()
-    if 0 < sampling.top_k < len(scores):
-        ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
+    if 0 < settings.top_k < len(scores):
+        ids = np.flatnonzero(scores >= np.partition(scores, -settings.top_k)[-settings.top_k])
         scores = scores[ids]
     else:
         ids = np.arange(len(scores))
     with np.errstate(over="ignore"):  # to minus infinity, at a temperature near 0
-        weights = np.exp(np.subtract(scores, best, dtype=np.float64) / sampling.temperature)
-    if sampling.top_p < 1:
-        kept = _nucleus(weights, sampling.top_p)
+        weights = np.exp(np.subtract(scores, best, dtype=np.float64) / settings.temperature)
+    if settings.top_p < 1:
+        kept = _nucleus(weights, settings.top_p)
         ids, weights = ids[kept], weights[kept]
-    if sampling.min_p > 0:
-        weights[weights < sampling.min_p] = 0
+    if settings.min_p > 0:
+        weights[weights < settings.min_p] = 0
     return ids, weights
 
 

@@ -8,15 +8,17 @@ import numpy as np
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import RowScaling
+from stageline.runtime.bundle.manifest import GenerationDefaults, RowScaling
+from stageline.runtime.generation.request import Sampling
+from stageline.runtime.generation.settings import Settings, decide
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that generates: its tokens are below `vocabulary`, those of `end_ids` end a text."""
+    """A model that generates: its tokens are below `vocabulary`, those of `defaults.end_ids` end a text."""
 
     vocabulary: int
-    end_ids: tuple[int, ...]
+    defaults: GenerationDefaults
     encoder: TextEncoder | None
     """None: prompts are token ids, and the text of what comes is empty."""
     row_scaling: RowScaling | None = None
@@ -26,8 +28,7 @@ class TextModel:
         """The model of a bundle that generates. CheckpointError if its tokenizer is broken."""
         manifest = bundle.manifest
         logits = next(spec for spec in manifest.outputs if spec.name == "logits")
-        end_ids = manifest.text.eos_ids if manifest.text else ()
-        return cls(int(logits.shape[-1]), end_ids, open_encoder(bundle), manifest.row_scaling)
+        return cls(int(logits.shape[-1]), manifest.generation_defaults, open_encoder(bundle), manifest.row_scaling)
 
     def prompt_ids(self, prompt: str | Sequence[int], capacity: int, special: bool = True) -> list[int]:
         """A prompt as token ids; `special`: with the tokens that the tokenizer adds to a text. RequestError where it is
@@ -56,6 +57,16 @@ class TextModel:
                 "shorten it, or open with a larger capacity"
             )
         return ids
+
+    def settings(self, asked: Sampling, prompt_tokens: int) -> Settings:
+        """What is asked, completed from the checkpoint's defaults. RequestError for a bias on a token outside the
+        vocabulary, or a prompt that leaves no room below the checkpoint's limit."""
+        for sequence, _ in asked.sequence_bias or ():
+            if max(sequence) >= self.vocabulary:
+                raise RequestError(
+                    f"a bias is given for token {max(sequence)}, outside the vocabulary (0 to {self.vocabulary - 1})"
+                )
+        return decide(asked, self.defaults, prompt_tokens)
 
 
 def open_encoder(bundle: Bundle) -> TextEncoder | None:

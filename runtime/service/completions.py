@@ -59,8 +59,7 @@ async def _chunks(
         async for prompt, piece in pieces:
             index = prompt * body.n + piece.choice
             logprobs = None if body.logprobs is None else of_completion(model, piece.logprobs, offsets[index])
-            if logprobs is not None:
-                offsets[index] += sum(map(len, logprobs["tokens"]))
+            offsets[index] += sum(len(token.text) for token in piece.logprobs)
             if piece.text or logprobs or piece.finish_reason:
                 reason = piece.finish_reason
                 choice = {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": reason}

@@ -22,7 +22,10 @@ class Generations:
     ) -> Self:
         """Start one request per prompt. QueueFullError if the pipeline has no permit for the first; the others wait for
         theirs. RequestError for a sampling parameter out of its range."""
-        requests = [model.pipeline.request(prompt, deadline_s=deadline_s, **sampling) for prompt in prompts]
+        asked = dict(sampling)
+        if asked["temperature"] is None:
+            asked["temperature"] = model.temperature
+        requests = [model.pipeline.request(prompt, deadline_s=deadline_s, **asked) for prompt in prompts]
         if len(prompts) * requests[0].sampling.n > MAX_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts with n choices each are more than {MAX_CHOICES}; send fewer")
         started = cls()

@@ -11,24 +11,38 @@ _HALF = "\ufffd"  # in the text of a token that is a part of a character
 
 
 def of_chat(model: Model, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Each token with its bytes (null if it is a part of a character) and the most probable alternatives."""
+    """Each token with its bytes (null if it is a part of a character) and the most probable alternatives. The tokens
+    joined are the text: one that leaves a character unfinished is empty, and the one that finishes it has the whole."""
 
-    def one(token: int, logprob: float) -> dict[str, Any]:
-        text = model.token_text(token)
+    def one(text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": max(logprob, _MIN), "bytes": None if _HALF in text else list(text.encode())}
 
-    return {
-        "content": [{**one(t.token_id, t.logprob), "top_logprobs": [one(*other) for other in t.top]} for t in tokens],
-        "refusal": None,
-    }
+    content = [
+        {
+            **one(_name(model, drawn, drawn.token_id), drawn.logprob),
+            "top_logprobs": [one(_name(model, drawn, token), logprob) for token, logprob in drawn.top],
+        }
+        for drawn in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
 def of_completion(model: Model, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
     """Lists of tokens and their log probabilities. `offset`: characters of the choice before these tokens."""
-    texts = [model.token_text(token.token_id) for token in tokens]
+    lengths = [len(drawn.text) for drawn in tokens]
     return {
-        "tokens": texts,
-        "token_logprobs": [max(token.logprob, _MIN) for token in tokens],
-        "top_logprobs": [{model.token_text(i): max(logprob, _MIN) for i, logprob in token.top} for token in tokens],
-        "text_offset": [offset + sum(map(len, texts[:place])) for place in range(len(texts))],
+        "tokens": [_name(model, drawn, drawn.token_id) for drawn in tokens],
+        "token_logprobs": [max(drawn.logprob, _MIN) for drawn in tokens],
+        "top_logprobs": [
+            {_name(model, drawn, token): max(logprob, _MIN) for token, logprob in drawn.top} for drawn in tokens
+        ],
+        "text_offset": [offset + sum(lengths[:place]) for place in range(len(tokens))],
     }
+
+
+def _name(model: Model, drawn: TokenLogprob, token: int) -> str:
+    """The drawn token as it stands in the text, a special token's name, or an alternative as it would stand there."""
+    special = model.special_name(token)
+    if special is not None:
+        return special
+    return drawn.text if token == drawn.token_id else model.token_text(token)

@@ -63,10 +63,18 @@ class Model:
             raise ApiError(400, f"{message}{included}; shorten the text", code="context_length_exceeded")
         return tokens
 
+    @property
+    def temperature(self) -> float:
+        """That of requests which give none: the checkpoint's, or OpenAI's."""
+        stated = self.pipeline.bundle.manifest.generation_defaults.temperature
+        return 1.0 if stated is None else stated
+
+    def special_name(self, token: int) -> str | None:
+        """The name of a special token, which has no text; None for others."""
+        return self._special.get(token)
+
     def token_text(self, token: int) -> str:
-        """The text of a token in the middle of a text; a special token's name."""
-        if token in self._special:
-            return self._special[token]
+        """The text of a token in the middle of a text."""
         # Some decoders drop the space before a text's first token.
         once, twice = self.encoder.decode([token]), self.encoder.decode([token, token])
         return twice[len(once) :]

@@ -1,11 +1,12 @@
 """What clients may send, under OpenAI's names and defaults. The runtime's Sampling checks the ranges of values.
 
-Parameters that change nothing here are accepted (`IGNORED`), and null means that a parameter is not given. All others
-are refused by name: a client that asks for tools or a logit bias must not get an answer made without them.
+Parameters that change nothing here are accepted (`IGNORED`), and so are values that ask for what is done anyway
+(`NEUTRAL`); null means that a parameter is not given. All others are refused by name: a client that asks for tools must
+not get an answer made without them.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, WrapValidator
 from pydantic import model_validator as validator
@@ -15,6 +16,18 @@ IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
      "prediction", "parallel_tool_calls"}
 )  # fmt: skip
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],), "audio": ({},), "bad_words": ([],), "chat_template_kwargs": ({},),
+    "continue_final_message": (False,), "documents": ([],), "early_stopping": (False,), "echo": (False,),
+    "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,), "length_penalty": (1, 1.0), "logit_bias": ({},), "logprobs": (False,),
+    "priority": (0,), "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
+    "response_format": ({"type": "text"},), "seed": (-1,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "suffix": ("",), "tool_calls": ([],), "tool_choice": ("none", "auto"),
+    "tools": ([],), "use_beam_search": (False,), "verbosity": ("medium",),
+}  # fmt: skip
+"""Parameters of OpenAI's and vLLM's servers -> the values that change nothing here."""
+_MOST_BIAS = 100  # OpenAI's range of a logit's bias
 _DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat continues until it ends
 
 
@@ -26,7 +39,12 @@ class _Body(BaseModel):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {name: value for name, value in values.items() if value is not None and name not in IGNORED}
+        return {name: value for name, value in values.items() if not (name in IGNORED or _neutral(name, value))}
+
+
+def _neutral(name: str, value: Any) -> bool:
+    """Whether the value says nothing; 0 is not False here."""
+    return value is None or any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
 
 
 class StreamOptions(_Body):
@@ -43,18 +61,20 @@ class Generating(_Body):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: str | list[str] = Field(default_factory=list)
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     max_tokens: int | None = None
-    # vLLM's, not OpenAI's.
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    """Token id -> what is added to its logit, -100 to 100."""
+    # vLLM's, not OpenAI's; -1 as top_k: off.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
     stop_token_ids: list[int] = Field(default_factory=list)
     # Ours: seconds.
     deadline_s: float | None = None
@@ -66,7 +86,20 @@ class Generating(_Body):
             "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "max_tokens",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        bias = tuple(((int(token),), bias) for token, bias in self.logit_bias.items())
+        top_k = 0 if self.top_k == -1 else self.top_k
+        return {**{name: getattr(self, name) for name in names}, "top_k": top_k, "sequence_bias": bias or None}
+
+    @validator(mode="after")
+    def _bias_of_tokens(self) -> Self:
+        for token, bias in self.logit_bias.items():
+            if not (token.isascii() and token.isdigit()) or not -_MOST_BIAS <= bias <= _MOST_BIAS:
+                raise PydanticCustomError(
+                    "logit_bias",
+                    "logit_bias gives {token} a bias of {bias}; give token ids biases from -100 to 100",
+                    {"token": repr(token), "bias": bias},
+                )
+        return self
 
 
 class TextPart(_Body):
@@ -91,12 +124,6 @@ class Message(_Body):
         return {"role": self.role, "content": "\n".join(parts), **named}
 
 
-class TextFormat(_Body):
-    """The only response format."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(Generating):
     """/v1/chat/completions"""
 
@@ -105,9 +132,7 @@ class ChatRequest(Generating):
     """The newer name of `max_tokens`; wins if both are given."""
     logprobs: bool = False
     top_logprobs: int | None = None
-    response_format: TextFormat = TextFormat(type="text")
     modalities: list[Literal["text"]] = Field(default_factory=list)
-    tool_choice: Literal["none"] = "none"
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -118,7 +143,7 @@ class ChatRequest(Generating):
 
     @validator(mode="after")
     def _logprobs_to_be_top_of(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs is given without logprobs; set logprobs to true")
         return self
 
@@ -152,7 +177,6 @@ class CompletionRequest(Generating):
     logprobs: int | None = None
     max_tokens: int | None = _DEFAULT_COMPLETION_TOKENS
     best_of: int | None = None
-    echo: Literal[False] = False
 
     @validator(mode="after")
     def _best_of_all(self) -> "CompletionRequest":

@@ -116,6 +116,7 @@ def check_same_model(running: Bundle, new: Bundle) -> None:
         ("inputs", [spec.name for spec in a.inputs], [spec.name for spec in b.inputs]),
         ("outputs", [spec.name for spec in a.outputs], [spec.name for spec in b.outputs]),
         ("KV cache", a.cached, b.cached),
+        ("generation defaults", a.generation_defaults, b.generation_defaults),
         ("tokenizer", _tokenizer(running), _tokenizer(new)),
     ):
         if old != other:
@@ -128,4 +129,4 @@ def check_same_model(running: Bundle, new: Bundle) -> None:
 def _tokenizer(bundle: Bundle) -> str | None:
     text = bundle.manifest.text
     digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
-    return None if text is None else f"{text.eos_ids} {digests[text.tokenizer]}"
+    return None if text is None else digests[text.tokenizer]

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
-from stageline.runtime.generation.request import Sampling
 from stageline.runtime.generation.sampling import Drawn, Row, sample, weigh
+from stageline.runtime.generation.settings import Settings
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -24,7 +23,7 @@ from transformers.generation.logits_process import (
 VOCABULARY = 500
 
 samplings = st.builds(
-    Sampling,
+    Settings,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
     top_k=st.sampled_from([0, 1, 7, VOCABULARY]),
     top_p=st.sampled_from([0.0, 0.4, 0.95, 1.0]),
@@ -53,7 +52,7 @@ def draws(logits: NDArray[np.float32], row: Row, count: int) -> list[int]:
     return [tokens(sample(logits, [row]))[0] for _ in range(count)]
 
 
-def transformers_probabilities(scores: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
+def transformers_probabilities(scores: NDArray[np.float32], sampling: Settings) -> NDArray[np.float64]:
     """What transformers' warpers leave, float64 throughout."""
     warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
     warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
@@ -77,7 +76,7 @@ def transformers_probabilities(scores: NDArray[np.float32], sampling: Sampling) 
 def test_what_may_be_drawn_is_what_transformers_leaves(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampling = Settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     (scores,) = random_logits(seed)
     expected = transformers_probabilities(scores, sampling)
     ids, weights = weigh(scores, sampling)
@@ -87,9 +86,9 @@ def test_what_may_be_drawn_is_what_transformers_leaves(
 
 def test_ties_with_the_kth_token_stay() -> None:
     scores = np.array([1, 3, 2, 2, 2, 0], np.float32)
-    ids, _ = weigh(scores, Sampling(temperature=1.0, top_k=2))
+    ids, _ = weigh(scores, Settings(temperature=1.0, top_k=2))
     assert ids.tolist() == [1, 2, 3, 4]
-    assert np.flatnonzero(transformers_probabilities(scores, Sampling(temperature=1.0, top_k=2))).tolist() == [
+    assert np.flatnonzero(transformers_probabilities(scores, Settings(temperature=1.0, top_k=2))).tolist() == [
         1,
         2,
         3,
@@ -98,7 +97,7 @@ def test_ties_with_the_kth_token_stay() -> None:
 
 
 def test_of_equally_likely_tokens_at_the_edge_of_top_p_the_lowest_ids_stay() -> None:
-    ids, weights = weigh(np.zeros(8, np.float32), Sampling(temperature=1.0, top_p=0.5))
+    ids, weights = weigh(np.zeros(8, np.float32), Settings(temperature=1.0, top_p=0.5))
     assert ids.tolist() == [0, 1, 2, 3]
     assert weights.tolist() == [1, 1, 1, 1]
 
@@ -106,13 +105,13 @@ def test_of_equally_likely_tokens_at_the_edge_of_top_p_the_lowest_ids_stay() -> 
 @pytest.mark.parametrize("feature", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 5e-324}])
 def test_the_tightest_settings_leave_the_likeliest(feature: dict[str, Any]) -> None:
     logits = random_logits(3)
-    row = Row(Sampling(**{"temperature": 1.0, **feature}), VOCABULARY)
+    row = Row(Settings(**{"temperature": 1.0, **feature}), VOCABULARY)
     assert draws(logits, row, 20) == [int(logits.argmax())] * 20
 
 
 def test_tokens_come_as_often_as_they_are_probable() -> None:
     logits = random_logits(1)[:, :12]
-    sampling = Sampling(temperature=1.3, top_p=0.97, seed=7)
+    sampling = Settings(temperature=1.3, top_p=0.97, seed=7)
     expected = transformers_probabilities(logits[0], sampling)
     count = 20_000
     seen = np.bincount(draws(logits, Row(sampling, 12), count), minlength=12)
@@ -126,7 +125,7 @@ def test_tokens_come_as_often_as_they_are_probable() -> None:
 
 @settings(deadline=None)
 @given(st.lists(samplings, min_size=2, max_size=6), st.randoms(use_true_random=False), st.integers(0, 10**6))
-def test_a_row_draws_the_same_whatever_is_beside_it(asked: list[Sampling], order: Any, seed: int) -> None:
+def test_a_row_draws_the_same_whatever_is_beside_it(asked: list[Settings], order: Any, seed: int) -> None:
     def rows() -> list[Row]:
         return [Row(sampling, VOCABULARY, range(20), [5], choice=i) for i, sampling in enumerate(asked)]
 
@@ -142,23 +141,23 @@ def test_a_row_draws_the_same_whatever_is_beside_it(asked: list[Sampling], order
 
 def test_the_same_seed_draws_the_same_and_other_choices_draw_on_their_own() -> None:
     logits = random_logits(0)
-    sampling = Sampling(temperature=1.0, seed=11)
+    sampling = Settings(temperature=1.0, seed=11)
     first = draws(logits, Row(sampling, VOCABULARY), 30)
     assert draws(logits, Row(sampling, VOCABULARY), 30) == first
     assert draws(logits, Row(sampling, VOCABULARY, choice=1), 30) != first
-    assert draws(logits, Row(Sampling(temperature=1.0, seed=12), VOCABULARY), 30) == draws(
+    assert draws(logits, Row(Settings(temperature=1.0, seed=12), VOCABULARY), 30) == draws(
         logits, Row(sampling, VOCABULARY, choice=1), 30
     )
 
 
 def test_without_a_seed_no_two_rows_draw_the_same() -> None:
     logits = random_logits(0)
-    sampling = Sampling(temperature=1.0)
+    sampling = Settings(temperature=1.0)
     assert draws(logits, Row(sampling, VOCABULARY), 30) != draws(logits, Row(sampling, VOCABULARY), 30)
 
 
 def test_rounding_differences_in_the_logits_do_not_change_the_tokens() -> None:
-    sampling = Sampling(temperature=1.0, seed=5)
+    sampling = Settings(temperature=1.0, seed=5)
     exact, noisy = Row(sampling, VOCABULARY), Row(sampling, VOCABULARY)
     generator = np.random.default_rng(0)
     for step in range(1000):
@@ -175,12 +174,12 @@ def test_the_logits_are_only_read() -> None:
         {"temperature": 1.0, "top_p": 0.9},
         {"repetition_penalty": 2.0, "min_tokens": 1, "logprobs": 3},
     ]
-    sample(logits, [Row(Sampling(**feature), VOCABULARY, [1, 2], [0]) for feature in features])
+    sample(logits, [Row(Settings(**feature), VOCABULARY, [1, 2], [0]) for feature in features])
 
 
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
     logits = np.array([[0, 2, 1, 2], [3, 0, 0, 3]], np.float32)
-    assert tokens(sample(logits, [Row(Sampling(), 4), Row(Sampling(), 4)])) == [1, 0]
+    assert tokens(sample(logits, [Row(Settings(), 4), Row(Settings(), 4)])) == [1, 0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -188,7 +187,7 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
 def test_a_row_with_broken_logits_gets_an_error_and_the_others_go_on(bad: float, feature: dict[str, Any]) -> None:
     logits = random_logits(2, 3)
     logits[1, 77] = bad
-    sampling = Sampling(**feature)
+    sampling = Settings(**feature)
     rows = [Row(sampling, VOCABULARY) for _ in range(3)]
     results = sample(logits, rows)
     assert isinstance(results[1], EngineError)
@@ -199,7 +198,7 @@ def test_a_row_with_broken_logits_gets_an_error_and_the_others_go_on(bad: float,
 
 
 def test_a_row_of_minus_infinity_gets_an_error() -> None:
-    (result,) = sample(np.full((1, 9), -np.inf, np.float32), [Row(Sampling(temperature=1.0), 9)])
+    (result,) = sample(np.full((1, 9), -np.inf, np.float32), [Row(Settings(temperature=1.0), 9)])
     assert isinstance(result, EngineError)
     assert "the largest logit of token 0 is -inf" in str(result)
 
@@ -208,7 +207,7 @@ def test_masked_tokens_are_never_drawn() -> None:
     logits = np.full((1, 64), -np.inf, np.float32)
     logits[0, [3, 40]] = 1.0
     for top_k in (0, 10):
-        row = Row(Sampling(temperature=1.0, seed=0, top_k=top_k), 64)
+        row = Row(Settings(temperature=1.0, seed=0, top_k=top_k), 64)
         assert set(draws(logits, row, 200)) == {3, 40}
 
 
@@ -216,7 +215,7 @@ def test_masked_tokens_are_never_drawn() -> None:
 def test_end_and_stop_tokens_are_not_drawn_before_min_tokens(temperature: float) -> None:
     logits = np.zeros((1, 10), np.float32)
     logits[0, 4], logits[0, 6] = 60, 50
-    sampling = Sampling(temperature=temperature, seed=0, min_tokens=3, stop_token_ids=(6, 10_000))
+    sampling = Settings(temperature=temperature, seed=0, min_tokens=3, stop_token_ids=(6, 10_000))
     drawn = draws(logits, Row(sampling, 10, end_ids=[4]), 5)
     assert not {4, 6} & set(drawn[:3])
     assert drawn[3:] == [4, 4]
@@ -224,47 +223,17 @@ def test_end_and_stop_tokens_are_not_drawn_before_min_tokens(temperature: float)
 
 def test_min_tokens_that_leave_no_token_is_an_error_of_that_row() -> None:
     logits = np.array([[5, -np.inf], [5, 0]], np.float32)
-    rows = [Row(Sampling(min_tokens=2), 2, end_ids=[0]) for _ in range(2)]
+    rows = [Row(Settings(min_tokens=2), 2, end_ids=[0]) for _ in range(2)]
     error, drawn = sample(logits, rows)
     assert isinstance(error, EngineError)
     assert "no token is left for token 0" in str(error)
     assert drawn == Drawn(1)
 
 
-def test_repetition_penalty_is_that_of_transformers() -> None:
-    logits = random_logits(8)
-    prompt = [3, 9, 3, 100]
-    row = Row(Sampling(repetition_penalty=1.7), VOCABULARY, prompt)
-    for _ in range(20):
-        expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt]), torch.from_numpy(logits))
-        np.testing.assert_array_equal(row.scores(logits[0]), expected[0].numpy())
-        drawn = tokens(sample(logits, [row]))
-        assert drawn == [int(expected.argmax())]
-        prompt += drawn
-
-
-def test_presence_and_frequency_penalties_follow_openais_formula() -> None:
-    logits = random_logits(8)
-    row = Row(Sampling(temperature=1.0, seed=0, presence_penalty=0.5, frequency_penalty=0.25), VOCABULARY, [1, 2, 3])
-    counts = np.zeros(VOCABULARY)
-    for _ in range(40):
-        expected = logits[0] - counts * 0.25 - (counts > 0) * 0.5
-        np.testing.assert_allclose(row.scores(logits[0]), expected, atol=1e-6)
-        counts[tokens(sample(logits, [row]))[0]] += 1
-    assert counts.max() > 1
-
-
-def test_the_repetition_penalty_comes_before_the_others() -> None:
-    logits = np.array([[4.0, -4.0, 3.9]], np.float32)
-    row = Row(Sampling(repetition_penalty=2.0, presence_penalty=1.0), 3, [1])
-    row.record(0)
-    np.testing.assert_array_equal(row.scores(logits[0]), np.array([4 / 2 - 1, -4 * 2, 3.9], np.float32))
-
-
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = random_logits(4)
     expected = torch.from_numpy(logits[0]).double().log_softmax(dim=0)
-    row = Row(Sampling(temperature=2.0, seed=3, repetition_penalty=5.0, top_k=50, logprobs=6), VOCABULARY, range(400))
+    row = Row(Settings(temperature=2.0, seed=3, repetition_penalty=5.0, top_k=50, logprobs=6), VOCABULARY, range(400))
     for _ in range(5):
         (drawn,) = sample(logits, [row])
         assert isinstance(drawn, Drawn)
@@ -278,7 +247,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 def test_top_logprobs_name_the_lowest_ids_of_equally_likely_tokens() -> None:
     logits = np.array([[1, 2, 1, 1, 2]], np.float32)
-    (drawn,) = sample(logits, [Row(Sampling(logprobs=3), 5)])
+    (drawn,) = sample(logits, [Row(Settings(logprobs=3), 5)])
     assert isinstance(drawn, Drawn)
     assert drawn.logprob is not None
     assert [token for token, _ in drawn.logprob.top] == [1, 4, 0]
@@ -286,7 +255,7 @@ def test_top_logprobs_name_the_lowest_ids_of_equally_likely_tokens() -> None:
 
 def test_logprobs_of_zero_name_no_others_and_more_than_the_vocabulary_names_all() -> None:
     logits = np.array([[1, 2, 0]], np.float32)
-    none, every = sample(np.repeat(logits, 2, axis=0), [Row(Sampling(logprobs=0), 3), Row(Sampling(logprobs=20), 3)])
+    none, every = sample(np.repeat(logits, 2, axis=0), [Row(Settings(logprobs=0), 3), Row(Settings(logprobs=20), 3)])
     assert isinstance(none, Drawn)
     assert isinstance(every, Drawn)
     assert none.logprob is not None

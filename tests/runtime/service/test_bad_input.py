@@ -61,7 +61,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n is 0"),
     ({"n": 10**9}, "n is 1000000000"),
     ({"n": 100, "prompt": ["a", "a"]}, "more than 128"),
-    ({"seed": -1}, "seed is -1"),
+    ({"seed": -2}, "seed is -2"),
     ({"seed": 2**70}, "seed is"),
     ({"stop": ""}, "stop holds ''"),
     ({"stop": ["a"] * 17}, "more than 16 stops"),
@@ -69,13 +69,15 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs is 21"),
     ({"presence_penalty": 3}, "presence_penalty is 3"),
     ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-    ({"top_k": -1}, "top_k is -1"),
+    ({"top_k": -2}, "top_k is -2"),
     ({"min_tokens": 9, "max_tokens": 3}, "min_tokens is 9"),
     ({"deadline_s": -1}, "deadline_s is -1"),
-    ({"echo": True}, "echo: input should be False"),
+    ({"echo": True}, "unknown or unsupported parameter 'echo'"),
     ({"best_of": 3}, "best_of must equal n"),
     ({"suffix": "x"}, "unknown or unsupported parameter 'suffix'"),
-    ({"logit_bias": {"5": 1}}, "unknown or unsupported parameter 'logit_bias'"),
+    ({"logit_bias": {"cat": 1}}, "logit_bias gives 'cat' a bias of 1"),
+    ({"logit_bias": {"5": 101}}, "logit_bias gives '5' a bias of 101"),
+    ({"logit_bias": {"99": 1}}, "a bias is given for token 99"),
     ({"tempreature": 1}, "unknown or unsupported parameter 'tempreature'; known: model, "),
     ({"stream": "yes"}, "stream: input should be a valid boolean"),
     ({"stream_options": {"include_usge": True}}, "stream_options.include_usge"),
@@ -100,7 +102,7 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
     ({"messages": [{"role": "user", "content": "a\ud800"}]}, "not valid Unicode"),
     ({"tools": [{"type": "function"}]}, "unknown or unsupported parameter 'tools'"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {"type": "json_object"}}, "unknown or unsupported parameter 'response_format'"),
     ({"top_logprobs": 3}, "set logprobs to true"),
     ({"logprobs": 3}, "logprobs: input should be a valid boolean"),
     ({"logprobs": True, "top_logprobs": 99}, "logprobs is 99"),
@@ -145,6 +147,26 @@ def test_a_long_text_is_cut_where_that_is_asked_for(service: Any) -> None:
 def test_what_changes_nothing_is_accepted(service: Any) -> None:
     more = {"user": "me", "store": False, "metadata": {}, "seed": None, "stop": None, "service_tier": "auto"}
     assert service.post("completions", model="llama", prompt="a", **more).status_code == 200
+
+
+def test_values_that_ask_for_what_is_done_anyway_are_accepted(service: Any) -> None:
+    neutral = {
+        "n": 1, "seed": -1, "logit_bias": {}, "tools": [], "functions": [], "tool_choice": "auto", "top_logprobs": 0,
+        "response_format": {"type": "text"}, "parallel_tool_calls": True, "frequency_penalty": 0, "top_k": -1,
+    }  # fmt: skip
+    sent_back = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "tool_calls": []}
+    messages = [*CHAT, sent_back, *CHAT]
+    for more in ({"messages": messages}, *({name: value} for name, value in neutral.items())):
+        answer = service.post("chat/completions", **{"model": "llama", "messages": CHAT, "max_tokens": 1, **more})
+        assert answer.status_code == 200, (more, answer.text)
+    more = {"best_of": 1, "suffix": "", "echo": False, "stream_options": {"include_usage": False}}
+    assert service.post("completions", model="llama", prompt="a", max_tokens=1, **more).status_code == 200
+
+
+def test_a_bias_makes_a_token_certain(service: Any) -> None:
+    more = {"logit_bias": {"6": 100}, "temperature": 0, "max_tokens": 3}
+    answer = service.post("completions", model="llama", prompt="a", **more).json()
+    assert answer["choices"][0]["text"].split() == ["cat"] * 3
 
 
 def test_a_prompt_over_capacity_says_so_in_a_code(service: Any) -> None:
