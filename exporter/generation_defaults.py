@@ -3,8 +3,8 @@
 from typing import Any
 
 import transformers
+from stageline.exporter.failure import first_line
 from stageline.exporter.gguf import config as gguf_config
-from stageline.exporter.trace import first_line
 from stageline.exporter.trace_model import Wanted
 from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import ExportError, RequestError
