@@ -74,6 +74,12 @@ def _gemma_scale(config: dict[str, Any], largest: int) -> int:
     return int(config["head_dim"])
 
 
+def _phi3(metadata: Metadata, config: dict[str, Any], tensors: Container[str]) -> dict[str, Any]:
+    """Phi-3's config has a default of its own for where long rows begin, which would replace that of the file."""
+    context = config["max_position_embeddings"]
+    return {"original_max_position_embeddings": metadata.get("rope.scaling.original_context_length", context)}
+
+
 def _stablelm(metadata: Metadata, config: dict[str, Any], tensors: Container[str]) -> dict[str, Any]:
     """llama.cpp asks the tensors as well: converters state use_parallel_residual for models without."""
     return {"use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors}
@@ -126,6 +132,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={"sliding_window": None},
         head_dim=False,
         partial_rotary=True,
+        more=_phi3,
     ),
     "starcoder2": Architecture(
         "starcoder2",

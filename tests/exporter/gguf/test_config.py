@@ -1,5 +1,6 @@
 """A model that was written as a .gguf is read as the same model; metadata that is not understood stops the export."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,3 +263,17 @@ def test_a_token_that_llama_cpp_knows_as_an_end_is_one(tmp_path: Path, llama: An
 
     path = write_gguf(tmp_path / "m.gguf", llama, "llama", tokenizer=tokenizer)
     assert config(Checkpoint.open(path))["eos_token_id"] == [1, 2]
+
+
+def test_phi3_takes_its_long_factors_from_the_length_that_the_file_states(tmp_path: Path) -> None:
+    short, long = [1.0, 1.5, 2.0, 2.5], [2.0, 3.0, 4.0, 8.0]
+    rope = {**ROPE, "rope_type": "longrope", "short_factor": short, "long_factor": long, "partial_rotary_factor": 0.5}
+    model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=32, sliding_window=None)
+    extra = {"rope_factors_short.weight": np.array(short), "rope_factors_long.weight": np.array(long)}
+    keys = {
+        "rope.scaling.original_context_length": 32,
+        "rope.scaling.attn_factor": (1 + math.log(8) / math.log(32)) ** 0.5,
+    }
+    want = logits(model)  # of 60 tokens
+    got = logits(read_back(write_gguf(tmp_path / "m.gguf", model, "phi3", keys, extra=extra)))
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
