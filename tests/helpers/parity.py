@@ -57,5 +57,4 @@ def check_every_cut(path: Path, model: Any, tolerance: float) -> None:
         want = outputs_of(model, inputs)
         real = inputs["attention_mask"] == 1 if "attention_mask" in inputs and got.ndim == 3 else ...
         assert got.shape == want.shape
-        print("ERR", np.abs(got[real] - want[real]).max(), np.abs(want[real]).max())
         assert np.abs(got[real] - want[real]).max() <= tolerance, f"{stages} stages"

@@ -1,0 +1,329 @@
+"""Small checkpoints in every format that people have, each with an independent reference: transformers in float32.
+
+A generator (Llama) and a classifier (BERT) share one tokenizer. Their weights are large, so that every token
+matters, and rounded to the dtype of the checkpoint; a .gguf's reference has the values that `gguf` dequantises.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+Kind = Literal["generator", "classifier"]
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPECIAL = ("<s>", "</s>", "<pad>")
+MERGE = (_BYTES[0], _BYTES[1])  # one, since a .gguf must have some
+VOCABULARY = [*SPECIAL, *_BYTES, "".join(MERGE)]
+_SIZES: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY), "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 256,
+    "num_hidden_layers": 3, "max_position_embeddings": 256, "pad_token_id": 2,
+}  # fmt: skip
+MODELS: dict[Kind, tuple[Any, Any]] = {
+    "generator": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(**_SIZES, num_key_value_heads=2, bos_token_id=0, eos_token_id=1),
+    ),
+    "classifier": (
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig(**_SIZES, num_labels=3, problem_type="multi_label_classification"),
+    ),
+}
+"""Kind -> the class and the config of its model. All widths are multiples of 256, which some types of .gguf need."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint, and its model in float32 as the reference."""
+
+    path: Path
+    model: Any
+
+
+def tokenizer() -> Any:
+    """One token per byte, and one merge."""
+    made = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(VOCABULARY)}, merges=[MERGE]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(list(SPECIAL))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
+    )
+
+
+def model(kind: Kind, dtype: str, seed: int) -> Any:
+    """A model with random weights in `dtype`."""
+    made, config = MODELS[kind]
+    torch.manual_seed(seed)
+    built = made(config).eval()
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3 if "embed" in name else 0.08)
+            parameter.data = parameter.data.to(
+                getattr(torch, dtype)
+            )  # buffers, such as rotary frequencies, stay float32
+    built.config.dtype = dtype
+    return built
+
+
+def single(folder: Path, kind: Kind, dtype: str, seed: int = 0) -> Made:
+    """A folder as transformers saves it, with one file of weights."""
+    made = model(kind, dtype, seed)
+    made.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return Made(folder, made.float())
+
+
+def sharded(folder: Path, kind: Kind, dtype: str, seed: int = 0) -> Made:
+    """A folder with several files of weights and their index."""
+    made = model(kind, dtype, seed)
+    made.save_pretrained(folder, max_shard_size="500KB")
+    tokenizer().save_pretrained(folder)
+    return Made(folder, made.float())
+
+
+def renamed(folder: Path, kind: Kind, dtype: str, seed: int = 0) -> Made:
+    """A folder whose only file of weights has a name of its own."""
+    made = single(folder, kind, dtype, seed)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    return made
+
+
+def cached(folder: Path, kind: Kind, dtype: str, seed: int = 0) -> Made:
+    """A snapshot in a cache as huggingface_hub lays it out: every file is a link into `blobs`."""
+    repository = folder / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+    made = single(snapshot, kind, dtype, seed)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        shutil.move(file, blobs / str(number))
+        file.symlink_to(Path("../../blobs") / str(number))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    return Made(snapshot, made.model)
+
+
+FOLDERS: dict[str, Callable[[Path, Kind, str, int], Made]] = {
+    "single": single, "sharded": sharded, "renamed": renamed, "hub cache": cached,
+}  # fmt: skip
+"""How a Hugging Face checkpoint lies on disk -> what makes it."""
+
+# Name of a type of .gguf -> where in a block its scales lie (float16), so that random blocks have sensible values.
+_SCALES: dict[str, tuple[int, ...]] = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
+GGUF_TYPES = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4", *_SCALES
+)  # fmt: skip
+
+
+def gguf_blocks(shape: tuple[int, ...], kind: Any, values: np.ndarray, seed: int) -> np.ndarray:
+    """`values` quantised; random blocks with small scales where `gguf` only dequantises a type."""
+    if kind.name not in _SCALES:
+        return np.asarray(gguf.quantize(values, kind))
+    rng = np.random.default_rng(seed)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8).reshape(-1, block_bytes)
+    # as large as makes the values' spread that of `values`
+    for place in _SCALES[kind.name]:
+        blocks[:, place : place + 2] = np.float16(1).reshape(1).view(np.uint8)
+    flat = gguf.dequantize(blocks.reshape(gguf.quant_shape_to_byte_shape(shape, kind)), kind)
+    scale = np.float16(values.std() / flat.std())
+    for place in _SCALES[kind.name]:
+        blocks[:, place : place + 2] = scale.reshape(1).view(np.uint8)
+    return blocks.reshape(gguf.quant_shape_to_byte_shape(shape, kind))
+
+
+_LLAMA_NAMES = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """transformers' rows of a query or key product, in the order in which llama.cpp rotates them."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _halved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `_interleaved`."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_file(file: Path, kind: str, seed: int = 0) -> Made:
+    """The generator as a .gguf whose matrices have the type `kind`; the vectors stay float32, as llama.cpp keeps them.
+
+    The reference has the values that the file's blocks stand for, by `gguf.dequantize`.
+    """
+    quantised = gguf.GGMLQuantizationType[kind]
+    reference = model("generator", "float32", seed)
+    config = reference.config
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (len(VOCABULARY) - len(SPECIAL))
+    )
+    writer.add_token_merges([" ".join(MERGE)])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    for block in range(config.num_hidden_layers):
+        names |= {f"blk.{block}.{ours}": f"model.layers.{block}.{name}" for ours, name in _LLAMA_NAMES.items()}
+    state = reference.state_dict()
+    for number, (stored, name) in enumerate(names.items()):
+        values = state[f"{name}.weight"].numpy()
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(stored.split(".")[-1])
+        if values.ndim == 1:
+            writer.add_tensor(f"{stored}.weight", values)
+            continue
+        blocks = gguf_blocks(values.shape, quantised, _interleaved(values, heads) if heads else values, number)
+        raw = None if kind in ("F32", "F16") else quantised
+        writer.add_tensor(f"{stored}.weight", blocks, raw_dtype=raw)
+        exact = np.asarray(gguf.dequantize(blocks, quantised), np.float32).reshape(values.shape)
+        state[f"{name}.weight"].copy_(torch.from_numpy(_halved(exact, heads) if heads else exact))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Made(file, reference)
+
+
+def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _gptq(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    out, inner = weight.shape
+    return {
+        f"{base}qweight": _zeros(inner // 8, out, dtype=torch.int32),
+        f"{base}qzeros": _zeros(inner // 128, out // 8, dtype=torch.int32),
+        f"{base}scales": _zeros(inner // 128, out, dtype=torch.float16),
+        f"{base}g_idx": _zeros(inner, dtype=torch.int32),
+    }
+
+
+def _awq(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    out, inner = weight.shape
+    return {
+        f"{base}qweight": _zeros(inner, out // 8, dtype=torch.int32),
+        f"{base}qzeros": _zeros(inner // 128, out // 8, dtype=torch.int32),
+        f"{base}scales": _zeros(inner // 128, out, dtype=torch.float16),
+    }
+
+
+def _fp8(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = weight.abs().amax() / 448
+    return {
+        f"{base}weight": (weight / scale).to(torch.float8_e4m3fn),
+        f"{base}weight_scale_inv": scale.float().reshape(1, 1).expand(weight.shape[0] // 128, weight.shape[1] // 128),
+    }
+
+
+def _bitsandbytes8(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = weight.abs().amax(1)
+    return {f"{base}weight": (weight / scale[:, None] * 127).round().to(torch.int8), f"{base}SCB": scale}
+
+
+def _bitsandbytes4(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        f"{base}weight": _zeros(weight.numel() // 2, 1, dtype=torch.uint8),
+        f"{base}weight.absmax": _zeros(weight.numel() // 64, dtype=torch.float32),
+        f"{base}weight.quant_map": _zeros(16, dtype=torch.float32),
+    }
+
+
+def _compressed(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return {f"{base}weight": (weight / scale).round().to(torch.int8), f"{base}weight_scale": scale}
+
+
+def _packed(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    out, inner = weight.shape
+    return {
+        f"{base}weight_packed": _zeros(out, inner // 8, dtype=torch.int32),
+        f"{base}weight_scale": _zeros(out, inner // 128, dtype=torch.bfloat16),
+        f"{base}weight_shape": torch.tensor([out, inner]),
+    }
+
+
+def _mlx(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    out, inner = weight.shape
+    return {
+        f"{base}weight": _zeros(out, inner // 8, dtype=torch.uint32),
+        f"{base}scales": _zeros(out, inner // 64, dtype=torch.bfloat16),
+        f"{base}biases": _zeros(out, inner // 64, dtype=torch.bfloat16),
+    }
+
+
+QUANTISED: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "gptq": (_gptq, {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}),
+    "awq": (_awq, {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}}),
+    "fp8": (_fp8, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}),
+    "bitsandbytes int8": (
+        _bitsandbytes8,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    ),
+    "bitsandbytes nf4": (
+        _bitsandbytes4,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+    ),
+    "compressed-tensors int8": (
+        _compressed,
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}},
+    ),
+    "compressed-tensors w4a16": (
+        _packed,
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+    ),
+    "mlx": (_mlx, {"quantization": {"group_size": 64, "bits": 4}}),
+    "int8 with scales, unnamed": (_compressed, {}),
+}
+"""Method -> what it stores in place of a matrix (its name up to `weight`, its values), and what it adds to config.json.
+
+The values of the packed ones are zeros: they must be refused before any is read."""
+
+WORD = {method: "scale" if method.endswith("unnamed") else method.split()[0] for method in QUANTISED}
+"""Method -> what a refusal must name."""
+
+
+def quantised(folder: Path, method: str) -> Path:
+    """The generator as `method` stores it."""
+    stored, config = QUANTISED[method]
+    single(folder, "generator", "bfloat16")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        matrix = name.endswith("_proj.weight")
+        tensors |= stored(name.removesuffix("weight"), tensor) if matrix else {name: tensor}
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **config}))
+    return folder
