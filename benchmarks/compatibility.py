@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 TEXT = "The cat sat."
 TEXTS = (TEXT, "Ünïcode, too: 今日は!")
@@ -131,9 +131,9 @@ def inspect(subject: Subject) -> None:
 
 def run(subject: Subject) -> float:
     """From text to probabilities, by the checkpoint's own tokenizer and activation."""
+    import formats
     import numpy as np
     import torch
-    from helpers import formats
 
     asked = [option for text in TEXTS for option in ("--text", text)]
     answer = json.loads(subject.command("run", subject.bundle, *asked, "--json"))
@@ -208,9 +208,9 @@ def bench(subject: Subject) -> None:
 
 def serve(subject: Subject) -> float | None:
     """A completion over HTTP, whose log probabilities are compared; only generators are served."""
+    import formats
     import httpx
     import torch
-    from helpers import formats
 
     command = [Path(sys.executable).parent / "stageline", "serve", subject.bundle, "--name", "m", "--port", "0"]
     with tempfile.TemporaryFile("w+") as err:
@@ -278,7 +278,7 @@ def tried(column: Callable[[Subject], float | None], subject: Subject) -> Cell:
 
 def subjects(name: str, folder: Path) -> Iterator[Subject]:
     """The checkpoint of the row `name`, made in `folder`."""
-    from helpers import formats
+    import formats
 
     kind, _, rest = name.partition(": ")
     if kind == "quantised":
@@ -301,7 +301,7 @@ def subjects(name: str, folder: Path) -> Iterator[Subject]:
 
 def rows() -> list[str]:
     """The names of all rows."""
-    from helpers import formats
+    import formats
 
     dtypes = ("bfloat16", "float16", "float32")
     ways = [("single", dtype) for dtype in dtypes] + [(way, "bfloat16") for way in formats.FOLDERS if way != "single"]

@@ -1,13 +1,13 @@
-"""A thin part of benchmarks/compatibility.py: one row of each kind, in bfloat16 where there is a choice, stays right."""
+"""A thin part of benchmarks/compatibility.py, in bfloat16 where there is a choice: one row of each kind stays right."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+import formats
 import pytest
-from helpers import formats
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import compatibility
 
 pytestmark = pytest.mark.slow
