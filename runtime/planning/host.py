@@ -7,7 +7,7 @@ from time import perf_counter
 
 import numpy as np
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import INPUT_IDS, PAST_LENGTHS
+from stageline.runtime.bundle.manifest import INPUT_IDS, PAST_LENGTHS, GenerationDefaults
 from stageline.runtime.engines import Array, CacheSize, Device, Value
 from stageline.runtime.executor import generation_hops
 from stageline.runtime.generation.generator import Generator
@@ -50,7 +50,7 @@ class Instant:
 
 def bundle_decoder(bundle: Bundle) -> TextModel:
     """The bundle's tokenizer and vocabulary, without tokens that end a text."""
-    return TextModel(bundle.manifest.vocabulary or 2, (), open_encoder(bundle))
+    return TextModel(bundle.manifest.vocabulary or 2, GenerationDefaults(), open_encoder(bundle))
 
 
 def step_s(text_model: TextModel, rows: int, stages: int, sampling: Sampling) -> float:

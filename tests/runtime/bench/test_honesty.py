@@ -24,7 +24,7 @@ from stageline.runtime.bench.contenders import PipelineContender
 from stageline.runtime.bench.figures import StageUse
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import Slo
-from stageline.runtime.bundle.manifest import CACHED_INPUTS, TensorSpec
+from stageline.runtime.bundle.manifest import CACHED_INPUTS, GenerationDefaults, TensorSpec
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array, CacheSize
 from stageline.runtime.executor import Executor
@@ -244,7 +244,7 @@ def generated(prompt: int, new: int, seconds: float) -> Generated:
     ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length"))
     rest = tuple(TensorSpec(name=name, dtype="int64", shape=("batch",)) for name in CACHED_INPUTS[1:])
     logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "length", vocabulary))
-    signature, model = Signature((ids,), (logits,), derived=rest), TextModel(vocabulary, (), None)
+    signature, model = Signature((ids,), (logits,), derived=rest), TextModel(vocabulary, GenerationDefaults(), None)
     options = PipelineOptions(prefill_chunk=32)
     pipeline = Pipeline(Executor.open(signature, StageSet(tuple(stages)), options, model, CacheSize(2, 64)))
     contender = PipelineContender("stageline", pipeline)

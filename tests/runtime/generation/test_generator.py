@@ -309,7 +309,7 @@ def test_it_ends_at_max_tokens_at_an_end_token_and_at_capacity(
         assert (short.token_ids, short.finish_reason) == (want(PROMPTS[5], 1), "length")
         stopped = pipeline.submit(request(ending, max_tokens=None)).result(SECONDS).choices[0]
         assert (stopped.token_ids, stopped.finish_reason) == (want(ending, MOST), "stop")
-        assert stopped.text == words(stopped.token_ids[:-1])
+        assert stopped.text == " " + words(stopped.token_ids[:-1])
         prompt = PROMPTS[8]
         full = pipeline.submit(request(prompt, max_tokens=None, min_tokens=11)).result(SECONDS).choices[0]
         assert (len(full.token_ids), full.finish_reason) == (80 - 70 + 1, "length")
@@ -333,7 +333,7 @@ def test_min_tokens_keep_end_and_stop_tokens_away(
         assert stop not in expected[:4]
         choice = pipeline.submit(request(PROMPTS[8], stop_token_ids=[stop])).result(SECONDS).choices[0]
         assert (choice.token_ids, choice.finish_reason) == (expected[:5], "stop")
-        assert choice.text == words(expected[:4])
+        assert choice.text == " " + words(expected[:4])
         kept = tokens_of(pipeline.submit(request(PROMPTS[8], stop_token_ids=[stop], min_tokens=5)))
         assert kept[:4] == expected[:4]
         assert stop not in kept[:5]
@@ -348,9 +348,9 @@ def test_stop_texts_end_it_and_are_not_part_of_the_text(
         choice = pipeline.submit(request(PROMPTS[8], stop=stop)).result(SECONDS).choices[0]
         assert choice.finish_reason == "stop"
         assert choice.token_ids == expected[:6]
-        assert choice.text == words(expected[:4]) + " "
+        assert choice.text == " " + words(expected[:4]) + " "
         untouched = pipeline.submit(request(PROMPTS[8], stop=["nothing like it"])).result(SECONDS).choices[0]
-        assert untouched.text == words(expected)
+        assert untouched.text == " " + words(expected)
 
 
 def test_pieces_joined_are_the_completion(bundles: Callable[[int], Path], want: Callable[..., tuple[int, ...]]) -> None:
@@ -362,7 +362,8 @@ def test_pieces_joined_are_the_completion(bundles: Callable[[int], Path], want: 
         for number, choice in enumerate(completion.choices):
             own = [piece for piece in pieces if piece.choice == number]
             assert "".join(piece.text for piece in own) == choice.text
-            assert choice.text == words(choice.token_ids[:-1] if choice.finish_reason == "stop" else choice.token_ids)
+            shown = choice.token_ids[:-1] if choice.finish_reason == "stop" else choice.token_ids
+            assert choice.text == " " + words(shown)
             assert tuple(token for piece in own for token in piece.token_ids) == choice.token_ids
             assert tuple(entry for piece in own for entry in piece.logprobs) == choice.logprobs
             assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [choice.finish_reason]
@@ -697,7 +698,7 @@ def test_chat_renders_the_template_and_waits_without_blocking_the_loop(
             assert pipeline.chat_prompt(messages) == prompt
             replies = await asyncio.gather(*(pipeline.chat(messages, max_tokens=6) for _ in range(3)))
             assert [reply.choices[0].token_ids for reply in replies] == [want(prompt, 6)] * 3
-            assert replies[0].text == words(want(prompt, 6))
+            assert replies[0].text == " " + words(want(prompt, 6))
 
     asyncio.run(scenario())
 
