@@ -164,6 +164,8 @@ def _cut(
     """Trace the blocks `real`, cut the graph into parts, and fuse them."""
     traced = trace(fake.task, fake.samples(), stack, kind, real)
     attention.check_graph(traced.model.graph)
+    if attention.cached and traced.longest is not None:  # a row may take more tokens in one step than that
+        raise NoCacheError(f"it computes more than {traced.longest} tokens at a time in another way")
     source = {"model." + name: tensor for name, tensor in fake.weights.names.items()}
     head = getattr(fake.task, "head", None)
     source |= {} if head is None else {"head." + name: PREFIX + name for name, _ in head.named_parameters()}

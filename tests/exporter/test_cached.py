@@ -25,6 +25,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 # Outputs go up to 6.5; the largest error measured is 2.9e-5, and positions that are all wrong move outputs by units.
 TOLERANCE = 5e-5
@@ -258,3 +259,16 @@ def test_a_causal_mask_has_no_window() -> None:
 def test_other_masks_are_refused(mask: Any, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         window_of(mask)
+
+
+@pytest.mark.slow
+def test_a_branch_on_the_number_of_tokens_keeps_no_cache_and_limits_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of many tokens, and one of a single token after them, would go through different branches."""
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) * (2 if x.shape[1] > 16 else 1))
+    checkpoint = synthesize(tmp_path / "checkpoint", "llama", "LlamaForCausalLM", {**_GROUPED, "num_hidden_layers": 2})
+    manifest = export(checkpoint, tmp_path / "bundle").manifest
+    assert (manifest.cached, manifest.max_positions) == (False, 16)
+    assert manifest.no_cache_reason == "it computes more than 16 tokens at a time in another way"
