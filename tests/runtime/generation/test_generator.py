@@ -367,7 +367,7 @@ def test_pieces_joined_are_the_completion(bundles: Callable[[int], Path], want: 
             assert tuple(token for piece in own for token in piece.token_ids) == choice.token_ids
             assert tuple(entry for piece in own for entry in piece.logprobs) == choice.logprobs
             assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [choice.finish_reason]
-        assert "".join(map(str, pipeline.generate(words(PROMPTS[4]), max_tokens=6))) == words(want(PROMPTS[4], 6))
+        assert "".join(map(str, pipeline.generate(words(PROMPTS[4]), max_tokens=6))) == " " + words(want(PROMPTS[4], 6))
 
 
 # What goes wrong.
