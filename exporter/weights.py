@@ -140,7 +140,7 @@ def _convert(order: _Order) -> list[FileEntry]:
 def _dequantise(order: _Order) -> list[FileEntry]:
     """Write a .gguf file's tensors as floating ones, in transformers' layout."""
     names = order.weights.names
-    tensors = dict([*order.model.named_parameters(), *order.model.named_buffers()])
+    tensors = dict([*order.model.named_parameters(remove_duplicate=False), *order.model.named_buffers()])
     shapes = {names[name]: tuple(tensor.shape) for name, tensor in tensors.items() if name in names}
     read = GgufTensors(order.weights.checkpoint, order.model).read
     specs = [(name, order.narrowing.dtype, shape) for name, shape in shapes.items()]
