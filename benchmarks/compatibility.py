@@ -173,7 +173,8 @@ def quantise(kind: str) -> Callable[[Subject], float]:
 
 
 def build(precision: str, *options: str) -> Callable[[Subject], float]:
-    """Build engines for sm89, and compare what they compute, emulated, with ONNX Runtime in float32."""
+    """Build engines for sm89, and compare what they compute, emulated, with ONNX Runtime in float32: the largest error
+    of the better nine tenths of tokens, as verify judges it."""
 
     def built(subject: Subject) -> float:
         shutil.rmtree(subject.bundle / "engines", ignore_errors=True)
@@ -186,7 +187,7 @@ def build(precision: str, *options: str) -> Callable[[Subject], float]:
                 "verify", subject.bundle, "--engine", "tensorrt", "--emulated", "--precision", precision, "--json"
             )
         )
-        return float(max(one["relative_error"] for one in done["comparisons"] if "relative_error" in one))
+        return float(max(one["p90_error"] for one in done["comparisons"] if one["shown"] is None))
 
     return built
 

@@ -1,5 +1,6 @@
 """Checkpoints and bundles that many tests read: tiny ones that are made up, and the reference ones."""
 
+import gc
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+gc.set_threshold(100_000, 20, 100)  # tracing makes millions of objects that live on: collecting costs an eighth of it
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 ExportOnce = Callable[..., Path]
 TINY_BERT: dict[str, Any] = {
