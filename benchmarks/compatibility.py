@@ -213,7 +213,8 @@ def serve(subject: Subject) -> float | None:
     import httpx
     import torch
 
-    command = [Path(sys.executable).parent / "stageline", "serve", subject.bundle, "--name", "m", "--port", "0"]
+    program, bundle = str(Path(sys.executable).parent / "stageline"), str(subject.bundle)
+    command = [program, "serve", bundle, "--name", "m", "--port", "0"]
     with tempfile.TemporaryFile("w+") as err:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
         try:

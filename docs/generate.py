@@ -97,7 +97,8 @@ def _default(parameter: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    # brackets would be links to names of the reference
+    return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[")
 
 
 def _prose(text: str) -> str:

@@ -142,7 +142,7 @@ def gguf_blocks(shape: tuple[int, ...], kind: Any, values: np.ndarray, seed: int
     scale = np.float16(values.std() / flat.std())
     for place in _SCALES[kind.name]:
         blocks[:, place : place + 2] = scale.reshape(1).view(np.uint8)
-    return blocks.reshape(gguf.quant_shape_to_byte_shape(shape, kind))
+    return np.asarray(blocks.reshape(gguf.quant_shape_to_byte_shape(shape, kind)))
 
 
 _LLAMA_NAMES = {
