@@ -1,11 +1,14 @@
 """A thin part of benchmarks/compatibility.py, in bfloat16 where there is a choice: one row of each kind stays right."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import formats
 import pytest
+import torch
+import transformers
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import compatibility
@@ -40,3 +43,15 @@ def test_a_wrong_answer_is_not_taken_for_a_right_one(tmp_path: Path) -> None:
     compatibility.tried(compatibility.export, subject)
     subject.reference = other
     assert compatibility.tried(compatibility.run, subject).verdict == "WRONG"
+
+
+def test_pairs_are_scored_as_by_transformers_pipeline(tmp_path: Path) -> None:
+    (subject,) = compatibility.subjects("classifier: single, bfloat16", tmp_path)
+    compatibility.export(subject)
+    pairs = [("Who sat?", "A cat."), ("A longer question?", "Dogs")]
+    asked = [word for pair in pairs for word in ("--pair", *pair)]
+    got = json.loads(subject.command("run", subject.bundle, *asked, "--json"))["labels"]
+    scores = transformers.pipeline("text-classification", model=subject.name, dtype=torch.float32, top_k=None)
+    for row, (text, text_pair) in zip(got, pairs, strict=True):
+        want = {one["label"]: one["score"] for one in scores({"text": text, "text_pair": text_pair})}
+        assert {one["label"]: one["probability"] for one in row} == pytest.approx(want, abs=1e-5)
