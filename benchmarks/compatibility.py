@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -278,27 +278,26 @@ def tried(column: Callable[[Subject], float | None], subject: Subject) -> Cell:
     return Cell(verdict, error, line, time.perf_counter() - began)
 
 
-def subjects(name: str, folder: Path) -> Iterator[Subject]:
+def subject_of(name: str, folder: Path) -> Subject:
     """The checkpoint of the row `name`, made in `folder`."""
     import formats
 
     kind, _, rest = name.partition(": ")
     if kind == "quantised":
-        yield Subject(
+        return Subject(
             str(formats.quantised(folder / "checkpoint", rest)), "generator", None, folder, method=formats.WORD[rest]
         )
-    elif kind == "gguf":
+    if kind == "gguf":
         made, other = (formats.gguf_file(folder / f"{n}.gguf", rest, seed) for seed, n in enumerate(("one", "two")))
-        yield Subject(str(made.path), "generator", made.model, folder, str(other.path), other.model)
-    else:
-        way, dtype = rest.split(", ")
-        make = formats.FOLDERS[way]
-        made, other = (make(folder / n, kind, dtype, seed) for seed, n in enumerate(("one", "two")))  # type: ignore[arg-type]
-        called = str(made.path)
-        if way == "hub cache":
-            os.environ.update(HF_HUB_CACHE=str(folder / "one"), HF_HUB_OFFLINE="1")
-            called = "org/name"
-        yield Subject(called, kind, made.model, folder, str(other.path), other.model)
+        return Subject(str(made.path), "generator", made.model, folder, str(other.path), other.model)
+    way, dtype = rest.split(", ")
+    make = formats.FOLDERS[way]
+    made, other = (make(folder / n, kind, dtype, seed) for seed, n in enumerate(("one", "two")))  # type: ignore[arg-type]
+    called = str(made.path)
+    if way == "hub cache":
+        os.environ.update(HF_HUB_CACHE=str(folder / "one"), HF_HUB_OFFLINE="1")
+        called = "org/name"
+    return Subject(called, kind, made.model, folder, str(other.path), other.model)
 
 
 def rows() -> list[str]:
@@ -321,7 +320,7 @@ def try_row(name: str, columns: list[str]) -> dict[str, Cell]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        (subject,) = subjects(name, Path(folder))
+        subject = subject_of(name, Path(folder))
         cells = {"export": tried(export if subject.reference else export_only, subject)}
         if (subject.bundle / "manifest.json").is_file():
             cells |= {column: tried(COLUMNS[column], subject) for column in columns if column != "export"}

@@ -1,10 +1,10 @@
 """A classifier's labels, and what makes scores of its logits, as transformers' pipelines choose."""
 
-from typing import Any, Literal
+from typing import Any
 
 from stageline.exporter.trace_model import Wanted
+from stageline.runtime.bundle.manifest import Activation
 
-Activation = Literal["softmax", "sigmoid", "none"]
 _CLASSIFIES = ("text-classification", "token-classification", "image-classification")
 _TORCH: dict[str, Activation] = {"Identity": "none", "Sigmoid": "sigmoid", "Softmax": "softmax"}
 

@@ -112,7 +112,7 @@ def _manifest(
 ) -> UncutManifest:
     config, last = wanted.config, traced.uses[-1]
     final = {last.writes[spec.name]: spec for spec in parts[last.part].outputs}
-    places = [skeleton.max_positions(traced.task.model), None if any(p.caches for p in parts) else traced.longest]
+    places = [skeleton.max_positions(traced.task.model), traced.longest]
     max_positions = min((limit for limit in places if limit is not None), default=None)
     text, extra = write_tokenizer(wanted, folder, max_positions)
     return UncutManifest(

@@ -8,7 +8,7 @@ import torch
 from stageline.exporter import unused_tensors
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
-from stageline.models.quantisation import is_narrow, quantised_with
+from stageline.models.quantisation import is_narrow, not_read, quantised_with
 from stageline.models.tensors import TensorEntry, same_data
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -74,9 +74,7 @@ def missing_error(checkpoint: Checkpoint, model: Any, missing: Iterable[str]) ->
     lacking = sorted(missing)
     method = quantised_with(checkpoint.tensors)
     if method is not None:
-        hint = (
-            f"it is quantised with {method}, which is not read yet: export the unquantised checkpoint, or a .gguf of it"
-        )
+        hint = f"it is {not_read(method)}"
     elif lacking == ["lm_head.weight"]:
         hint = "if the embeddings are the head, set tie_word_embeddings to true in its config.json"
     elif "tok_embeddings.weight" in checkpoint.tensors:
@@ -143,11 +141,9 @@ def _sources(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> di
 def _fits(checkpoint: Checkpoint, stored: TensorEntry, tensor: torch.Tensor) -> None:
     plain = "float" in stored.dtype and not is_narrow(stored.dtype)
     if tensor.is_floating_point() and not plain:
-        method = quantised_with(checkpoint.tensors)
         raise TensorsError(
             f"{checkpoint.path}: tensor {stored.name} holds {stored.dtype}, where the model has real numbers, so the "
-            f"checkpoint is quantised{f' with {method}' if method else ''}, which is not read yet; export the "
-            "unquantised one, or a .gguf of it"
+            f"checkpoint is {not_read(quantised_with(checkpoint.tensors))}"
         )
     if stored.shape != tuple(tensor.shape):
         raise TensorsError(

@@ -86,7 +86,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _open_folder(folder: Path, file: str | None = None) -> Checkpoint:
     """The checkpoint in `folder`, with the weights of the set that `file` is of if it is given."""
     config = read_json_object(folder / "config.json")
-    names = _names(folder, "*.safetensors", "*.json")
+    names = other_formats.names(folder, "*.safetensors", "*.json")
     adapted = "adapter_config.json" in names
     if adapted and (SINGLE in names or INDEX in names):
         raise CheckpointError(
@@ -180,7 +180,7 @@ def _one_of(folder: Path, copies: list[TensorEntry]) -> TensorEntry:
 
 
 def _why_no_weights(folder: Path) -> str:
-    ggufs = _names(folder, "*.gguf")
+    ggufs = other_formats.names(folder, "*.gguf")
     adapter = other_formats.adapter(folder)
     if adapter:
         return f"{folder} {adapter}"
@@ -205,7 +205,7 @@ def _open_gguf(path: Path, file: Path) -> Checkpoint:
 
 
 def _only_gguf(folder: Path) -> Path:
-    names = _names(folder, "*.gguf")
+    names = other_formats.names(folder, "*.gguf")
     models = gguf_file.model_files(names, folder)
     if len(models) > 1:
         raise CheckpointError(f"{folder} has {len(names)} .gguf files ({', '.join(names[:4])}); give one's path")
@@ -216,7 +216,7 @@ def _only_gguf(folder: Path) -> Path:
 
 def _why_no_config(folder: Path) -> str:
     inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
-    if _names(folder, "*.safetensors"):
+    if other_formats.names(folder, "*.safetensors"):
         return f"{folder} has weights but no config.json, which says what model they are of; download it"
     if inside and (folder / "modules.json").is_file():
         return (
@@ -235,7 +235,3 @@ def _tokenizer(folder: Path) -> Path | None:
 
 def _auxiliary(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in _AUXILIARY if (folder / name).is_file())
-
-
-def _names(folder: Path, *patterns: str) -> list[str]:
-    return sorted(file.name for pattern in patterns for file in folder.glob(pattern))

@@ -38,7 +38,7 @@ def adapter(folder: Path) -> str | None:
     """What to do with an adapter, if the folder holds one."""
     stated = _json(folder / "adapter_config.json")
     if stated is None:
-        files = _names(folder, "adapter_model.*")
+        files = names(folder, "adapter_model.*")
         return f"holds an adapter ({files[0]}), not a whole model; merge it into its base model" if files else None
     kind = stated.get("peft_type")
     base = stated.get("base_model_name_or_path") or stated.get("model_name")
@@ -63,7 +63,7 @@ def _diffusers(folder: Path) -> str | None:
 
 
 def _original(folder: Path) -> str | None:
-    consolidated = _names(folder, "consolidated*")
+    consolidated = names(folder, "consolidated*")
     if not consolidated or (folder / "config.json").is_file():
         return None
     return (
@@ -75,10 +75,10 @@ def _original(folder: Path) -> str | None:
 
 def _other_framework(folder: Path) -> str | None:
     for pattern, framework in _FROM_OTHERS.items():
-        names = _names(folder, pattern)
-        if names and not _pickles(folder):
+        found = names(folder, pattern)
+        if found and not _pickles(folder):
             return (
-                f"has its weights only in {names[0]}, which is {framework}'s; use a version of the checkpoint with "
+                f"has its weights only in {found[0]}, which is {framework}'s; use a version of the checkpoint with "
                 "model.safetensors, or convert it with a transformers below 5, which still read it: "
                 f"AutoModel.from_pretrained(FOLDER, from_{'flax' if framework == 'Flax' else 'tf'}=True)"
             )
@@ -87,24 +87,24 @@ def _other_framework(folder: Path) -> str | None:
 
 def _compiled(folder: Path) -> str | None:
     for pattern, engine in _COMPILED.items():
-        names = _names(folder, pattern)
-        if names and not _pickles(folder):
-            return f"holds {names[0]}, a model compiled for {engine}; give the checkpoint that it was made from"
+        found = names(folder, pattern)
+        if found and not _pickles(folder):
+            return f"holds {found[0]}, a model compiled for {engine}; give the checkpoint that it was made from"
     return None
 
 
 def _pickled(folder: Path) -> str | None:
-    names = _pickles(folder)
-    if not names:
+    pickles = _pickles(folder)
+    if not pickles:
         return None
     return (
-        f"has its weights only in {names[0]}, and reading a pickle can run any code; convert it where you trust it: "
+        f"has its weights only in {pickles[0]}, and reading a pickle can run any code; convert it where you trust it: "
         + _RESAVE
     )
 
 
 def _pickles(folder: Path) -> list[str]:
-    return [n for pattern in _PICKLES for n in _names(folder, pattern) if not n.startswith(_NOT_WEIGHTS)]
+    return [n for pattern in _PICKLES for n in names(folder, pattern) if not n.startswith(_NOT_WEIGHTS)]
 
 
 def _json(file: Path) -> dict[str, object] | None:
@@ -118,5 +118,6 @@ def _json(file: Path) -> dict[str, object] | None:
     return value if isinstance(value, dict) else {}
 
 
-def _names(folder: Path, pattern: str) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.glob(pattern))
+def names(folder: Path, *patterns: str) -> list[str]:
+    """The files in `folder` of these patterns, by their paths in it, sorted."""
+    return sorted(file.relative_to(folder).as_posix() for pattern in patterns for file in folder.glob(pattern))

@@ -56,6 +56,7 @@ _TRACES = {
 # The methods that transformers turns into plain weights on any processor, and the class that asks for it.
 _DEQUANTISED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 _NARROW = ("float8_", "float6_", "float4_")
+_PLAIN = "export the unquantised checkpoint, or a .gguf of it"
 _UNNAMED = "a method that config.json does not name"
 
 
@@ -78,6 +79,11 @@ def quantised_with(names: Iterable[str]) -> str | None:
     """The method, or the methods, that tensors of these names belong to; None if no name tells."""
     found = {method for name in names for ending, method in _TRACES.items() if name.endswith(ending)}
     return sorted(found, key=lambda methods: (methods.count(" "), methods))[0] if found else None
+
+
+def not_read(method: str | None) -> str:
+    """The refusal of tensors that are quantised with `method` (None: nothing names it), as part of a sentence."""
+    return f"quantised{f' with {method}' if method else ''}, which is not read yet; {_PLAIN}"
 
 
 def is_narrow(dtype: str) -> bool:
@@ -144,10 +150,9 @@ def _first(values: dict[str, Any], *keys: str) -> Any:
 
 
 def _way_out(method: str) -> str:
-    plain = "export the unquantised checkpoint, or a .gguf of it"
     if method not in _DEQUANTISED_BY:
-        return plain
+        return _PLAIN
     return (
-        f"{plain}, or write plain weights with transformers: from_pretrained(FOLDER, quantization_config="
+        f"{_PLAIN}, or write plain weights with transformers: from_pretrained(FOLDER, quantization_config="
         f"{_DEQUANTISED_BY[method]}(dequantize=True)).save_pretrained(NEW_FOLDER)"
     )

@@ -1,12 +1,9 @@
 """A classifier's logits as the scores that its checkpoint means."""
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
+from stageline.runtime.bundle.manifest import Activation
 from stageline.runtime.engines.base import Array
-
-Activation = Literal["softmax", "sigmoid", "none"]
 
 
 def scores(logits: Array, activation: Activation) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ ROWS = {
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_format_gives_what_transformers_gives(row: str, tmp_path: Path) -> None:
-    (subject,) = compatibility.subjects(row, tmp_path)
+    subject = compatibility.subject_of(row, tmp_path)
     cells = {column: compatibility.tried(compatibility.COLUMNS[column], subject) for column in ROWS[row]}
     assert {column: (cell.verdict, cell.line) for column, cell in cells.items()} == dict.fromkeys(
         ROWS[row], ("yes", "")
@@ -32,21 +32,21 @@ def test_a_format_gives_what_transformers_gives(row: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", formats.QUANTISED)
 def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(method: str, tmp_path: Path) -> None:
-    (subject,) = compatibility.subjects(f"quantised: {method}", tmp_path)
+    subject = compatibility.subject_of(f"quantised: {method}", tmp_path)
     cell = compatibility.tried(compatibility.export_only, subject)
     assert (cell.verdict, not subject.bundle.exists()) == ("refused", True), cell.line
 
 
 def test_a_wrong_answer_is_not_taken_for_a_right_one(tmp_path: Path) -> None:
     other: Any = formats.model("classifier", "float32", seed=9)
-    (subject,) = compatibility.subjects("classifier: single, bfloat16", tmp_path)
+    subject = compatibility.subject_of("classifier: single, bfloat16", tmp_path)
     compatibility.tried(compatibility.export, subject)
     subject.reference = other
     assert compatibility.tried(compatibility.run, subject).verdict == "WRONG"
 
 
 def test_pairs_are_scored_as_by_transformers_pipeline(tmp_path: Path) -> None:
-    (subject,) = compatibility.subjects("classifier: single, bfloat16", tmp_path)
+    subject = compatibility.subject_of("classifier: single, bfloat16", tmp_path)
     compatibility.export(subject)
     pairs = [("Who sat?", "A cat."), ("A longer question?", "Dogs")]
     asked = [word for pair in pairs for word in ("--pair", *pair)]

@@ -51,8 +51,8 @@ def export_command(
         "trace": manifest.trace,
         "attention": manifest.attention,
         "no_cache_reason": manifest.no_cache_reason,
+        "notes": manifest.notes,
     }
-    how["notes"] = manifest.notes
     summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
     common.print_result(
         as_json,

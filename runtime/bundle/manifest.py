@@ -19,6 +19,8 @@ INPUT_IDS, PAST_LENGTHS, NEW_LENGTHS, LOGITS_AT = CACHED_INPUTS
 ROW_LENGTHS = "row_lengths"
 """A fifth input, if the manifest has `row_scaling`, int64 [batch]: the length of the row that the new keys are made
 for, which is that of the prompt, or of the row with its new tokens if that is more."""
+Activation = Literal["softmax", "sigmoid", "none"]
+"""What makes a classifier's scores of its logits; none: they are the scores."""
 _T = TypeVar("_T")
 
 
@@ -194,7 +196,7 @@ class UncutManifest(Data):
     uses: tuple[Use, ...] = Field(min_length=3)
     labels: tuple[str, ...] | None = None  # of a classifier
     generation: GenerationDefaults | None = None  # of a model that generates; None up to version 3
-    activation: Literal["softmax", "sigmoid", "none"] = "softmax"  # makes a classifier's scores of its logits
+    activation: Activation = "softmax"  # makes a classifier's scores of its logits
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why
