@@ -6,6 +6,7 @@ matters, and rounded to the dtype of the checkpoint; a .gguf's reference has the
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import gguf
 import numpy as np
+import tiny_gguf
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -128,38 +130,22 @@ GGUF_TYPES = (
 )  # fmt: skip
 
 
-def gguf_blocks(shape: tuple[int, ...], kind: Any, values: np.ndarray, seed: int) -> np.ndarray:
+def gguf_blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """`values` quantised; random blocks with small scales where `gguf` only dequantises a type."""
     if kind.name not in _SCALES:
         return np.asarray(gguf.quantize(values, kind))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(zlib.crc32(values.tobytes()))
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8).reshape(-1, block_bytes)
+    shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
+    blocks = rng.integers(0, 256, shape, dtype=np.uint8).reshape(-1, block_bytes)
     # as large as makes the values' spread that of `values`
     for place in _SCALES[kind.name]:
         blocks[:, place : place + 2] = np.float16(1).reshape(1).view(np.uint8)
-    flat = gguf.dequantize(blocks.reshape(gguf.quant_shape_to_byte_shape(shape, kind)), kind)
+    flat = gguf.dequantize(blocks.reshape(shape), kind)
     scale = np.float16(values.std() / flat.std())
     for place in _SCALES[kind.name]:
         blocks[:, place : place + 2] = scale.reshape(1).view(np.uint8)
-    return np.asarray(blocks.reshape(gguf.quant_shape_to_byte_shape(shape, kind)))
-
-
-_LLAMA_NAMES = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-
-
-def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """transformers' rows of a query or key product, in the order in which llama.cpp rotates them."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def _halved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `_interleaved`."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+    return np.asarray(blocks.reshape(shape))
 
 
 def gguf_file(file: Path, kind: str, seed: int = 0) -> Made:
@@ -167,52 +153,40 @@ def gguf_file(file: Path, kind: str, seed: int = 0) -> Made:
 
     The reference has the values that the file's blocks stand for, by `gguf.dequantize`.
     """
-    quantised = gguf.GGMLQuantizationType[kind]
     reference = model("generator", "float32", seed)
-    config = reference.config
-    file.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
+    tiny_gguf.write_gguf(
+        file, reference, "llama", kind=gguf.GGMLQuantizationType[kind], quantise=gguf_blocks, tokenizer=_gguf_tokenizer
+    )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, reference.config.num_hidden_layers)
+    parameters = {
+        f"{names.get_name(name.removesuffix('.weight'))}.weight": p for name, p in reference.named_parameters()
+    }
+    for tensor in gguf.GGUFReader(file).tensors:
+        values = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        parameter = parameters[tensor.name]
+        heads = tiny_gguf.rotated_heads(reference.config, tensor.name)
+        values = _halved(values.reshape(parameter.shape), heads) if heads else values.reshape(parameter.shape)
+        parameter.data.copy_(torch.tensor(values))
+    return Made(file, reference)
+
+
+def _halved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of a query or key product in transformers' order: the inverse of `tiny_gguf.permuted`."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """What `tokenizer` makes, as metadata."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(VOCABULARY)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (len(VOCABULARY) - len(SPECIAL))
-    )
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_token_types([control] * len(SPECIAL) + [normal] * (len(VOCABULARY) - len(SPECIAL)))
     writer.add_token_merges([" ".join(MERGE)])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
     writer.add_add_bos_token(False)
-    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    for block in range(config.num_hidden_layers):
-        names |= {f"blk.{block}.{ours}": f"model.layers.{block}.{name}" for ours, name in _LLAMA_NAMES.items()}
-    state = reference.state_dict()
-    for number, (stored, name) in enumerate(names.items()):
-        values = state[f"{name}.weight"].numpy()
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(stored.split(".")[-1])
-        if values.ndim == 1:
-            writer.add_tensor(f"{stored}.weight", values)
-            continue
-        blocks = gguf_blocks(values.shape, quantised, _interleaved(values, heads) if heads else values, number)
-        raw = None if kind in ("F32", "F16") else quantised
-        writer.add_tensor(f"{stored}.weight", blocks, raw_dtype=raw)
-        exact = np.asarray(gguf.dequantize(blocks, quantised), np.float32).reshape(values.shape)
-        state[f"{name}.weight"].copy_(torch.from_numpy(_halved(exact, heads) if heads else exact))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Made(file, reference)
 
 
 def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:

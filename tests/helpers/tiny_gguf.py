@@ -20,10 +20,20 @@ def permuted(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def llama_layout(config: Any, name: str, values: np.ndarray) -> np.ndarray:
+def rotated_heads(config: Any, name: str) -> int | None:
+    """How many heads a Llama's query or key tensor has; None for other tensors."""
     if ".attn_q." in name:
-        return permuted(values, config.num_attention_heads)
-    return permuted(values, config.num_key_value_heads) if ".attn_k." in name else values
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".attn_k." in name else None
+
+
+def llama_layout(config: Any, name: str, values: np.ndarray) -> np.ndarray:
+    heads = rotated_heads(config, name)
+    return values if heads is None else permuted(values, heads)
+
+
+def as_it_is(config: Any, name: str, values: np.ndarray) -> np.ndarray:
+    return values
 
 
 def one_more(config: Any, name: str, values: np.ndarray) -> np.ndarray:
@@ -48,7 +58,7 @@ def tensors_of(model: torch.nn.Module, arch: str) -> dict[str, np.ndarray]:
     config: Any = model.config
     found = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(found, config.num_hidden_layers)
-    layout = LAYOUTS.get(arch, lambda config, name, values: values)
+    layout = LAYOUTS.get(arch, as_it_is)
     tensors: dict[str, np.ndarray] = {}
     for parameter, held in dict(model.named_parameters()).items():
         values = held.detach().float().numpy()
@@ -75,11 +85,13 @@ def write_gguf(
     *,
     extra: Mapping[str, np.ndarray] | None = None,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    quantise: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = gguf.quants.quantize,
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
     leave_out: Iterable[str] = (),
 ) -> Path:
     """Write the model; matrices of `kind`, vectors in float32. `keys` lack the architecture's name (`rope.freq_base`);
-    None takes away one that is there by default. `extra` are tensors by name."""
+    None takes away one that is there by default. `extra` are tensors by name. `quantise` makes blocks of types other than
+    F32 and F16."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**keys_of(model, arch), **(keys or {})}.items():
         if value is not None:
@@ -99,7 +111,7 @@ def write_gguf(
         elif stored == gguf.GGMLQuantizationType.F16:
             writer.add_tensor(name, values.astype(np.float16))
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
+            writer.add_tensor(name, quantise(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
