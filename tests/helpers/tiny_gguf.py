@@ -89,9 +89,11 @@ def write_gguf(
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
     leave_out: Iterable[str] = (),
 ) -> Path:
-    """Write the model; matrices of `kind`, vectors in float32. `keys` lack the architecture's name (`rope.freq_base`);
-    None takes away one that is there by default. `extra` are tensors by name. `quantise` makes blocks of types other than
-    F32 and F16."""
+    """Write the model; matrices of `kind`, vectors in float32, blocks of types other than F32 and F16 by `quantise`.
+
+    `keys` lack the architecture's name (`rope.freq_base`); None takes away one that is there by default. `extra` are
+    tensors by name.
+    """
     writer = gguf.GGUFWriter(path, arch)
     for key, value in {**keys_of(model, arch), **(keys or {})}.items():
         if value is not None:
