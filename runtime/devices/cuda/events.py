@@ -4,6 +4,10 @@ from collections import deque
 
 from stageline.runtime.devices.cuda.driver import Driver
 
+# Handles are made so many at once: how many are held at a time varies with how the threads are scheduled, and a step
+# should not have to ask the driver for one more.
+_BATCH = 64
+
 
 class Event:
     """A recorded point in `stream`. A wait refers to the point as recorded when the wait was enqueued, so the handle
@@ -43,8 +47,9 @@ class Events:
         try:
             handle = self._returned.popleft()
         except IndexError:
-            handle = self._driver.new_event()
-            self._made.append(handle)
+            handle, *others = (self._driver.new_event() for _ in range(_BATCH))
+            self._made += [handle, *others]
+            self._returned.extend(others)
         event = Event(self._driver, handle, stream, self._returned)
         self._driver.record(handle, stream)
         return event
