@@ -5,7 +5,8 @@
 The checkpoints are those of tests/helpers/formats.py: a small generator and a small classifier in every format. A cell
 is "yes" with the error against transformers in float32 (a fraction of the largest reference value), "refused" with the
 one line that the command printed, WRONG (the error is too large), or "traceback". Engines are built by TensorRT-RTX for
-sm89 and emulated on CPU cores. Each format has a process of its own. Exits with 1 if a cell is WRONG or a traceback.
+sm89 and emulated on CPU cores. Each format has a process of its own. The JSON is written after each row, and keeps the
+rows that were not tried now. Exits with 1 if a cell is WRONG or a traceback.
 """
 
 import argparse
@@ -386,6 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--columns", default=",".join(COLUMNS))
+    parser.add_argument("--missing", action="store_true", help="only rows that the JSON does not hold")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path)
     parser.add_argument("--row", help=argparse.SUPPRESS)  # one row, in its own process
@@ -395,8 +397,11 @@ def main() -> None:
         print(json.dumps({name: asdict(cell) for name, cell in try_row(arguments.row, columns).items()}))
         return
     results: dict[str, dict[str, Cell]] = {}
+    if arguments.json and arguments.json.exists():
+        kept = json.loads(arguments.json.read_text())
+        results = {name: {n: Cell(**cell) for n, cell in kept[name].items()} for name in rows() if name in kept}
     for name in rows():
-        if arguments.only not in name:
+        if arguments.only not in name or (arguments.missing and name in results):
             continue
         command = [sys.executable, __file__, "--row", name, "--columns", arguments.columns]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
@@ -409,11 +414,10 @@ def main() -> None:
         for column, cell in results[name].items():
             if cell.line:
                 print(f"    {column}: {cell.line}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({n: {c: asdict(cell) for c, cell in cells.items()} for n, cells in results.items()}, indent=1)
-            + "\n"
-        )
+        results = {n: results[n] for n in rows() if n in results}
+        if arguments.json:
+            document = {n: {c: asdict(cell) for c, cell in cells.items()} for n, cells in results.items()}
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.docs:
         arguments.docs.write_text(page(results))
     bad = [cell for cells in results.values() for cell in cells.values() if cell.verdict in ("WRONG", "traceback")]
