@@ -6,9 +6,9 @@ The architectures are those of tests/exporter/test_parity.py and test_cached.py,
 precision. torch in float32 with the same weights is the reference. Compared with it are the bundle on CPU cores (ONNX
 Runtime, which computes in float32), its stages as lowered for TensorRT in the checkpoint's type (emulated: each value
 is rounded to its type), and torch in the checkpoint's type. An error is the largest over all values of 8 rows of 33
-tokens, or of 8 images, as a fraction of the largest value. "Same" is the share of tokens, or of rows, whose largest element is
-that of the reference. Exits with 1 if the CPU's error is above 1e-4, or the lowered one above twice torch's own (and
-above the tolerance of `stageline verify`).
+tokens, or of 8 images, as a fraction of the largest value. "Same" is the share of tokens, or of rows, whose largest
+element is that of the reference. Exits with 1 if the CPU's error is above 1e-4, or the lowered one above twice torch's
+own (and above the tolerance of `stageline verify`).
 """
 
 import argparse
