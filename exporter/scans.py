@@ -1,9 +1,8 @@
 """Recurrences over tokens (state spaces, the gated delta rule) in a form that holds for rows of any length.
 
 transformers computes them without kernels in a Python loop over tokens or chunks, so a trace holds the loop of one
-length. Here h[t] = decay[t] h[t-1] + added[t] is computed by doubling: within chunks of `_CHUNK` elements, then over
-the chunks' last states in the same way, and so on. This is the parallel prefix sum of Blelloch, "Prefix Sums and Their
-Applications" (1990).
+length. Here they are products of matrices and a scan, h[t] = decay[t] h[t-1] + added[t], which is one operator in the
+trace and is written out after it (stageline.exporter.scan_graph).
 """
 
 import contextlib
@@ -13,12 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from stageline.exporter.scan_graph import LONGEST, SCAN
 from torch.nn.functional import pad, silu, softplus
-
-_CHUNK = 32
-_LEVELS = 3
-LONGEST = 1_000_000
-"""Tokens: chunks of chunks of chunks, and one for what pads them."""
 
 
 @contextlib.contextmanager
@@ -33,49 +28,16 @@ def any_length(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def linear_scan(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """h[t] = decay[t] * h[t-1] + added[t] with h[-1] = 0; all [batch, any, length, width]."""
-    return _scan(decay[..., None], added[..., None], torch.mul, torch.ones_like(decay[:1, :1, :1, :, None]))[..., 0]
+def scan(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """h[t] = decay[t] h[t-1] + added[t] with h[-1] = 0, as one operator of the trace.
 
-
-def matrix_scan(decay: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """h[t] = decay[t] @ h[t-1] + added[t] with h[-1] = 0; decay [batch, any, length, n, n], added [..., n, m]."""
-    return _scan(decay, added, torch.matmul, torch.eye(decay.shape[-1], dtype=decay.dtype)[None, None, None])
-
-
-def _scan(
-    decay: torch.Tensor,
-    added: torch.Tensor,
-    compose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    identity: torch.Tensor,
-    levels: int = _LEVELS,
-) -> torch.Tensor:
-    """Along dimension 2 of tensors with 5. `identity` [1, 1, 1, ...] composes with anything to that."""
-    length = decay.shape[2]
-    if levels == 0:
-        torch._check(length <= _CHUNK)  # type: ignore[no-untyped-call]
-        chunks, filled = 1, _CHUNK
-    else:
-        # Two chunks at least: the tracer takes a size of 1 for a constant, whatever the length of the rows.
-        chunks = length // _CHUNK + 2
-        filled = chunks * _CHUNK
-    batch, rows = decay.shape[:2]
-    filling = identity.expand(batch, rows, filled - length, -1, -1)
-    decay = torch.cat([decay, filling], 2).reshape(batch, rows, chunks, _CHUNK, *decay.shape[3:])
-    added = pad(added, (0, 0, 0, 0, 0, filled - length)).reshape(batch, rows, chunks, _CHUNK, *added.shape[3:])
-    shift = 1
-    while shift < _CHUNK:
-        added = torch.cat(
-            [added[:, :, :, :shift], added[:, :, :, shift:] + compose(decay[:, :, :, shift:], added[:, :, :, :-shift])],
-            3,
-        )
-        decay = torch.cat([decay[:, :, :, :shift], compose(decay[:, :, :, shift:], decay[:, :, :, :-shift])], 3)
-        shift *= 2
-    if levels:
-        ends = _scan(decay[:, :, :, -1], added[:, :, :, -1], compose, identity, levels - 1)
-        before = pad(ends[:, :, :-1], (0, 0, 0, 0, 1, 0))
-        added = added + compose(decay, before[:, :, :, None])
-    return added.reshape(batch, rows, filled, *added.shape[4:])[:, :, :length]
+    Either each [batch, any, length, width], multiplied element by element, or matrices: decay [..., n, n], added
+    [..., n, m].
+    """
+    result: torch.Tensor = torch.onnx.ops.symbolic(
+        "::".join(SCAN), [decay, added], dtype=added.dtype, shape=added.shape, version=1
+    )
+    return result
 
 
 def _selective_scan(original: Any) -> Any:
@@ -99,7 +61,7 @@ def _selective_scan(original: Any) -> Any:
         step = softplus(step) if delta_softplus else step
         decay = torch.exp(A[None, :, None, :] * step[..., None])
         added = step[..., None] * B.transpose(1, 2)[:, None].float() * hidden_states[..., None].float()
-        states = linear_scan(decay, added.to(decay.dtype))
+        states = scan(decay, added.to(decay.dtype))
         output = (states * C.transpose(1, 2)[:, None]).sum(-1).to(hidden_states.dtype)
         if D is not None:
             output = output + hidden_states * D[None, :, None]
@@ -180,7 +142,7 @@ def _chunked_delta_rule(original: Any) -> Any:
         key = (key * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
         # the state after a chunk: what is left of the state before, less what its own keys see of that, and its values
         kept = decay[..., -1].exp()[..., None, None] * torch.eye(key.shape[-2]) - key @ seen
-        states = pad(matrix_scan(kept, key @ values)[:, :, :-1], (0, 0, 0, 0, 1, 0))
+        states = pad(scan(kept, key @ values)[:, :, :-1], (0, 0, 0, 0, 1, 0))
         output = query @ states + inside @ (values - seen @ states)
         output = output.transpose(2, 3).transpose(1, 3).reshape(output.shape[0], -1, heads, output.shape[-1])
         return output[:, :length].to(dtype), None

@@ -18,6 +18,7 @@ from stageline.exporter.blocks import Call
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.failure import reason_of
 from stageline.exporter.functions import without_unknown
+from stageline.exporter.scan_graph import lower_scans
 from stageline.exporter.skeleton import Input, RefusedError, Task
 from stageline.models.errors import ExportError
 from torch.utils import _pytree
@@ -128,6 +129,7 @@ def trace(
             initializer.const_value = None  # the optimiser must not look at data that is not there
     with _quiet():
         optimizer.optimize_ir(model, num_iterations=2, onnx_shape_inference=False)
+    lower_scans(model)  # after the optimiser, whose time grows with the square of the number of slices
     return Trace(model, real, _longest(program, task.inputs))
 
 
