@@ -7,13 +7,15 @@ Of each kind of block the first and the last are traced; the blocks between are 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
+from stageline.exporter import exact_constants
 from stageline.exporter.blocks import Call
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.failure import reason_of
@@ -105,13 +107,15 @@ def trace(
     stack: list[Call],
     kinds: list[int],
     real: frozenset[int],
+    buffers: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Trace:
-    """Trace `task` with blocks marked; those not in `real` are replaced by their input."""
+    """Trace `task` with blocks marked; those not in `real` are replaced by their input. `buffers` are buffers of the
+    task, by name, with the values that they have in float32."""
     free = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in task.inputs
     )
-    with _quiet(), _Marks(stack, kinds, real), torch.no_grad():
+    with _quiet(), _Marks(stack, kinds, real), torch.no_grad(), exact_constants.remembered():
         try:
             program = torch.export.export(task, samples, dynamic_shapes=(free,), strict=False)
             exported = torch.onnx.export(
@@ -127,8 +131,9 @@ def trace(
     for initializer in model.graph.initializers.values():
         if isinstance(getattr(initializer.const_value, "raw", None), torch._subclasses.FakeTensor):
             initializer.const_value = None  # the optimiser must not look at data that is not there
+    exact_constants.restore(model, buffers)
     with _quiet():
-        optimizer.optimize_ir(model, num_iterations=2, onnx_shape_inference=False)
+        optimizer.optimize_ir(model, num_iterations=2, onnx_shape_inference=False, should_fold=exact_constants.folds)
     lower_scans(model)  # after the optimiser, whose time grows with the square of the number of slices
     return Trace(model, real, _longest(program, task.inputs))
 

@@ -1,7 +1,8 @@
 """From a checkpoint to the part graphs of its model: the first attention that fits, traced, cut and fused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from stageline.exporter.attention import STRATEGIES, Attention
 from stageline.exporter.blocks import Call, kinds, stampable
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.cut import NotProvenError, PartGraph, cut
+from stageline.exporter.exact_constants import take_buffers
 from stageline.exporter.failure import reason_of
 from stageline.exporter.fuse import fuse_norms
 from stageline.exporter.matching import TensorsError, missing_error
@@ -104,11 +106,15 @@ class _FakeModel:
     task: skeleton.Task | CacheTask
     weights: Weights
     mode: FakeTensorMode
+    buffers: Mapping[str, torch.Tensor]
+    """The task's buffers that half precision rounds, in float32."""
 
     @classmethod
     def of(cls, wanted: Wanted, attention: Attention) -> "_FakeModel":
         dtype = getattr(torch, wanted.dtype)
-        model = skeleton.build(wanted.config, wanted.task, dtype, attention.implementation)
+        build = partial(skeleton.build, wanted.config, wanted.task, attention=attention.implementation)
+        model = build(dtype=dtype)
+        buffers = take_buffers(model, build(dtype=torch.float32)) if dtype != torch.float32 else {}
         weights = find(wanted.checkpoint, model)
         mode = skeleton.fake_mode()
         skeleton.fake_weights(model, mode, weights.names.keys() | weights.missing)
@@ -117,7 +123,8 @@ class _FakeModel:
             with torch.device("meta"):
                 head = SentenceHead(wanted.pooling, dtype)
             skeleton.fake_weights(head, mode, ())
-        return cls(attention.wrap(model, dtype, wanted.task, head).eval(), weights, mode)
+        task = attention.wrap(model, dtype, wanted.task, head).eval()
+        return cls(task, weights, mode, {"model." + name: buffer for name, buffer in buffers.items()})
 
     def samples(self) -> tuple[torch.Tensor, ...]:
         """Fresh inputs."""
@@ -162,7 +169,7 @@ def _cut(
     fake: _FakeModel, attention: Attention, stack: list[Call], kind: list[int], real: frozenset[int], how: str
 ) -> TracedModel:
     """Trace the blocks `real`, cut the graph into parts, and fuse them."""
-    traced = trace(fake.task, fake.samples(), stack, kind, real)
+    traced = trace(fake.task, fake.samples(), stack, kind, real, fake.buffers)
     attention.check_graph(traced.model.graph)
     if attention.cached and traced.longest is not None:  # a row may take more tokens in one step than that
         raise NoCacheError(f"it computes more than {traced.longest} tokens at a time in another way")

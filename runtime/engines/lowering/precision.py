@@ -19,16 +19,19 @@ from stageline.runtime.engines.lowering.float32 import HALVES
 _WIDE = frozenset(
     {"Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log", "CumSum"}
 )
+_FLOATS = frozenset({ir.DataType.FLOAT, *HALVES})
 _FLOAT_PARAMETERS = {"Resize": frozenset({1, 2})}
 """Operator -> its inputs that must stay float32."""
 
 
 def widen_initializers(model: ir.Model) -> None:
-    """Let each floating initializer enter the graph as float32: a Cast of a weight becomes the weight itself, and
+    """Let each floating initializer enter the graph as float32: a Cast of one becomes the initializer itself, and
     constants are converted. A weight's value has the type in the graph, its tensor the one on disk."""
     for node in list(model.graph):
         source = node.inputs[0] if node.inputs else None
-        if node.op_type == "Cast" and source is not None and _is_weight(source) and _to(node).is_floating_point():
+        if source is None or not source.is_initializer() or node.op_type != "Cast":
+            continue
+        if {source.dtype, _to(node)} <= _FLOATS:
             ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
             model.graph.remove(node, safe=True)
     for value in model.graph.initializers.values():
