@@ -15,6 +15,7 @@ from stageline.models.place_file import place_file
 from stageline.models.safetensors_file import header_sha256, write_streaming
 from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
 from stageline.runtime.bundle.manifest import FileEntry
+from transformers.core_model_loading import build_glob_alternation
 
 FOLDER = "weights"
 _FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -130,11 +131,24 @@ def _convert(order: _Order) -> list[FileEntry]:
     """Copy the tensors that the model takes, the floating ones in another dtype, a few megabytes at a time."""
     tensors = order.weights.checkpoint.tensors
     entries = {name: tensors[name] for name in sorted(set(order.weights.names.values()))}
+    ways = dict.fromkeys(entries, order.narrowing)
+    for name in _kept_wide(order):
+        order.narrowing.look_at(entries[name])  # the stages cast it
+        ways[name] = Narrowing(order.narrowing.path, "float32")
     specs = [
-        (name, order.narrowing.dtype if entry.dtype in _FLOATING else entry.dtype, entry.shape)
+        (name, ways[name].dtype if entry.dtype in _FLOATING else entry.dtype, entry.shape)
         for name, entry in entries.items()
     ]
-    return [order.write(specs, lambda name: order.narrowing.chunks(entries[name]))]
+    return [order.write(specs, lambda name: ways[name].chunks(entries[name]))]
+
+
+def _kept_wide(order: _Order) -> set[str]:
+    """The checkpoint's tensors that transformers keeps in float32, whatever the dtype: routers' biases, for example."""
+    plan = order.model._get_dtype_plan(getattr(torch, order.narrowing.dtype))
+    if not plan:
+        return set()
+    pattern, *_ = build_glob_alternation(list(plan))
+    return {tensor for name, tensor in order.weights.names.items() if pattern.search(name)}
 
 
 def _dequantise(order: _Order) -> list[FileEntry]:

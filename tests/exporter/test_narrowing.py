@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -131,3 +132,15 @@ def test_float64_is_converted_to_what_engines_have(tmp_path: Path) -> None:
     written = load_file(tmp_path / "b" / weights)
     assert all(torch.equal(written[name], stored[name].float()) for name in written)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.slow
+def test_what_transformers_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "c")
+    export(tmp_path / "c", tmp_path / "b", dtype="float16")
+    model = transformers.T5EncoderModel.from_pretrained(tmp_path / "c", dtype=torch.float16)
+    expected = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in model.state_dict().items()}
+    assert set(expected.values()) == {"float16", "float32"}
+    header = read_header(tmp_path / "b" / "weights" / "model.safetensors")
+    assert {name: entry.dtype for name, entry in header.items()} == {name: expected[name] for name in header}

@@ -26,14 +26,14 @@ def random_inputs(bundle: Bundle, seed: int, rows: int = 5, length: int = 19) ->
         elif spec.name == "input_ids":
             made[spec.name] = rng.integers(3, bundle.manifest.vocabulary, shape)
         else:
-            made[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+            made[spec.name] = rng.standard_normal(shape).astype(np.float32)  # pipelines take half precision so
     if "attention_mask" in made:
         made["input_ids"][made["attention_mask"] == 0] = 0
     return made
 
 
 def reference(checkpoint: Path, saved_as: str) -> Any:
-    """The model in transformers, with eager attention in float32."""
+    """The model in transformers, with eager attention in float32, whatever its weights are stored in."""
     load = getattr(transformers, saved_as).from_pretrained
     return load(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
 

@@ -140,6 +140,19 @@ def test_constants_in_half_precision_are_widened() -> None:
     assert (c.dtype, tensor.dtype, tensor.numpy().tolist()) == (FLOAT, FLOAT, [0.5, -65504])
 
 
+def test_a_cast_of_a_constant_becomes_the_constant() -> None:
+    """An export keeps the exact values of constants in float32, each with a Cast to the bundle's type."""
+    x = value("x")
+    data = ir.tensor(np.array(0.044715, np.float32), name="c")
+    c = ir.Value(name="c", shape=ir.Shape([]), type=ir.TensorType(FLOAT), const_value=data)
+    narrow = node("Cast", c, name="narrow", to=HALF)
+    made = model([x], [narrow, node("Mul", x, narrow.outputs[0], name="y")], [c])
+    widen_initializers(made)
+    assert [n.op_type for n in made.graph] == ["Mul"]
+    assert made.graph[0].inputs[1] is c
+    assert (c.dtype, c.const_value) == (FLOAT, data)
+
+
 def test_a_branch_is_refused() -> None:
     x = value("x")
     inner = ir.Graph([], [], nodes=[], name="then")
