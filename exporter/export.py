@@ -13,6 +13,7 @@ from stageline.exporter.sentence_head import place_head
 from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
+from stageline.exporter.verify.at_export import check_runs_here, run_at_export
 from stageline.exporter.weights import linked_note, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
@@ -42,6 +43,7 @@ def export(
     that the checkpoint was saved for. `progress` is called with the name of each step when it begins. The bundle
     appears complete or not at all. StagelineError if it cannot be made.
     """
+    check_runs_here()
     progress("reading the checkpoint")
     wanted = _wanted(Path(path), stages, dtype, task, progress)
     target = Path(bundle)
@@ -57,6 +59,9 @@ def export(
         progress("stitching stages")
         uncut = _manifest(wanted, traced, folder, parts, weights)
         manifest = _stitch(folder, uncut, stages)
+        write_manifest(folder, manifest)
+        checked = run_at_export(Bundle(folder, manifest, _tensors(folder, manifest)), wanted)
+        manifest = manifest.model_copy(update={"checked": checked})
         write_manifest(folder, manifest)
     return Bundle(target, manifest, _tensors(target, manifest))
 

@@ -51,6 +51,7 @@ def export_command(
         "trace": manifest.trace,
         "attention": manifest.attention,
         "no_cache_reason": manifest.no_cache_reason,
+        "checked": manifest.checked,
         "notes": manifest.notes,
     }
     summary = {"bundle": str(output), **_summary(bundle), **how, "seconds": seconds}
@@ -112,7 +113,7 @@ def _description(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.path),
         **{
             name: getattr(manifest, name)
-            for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason", "notes")
+            for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason", "checked", "notes")
         },
         **_summary(bundle),
         "stages": [stage.model_dump(exclude={"inputs", "outputs"}) for stage in manifest.stages],

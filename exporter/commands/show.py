@@ -51,8 +51,9 @@ def bundle(opened: Bundle) -> str:
 
 
 def notes(manifest: Manifest) -> list[str]:
-    """What a user should know of the export, a line each."""
-    return [f"note: {note}" for note in manifest.notes]
+    """What the export ran of the bundle, and what a user should know of it, a line each."""
+    checked = [f"checked: {manifest.checked}"] if manifest.checked else []
+    return [*checked, *(f"note: {note}" for note in manifest.notes)]
 
 
 def generation(manifest: Manifest) -> list[str]:

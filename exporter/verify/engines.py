@@ -1,9 +1,9 @@
 """Verifying TensorRT engines: each stage against ONNX Runtime in float32, with ONNX Runtime's values as inputs.
 
 Without a GPU, the lowered stages can run on the CPU instead, each value rounded to its type. A token's error is a
-fraction of the largest value that ONNX Runtime has for it (of 1 if that is larger). 9 of 10 tokens must be within the
-tolerance: a few are beyond any half precision. In SmolLM2 torch itself, in bfloat16, is off by more than
-a token's largest value at some (benchmarks/tensorrt_precision.py).
+fraction of how large ONNX Runtime's values are (stageline.exporter.verify.scale). 9 of 10 tokens must be within the
+tolerance: a few are beyond any half precision. In SmolLM2 torch itself, in bfloat16, is off by more than a token's
+largest value at some (benchmarks/tensorrt_precision.py).
 
 If weights are quantised, an engine is compared with the same stage and the same weights, computed in float32. What
 quantising itself changes is shown, and not judged.
@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from stageline.exporter.verify.random_inputs import random_inputs
+from stageline.exporter.verify.scale import token_errors
 from stageline.models.errors import EngineError
 from stageline.runtime.builder.emulate import EmulatedStage
 from stageline.runtime.bundle.folder import Bundle
@@ -156,8 +157,7 @@ def compare(
     places where `real` is 0. NaN counts as an infinite error."""
     if real is not None and want.shape[:2] == real.shape:
         got, want = got[real == 1], want[real == 1]
-    scale = np.abs(want.astype(np.float64)).max(axis=-1, keepdims=True, initial=1)
-    errors = np.nan_to_num(np.abs(got.astype(np.float64) - want) / scale, nan=np.inf).max(axis=-1)
+    errors = token_errors(got, want)
     p90 = float(np.quantile(errors, _SHARE, method="lower"))
     tolerance = TOLERANCE[computed_precision(precision, activations)]
     return EngineComparison(

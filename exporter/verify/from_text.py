@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from stageline.exporter import skeleton
 from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.tokenizer import load_tokenizer
+from stageline.exporter.verify.scale import token_errors
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.sentence import pooling
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.bundle.manifest import EMBEDDING, Manifest
+from stageline.runtime.bundle.manifest import EMBEDDING, Activation, Manifest
 from stageline.runtime.engines import Array
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
@@ -32,13 +34,14 @@ TEXTS = (
     " ".join(f"It was day {day} and THE Rain went on." for day in range(60)),
 )
 NEW_TOKENS = 12  # a greedy continuation's
+_ZERO = 1e-6  # scores no larger are alike
 
 
 @dataclass(frozen=True)
 class TextComparison:
     """One step of the way from text to answer, and the largest error of all texts: 1 if a text becomes other tokens;
-    the difference of an answer's numbers as a fraction of the largest of them (of 1 if that is larger); how much less
-    the reference scores the first token of a greedy continuation that is not its own."""
+    the difference of an answer's numbers as a fraction of how large they are; of scores, that of their logarithms if
+    that is larger; how much less the reference scores the first token of a greedy continuation that is not its own."""
 
     step: str
     value: str
@@ -80,7 +83,8 @@ def compare_texts(
     pipeline: Pipeline, checkpoint: Checkpoint, model: Any, tolerance: float
 ) -> tuple[TextComparison, ...]:
     """Compare the open bundle with the checkpoint, whose reference `model` is loaded, on `TEXTS`; nothing is compared
-    where the bundle takes no text, or the checkpoint is a .gguf, whose tokenizer is checked when it is made.
+    where the bundle takes no text, or the checkpoint is a .gguf: transformers reads the tokenizers of these files less
+    truly than the export does, so it is no reference.
 
     CheckpointError if the checkpoint's tokenizer cannot be read.
     """
@@ -117,12 +121,23 @@ def _worst(step: str, value: str, errors: Sequence[tuple[str, float]], tolerance
     return TextComparison(step, value, error, tolerance, text)
 
 
-def _error(got: Any, want: Any) -> float:
-    """The largest difference as a fraction of the largest wanted value, of 1 if that is larger."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    if got.shape != want.shape:
-        return float("inf")
-    return float((np.abs(got - want) / np.abs(want).max(initial=1)).max(initial=0))
+def _errors(answers: Sequence["_Answer"], usual: float | None = None) -> list[tuple[str, float]]:
+    """The largest error of each answer, as a fraction of how large its numbers are, or those of most answers (`usual`:
+    numbers of that size); infinite where there are more or fewer of them."""
+    pairs = [(text, np.asarray(got, np.float64), np.asarray(want, np.float64)) for text, got, want in answers]
+    if usual is None:
+        usual = float(np.median([np.abs(want).max(initial=0) for _, _, want in pairs]))
+    return [
+        (text, float(token_errors(got.ravel(), want.ravel(), usual)) if got.shape == want.shape else float("inf"))
+        for text, got, want in pairs
+    ]
+
+
+def _score_errors(answers: Sequence["_Answer"]) -> list[tuple[str, float]]:
+    """Like `_errors`, of scores between 0 and 1: of them, or of their logarithms, which tell small ones apart."""
+    logs = [(text, np.log(np.clip(got, _ZERO, 1)), np.log(np.clip(want, _ZERO, 1))) for text, got, want in answers]
+    both = zip(_errors(answers, 1.0), _errors(logs, 1.0), strict=True)
+    return [(text, max(error, other)) for (text, error), (_, other) in both]
 
 
 def _sentences(sides: _Sides, tolerance: float) -> tuple[TextComparison, ...]:
@@ -134,10 +149,10 @@ def _sentences(sides: _Sides, tolerance: float) -> tuple[TextComparison, ...]:
     vectors = []
     for text in TEXTS:
         got, want = sides.outputs(text, EMBEDDING)[1][0], vector_of(text)
-        vectors.append((text, _error(got / np.abs(want).max(), want / np.abs(want).max())))
+        vectors.append((text, got, want))
     return (
         _worst("text to tokens", "input_ids", tokens, 0.0),
-        _worst("text to answer", f"{EMBEDDING} ({by})", vectors, tolerance),
+        _worst("text to answer", f"{EMBEDDING} ({by})", _errors(vectors), tolerance),
     )
 
 
@@ -180,37 +195,51 @@ def _with_its_rules(sides: _Sides) -> _Reference:
     return lambda text: read(text)["input_ids"][0].tolist(), vector, "transformers"
 
 
+_Answer = tuple[str, Any, Any]
+"""A text, and the bundle's and the reference's numbers for it, of the same shape."""
 _Errors = tuple[str, list[tuple[str, float]]]
 
 
 def _text_classification(sides: _Sides) -> _Errors:
+    """The scores, and the logits that they are of up to a constant: scores of small logits are all alike."""
     reference = sides.hf("text-classification", top_k=None)
-    labels = sides.manifest.labels
-    errors = []
+    labels, activation = sides.manifest.labels, sides.manifest.activation
+    answers: list[_Answer] = []
     for text, pair in [*((text, None) for text in TEXTS), (TEXTS[0], TEXTS[1])]:
-        got = scores(sides.outputs(text, "logits", pair)[1][0], sides.manifest.activation)
+        got = scores(sides.outputs(text, "logits", pair)[1][0], activation)
         names = labels or [f"LABEL_{number}" for number in range(len(got))]
         (found,) = reference([{"text": text, "text_pair": pair} if pair else text], truncation=True)
         want = {one["label"]: one["score"] for one in found}
-        errors.append((text, _error(got, [want.get(name, np.nan) for name in names])))
-    return "scores", errors
+        answers.append((text, got, [want.get(name, np.nan) for name in names]))
+    if activation == "none":
+        return "scores", _errors(answers)
+    logits = [(text, _logits(got, activation), _logits(want, activation)) for text, got, want in answers]
+    both = zip(_errors(answers, 1.0), _errors(logits), strict=True)
+    return "scores", [(text, max(error, other)) for (text, error), (_, other) in both]
+
+
+def _logits(given: Any, activation: Activation) -> NDArray[np.float64]:
+    """Logits [labels] that make these scores, with a mean of zero for softmax."""
+    values = np.clip(np.asarray(given, np.float64), _ZERO, 1 - _ZERO)
+    logs: NDArray[np.float64] = np.log(values)
+    return logs - np.log1p(-values) if activation == "sigmoid" else logs - logs.mean()
 
 
 def _token_classification(sides: _Sides) -> _Errors:
     """How far the bundle's score of the reference's label is from the reference's: two labels may be as likely."""
     reference = sides.hf("token-classification", ignore_labels=[])
     number_of = {name: number for number, name in enumerate(sides.manifest.labels or ())}
-    errors = []
+    answers: list[_Answer] = []
     for text in TEXTS:
         got = scores(sides.outputs(text, "logits")[1][0], "softmax")
         found = reference(text)
         at = [one["index"] for one in found]
         if max(at, default=0) >= len(got):
-            errors.append((text, float("inf")))
+            answers.append((text, np.zeros(0), np.zeros(1)))
             continue
         given = [got[one["index"], number_of.get(one["entity"], 0)] for one in found]
-        errors.append((text, _error(given, [one["score"] for one in found])))
-    return "scores of labels", errors
+        answers.append((text, given, [one["score"] for one in found]))
+    return "scores of labels", _score_errors(answers)
 
 
 def _fill_mask(sides: _Sides) -> _Errors:
@@ -218,25 +247,25 @@ def _fill_mask(sides: _Sides) -> _Errors:
     if sides.tokenizer.mask_token is None:
         return "scores of tokens", []
     reference = sides.hf("fill-mask", top_k=5)
-    errors = []
+    answers: list[_Answer] = []
     for text in TEXTS[:-1]:
         masked = f"{text} {sides.tokenizer.mask_token}."
         ids, logits = sides.outputs(masked, "logits")
         at = np.flatnonzero(ids == sides.tokenizer.mask_token_id)
         found = reference(masked)
         got = scores(logits[0][at[0]], "softmax") if len(at) else np.full(sides.manifest.vocabulary or 1, np.nan)
-        errors.append((masked, _error([got[one["token"]] for one in found], [one["score"] for one in found])))
-    return "scores of tokens", errors
+        answers.append((masked, [got[one["token"]] for one in found], [one["score"] for one in found]))
+    return "scores of tokens", _score_errors(answers)
 
 
 def _feature_extraction(sides: _Sides) -> _Errors:
-    errors = []
+    answers: list[_Answer] = []
     for text in TEXTS:
         got = sides.outputs(text, "last_hidden_state")[1][0]
         with torch.no_grad():
             encoded = sides.tokenizer(text, truncation=True, return_tensors="pt")
-            errors.append((text, _error(got, sides.model(**encoded).last_hidden_state[0].numpy())))
-    return "last_hidden_state", errors
+            answers.append((text, got, sides.model(**encoded).last_hidden_state[0].numpy()))
+    return "last_hidden_state", _errors(answers)
 
 
 def _text_generation(sides: _Sides) -> _Errors:
@@ -263,7 +292,7 @@ def _parting(got: Sequence[int], want: Sequence[int], step_scores: Sequence[torc
     if place is None:
         return 0.0 if len(got) == len(want) else float("inf")
     values = step_scores[place][0]
-    scale = float(values[values.isfinite()].abs().max().clamp(min=1))
+    scale = float(values[values.isfinite()].abs().max().clamp(min=_ZERO))
     return float(values.max() - values[got[place]]) / scale
 
 

@@ -14,7 +14,7 @@ def random_inputs(manifest: Manifest, seed: int) -> dict[str, Array]:
     """Inputs of the model: ragged rows of random tokens padded on the right (one full, one of one token), or noise."""
     rng = np.random.default_rng(seed)
     length = min(_LENGTH, manifest.max_positions or _LENGTH)
-    return _drawn(manifest, rng, np.array([length, 1, *rng.integers(1, length + 1, _ROWS - 2)]))
+    return drawn_inputs(manifest, rng, np.array([length, 1, *rng.integers(1, length + 1, _ROWS - 2)]))
 
 
 def long_inputs(manifest: Manifest, seed: int) -> dict[str, Array] | None:
@@ -25,10 +25,11 @@ def long_inputs(manifest: Manifest, seed: int) -> dict[str, Array] | None:
     widths = [spec.shape[-1] for spec in Signature.of(manifest).outputs]
     width = max((width for width in widths if isinstance(width, int)), default=1)
     length = min(_LONGEST, manifest.max_positions or _LONGEST, _OUTPUT_BYTES // (4 * width))
-    return None if length <= _LENGTH else _drawn(manifest, np.random.default_rng(seed), np.array([length]))
+    return None if length <= _LENGTH else drawn_inputs(manifest, np.random.default_rng(seed), np.array([length]))
 
 
-def _drawn(manifest: Manifest, rng: np.random.Generator, lengths: Array) -> dict[str, Array]:
+def drawn_inputs(manifest: Manifest, rng: np.random.Generator, lengths: Array) -> dict[str, Array]:
+    """Inputs of the model: rows of `lengths` [rows] random tokens, padded on the right, or as many rows of noise."""
     rows, length = len(lengths), int(lengths.max())
     real = np.arange(length) < lengths[:, None]
     pad = manifest.text.pad_id if manifest.text else 0

@@ -204,6 +204,7 @@ class UncutManifest(Data):
     refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
     no_cache_reason: str | None = None  # why a model of text keeps no keys and values
     notes: tuple[str, ...] = ()  # what a user should know of the export, each a sentence
+    checked: str | None = None  # what the export ran of the bundle, and how it compares
     made_by: dict[str, str]  # package -> version
 
     @property

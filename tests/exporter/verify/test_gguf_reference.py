@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from stageline.exporter import export as module
 from stageline.exporter.export import export
 from stageline.exporter.gguf import rotary
 from stageline.exporter.verify.against_torch import verify
+from stageline.models.errors import ExportError
 from stageline.runtime import Pipeline
 
 pytest.importorskip("gguf", reason="needs gguf")
@@ -65,6 +67,9 @@ def test_verify_finds_that_an_export_dropped_the_scaling(
     split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rotary, "_scaling", lambda metadata, tensors, context: {})
+    with pytest.raises(ExportError, match="for rows of 5 and 1 tokens, logits differs from transformers'"):
+        export(split, tmp_path / "b")
+    monkeypatch.setattr(module, "run_at_export", lambda bundle, wanted: "nothing ran")
     export(split, tmp_path / "b")
     done = verify(tmp_path / "b", split, seed=1)
     assert not done.passed
