@@ -132,7 +132,8 @@ def _convert(order: _Order) -> list[FileEntry]:
     tensors = order.weights.checkpoint.tensors
     entries = {name: tensors[name] for name in sorted(set(order.weights.names.values()))}
     ways = dict.fromkeys(entries, order.narrowing)
-    for name in _kept_wide(order):
+    names = order.weights.names
+    for name in {names[wide] for wide in kept_wide(order.model, order.narrowing.dtype, names)}:
         order.narrowing.look_at(entries[name])  # the stages cast it
         ways[name] = Narrowing(order.narrowing.path, "float32")
     specs = [
@@ -142,13 +143,14 @@ def _convert(order: _Order) -> list[FileEntry]:
     return [order.write(specs, lambda name: ways[name].chunks(entries[name]))]
 
 
-def _kept_wide(order: _Order) -> set[str]:
-    """The checkpoint's tensors that transformers keeps in float32, whatever the dtype: routers' biases, for example."""
-    plan = order.model._get_dtype_plan(getattr(torch, order.narrowing.dtype))
+def kept_wide(model: Any, dtype: str, names: Iterable[str]) -> set[str]:
+    """Those of the model's tensors that transformers keeps in float32, whatever the dtype: routers' biases, for
+    example."""
+    plan = model._get_dtype_plan(getattr(torch, dtype))
     if not plan:
         return set()
     pattern, *_ = build_glob_alternation(list(plan))
-    return {tensor for name, tensor in order.weights.names.items() if pattern.search(name)}
+    return {name for name in names if pattern.search(name)}
 
 
 def _dequantise(order: _Order) -> list[FileEntry]:

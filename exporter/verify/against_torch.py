@@ -23,6 +23,7 @@ from stageline.exporter.verify.gguf_reference import load_gguf_reference
 from stageline.exporter.verify.random_inputs import long_inputs, random_inputs
 from stageline.exporter.verify.rows_alone import rows_alone
 from stageline.exporter.verify.scale import token_errors, typical
+from stageline.exporter.weights import kept_wide
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.runtime.bundle.folder import Bundle
@@ -219,11 +220,13 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = 
     return model.eval()
 
 
-def rounded(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """The same model, each of its floating tensors rounded to what `dtype` holds."""
+def rounded(model: Any, dtype: str) -> Any:
+    """The same model, its floating tensors rounded to what `dtype` holds, as the export rounds them."""
+    tensors = model.state_dict()
+    wide = kept_wide(model, dtype, tensors)
     with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and name not in wide:
                 tensor.copy_(tensor.to(getattr(torch, dtype)))
     return model
 
