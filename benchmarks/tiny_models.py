@@ -102,6 +102,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "bamba": {"attn_layer_indices": [1]},
+    "convnext": {"patch_size": 4},
+    "convnextv2": {"patch_size": 4},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -121,6 +123,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Values of a model_type that the rules get wrong; nested ones for parts of the config."""
 
+REFERENCES = {"Llama4ForConditionalGeneration": "Llama4ForCausalLM"}
+"""Classes that transformers 5.24 cannot run itself -> the class of their text part."""
+
 
 def shrunk(config: Any, kind: str) -> dict[str, Any]:
     """The values that make the config of model_type `kind` tiny, from an instance with the defaults."""
@@ -130,6 +135,11 @@ def shrunk(config: Any, kind: str) -> dict[str, Any]:
         for key, size in (SIZES | _MULTIMODAL_IDS).items()
         if key in stated and (size is None or stated[key] is None or type(size) is type(stated[key]))
     }
+    if stated.get("kv_lora_rank") and "num_key_value_heads" in stated:
+        values["num_key_value_heads"] = _HEADS  # latent attention makes keys for each head
+    rotary = stated.get("rope_parameters") or {}
+    if "mrope_section" in rotary:
+        values["rope_parameters"] = {**rotary, "mrope_section": [2, 1, 1]}
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
@@ -151,8 +161,11 @@ def make(kind: str, class_name: str, folder: Path, dtype: torch.dtype) -> Any:
     config = tiny_config(kind)
     if class_name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and hasattr(config, "is_decoder"):
         config.is_decoder = True  # a type that reads texts both ways generates only so
+    found = getattr(transformers, class_name)
+    if not found.can_generate() and hasattr(config, "eos_token_id"):
+        config.eos_token_id = 2
     torch.manual_seed(0)
-    model = getattr(transformers, class_name)(config).eval()
+    model = found(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -163,5 +176,5 @@ def make(kind: str, class_name: str, folder: Path, dtype: torch.dtype) -> Any:
     if model.can_generate():
         model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
     model.to(dtype).save_pretrained(folder)
-    load = getattr(transformers, class_name).from_pretrained
-    return load(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = getattr(transformers, REFERENCES.get(class_name, class_name))
+    return reference.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -19,7 +19,7 @@ from stageline.exporter.blocks import Call, watch
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.mask_window import window_of
 from stageline.exporter.rotary_scaling import rows_of, scaled_rotary
-from stageline.exporter.skeleton import RefusedError, Task, inputs_of, outputs_of
+from stageline.exporter.skeleton import COMPUTES_ITSELF, RefusedError, Task, inputs_of, outputs_of
 from stageline.exporter.token_mixing import check_apart
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -117,7 +117,7 @@ class FusedAttention(_OneOperator):
     def watch(self, task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call]:
         calls = super().watch(task, samples)
         if not self.called:  # then the model wants the mask that goes with its own attention: a bias, no truth table
-            raise RefusedError("it computes attention itself")
+            raise RefusedError(COMPUTES_ITSELF)
         return calls
 
     def emit(self, call: _AttentionCall) -> torch.Tensor:
@@ -136,19 +136,21 @@ class FusedAttention(_OneOperator):
 @dataclass
 class _Pass:
     """What one forward pass shows: the rows' lengths [batch] for the operator, the windows of masks and of attention,
-    and the masks that were given out, with their windows."""
+    the masks that were given out, with their windows, and whether attention was ever called without one."""
 
     past_lengths: torch.Tensor
     new_lengths: torch.Tensor
     mask_windows: set[int | None] = field(default_factory=set)
     call_windows: set[int | None] = field(default_factory=set)
     masks: list[tuple[torch.Tensor, int | None]] = field(default_factory=list)
+    unmasked: bool = False
 
     def check(self) -> None:
         """RefusedError if attention did not get what the masks would have added."""
         if not self.call_windows:
-            raise RefusedError("it computes attention itself")
-        if missing := sorted(map(str, self.mask_windows - self.call_windows)):
+            raise RefusedError(COMPUTES_ITSELF)
+        missing = sorted(map(str, self.mask_windows - self.call_windows))
+        if self.masks and self.unmasked and missing:  # else a mask is missing that no layer uses
             raise RefusedError(
                 f"its masks have a window of {', '.join(missing)} tokens that its attention does not name"
             )
@@ -223,7 +225,9 @@ class CacheAttention(_OneOperator):
         scale, window, softcap, sinks = map(call.options.get, ("scaling", "sliding_window", "softcap", "s_aux"))
         if self._pass is None:
             raise RefusedError("it attends outside its forward pass")
-        if call.mask is not None:
+        if call.mask is None:
+            self._pass.unmasked = True
+        else:
             self._pass.check_mask(call.mask, window)
         if not call.causal:
             raise RefusedError("its attention is not causal")

@@ -52,7 +52,7 @@ def export(
         traced = trace_model(wanted)
         parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
         progress("placing weights")
-        weights = place(traced.weights, traced.task.model, wanted.config, wanted.dtype, folder, wanted.notes)
+        weights = place(traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes)
         if wanted.pooling is not None:
             weights += place_head(wanted.pooling, wanted.checkpoint, wanted.dtype, folder, wanted.notes)
         wanted.notes.extend(linked_note(folder, weights))

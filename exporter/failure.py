@@ -1,10 +1,13 @@
 """Why torch could not trace a model, in words about the model: torch's own messages are about torch's inside."""
 
+import dis
 import re
 import traceback
 from pathlib import Path
 
 _FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'(?:, overload='(\w+)')?")
+
+_MISSING = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)")
 
 
 def reason_of(error: BaseException) -> str:
@@ -14,6 +17,8 @@ def reason_of(error: BaseException) -> str:
     place = next((place for e in reversed(chain) if (place := _place(e)) is not None), "")
     if found := _FUNCTION.search(text):
         return f"it uses {found[1]}, which ONNX has no function for"
+    if found := _MISSING.search(text):
+        return f"it needs {found[1].replace(chr(39), '')} as well"
     if "Constraints violated" in text or "ConstraintViolation" in text:
         return "its code holds for rows of one length only: it repeats itself for each token, or branches on the length"
     if "data-dependent" in text.lower() or "DataDependent" in text or "GuardOnDataDependent" in text:
@@ -52,5 +57,12 @@ def _place(error: BaseException) -> str | None:
 
 
 def _raised_in_transformers(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "transformers" in Path(frames[-1].filename).parts
+    """Whether a `raise` of transformers' own made it, and not a function of torch's that transformers called."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and "transformers" in Path(code.co_filename).parts

@@ -22,6 +22,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SAMPLES = {"batch": 3, "length": 7, "picks": 5}  # unlike any usual width, so that none is taken for a constant
 
+COMPUTES_ITSELF = "it computes attention itself"
+
 
 class RefusedError(Exception):
     """The model does not allow this way to trace its attention (stageline.exporter.attention); the message says why."""
@@ -118,7 +120,7 @@ def no_such_attention(name: str) -> Iterator[None]:
     except KeyError as error:
         if error.args != (name,):
             raise
-        raise RefusedError("it computes attention itself") from error
+        raise RefusedError(COMPUTES_ITSELF) from error
 
 
 def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
@@ -140,10 +142,20 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
     except ValueError as error:
         first = " ".join(str(error).split())[:200]
         if attention != "eager" and "attention" in first.lower():
-            raise RefusedError("it computes attention itself") from error
+            raise RefusedError(COMPUTES_ITSELF) from error
         raise ExportError(f"no model of {config.model_type} for {task} can be made: {first}") from error
+    _in_one_dtype(model, dtype)
     model.tie_weights()  # replacing parameters by meta ones undid it
     return model.eval()
+
+
+def _in_one_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give parameters that the model's code makes in float32 (DeBERTa's biases) the dtype that transformers loads them
+    in."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(kept in name for kept in strict):
+            parameter.data = parameter.data.to(dtype)
 
 
 def outputs_of(task: str) -> tuple[str, ...]:
@@ -185,14 +197,20 @@ def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
             names.append("token_type_ids")
         return tuple(Input(n, torch.int64, ("batch", "length")) for n in names if n in accepted)
     if main == "pixel_values":
-        size = getattr(config, "image_size", None)
-        if size is None:
-            raise ExportError("config.json states no image_size; add the size of the images that will be run")
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return (Input("pixel_values", dtype, ("batch", config.num_channels, height, width)),)
+        return (Input("pixel_values", dtype, ("batch", *_image_shape(config))),)
     raise ExportError(
         f"{type(model).__name__} reads {main}; what can be exported reads input_ids (text) or pixel_values (images)"
     )
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the model takes, from its config or that of its vision part."""
+    vision = config if getattr(config, "image_size", None) else getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
+    if size is None:
+        raise ExportError("config.json states no image_size; add the size of the images that will be run")
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return vision.num_channels, height, width
 
 
 def fake_mode() -> FakeTensorMode:

@@ -123,6 +123,8 @@ def class_of(config: Any, task: str) -> Any:
     if task not in TASKS:
         raise ExportError(f"task {task!r} is not known; known: {', '.join(TASKS)}")
     body = FEATURES if task == SENTENCES else task
+    if task == GENERATION and _has_text_model(config):
+        return TASKS[task]  # the text part alone
     for name in getattr(config, "architectures", None) or ():
         found: Any = getattr(transformers, name, None)
         if _task_of_class(name) == body and getattr(found, "config_class", None) is type(config):
@@ -140,6 +142,13 @@ def is_multimodal(config: Any) -> bool:
     """Whether it is the config of a model that takes more than text and generates text."""
     kind = config.model_type
     return any(kind in _table(table) for table in _MULTIMODAL) and config.get_text_config() is not config
+
+
+def _has_text_model(config: Any) -> bool:
+    """Whether transformers makes a class of text alone from the config of a model that takes more (Llama 4)."""
+    name = _table("CAUSAL_LM").get(config.model_type)
+    text = config.sub_configs.get("text_config")
+    return is_multimodal(config) and name is not None and getattr(transformers, name).config_class is text
 
 
 def _check(config: Any, task: str) -> None:

@@ -83,10 +83,10 @@ class _Marks:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the tracer's warnings, which are about its own insides and not about the user's model."""
+def quiet() -> Iterator[None]:
+    """Hide what torch logs while it traces, which is about its own insides; what goes wrong is raised as well."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,7 +115,7 @@ def trace(
         {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in task.inputs
     )
-    with _quiet(), _Marks(stack, kinds, real), torch.no_grad(), exact_constants.remembered():
+    with quiet(), _Marks(stack, kinds, real), torch.no_grad(), exact_constants.remembered():
         try:
             program = torch.export.export(task, samples, dynamic_shapes=(free,), strict=False)
             exported = torch.onnx.export(
@@ -132,7 +132,7 @@ def trace(
         if isinstance(getattr(initializer.const_value, "raw", None), torch._subclasses.FakeTensor):
             initializer.const_value = None  # the optimiser must not look at data that is not there
     exact_constants.restore(model, buffers)
-    with _quiet():
+    with quiet():
         optimizer.optimize_ir(model, num_iterations=2, onnx_shape_inference=False, should_fold=exact_constants.folds)
     lower_scans(model)  # after the optimiser, whose time grows with the square of the number of slices
     return Trace(model, real, _longest(program, task.inputs))

@@ -17,8 +17,8 @@ from stageline.exporter.fuse import fuse_norms
 from stageline.exporter.matching import TensorsError, missing_error
 from stageline.exporter.scans import any_length
 from stageline.exporter.sentence_head import PREFIX, SentenceHead
-from stageline.exporter.skeleton import NoCacheError, RefusedError
-from stageline.exporter.trace import representatives, trace
+from stageline.exporter.skeleton import COMPUTES_ITSELF, NoCacheError, RefusedError
+from stageline.exporter.trace import quiet, representatives, trace
 from stageline.exporter.weights import Weights, find
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
@@ -77,7 +77,7 @@ def trace_model(wanted: Wanted) -> TracedModel:
             if isinstance(error, NoCacheError):
                 left = [other for other in left if not other.cached]
         if strategy.cached and not any(other.cached for other in left):
-            no_cache_reason = refused[-1].reason
+            no_cache_reason = next((r.reason for r in refused if r.reason != COMPUTES_ITSELF), refused[-1].reason)
             wanted.progress(f"tracing without a KV cache ({no_cache_reason})")
     reasons = ", ".join(f"{refusal.attention} ({refusal.reason})" for refusal in refused)
     raise ExportError(f"model_type {wanted.config.model_type!r} allows no attention that can be traced: {reasons}")
@@ -135,7 +135,7 @@ class _FakeModel:
 def _blocks(fake: _FakeModel, attention: Attention) -> list[Call]:
     """The calls of the model's blocks, found by running it."""
     try:
-        with fake.mode, torch.no_grad(), skeleton.no_such_attention(attention.implementation):
+        with quiet(), fake.mode, torch.no_grad(), skeleton.no_such_attention(attention.implementation):
             return attention.watch(fake.task, fake.samples())
     except (RefusedError, ExportError, KeyError):
         raise

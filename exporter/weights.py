@@ -63,7 +63,6 @@ class _Order:
 
     weights: Weights
     model: Any
-    config: Any
     narrowing: Narrowing
     target: Path
 
@@ -73,7 +72,7 @@ class _Order:
         return _entry(file, write_streaming(file, tensors, data))
 
 
-def place(weights: Weights, model: Any, config: Any, dtype: str, folder: Path, notes: list[str]) -> list[FileEntry]:
+def place(weights: Weights, model: Any, dtype: str, folder: Path, notes: list[str]) -> list[FileEntry]:
     """Put the weights into `folder`/weights with `dtype` for every floating tensor, and return the files' entries.
 
     Links keep the few tensors that have another dtype: the stages cast them. What a user should know of the values is
@@ -82,7 +81,7 @@ def place(weights: Weights, model: Any, config: Any, dtype: str, folder: Path, n
     target = folder / FOLDER
     target.mkdir()
     narrowing = Narrowing(weights.checkpoint.path, dtype)
-    entries = _WAYS[_way(weights, dtype)](_Order(weights, model, config, narrowing, target))
+    entries = _WAYS[_way(weights, dtype)](_Order(weights, model, narrowing, target))
     notes += narrowing.check()
     return entries
 
@@ -170,7 +169,7 @@ def _materialise(order: _Order) -> list[FileEntry]:
         with folder_for_transformers(order.weights.checkpoint) as folder:
             model, found = type(order.model).from_pretrained(
                 folder,
-                config=order.config,
+                config=order.model.config,  # that of the text part, where only that is taken
                 dtype=getattr(torch, order.narrowing.dtype),
                 attn_implementation="eager",  # the config still names the attention of the trace
                 use_safetensors=True,

@@ -1,5 +1,8 @@
 """Why a model cannot be traced, said about the model."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from stageline.exporter.failure import reason_of
@@ -39,3 +42,18 @@ def test_mixed_types_suggest_float32() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.ones(2, 2) @ torch.ones(2, 2, dtype=torch.bfloat16)
     assert reason_of(raised.value) == "its code mixes types; try --dtype float32"
+
+
+def test_what_torch_says_when_transformers_calls_it_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "transformers"
+    folder.mkdir()
+    file = folder / "modeling_odd.py"
+    file.write_text("def wrong(x):\n    return x.eq(None)\n\ndef own(x):\n    raise ValueError('text is needed')\n")
+    odd: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), odd)
+    with pytest.raises(TypeError) as raised:
+        odd["wrong"](torch.ones(2))
+    assert reason_of(raised.value) == "TypeError (modeling_odd.py, line 2: return x.eq(None))"
+    with pytest.raises(ValueError, match="text") as raised_by_itself:
+        odd["own"](torch.ones(2))
+    assert reason_of(raised_by_itself.value).startswith("text is needed (modeling_odd.py, line 5")
