@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -42,7 +43,7 @@ TOLERANCE = 1e-2
 """Of the largest value. Two computations in float32 differ by some 1e-6, but constants of a half-precision model (the
 scale of Gemma's embeddings) have 8 bits."""
 NEW_TOKENS = 40
-_TIMEOUT_S = 300
+_PROCESSOR_S = 120
 _MEMORY_BYTES = 12 * 1024**3
 # what is tried: a class that an earlier mapping has is not tried again
 _EXPORTED = (
@@ -187,6 +188,7 @@ def _line(error: BaseException) -> str:
 
 
 def _child(kind: str, class_name: str, dtype: str, send: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (_PROCESSOR_S, _PROCESSOR_S))
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
@@ -204,11 +206,16 @@ def in_a_process(kind: str, class_name: str, dtype: str) -> dict[str, Any]:
     process.start()
     send.close()
     try:
-        entry = receive.recv() if receive.poll(_TIMEOUT_S) else {"result": "timeout", "line": f"{_TIMEOUT_S} s"}
+        entry = receive.recv()
     except EOFError:
-        entry = {"result": "traceback", "line": "the process died"}
-    process.kill()
+        entry = {}
     process.join()
+    if not entry:
+        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        line = (
+            f"took more than {_PROCESSOR_S} s of processor time" if late else f"the process died ({process.exitcode})"
+        )
+        entry = {"result": "timeout" if late else "traceback", "line": line}
     return {**entry, "seconds": round(time.perf_counter() - began, 1)}
 
 

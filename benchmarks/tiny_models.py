@@ -113,6 +113,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe", "mlp"]},
     "neomme": {"head_dim": 16},
     "perceiver": {"num_latents": 8, "d_latents": 32},
+    **{
+        kind: {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+        for kind in (
+            "qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm4v_moe_text", "glm_ocr_text", "paddleocr_vl_text",
+            "ernie4_5_vl_moe_text", "qwen3_5_text", "qwen3_5_moe_text",
+        )
+    },
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_hidden_layers": 2},

@@ -25,11 +25,23 @@ def _polynomial(coefficients: tuple[float, ...], x: torch.Tensor) -> torch.Tenso
     return result
 
 
+def complex_unsqueeze(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """A new dimension of a complex tensor (the rotary embeddings of Llama 4 and DeepSeek-V2)."""
+    if not x.is_complex():
+        return NotImplemented  # torch's word for: leave it as it is
+    return torch.view_as_complex(torch.view_as_real(x).unsqueeze(dim if dim >= 0 else dim + x.dim() + 1))
+
+
 def without_unknown(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with such functions replaced; itself if it has none."""
-    if any(node.target in _REPLACEMENTS for node in program.graph.nodes):
+    if any(map(_is_unknown, program.graph.nodes)):
         program = program.run_decompositions(_REPLACEMENTS)
     return program
 
 
-_REPLACEMENTS = {torch.ops.aten.erfinv.default: erfinv}
+def _is_unknown(node: torch.fx.Node) -> bool:
+    complex_only = node.target is torch.ops.aten.unsqueeze.default
+    return node.target in _REPLACEMENTS and (not complex_only or node.meta["val"].is_complex())
+
+
+_REPLACEMENTS = {torch.ops.aten.erfinv.default: erfinv, torch.ops.aten.unsqueeze.default: complex_unsqueeze}

@@ -26,7 +26,7 @@ def window_of(mask_function: Callable[..., Any]) -> int | None:
     except RefusedError:
         raise
     except Exception as error:  # a mask that depends on data
-        raise RefusedError(f"its masks cannot be read ({type(error).__name__})") from error
+        raise RefusedError("its masks depend on more than the places of the tokens") from error
     return window if window <= _FAR else None
 
 

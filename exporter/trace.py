@@ -45,6 +45,12 @@ def _mark(tensor: torch.Tensor, tag: str) -> torch.Tensor:
     )
 
 
+def _is_marked(leaf: Any) -> bool:
+    """Whether it is a tensor that an ONNX operator can take. Complex ones (Llama 4's rotary embeddings) are shared by
+    all blocks, and the marks of what is shared are removed in any case."""
+    return isinstance(leaf, torch.Tensor) and not leaf.is_complex()
+
+
 class _Marks:
     """Replaces the forward of every block by one that marks, or skips, each call."""
 
@@ -72,7 +78,7 @@ class _Marks:
                 output, output_spec = self.shape_of_output[self.kinds[index]]
                 hidden = leaves[self.stack[index].chain or 0]
                 return _pytree.tree_unflatten([hidden, *output[1:]], output_spec)
-            leaves = [_mark(x, f"in.{index}.{i}") if isinstance(x, torch.Tensor) else x for i, x in enumerate(leaves)]
+            leaves = [_mark(x, f"in.{index}.{i}") if _is_marked(x) else x for i, x in enumerate(leaves)]
             args, kwargs = _pytree.tree_unflatten(leaves, spec)
             output, output_spec = _pytree.tree_flatten(original(*args, **kwargs))
             output = [_mark(x, f"out.{index}.{i}") if isinstance(x, torch.Tensor) else x for i, x in enumerate(output)]

@@ -10,6 +10,7 @@ import transformers
 from parity import check_every_cut, reference
 from stageline.exporter import skeleton
 from stageline.exporter.attention import CacheAttention
+from stageline.exporter.blocks import Call
 from stageline.exporter.export import export
 from stageline.exporter.mask_window import window_of
 from stageline.exporter.skeleton import NoCacheError, RefusedError
@@ -208,16 +209,28 @@ def test_masks_that_the_operator_cannot_say_are_refused(
     change: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_masks(monkeypatch, change)
-    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_GROUPED, "num_hidden_layers": 2}
+    with pytest.raises(RefusedError) as refused:
+        watched({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_GROUPED, "num_hidden_layers": 2})
+    assert str(refused.value) == message
+
+
+def watched(values: dict[str, Any]) -> list[Call]:
+    """The blocks of the model with this config.json, run with the operator."""
     attention, mode = CacheAttention(), skeleton.fake_mode()
     with attention.installed():
         model = skeleton.build(skeleton.config_of(values), "text-generation", torch.float32, attention.implementation)
         skeleton.fake_weights(model, mode, ())
         task = attention.wrap(model, torch.float32, "text-generation", None).eval()
         samples = tuple(torch.ones(spec.sample_shape(), dtype=spec.dtype) for spec in task.inputs)
-        with mode, torch.no_grad(), pytest.raises(RefusedError) as refused:
-            attention.watch(task, samples)
-    assert str(refused.value) == message
+        with mode, torch.no_grad():
+            return attention.watch(task, samples)
+
+
+def test_a_mask_that_no_layer_uses_does_not_matter() -> None:
+    """Gemma 3 makes masks with and without a window, also if all its layers have one."""
+    values = {"model_type": "gemma3_text", **_GROUPED, "num_hidden_layers": 2, "sliding_window": 4,
+              "layer_types": ["sliding_attention"] * 2}  # fmt: skip
+    assert len(watched(values)) == 2
 
 
 def test_a_model_with_masks_that_the_operator_cannot_say_keeps_no_cache(

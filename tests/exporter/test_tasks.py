@@ -57,6 +57,12 @@ def test_a_task_that_the_checkpoint_cannot_have_is_refused_with_those_that_it_ca
         tasks.class_of(_config("bert"), "poetry")
 
 
+def test_a_model_of_text_alone_is_chosen_where_transformers_has_one() -> None:
+    """Llama4ForConditionalGeneration cannot run on text in transformers 5.24; its text part can."""
+    found = tasks.class_of(_config("llama4", "Llama4ForConditionalGeneration"), "text-generation")
+    assert found is transformers.AutoModelForCausalLM
+
+
 def test_the_class_is_the_saved_one_if_it_has_the_task() -> None:
     assert tasks.class_of(_config("t5", "T5EncoderModel"), "feature-extraction") is transformers.T5EncoderModel
     found = tasks.class_of(_config("gemma3", "Gemma3ForConditionalGeneration"), "text-generation")

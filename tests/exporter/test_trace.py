@@ -51,6 +51,14 @@ def test_weights_have_shapes_but_no_data() -> None:
     assert type(dict(model.named_buffers())["model.rotary_emb.inv_freq"]) is torch.Tensor
 
 
+def test_parameters_have_the_dtype_that_transformers_loads_them_in() -> None:
+    """DeBERTa's code makes some of its biases in float32."""
+    config = skeleton.config_of({"model_type": "deberta", "hidden_size": 8, "num_attention_heads": 2,
+                                 "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 19})  # fmt: skip
+    model = skeleton.build(config, "feature-extraction", torch.bfloat16, "eager")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 def test_tied_weights_stay_tied() -> None:
     model = skeleton.build(
         skeleton.config_of({**LLAMA, "tie_word_embeddings": True}), "text-generation", torch.float32, "eager"
