@@ -8,7 +8,9 @@ not computed again unless they are named:
 
     python benchmarks/architectures.py                       # all that are left
     python benchmarks/architectures.py llama 'gemma*'        # these, again
+    python benchmarks/architectures.py --missing 'gemma*'    # those of these that have no result yet
     python benchmarks/architectures.py --result WRONG        # those that were wrong
+    python benchmarks/architectures.py --docs                # write the page of the documentation from the results
 """
 
 import argparse
@@ -16,6 +18,7 @@ import fnmatch
 import itertools
 import json
 import multiprocessing
+import re
 import resource
 import signal
 import sys
@@ -39,6 +42,18 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
+_HEAD = """# Architectures
+
+<!-- Written by benchmarks/architectures.py --docs from its results: do not edit. -->
+
+Model classes of transformers {version}, each as a tiny checkpoint with random weights in bfloat16: exported with the
+command's defaults, compared with torch in float32 on rows of up to 7 and up to 100 tokens (or on images), and, with a
+KV cache, made to generate 40 tokens for each of three prompts beside transformers' own greedy `generate`.
+See [Checkpoints](checkpoints.md#tasks) for the tasks.
+
+{summary}
+"""
 TOLERANCE = 1e-2
 """Of the largest value. Two computations in float32 differ by some 1e-6, but constants of a half-precision model (the
 scale of Gemma's embeddings) have 8 bits."""
@@ -219,22 +234,58 @@ def in_a_process(kind: str, class_name: str, dtype: str) -> dict[str, Any]:
     return {**entry, "seconds": round(time.perf_counter() - began, 1)}
 
 
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """The page of the documentation that shows the results."""
+    tried = {key: entry for key, entry in sorted(results.items()) if entry["result"] != "not made"}
+    holding = {key: entry for key, entry in tried.items() if entry["result"] == "holds"}
+    generating = sum("generated" in entry for entry in holding.values())
+    refused = sum(entry["result"] == "refused" for entry in tried.values())
+    summary = (
+        f"Of {len(tried)} classes that were tried, {len(holding)} hold ({generating} of them generate), {refused} are "
+        f"refused when they are exported, and {len(tried) - len(holding) - refused} fail."
+    )
+    lines = [_HEAD.format(version=transformers.__version__, summary=summary), "## Those that hold", ""]
+    lines += ["| model_type | class | task | error of the largest value | tokens as transformers' | without KV cache |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for key, entry in holding.items():
+        tokens = f"{entry['generated']} of {NEW_TOKENS}" if "generated" in entry else ""
+        reason = _cell(entry["no_cache_reason"] or "")
+        lines.append(f"| {key.replace(' ', ' | ')} | {entry['task']} | {entry['error']:.0e} | {tokens} | {reason} |")
+    lines += ["", "## Those that do not", "", "| model_type | class | what happens | the line |", "|---|---|---|---|"]
+    for key, entry in tried.items():
+        if entry["result"] != "holds":
+            lines.append(f"| {key.replace(' ', ' | ')} | {entry['result']} | {_cell(entry['line'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text without what Markdown would read as marks."""
+    return re.sub(r"([\\\[\]|<>*`_])", r"\\\1", text)
+
+
 def main() -> None:
     """Try what is left or named, print a table, and exit with 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="model_types to try again; they may hold wildcards")
     parser.add_argument("--mapping", help="only of this one, such as causal_lm")
     parser.add_argument("--result", help="try again those with this result, such as WRONG")
+    parser.add_argument("--missing", action="store_true", help="of those named only what has no result yet")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--docs", action="store_true", help="only write the page of the documentation")
     arguments = parser.parse_args()
+    if arguments.docs:
+        PAGE.write_text(page(json.loads(arguments.json.read_text())))
+        return
     results: dict[str, dict[str, Any]] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
     torch.set_num_threads(1)
     torch.onnx.export(torch.nn.Linear(1, 1), (torch.ones(1, 1),), dynamo=True, verbose=False)  # imports, once for all
     for mapping, kind, name in candidates():
         key = f"{kind} {name}"
         named = any(fnmatch.fnmatch(kind, pattern) for pattern in arguments.names)
-        again = named or (arguments.result is not None and results.get(key, {}).get("result") == arguments.result)
+        again = (named and not (arguments.missing and key in results)) or (
+            arguments.result is not None and results.get(key, {}).get("result") == arguments.result
+        )
         left = key not in results and not arguments.names and arguments.result is None
         if not (again or left) or (arguments.mapping and mapping != arguments.mapping):
             continue

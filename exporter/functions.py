@@ -1,5 +1,7 @@
 """Functions of torch that ONNX has none for, in terms of those that it has."""
 
+from typing import Any
+
 import torch
 
 # Giles, "Approximating the erfinv function" (2010), table 5: float32, for w = -log(1 - x^2) below 5 and from there on
@@ -25,10 +27,11 @@ def _polynomial(coefficients: tuple[float, ...], x: torch.Tensor) -> torch.Tenso
     return result
 
 
-def complex_unsqueeze(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """A new dimension of a complex tensor (the rotary embeddings of Llama 4 and DeepSeek-V2)."""
+def complex_unsqueeze(x: torch.Tensor, dim: int) -> Any:
+    """A new dimension of a complex tensor (the rotary embeddings of Llama 4 and DeepSeek-V2); of others nothing, which
+    torch takes as leave to keep its own."""
     if not x.is_complex():
-        return NotImplemented  # torch's word for: leave it as it is
+        return NotImplemented
     return torch.view_as_complex(torch.view_as_real(x).unsqueeze(dim if dim >= 0 else dim + x.dim() + 1))
 
 
