@@ -154,8 +154,8 @@ def _error(model: Any, pipeline: Pipeline, bundle: Any, length: int) -> float:
             inputs[spec.name] = real.astype(np.int64)
         elif spec.name == "input_ids":
             inputs[spec.name] = np.where(real, rng.integers(3, 80, shape), 0)
-            if getattr(model.config, "eos_token_id", None) is not None:  # some read the text's last place
-                inputs[spec.name][np.arange(3), real.sum(axis=1) - 1] = model.config.eos_token_id
+            if getattr(model.config, "eos_token_id", None) == tiny_models.END:  # some read the text's last place
+                inputs[spec.name][np.arange(3), real.sum(axis=1) - 1] = tiny_models.END
         elif spec.name == "token_type_ids":
             inputs[spec.name] = np.zeros(shape, np.int64)
         else:

@@ -12,6 +12,8 @@ from transformers.models.auto import modeling_auto
 
 VOCABULARY = 99
 POSITIONS = 128
+END = 2
+"""The token that ends a text, for classes that read it and do not generate."""
 _WIDTH, _HEADS, _LAYERS = 32, 4, 2
 
 SIZES: dict[str, Any] = {
@@ -170,7 +172,7 @@ def make(kind: str, class_name: str, folder: Path, dtype: torch.dtype) -> Any:
         config.is_decoder = True  # a type that reads texts both ways generates only so
     found = getattr(transformers, class_name)
     if not found.can_generate() and hasattr(config, "eos_token_id"):
-        config.eos_token_id = 2
+        config.eos_token_id = END
     torch.manual_seed(0)
     model = found(config).eval()
     with torch.no_grad():
