@@ -35,7 +35,7 @@ def _written_out(op: Any, decay: ir.Value, added: ir.Value) -> ir.Value:
 def _widths(value: ir.Value) -> list[int]:
     """What one element of a row holds."""
     assert value.shape is not None
-    return [int(size) for size in list(value.shape)[3:]]
+    return [size for size in list(value.shape)[3:] if isinstance(size, int)]
 
 
 class _Writer:
@@ -68,15 +68,19 @@ class _Writer:
             before = op.Pad(self.sliced(ends, 2, 0, -1), self.numbers(1, 0), None, self.numbers(2))
             added = op.Add(added, self.compose(decay, op.Unsqueeze(before, self.numbers(3))))
         flat = op.Reshape(added, self.numbers(0, 0, -1, *self.added_widths))
-        return op.Slice(flat, self.numbers(0), length, self.numbers(2))
+        states: ir.Value = op.Slice(flat, self.numbers(0), length, self.numbers(2))
+        return states
 
     def chunked(self, value: ir.Value, pads: ir.Value, widths: list[int]) -> ir.Value:
         """[batch, any, chunks, _CHUNK, ...]. What fills the last chunk comes after all that is kept."""
-        op = self.op
-        return op.Reshape(op.Pad(value, pads, None, self.numbers(2)), self.numbers(0, 0, -1, _CHUNK, *widths))
+        filled = self.op.Pad(value, pads, None, self.numbers(2))
+        chunks: ir.Value = self.op.Reshape(filled, self.numbers(0, 0, -1, _CHUNK, *widths))
+        return chunks
 
     def sliced(self, value: ir.Value, axis: int, start: int, end: int) -> ir.Value:
-        return self.op.Slice(value, self.numbers(start), self.numbers(end), self.numbers(axis))
+        part: ir.Value = self.op.Slice(value, self.numbers(start), self.numbers(end), self.numbers(axis))
+        return part
 
     def numbers(self, *values: int) -> ir.Value:
-        return self.op.Constant(value_ints=list(values))
+        constant: ir.Value = self.op.Constant(value_ints=list(values))
+        return constant
