@@ -142,7 +142,8 @@ def _chunked_delta_rule(original: Any) -> Any:
         key = (key * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
         # the state after a chunk: what is left of the state before, less what its own keys see of that, and its values
         kept = decay[..., -1].exp()[..., None, None] * torch.eye(key.shape[-2]) - key @ seen
-        states = pad(scan(kept, key @ values)[:, :, :-1], (0, 0, 0, 0, 1, 0))
+        # Padded, then cut: before the padding one chunk may be left, and the tracer takes a size of 1 for a constant.
+        states = pad(scan(kept, key @ values), (0, 0, 0, 0, 1, 0))[:, :, :-1]
         output = query @ states + inside @ (values - seen @ states)
         output = output.transpose(2, 3).transpose(1, 3).reshape(output.shape[0], -1, heads, output.shape[-1])
         return output[:, :length].to(dtype), None
