@@ -103,7 +103,7 @@ def export_once(made_once: MadeOnce) -> ExportOnce:
     from stageline.exporter.synthesize import synthesize
     from stageline.runtime.bundle.recut import recut
 
-    def get(config: Mapping[str, Any], stages: int = 1, seed: int = 1, dtype: str = "float32") -> Path:
+    def get(config: Mapping[str, Any], stages: int = 1, seed: int = 1, dtype: str = "bfloat16") -> Path:
         name = "export-" + hashlib.sha256(json.dumps([config, seed, dtype], sort_keys=True).encode()).hexdigest()[:16]
         checkpoint = made_once(f"{name}-from", lambda folder: synthesize(config, folder, seed=seed, dtype=dtype))
         whole = made_once(name, lambda folder: export(checkpoint, folder))

@@ -41,7 +41,7 @@ Tokens = tuple[int, ...]
 def llamas(export_once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Bundles of one model with two sets of weights; do not change them."""
     one, folder = export_once(SIX_BLOCKS, stages=2), tmp_path_factory.mktemp("llama")
-    synthesize(SIX_BLOCKS, folder / "checkpoint", seed=2, dtype="float32")
+    synthesize(SIX_BLOCKS, folder / "checkpoint", seed=2, dtype="bfloat16")
     other = Bundle.open(shutil.copytree(one, folder / "bundle"))
     (weights,) = other.manifest.weight_files
     shutil.copy(folder / "checkpoint" / "model.safetensors", other.path / weights)

@@ -9,6 +9,7 @@ import pytest
 from llamas import TIED
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import WeightDtype
+from stageline.runtime.engines.lowering.float32 import HALVES, to_float32
 from stageline.runtime.engines.lowering.nbits import to_nbits
 from stageline.runtime.planning.cost import UseCost, cut_values, use_costs, values_bytes
 from stageline.runtime.workload import Shape
@@ -95,10 +96,12 @@ def test_quantised_weights_count_as_an_engine_holds_them(
     (stage,) = opened.manifest.stages
     model = ir.load(bundle / stage.file)
     ir.external_data.set_base_dir(model.graph, bundle)
-    held = {name: value.const_value for name, value in to_nbits(model, weights).graph.initializers.items()}
+    lowered = to_nbits(to_float32(model), weights).graph.initializers
+    held = {name: tensor for name, value in lowered.items() if (tensor := value.const_value) is not None}
     assert any(name.endswith(f".{weights}.0") for name in held)
+    wide = {name: 2 * tensor.nbytes if tensor.dtype in HALVES else tensor.nbytes for name, tensor in held.items()}
     found = use_costs(opened.manifest, opened.tensors, opened.parts(), Shape(1, 1), quantise=weights)
     total = sum(cost.parameter_bytes for cost in found)
-    assert total == pytest.approx(sum(tensor.nbytes for tensor in held.values() if tensor is not None), rel=0.01)
+    assert total == pytest.approx(sum(wide.values()), rel=0.01)  # a half-precision weight is widened
     assert found[-1].weight_read_bytes == pytest.approx(found[-1].parameter_bytes, rel=0.01)
     assert found[0].weight_read_bytes == 128 * 4

@@ -48,7 +48,7 @@ class Timed:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of six blocks in stages of five and one; do not change it."""
     folder = tmp_path_factory.mktemp("llama")
-    synthesize(LLAMA, folder / "checkpoint", seed=1, dtype="float32")
+    synthesize(LLAMA, folder / "checkpoint", seed=1, dtype="bfloat16")
     export(folder / "checkpoint", folder / "bundle")
     return recut(folder / "bundle", [5, 1]).path
 
