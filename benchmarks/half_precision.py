@@ -12,6 +12,7 @@ own (and above the tolerance of `stageline verify`).
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -62,9 +63,7 @@ class Row:
 
 def architectures() -> Iterator[tuple[str, str, dict[str, Any], str]]:
     """Name, model type, config and class of each."""
-    import test_cached
-    import test_parity
-
+    test_parity, test_cached = (importlib.import_module(name) for name in ("test_parity", "test_cached"))
     for name, (model_type, values, saved_as) in test_parity.ARCHITECTURES.items():
         yield name, model_type, values, saved_as
     for model_type, saved_as, values in test_cached.CACHED.values():
@@ -119,8 +118,7 @@ def same(got: Array, want: Array) -> float:
 
 def measure(name: str, model_type: str, values: dict[str, Any], saved_as: str, dtype: str, folder: Path) -> Row:
     """Export an architecture in a type and compare."""
-    from test_parity import synthesize
-
+    synthesize = importlib.import_module("test_parity").synthesize
     checkpoint = synthesize(folder / "checkpoint", model_type, values, saved_as, dtype)
     bundle = export(checkpoint, folder / "bundle")
     inputs = inputs_of(bundle, seed=1)
@@ -142,10 +140,10 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     found: list[Row] = []
-    for name, *rest in architectures():
+    for name, model_type, values, saved_as in architectures():
         for dtype in arguments.dtype if arguments.only in name else ():
             with tempfile.TemporaryDirectory(prefix="stageline-half-") as folder:
-                found.append(measure(name, *rest, dtype, Path(folder)))
+                found.append(measure(name, model_type, values, saved_as, dtype, Path(folder)))
             print(found[-1], flush=True)
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")

@@ -17,7 +17,7 @@ def random_inputs(bundle: Bundle, seed: int, rows: int = 5, length: int = 19) ->
     rng = np.random.default_rng(seed)
     made: dict[str, np.ndarray] = {}
     for spec in Signature.of(bundle.manifest).inputs:
-        shape = [{"batch": rows, "length": length}.get(d, d) if isinstance(d, str) else d for d in spec.shape]
+        shape = [{"batch": rows, "length": length}[d] if isinstance(d, str) else d for d in spec.shape]
         if spec.name == "attention_mask":
             lengths = np.array([length, 1, *rng.integers(2, length, rows - 2)])
             made[spec.name] = (np.arange(length) < lengths[:, None]).astype(np.int64)
