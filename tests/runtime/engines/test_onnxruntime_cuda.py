@@ -109,13 +109,18 @@ def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(
     driver = FakeDriver(gpus=2)
     with on_gpus(monkeypatch, driver)(decoder, ["cuda:0", "cuda:1"], slots=1) as pipeline:
         pipeline.generate([3, 4, 5], max_tokens=10).result(SECONDS)
-        driver.calls.clear()
-        pipeline.generate([9, 8, 7], max_tokens=60).result(SECONDS)
-        steps = 60
-        assert driver.count_of("synchronize_event") == steps
-        assert driver.count_of("download") == steps * 3  # the logits, and two values that bounce between the GPUs
-        assert driver.count_of("synchronize", "allocate", "allocate_host", "free", "free_host", "new_event") == 0
-        assert driver.count_of("kernel") == steps * 3
+        steps, new = 60, []
+        for _ in range(5):  # how many buffers are held at once, which the first texts find out, depends on the threads
+            driver.calls.clear()
+            pipeline.generate([9, 8, 7], max_tokens=steps).result(SECONDS)
+            assert driver.count_of("synchronize_event") == steps
+            assert driver.count_of("download") == steps * 3  # the logits, and two values that bounce between the GPUs
+            assert driver.count_of("synchronize", "free", "free_host") == 0
+            assert driver.count_of("kernel") == steps * 3
+            new.append(driver.count_of("allocate", "allocate_host", "new_event"))
+            if new[-1] == 0:
+                break
+        assert new[-1] == 0, new
 
 
 def test_shared_beginnings_are_copied_on_the_device(

@@ -127,11 +127,17 @@ def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(deco
     install(driver)
     with opened(decoder, slots=1, devices=["cuda:0", "cuda:1"]) as pipeline:
         pipeline.generate([3, 4, 5], max_tokens=10).result(SECONDS)
-        driver.calls.clear()
-        pipeline.generate([9, 8, 7], max_tokens=50).result(SECONDS)
-        assert driver.count_of("synchronize_event") == driver.count_of("download") == 50  # the logits
-        assert driver.count_of("synchronize", "allocate", "allocate_host", "free", "free_host", "new_event") == 0
-        assert driver.count_of("copy_peer") == 50 * 1
+        new = []
+        for _ in range(5):  # how many buffers are held at once, which the first texts find out, depends on the threads
+            driver.calls.clear()
+            pipeline.generate([9, 8, 7], max_tokens=50).result(SECONDS)
+            assert driver.count_of("synchronize_event") == driver.count_of("download") == 50  # the logits
+            assert driver.count_of("synchronize", "free", "free_host") == 0
+            assert driver.count_of("copy_peer") == 50 * 1
+            new.append(driver.count_of("allocate", "allocate_host", "new_event"))
+            if new[-1] == 0:
+                break
+        assert new[-1] == 0, new
 
 
 def test_a_stage_that_cannot_be_captured_runs_all_the_same(
