@@ -264,6 +264,6 @@ def real_tokens(spec: TensorSpec, got: Array, want: Array, mask: Array | None) -
 def _compared(
     stage: int | None, value: str, got: Array, want: Array, usual: float, tolerance: float
 ) -> TorchComparison:
-    error = np.abs(got.astype(np.float64) - want)
+    error = np.abs(np.subtract(got, want, dtype=np.float32))
     relative = float(token_errors(got, want, usual).max(initial=0))
-    return TorchComparison(stage, value, float(error.max()), float(error.mean()), relative, tolerance)
+    return TorchComparison(stage, value, float(error.max()), float(error.mean(dtype=np.float64)), relative, tolerance)

@@ -1,16 +1,19 @@
 """What counts as a large error: each token's, as a fraction of how large the reference's values are."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 from stageline.runtime.engines import Array
 
 _SMALLEST = 1e-6  # a scale is no smaller: rounding leaves such values where others cancel out
+_PART = 2**20  # values that are looked at together
 _INFINITE = 1e30  # models mask logits by the smallest number of their type, which types do not share
 
 
 def typical(want: Array) -> float:
     """How large a token is in `want` [..., values]: the median of the tokens' largest magnitudes."""
-    return float(np.median(_largest(_plain(want)))) if want.size else 0.0
+    return float(np.median(_largest(want))) if want.size else 0.0
 
 
 def token_errors(got: Array, want: Array, usual: float | None = None) -> NDArray[np.float64]:
@@ -21,22 +24,36 @@ def token_errors(got: Array, want: Array, usual: float | None = None) -> NDArray
     token's only value may be near zero by chance. Where one of the two is not finite, the other must be the same; else
     the error is infinite.
     """
-    got, want = _plain(got), _plain(want)
+    got, want = np.atleast_1d(got), np.atleast_1d(want)
+    scale = np.maximum(_largest(want), max(_SMALLEST, typical(want) if usual is None else usual))
+    differences = [_difference(ours, theirs) for ours, theirs in zip(_parts(got), _parts(want), strict=True)]
+    errors: NDArray[np.float64] = np.concatenate(differences or [np.zeros(0)]).reshape(scale.shape) / scale
+    return errors
+
+
+def _difference(got: NDArray[np.float64], want: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The largest difference of each token, of [tokens, values]; infinite as in `token_errors`."""
     alike = (got == want) | (np.isnan(got) & np.isnan(want))
     with np.errstate(invalid="ignore"):
         difference = np.where(alike, 0.0, np.abs(got - want))
-    scale = np.maximum(_largest(want), max(_SMALLEST, typical(want) if usual is None else usual))
-    errors: NDArray[np.float64] = np.nan_to_num(difference / scale[..., None], nan=np.inf, posinf=np.inf)
-    worst: NDArray[np.float64] = errors.max(axis=-1, initial=0)
+    worst: NDArray[np.float64] = np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(axis=-1, initial=0)
     return worst
 
 
-def _plain(values: Array) -> NDArray[np.float64]:
-    """In float64, [..., values], what stands for infinity as infinity."""
-    wide = np.atleast_1d(values).astype(np.float64)
-    return np.where(np.abs(wide) > _INFINITE, np.copysign(np.inf, wide), wide)
-
-
-def _largest(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    magnitudes: NDArray[np.float64] = np.abs(np.where(np.isfinite(values), values, 0)).max(axis=-1, initial=0)
+def _largest(values: Array) -> NDArray[np.float64]:
+    """The largest finite magnitude of each token, [...] of [..., values]."""
+    values = np.atleast_1d(values)
+    found = [np.abs(np.where(np.isfinite(part), part, 0)).max(axis=-1, initial=0) for part in _parts(values)]
+    magnitudes: NDArray[np.float64] = np.concatenate(found or [np.zeros(0)]).reshape(values.shape[:-1])
     return magnitudes
+
+
+def _parts(values: Array) -> Iterator[NDArray[np.float64]]:
+    """[..., values] as [tokens, values] in float64, some tokens at a time: logits of long rows take gigabytes. What
+    stands for infinity is infinite."""
+    flat = values.reshape(-1, values.shape[-1]) if values.size else values.reshape(0, values.shape[-1])
+    tokens = max(1, _PART // max(1, values.shape[-1]))
+    for first in range(0, len(flat), tokens):
+        wide = flat[first : first + tokens].astype(np.float64)
+        wide[np.abs(wide) > _INFINITE] *= np.inf
+        yield wide
