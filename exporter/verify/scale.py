@@ -13,7 +13,7 @@ _INFINITE = 1e30  # models mask logits by the smallest number of their type, whi
 
 def typical(want: Array) -> float:
     """How large a token is in `want` [..., values]: the median of the tokens' largest magnitudes."""
-    return float(np.median(_largest(want))) if want.size else 0.0
+    return _median(_largest(want))
 
 
 def token_errors(got: Array, want: Array, usual: float | None = None) -> NDArray[np.float64]:
@@ -25,10 +25,15 @@ def token_errors(got: Array, want: Array, usual: float | None = None) -> NDArray
     the error is infinite.
     """
     got, want = np.atleast_1d(got), np.atleast_1d(want)
-    scale = np.maximum(_largest(want), max(_SMALLEST, typical(want) if usual is None else usual))
+    largest = _largest(want)
+    scale = np.maximum(largest, max(_SMALLEST, _median(largest) if usual is None else usual))
     differences = [_difference(ours, theirs) for ours, theirs in zip(_parts(got), _parts(want), strict=True)]
     errors: NDArray[np.float64] = np.concatenate(differences or [np.zeros(0)]).reshape(scale.shape) / scale
     return errors
+
+
+def _median(largest: NDArray[np.float64]) -> float:
+    return float(np.median(largest)) if largest.size else 0.0
 
 
 def _difference(got: NDArray[np.float64], want: NDArray[np.float64]) -> NDArray[np.float64]:
