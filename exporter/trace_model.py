@@ -14,6 +14,7 @@ from stageline.exporter.cut import NotProvenError, PartGraph, cut
 from stageline.exporter.exact_constants import take_buffers
 from stageline.exporter.failure import reason_of
 from stageline.exporter.fuse import fuse_norms
+from stageline.exporter.last_token import find_by_mask
 from stageline.exporter.matching import TensorsError, missing_error
 from stageline.exporter.scans import any_length
 from stageline.exporter.sentence_head import PREFIX, SentenceHead
@@ -115,6 +116,7 @@ class _FakeModel:
         build = partial(skeleton.build, wanted.config, wanted.task, attention=attention.implementation)
         model = build(dtype=dtype)
         buffers = take_buffers(model, build(dtype=torch.float32)) if dtype != torch.float32 else {}
+        find_by_mask(model)
         weights = find(wanted.checkpoint, model)
         mode = skeleton.fake_mode()
         skeleton.fake_weights(model, mode, weights.names.keys() | weights.missing)

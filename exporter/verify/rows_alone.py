@@ -1,13 +1,14 @@
 """Rows that the reference must compute one by one: transformers lets the longest row of a batch decide for all.
 
 So it is where rotary frequencies depend on the length of a row (longrope, dynamic NTK); and dynamic NTK keeps those of
-the longest row so far for later calls.
+the longest row so far for later calls. Classifiers that know no padding token take the last place of every row.
 """
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from stageline.exporter.last_token import lacks_padding
 from stageline.exporter.rotary_scaling import scaled_rotary
 from stageline.runtime.engines import Array
 
@@ -28,7 +29,7 @@ def rows_alone(
     """What `compute` gives for the rows of `inputs`: in one batch, or each alone, without its padding, where the model
     depends on the length of a row. Values of padding are zero then."""
     mask = inputs.get("attention_mask")
-    if mask is None or not scaled_rotary(model):
+    if mask is None or not (scaled_rotary(model) or lacks_padding(model)):
         return compute(inputs)
     rows = []
     for number, tokens in enumerate(mask.sum(axis=1)):
