@@ -1,6 +1,4 @@
-"""A classifier's labels, and what makes scores of its logits, as transformers' pipelines choose."""
-
-from typing import Any
+"""A classifier's labels, and what makes scores of its logits, as transformers' pipelines or a CrossEncoder choose."""
 
 from stageline.exporter.trace_model import Wanted
 from stageline.runtime.bundle.manifest import Activation
@@ -16,26 +14,26 @@ def labels(wanted: Wanted) -> tuple[str, ...] | None:
 
 
 def activation(wanted: Wanted) -> Activation:
-    """What sentence-transformers' CrossEncoder states in config.json, else by the rules of transformers' pipelines."""
+    """What makes scores of logits: a CrossEncoder's own, else by the rules of transformers' pipelines."""
     config = wanted.config
     if wanted.task not in ("text-classification", "image-classification"):
         return "softmax"
-    stated = _cross_encoder(config)
-    if stated is not None:
-        name = stated.rpartition(".")[2]
-        if name in _TORCH and stated.startswith("torch.nn."):
-            return _TORCH[name]
-        wanted.notes.append(f"config.json asks for the activation {stated!r}, which is not followed: scores are logits")
-        return "none"
+    if wanted.cross_encoder is not None:
+        return _of_a_cross_encoder(wanted, wanted.cross_encoder.activation)
     if config.problem_type == "regression":
         return "none"
     several = config.problem_type == "multi_label_classification"
     return "sigmoid" if several or config.num_labels == 1 else "softmax"
 
 
-def _cross_encoder(config: Any) -> str | None:
-    """The class that a CrossEncoder was saved with, under the key of new or of old versions."""
-    section = getattr(config, "sentence_transformers", None)
-    stated = section.get("activation_fn") if isinstance(section, dict) else None
-    stated = stated or getattr(config, "sbert_ce_default_activation_function", None)
-    return stated if isinstance(stated, str) else None
+def _of_a_cross_encoder(wanted: Wanted, stated: str | None) -> Activation:
+    usual: Activation = "sigmoid" if wanted.config.num_labels == 1 else "none"
+    if stated is None:
+        return usual
+    if not stated.startswith("torch."):  # code that sentence-transformers does not run either
+        wanted.notes.append(f"the CrossEncoder's activation {stated!r} is its own code; scores are as without it")
+        return usual
+    name = stated.rpartition(".")[2]
+    if name not in _TORCH:
+        wanted.notes.append(f"the CrossEncoder's activation {stated!r} is not followed: scores are logits")
+    return _TORCH.get(name, "none")

@@ -16,6 +16,7 @@ from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_mod
 from stageline.exporter.verify.at_export import check_runs_here, run_at_export
 from stageline.exporter.weights import linked_note, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint
+from stageline.models.cross_encoder import cross_encoder
 from stageline.models.errors import ExportError
 from stageline.models.new_folder import new_folder
 from stageline.models.quantisation import check_plain
@@ -73,8 +74,16 @@ def _wanted(
     checkpoint = Checkpoint.open(path)
     check_plain(checkpoint)
     head = pooling(checkpoint) if checkpoint.kind == "safetensors" else None
+    scored = None
+    if checkpoint.kind == "safetensors" and task in (None, "text-classification"):
+        scored = cross_encoder(checkpoint)
     config = skeleton.config_of(gguf_config.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config)
     task = task or tasks.task_of(config, head)
+    if scored is not None and task != "text-classification":
+        raise ExportError(
+            f"{path} is a CrossEncoder made of a model for {task}, which is not supported; --task {task} exports it "
+            "without its scores"
+        )
     if task == "sentence-similarity" and head is None:
         raise ExportError(
             f"{path} does not state how to pool a sentence (it has no modules.json); use --task feature-extraction"
@@ -85,7 +94,7 @@ def _wanted(
         *tasks.notes_of(config, task),
     ]
     sentence = head if task == "sentence-similarity" else None
-    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, notes)
+    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, scored, notes)
 
 
 def _write_part(folder: Path, number: int, part: PartGraph) -> Part:

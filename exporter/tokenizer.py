@@ -118,7 +118,8 @@ def _write(wanted: Wanted, target: Path) -> dict[str, Any] | None:
                 f"the bundle's tokenizer is what transformers makes of all files of the checkpoint: tokenizer.json "
                 f"alone reads {text!r} otherwise"
             )
-        if wanted.pooling is not None and wanted.pooling.lower_case:
+        reader = wanted.pooling or wanted.cross_encoder
+        if reader is not None and reader.lower_case:
             backend.normalizer = lowered(backend.normalizer)
         backend.save(str(target / _FILE))
         if text := _difference(tokenizer, target / _FILE):
@@ -145,9 +146,10 @@ def _stated(target: Path) -> dict[str, Any]:
 
 def _settings(wanted: Wanted, max_positions: int | None, stated: dict[str, Any]) -> TextSettings:
     config, head = wanted.config, wanted.pooling
+    reader = head or wanted.cross_encoder
     limit = stated.pop("limit")
-    if head is not None and head.max_seq_length is not None:
-        limit = head.max_seq_length  # sentence-transformers sets the tokenizer's to it
+    if reader is not None and reader.max_seq_length is not None:
+        limit = reader.max_seq_length  # sentence-transformers sets the tokenizer's to it
     known = [int(n) for n in (limit, max_positions) if isinstance(n, (int, float)) and 0 < n < _NAMES_A_LIMIT]
     text = config.get_text_config()  # a multimodal config may state them here, there, or in both
     end, padding = (

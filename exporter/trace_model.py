@@ -22,6 +22,7 @@ from stageline.exporter.skeleton import COMPUTES_ITSELF, NoCacheError, RefusedEr
 from stageline.exporter.trace import quiet, representatives, trace
 from stageline.exporter.weights import Weights, find
 from stageline.models.checkpoint import Checkpoint
+from stageline.models.cross_encoder import CrossEncoder
 from stageline.models.errors import ExportError
 from stageline.models.sentence import SentencePooling
 from stageline.runtime.bundle.manifest import Refusal, Use
@@ -42,6 +43,7 @@ class Wanted:
     pooling: SentencePooling | None
     stages: int | Sequence[int]
     progress: Callable[[str], None]
+    cross_encoder: CrossEncoder | None = None
     notes: list[str] = field(default_factory=list)
     """Grows while the export finds what a user should know of the bundle; each is a sentence without its full stop."""
 

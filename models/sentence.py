@@ -14,7 +14,7 @@ PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_s
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 
 _STEPS = frozenset({"Dense", "LayerNorm", "Normalize"})
-_CHANGE_NOTHING = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
+_PLAIN = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
 _CHANGE_THE_VECTOR = frozenset(
     {"transformer_task", "module_output_name", "processing_kwargs", "query_length", "document_length",
      "query_expansion", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"}
@@ -95,8 +95,7 @@ def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
     model = settings.get("model_type", "SentenceTransformer")
     if model == "CrossEncoder":
         return None
-    kinds = [_kind(modules_file, module) for module in _modules(modules_file)]
-    kinds = [(name, path) for name, path in kinds if name != "Dropout"]  # it does nothing outside training
+    kinds = modules_of(modules_file)
     names = [name for name, _ in kinds]
     if model != "SentenceTransformer" or names[:2] != ["Transformer", "Pooling"] or not set(names[2:]) <= _STEPS:
         raise CheckpointError(
@@ -109,8 +108,8 @@ def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
         raise CheckpointError(
             f"{modules_file} puts the Transformer into {transformer_path!r}; move its files up, beside modules.json"
         )
-    file, stated = _transformer_settings(checkpoint.path)
-    prompts = _prompts(settings_file, settings)
+    file, stated = transformer_settings(checkpoint.path, _PLAIN)
+    prompts = prompts_of(settings_file, settings)
     modes_file = checkpoint.path / pooling_path / "config.json"
     modes = read_json_object(modes_file)
     if modes.get("include_prompt") is False and any(prompts.values()):
@@ -121,7 +120,7 @@ def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
     return SentencePooling(
         modes=_modes(modes_file, modes),
         steps=tuple(_step(checkpoint.path, name, path) for name, path in kinds[2:]),
-        max_seq_length=_max_seq_length(file, stated),
+        max_seq_length=max_seq_length(file, stated),
         lower_case=bool(stated.get("do_lower_case")),
         prompts=prompts,
         default_prompt=_default_prompt(settings_file, settings, prompts),
@@ -129,7 +128,8 @@ def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
     )
 
 
-def _modules(file: Path) -> list[Any]:
+def modules_of(file: Path) -> list[tuple[str, str]]:
+    """The class names and folders of the modules that `file`, a modules.json, chains, without those that do nothing."""
     try:
         modules = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -138,7 +138,8 @@ def _modules(file: Path) -> list[Any]:
         raise CheckpointError(
             f"{file} holds a {type(modules).__name__}, a list of modules is needed; download it again"
         )
-    return modules
+    kinds = [_kind(file, module) for module in modules]
+    return [(name, path) for name, path in kinds if name != "Dropout"]  # it does nothing outside training
 
 
 def _kind(file: Path, module: Any) -> tuple[str, str]:
@@ -201,7 +202,8 @@ def _size(file: Path, config: dict[str, Any], key: str) -> int:
     return size
 
 
-def _prompts(file: Path, settings: dict[str, Any]) -> dict[str, str]:
+def prompts_of(file: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The prompts that `settings`, read from `file`, give by name."""
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise CheckpointError(f"{file} has prompts that are no texts by name; correct them")
@@ -223,18 +225,22 @@ def _similarity(file: Path, settings: dict[str, Any]) -> Similarity:
     raise CheckpointError(f"{file} has the similarity {stated!r}, known are {', '.join(get_args(Similarity))}")
 
 
-def _transformer_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """What sentence-transformers stores of its Transformer, and in which file; older versions named it by the model."""
+def transformer_settings(folder: Path, plain: Mapping[str, str]) -> tuple[Path, dict[str, Any]]:
+    """What sentence-transformers stores of its Transformer, and in which file; older versions named it by the model.
+
+    `plain`: values of keys that ask for nothing else than the model itself gives. CheckpointError for others.
+    """
     files = [folder / f"sentence_{name}_config.json" for name in _NAMED_BY]
     file = next((file for file in files if file.is_file()), files[0])
     stated = read_json_object(file) if file.is_file() else {}
     for key in sorted(stated.keys() & _CHANGE_THE_VECTOR):
-        if stated[key] and stated[key] != _CHANGE_NOTHING.get(key):
+        if stated[key] and stated[key] != plain.get(key):
             raise CheckpointError(f"{file} has {key} {stated[key]!r}, which is not supported; export it without")
     return file, stated
 
 
-def _max_seq_length(file: Path, stated: dict[str, Any]) -> int | None:
+def max_seq_length(file: Path, stated: Mapping[str, Any]) -> int | None:
+    """The tokens at which `stated`, read from `file`, truncates a text; None if it does not say."""
     length = stated.get("max_seq_length")
     if length is not None and (type(length) is not int or length <= 0):
         raise CheckpointError(f"{file} has the max_seq_length {length!r}, a positive number is needed; correct it")

@@ -75,7 +75,7 @@ class TextEncoder:
                 if not truncate:
                     raise RequestError(
                         f"text {number} has {len(encoding.ids)} tokens, at most {self.max_length} fit; "
-                        "shorten it, or pass truncate=True"
+                        "shorten it, or in Python pass truncate=True"
                     )
                 text = inputs[number]
                 encodings[number] = self._truncating.encode(*((text,) if isinstance(text, str) else text))

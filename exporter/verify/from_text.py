@@ -4,6 +4,7 @@ The reference is what reads and answers texts where the checkpoint comes from: s
 embeddings (where it is installed; else its rules), else transformers' own tokenizer, pipelines and `generate`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.tokenizer import load_tokenizer
 from stageline.exporter.verify.scale import token_errors
 from stageline.models.checkpoint import Checkpoint
+from stageline.models.cross_encoder import cross_encoder
 from stageline.models.sentence import pooling
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.manifest import EMBEDDING, Activation, Manifest
@@ -200,8 +202,25 @@ _Answer = tuple[str, Any, Any]
 _Errors = tuple[str, list[tuple[str, float]]]
 
 
+def _pairs(sides: _Sides) -> _Errors:
+    """A CrossEncoder's scores of pairs."""
+    from sentence_transformers import CrossEncoder
+
+    made = CrossEncoder(
+        str(sides.checkpoint.path), device="cpu", local_files_only=True, trust_remote_code=False,
+        model_kwargs={"dtype": torch.float32, "attn_implementation": "eager", "use_safetensors": True},
+    ).float()  # fmt: skip
+    answers: list[_Answer] = []
+    for text, pair in itertools.pairwise(TEXTS):
+        got = scores(sides.outputs(text, "logits", pair)[1][0], sides.manifest.activation)
+        answers.append((text, got, np.atleast_1d(made.predict([(text, pair)], show_progress_bar=False)[0])))
+    return "scores (sentence-transformers)", _errors(answers)
+
+
 def _text_classification(sides: _Sides) -> _Errors:
     """The scores, and the logits that they are of up to a constant: scores of small logits are all alike."""
+    if cross_encoder(sides.checkpoint) is not None and find_spec("sentence_transformers"):
+        return _pairs(sides)
     reference = sides.hf("text-classification", top_k=None)
     labels, activation = sides.manifest.labels, sides.manifest.activation
     answers: list[_Answer] = []

@@ -109,6 +109,19 @@ def test_another_activation_of_a_classifier_is_found(made: Make, tmp_path: Path)
     assert steps(done) == {"text to tokens": True, "text to answer": False}
 
 
+def test_a_cross_encoder_scores_pairs_as_sentence_transformers_does(made: Make, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    source, bundle = made("BertForSequenceClassification")
+    source = Path(shutil.copytree(source, tmp_path / "s"))
+    stated = {"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"}
+    (source / "config_sentence_transformers.json").write_text(json.dumps(stated))
+    copy = shutil.copytree(bundle, tmp_path / "b")
+    assert not steps(verify(bundle, source, seed=2))["text to answer"]
+    done = verify(planted(bundle, copy, activation="none"), source, seed=2)
+    assert done.passed
+    assert done.texts[1].value == "scores (sentence-transformers)"
+
+
 def test_a_branch_on_length_is_found_in_the_long_row(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.bert.modeling_bert import BertSelfAttention
 

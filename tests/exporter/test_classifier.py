@@ -1,0 +1,45 @@
+"""The activation of a CrossEncoder is the one that sentence-transformers itself takes for the checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stageline.exporter import classifier, skeleton
+from stageline.exporter.trace_model import Wanted
+from stageline.models.checkpoint import Checkpoint
+from stageline.models.cross_encoder import cross_encoder
+
+sentence_transformers = pytest.importorskip("sentence_transformers")
+_NAMES: dict[str, Any] = {"none": torch.nn.Identity(), "sigmoid": torch.nn.Sigmoid(), "softmax": torch.nn.Softmax(1)}
+
+
+def wanted(folder: Path) -> Wanted:
+    checkpoint = Checkpoint.open(folder)
+    config = skeleton.config_of(checkpoint.config)
+    return Wanted(checkpoint, config, "text-classification", "bfloat16", None, 1, print, cross_encoder(checkpoint))
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("activation", [None, torch.nn.Identity(), torch.nn.Sigmoid(), torch.nn.Softmax(dim=1)])
+def test_scores_are_those_of_sentence_transformers(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, labels: int, activation: Any
+) -> None:
+    source = make_checkpoint(tmp_path / "source", num_labels=labels)
+    made = sentence_transformers.CrossEncoder(str(source), device="cpu", activation_fn=activation)
+    made.save_pretrained(str(tmp_path / "saved"))
+    read = sentence_transformers.CrossEncoder(str(tmp_path / "saved"), device="cpu")
+    logits = torch.randn(2, labels)
+    ours = _NAMES[classifier.activation(wanted(tmp_path / "saved"))](logits)
+    assert torch.equal(ours, read.activation_fn(logits))
+
+
+def test_an_activation_that_is_code_is_not_run(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """As in sentence-transformers, which takes the default then."""
+    source = make_checkpoint(tmp_path / "c", num_labels=1, sbert_ce_default_activation_function="my.module.Own")
+    read = wanted(source)
+    assert classifier.activation(read) == "sigmoid"
+    assert read.notes == ["the CrossEncoder's activation 'my.module.Own' is its own code; scores are as without it"]
+    source = make_checkpoint(tmp_path / "d", num_labels=1, sbert_ce_default_activation_function="torch.nn.GELU")
+    assert classifier.activation(wanted(source)) == "none"
