@@ -294,10 +294,7 @@ def subject_of(name: str, folder: Path) -> Subject:
     way, dtype = rest.split(", ")
     make = formats.FOLDERS[way]
     made, other = (make(folder / n, kind, dtype, seed) for seed, n in enumerate(("one", "two")))  # type: ignore[arg-type]
-    called = str(made.path)
-    if way == "hub cache":
-        os.environ.update(HF_HUB_CACHE=str(folder / "one"), HF_HUB_OFFLINE="1")
-        called = "org/name"
+    called = "org/name" if way == "hub cache" else str(made.path)
     return Subject(called, kind, made.model, folder, str(other.path), other.model)
 
 
@@ -316,11 +313,13 @@ def rows() -> list[str]:
 
 def try_row(name: str, columns: list[str]) -> dict[str, Cell]:
     """All cells of a row; only the first where there is no bundle."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
+        if "hub cache" in name:  # read when the library is imported
+            os.environ.update(HF_HUB_CACHE=str(Path(folder) / "one"), HF_HUB_OFFLINE="1")
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         subject = subject_of(name, Path(folder))
         cells = {"export": tried(export if subject.reference else export_only, subject)}
         if (subject.bundle / "manifest.json").is_file():

@@ -49,9 +49,16 @@ class Attention:
         """While entered, models that were built with `implementation` call this attention."""
         return contextlib.nullcontext()
 
-    def wrap(self, model: Any, dtype: torch.dtype, task: str, head: torch.nn.Module | None) -> Task | CacheTask:
-        """The model with the inputs and outputs of the bundle."""
-        wrapped = Task(model, inputs_of(model, dtype), outputs_of(task), head)
+    def wrap(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        task: str,
+        head: torch.nn.Module | None,
+        image_size: tuple[int, int] | None = None,
+    ) -> Task | CacheTask:
+        """The model with the inputs and outputs of the bundle; `image_size` as in `inputs_of`."""
+        wrapped = Task(model, inputs_of(model, dtype, image_size), outputs_of(task), head)
         wrapped.rows_of = partial(rows_of, scaled_rotary(model))
         return wrapped
 
@@ -180,7 +187,14 @@ class CacheAttention(_OneOperator):
     def installed(self) -> contextlib.AbstractContextManager[None]:
         return _registered(self.implementation, self.attend, self.mask)
 
-    def wrap(self, model: Any, dtype: torch.dtype, task: str, head: torch.nn.Module | None) -> Task | CacheTask:
+    def wrap(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        task: str,
+        head: torch.nn.Module | None,
+        image_size: tuple[int, int] | None = None,
+    ) -> Task | CacheTask:
         return CacheTask(model, self._over)
 
     def watch(self, task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call]:

@@ -9,7 +9,9 @@ from stageline.exporter import classifier, skeleton, tasks
 from stageline.exporter.cut import PartGraph
 from stageline.exporter.generation_defaults import generation_defaults
 from stageline.exporter.gguf import config as gguf_config
+from stageline.exporter.images import image_settings
 from stageline.exporter.sentence_head import place_head
+from stageline.exporter.tasks import reads_images
 from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
@@ -94,7 +96,8 @@ def _wanted(
         *tasks.notes_of(config, task),
     ]
     sentence = head if task == "sentence-similarity" else None
-    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, scored, notes)
+    image = image_settings(checkpoint, notes) if reads_images(config, task) else None
+    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, scored, image, notes)
 
 
 def _write_part(folder: Path, number: int, part: PartGraph) -> Part:
@@ -143,6 +146,7 @@ def _manifest(
         max_positions=max_positions,
         row_scaling=traced.task.row_scaling,
         text=text,
+        image=wanted.image,
         parts=parts,
         uses=traced.uses,
         labels=classifier.labels(wanted),

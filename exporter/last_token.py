@@ -13,7 +13,7 @@ import torch
 def lacks_padding(model: Any) -> bool:
     """Whether the model classifies texts, and its config names no token that fills rows."""
     config = model.config.get_text_config()
-    pad, size = config.pad_token_id, getattr(config, "vocab_size", None)
+    pad, size = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     classifies = type(model).__name__.endswith("ForSequenceClassification") and not config.is_encoder_decoder
     return classifies and size is not None and (pad is None or not 0 <= pad < size)
 

@@ -186,8 +186,9 @@ def max_positions(model: Any) -> int | None:
     return int(stated * (rotary["factor"] if rotary.get("rope_type") == "dynamic" else 1))
 
 
-def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
-    """The model's inputs, from its own declaration and the signature of its forward."""
+def inputs_of(model: Any, dtype: torch.dtype, image_size: tuple[int, int] | None = None) -> tuple[Input, ...]:
+    """The model's inputs, from its own declaration and the signature of its forward. `image_size`: height and width of
+    images; default: what the config states."""
     accepted = inspect.signature(model.forward).parameters
     main = model.main_input_name
     config = model.config
@@ -197,18 +198,20 @@ def inputs_of(model: Any, dtype: torch.dtype) -> tuple[Input, ...]:
             names.append("token_type_ids")
         return tuple(Input(n, torch.int64, ("batch", "length")) for n in names if n in accepted)
     if main == "pixel_values":
-        return (Input("pixel_values", dtype, ("batch", *_image_shape(config))),)
+        return (Input("pixel_values", dtype, ("batch", *_image_shape(config, image_size))),)
     raise ExportError(
         f"{type(model).__name__} reads {main}; what can be exported reads input_ids (text) or pixel_values (images)"
     )
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: Any, wanted: tuple[int, int] | None) -> tuple[int, int, int]:
     """Channels, height and width of the images that the model takes, from its config or that of its vision part."""
     vision = config if getattr(config, "image_size", None) else getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None)
+    size = wanted or getattr(vision, "image_size", None)
     if size is None:
-        raise ExportError("config.json states no image_size; add the size of the images that will be run")
+        raise ExportError(
+            "neither config.json nor preprocessor_config.json states the size of images; add image_size to config.json"
+        )
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return vision.num_channels, height, width
 

@@ -138,6 +138,16 @@ def class_of(config: Any, task: str) -> Any:
     return TASKS[task]
 
 
+def reads_images(config: Any, task: str) -> bool:
+    """Whether the class of the model for a task reads images and no text."""
+    if task not in ("image-classification", FEATURES):
+        return False
+    found = class_of(config, task)
+    if mapping := getattr(found, "_model_mapping", None):  # of an automatic class
+        found = mapping.get(type(config), None)
+    return getattr(found, "main_input_name", None) == "pixel_values"
+
+
 def is_multimodal(config: Any) -> bool:
     """Whether it is the config of a model that takes more than text and generates text."""
     kind = config.model_type

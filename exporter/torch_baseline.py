@@ -40,7 +40,8 @@ def torch_contender(kind: Kind, checkpoint: Path, manifest: Manifest, threads: i
     head = loaded_head(opened) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
     wanted = (EMBEDDING,) if EMBEDDING in names else names
-    task: Any = skeleton.Task(model, skeleton.inputs_of(model, torch.float32), wanted, head).eval()
+    size = manifest.image.size if manifest.image else None
+    task: Any = skeleton.Task(model, skeleton.inputs_of(model, torch.float32, size), wanted, head).eval()
     inputs = task.input_names
     run = torch.compile(task, dynamic=True) if kind == "torch-compile" else task
 

@@ -25,7 +25,7 @@ from stageline.models.checkpoint import Checkpoint
 from stageline.models.cross_encoder import CrossEncoder
 from stageline.models.errors import ExportError
 from stageline.models.sentence import SentencePooling
-from stageline.runtime.bundle.manifest import Refusal, Use
+from stageline.runtime.bundle.manifest import ImageSettings, Refusal, Use
 from stageline.runtime.bundle.recut import check_stages
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -44,6 +44,7 @@ class Wanted:
     stages: int | Sequence[int]
     progress: Callable[[str], None]
     cross_encoder: CrossEncoder | None = None
+    image: ImageSettings | None = None
     notes: list[str] = field(default_factory=list)
     """Grows while the export finds what a user should know of the bundle; each is a sentence without its full stop."""
 
@@ -127,7 +128,8 @@ class _FakeModel:
             with torch.device("meta"):
                 head = SentenceHead(wanted.pooling, dtype)
             skeleton.fake_weights(head, mode, ())
-        task = attention.wrap(model, dtype, wanted.task, head).eval()
+        size = wanted.image.size if wanted.image else None
+        task = attention.wrap(model, dtype, wanted.task, head, size).eval()
         return cls(task, weights, mode, {"model." + name: buffer for name, buffer in buffers.items()})
 
     def samples(self) -> tuple[torch.Tensor, ...]:

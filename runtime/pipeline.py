@@ -31,6 +31,7 @@ from stageline.runtime.generation.meter import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel, open_encoder
+from stageline.runtime.images import Picture, pixel_values
 from stageline.runtime.options import OpenKeywords, PipelineOptions
 from stageline.runtime.scores import scores
 from stageline.runtime.stages.lanes import PipelineStage, StageStats
@@ -138,6 +139,18 @@ class Pipeline:
             raise RequestError(f"this bundle does not classify texts: its task is {manifest.task}; use Pipeline.run")
         encoded = self.encoder.encode(texts, pairs)
         given = {spec.name: encoded[spec.name] for spec in self.signature.inputs}
+        return scores(self.run(given, ["logits"])["logits"], manifest.activation)
+
+    def classify_images(self, images: Sequence[Picture]) -> NDArray[np.float64]:
+        """An image classifier's scores of images: paths, or Pillow's. float64 [images, labels], as `classify` gives
+        them. RequestError if this bundle classifies no image files, or one cannot be read."""
+        manifest = self.bundle.manifest
+        if manifest.task != "image-classification" or manifest.image is None:
+            raise RequestError(
+                f"this bundle classifies no image files: its task is {manifest.task}"
+                + ("; give pixel_values to Pipeline.run" if manifest.task == "image-classification" else "")
+            )
+        given = {"pixel_values": pixel_values(images, manifest.image)}
         return scores(self.run(given, ["logits"])["logits"], manifest.activation)
 
     @overload

@@ -19,6 +19,7 @@ from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.generation.sampling import Row, sample
 from stageline.runtime.generation.settings import decide
 from stageline.runtime.generation.text_model import open_encoder
+from stageline.runtime.images import pixel_values
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.scores import scores
 
@@ -104,7 +105,7 @@ def text_classification(session: Session, texts: Sequence[str], pairs: Sequence[
     found = scores(logits, session.manifest.activation)
     return {
         "activation": session.manifest.activation,
-        "labels": [_best(row, _labels(session, len(row)), len(row)) for row in found],
+        "labels": [_best(row, _labels(session.manifest, len(row)), len(row)) for row in found],
     }
 
 
@@ -112,7 +113,7 @@ def token_classification(session: Session, texts: Sequence[str]) -> Answer:
     """The most probable label of each token of each text."""
     encoded = session.encoder.encode(texts)
     logits = session.run(encoded, "logits")
-    names = _labels(session, logits.shape[2])
+    names = _labels(session.manifest, logits.shape[2])
     return {
         "tokens": [
             [
@@ -154,6 +155,23 @@ def text_generation(session: Session, texts: Sequence[str], new_tokens: int) -> 
         "next": [_best(row, session.encoder) for row in chances],
         "continuations": [_continue(session, prompt, new_tokens) for prompt in prompts],
     }
+
+
+def images(pipeline: Pipeline, files: Sequence[Path]) -> Answer:
+    """Of a classifier the highest scores for each image, else the shape of its features and its first values."""
+    manifest = pipeline.bundle.manifest
+    if manifest.image is None:
+        raise BundleError(
+            f"bundle {pipeline.bundle.path} does not say how images become pixel_values; give it those from Python: "
+            "Pipeline.open(...).run(...)"
+        )
+    if manifest.task == "image-classification":
+        found = pipeline.classify_images(files)
+        names = _labels(manifest, found.shape[1])
+        return {"activation": manifest.activation, "labels": [_best(row, names) for row in found]}
+    (spec,) = (spec for spec in manifest.outputs if spec.name == "last_hidden_state")
+    features = pipeline.run({"pixel_values": pixel_values(files, manifest.image)}, [spec.name])[spec.name]
+    return {"features": [{"shape": list(one.shape), "first": one.ravel()[:TOP].tolist()} for one in features]}
 
 
 ANSWERS: dict[str, Callable[[Session, Sequence[str]], Answer]] = {
@@ -219,8 +237,8 @@ def _best(found: Array, names: Sequence[str] | TextEncoder, count: int = TOP) ->
     return [{"label": names[i], "probability": float(found[i])} for i in best]
 
 
-def _labels(session: Session, count: int) -> Sequence[str]:
-    return session.manifest.labels or [f"LABEL_{i}" for i in range(count)]
+def _labels(manifest: Manifest, count: int) -> Sequence[str]:
+    return manifest.labels or [f"LABEL_{i}" for i in range(count)]
 
 
 def _mask(folder: Path) -> tuple[str, int]:

@@ -1,5 +1,6 @@
 """The command `stageline run`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +44,10 @@ def run_command(
             metavar="QUESTION TEXT", help="text-classification: two texts, as a reranker reads. May be repeated."
         ),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A file of a model of images. May be repeated."),
+    ] = None,
     new_tokens: Annotated[
         int | None,
         typer.Option(min=0, metavar="N", help=f"text-generation: max tokens to generate (default: {_NEW_TOKENS})."),
@@ -53,16 +58,21 @@ def run_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run texts through a bundle and print its answers.
+    """Run texts or images through a bundle and print its answers.
 
     Example: stageline run minilm.bundle --text "A cat sits." --text "A kitten rests."
     """
-    if bool(text) == bool(pair):
-        raise UsageError("give texts with --text, or pairs of texts with --pair" + (", not both" if text else ""))
+    given = [option for option in (text, pair, image) if option]
+    if len(given) != 1:
+        raise UsageError(
+            "give texts with --text, pairs of texts with --pair, or images with --image"
+            + (", not several of them" if given else "")
+        )
     from stageline.exporter.commands.answers import (
         ANSWERS,
         Session,
         encoder_of,
+        images,
         text_classification,
         text_generation,
     )
@@ -79,10 +89,15 @@ def run_command(
         raise RequestError(f"--prompt is for sentence-similarity, but this bundle's task is {task}; leave it out")
     if pair and task != "text-classification":
         raise RequestError(f"--pair is for text-classification, but this bundle's task is {task}; give --text")
-    if task != "text-generation" and task not in ANSWERS:
-        raise RequestError(
-            f"{task} takes no text; run this bundle from Python: Pipeline.open({str(bundle)!r}).run(...)"
-        )
+    if bool(image) != (manifest.inputs[0].name == "pixel_values"):
+        wanted = "text; give --text" if image else "images; give --image"
+        raise RequestError(f"{bundle} is a model of {wanted}")
+    if image:
+        with Pipeline.open(bundle) as pipeline:
+            result = images(pipeline, image)
+        names = [str(file) for file in image]
+        print_result(as_json, {"task": task, "images": names, **result}, show.answer(task, names, result))
+        return
     with Pipeline.open(bundle) as pipeline:
         session = Session(bundle, manifest, pipeline, encoder_of(pipeline.bundle), prompt)
         if pair:
@@ -92,6 +107,6 @@ def run_command(
         else:
             result = ANSWERS[task](session, texts)
     pairs = [list(two) for two in zip(firsts, seconds, strict=True)]
-    given = {"pairs": pairs} if pair else {"texts": texts}
+    asked = {"pairs": pairs} if pair else {"texts": texts}
     shown = [" | ".join(two) for two in pairs] if pair else texts
-    print_result(as_json, {"task": task, **given, **result}, show.answer(task, shown, result))
+    print_result(as_json, {"task": task, **asked, **result}, show.answer(task, shown, result))

@@ -104,7 +104,7 @@ def answer(task: str, texts: Sequence[str], result: Mapping[str, Any]) -> str:
         if task == "feature-extraction":
             found = result["features"][number]
             lines.append(f"  {found['shape']}  {_numbers(found['first'])}")
-        elif task == "text-classification":
+        elif task in ("text-classification", "image-classification"):
             written = _number if result["activation"] == "none" else _percent
             lines += [f"  {written(one)}  {one['label']}" for one in result["labels"][number]]
         elif task == "token-classification":

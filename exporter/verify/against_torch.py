@@ -18,6 +18,7 @@ from stageline.exporter import skeleton, tasks
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.standard_names import folder_for_transformers
+from stageline.exporter.verify.from_image import compare_images
 from stageline.exporter.verify.from_text import TextComparison, compare_texts
 from stageline.exporter.verify.gguf_reference import load_gguf_reference
 from stageline.exporter.verify.random_inputs import long_inputs, random_inputs
@@ -99,8 +100,12 @@ def verify(
             _compare_all(pipeline, torch_values(model, checkpoint, manifest, inputs), inputs, usual, progress)
             for inputs in drawn
         ]
-        progress("from text to answer")
-        texts = compare_texts(pipeline, checkpoint, model, _OF_TEXTS[manifest.dtype])
+        progress(f"from {'image' if manifest.image else 'text'} to answer")
+        most = _OF_TEXTS[manifest.dtype]
+        if manifest.image is not None:
+            texts = compare_images(pipeline, manifest.image, checkpoint, model, most)
+        else:
+            texts = compare_texts(pipeline, checkpoint, model, most)
     masks = [inputs["attention_mask"] for inputs in drawn if "attention_mask" in inputs]
     lengths = tuple(int(length) for mask in masks for length in mask.sum(axis=1))
     worst = tuple(max(each, key=_badness) for each in zip(*compared, strict=True))
@@ -147,7 +152,8 @@ def torch_values(
     names. Rows are computed alone where transformers would let them depend on each other."""
     head = loaded_head(checkpoint) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
-    task = skeleton.Task(model, skeleton.inputs_of(model, torch.float32), names, head).eval()
+    size = manifest.image.size if manifest.image else None
+    task = skeleton.Task(model, skeleton.inputs_of(model, torch.float32, size), names, head).eval()
     crossing = {spec.name for stage in manifest.stages for spec in stage.outputs}
     wanted = {
         (use.module, use.call): f"hidden.{block + 1}"

@@ -135,6 +135,23 @@ class TextSettings(Data):
     similarity: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"  # how embeddings are compared
 
 
+class ImageSettings(Data):
+    """How an image in RGB becomes pixel_values, in this order; sizes are height and width in pixels."""
+
+    resize: tuple[int, int] | None = None  # to this size
+    shortest_edge: int | None = Field(default=None, gt=0)  # or until its shorter side is so long
+    resample: int = Field(default=2, ge=0, le=5)  # Pillow's number of the filter
+    crop: tuple[int, int] | None = None  # from the middle; zeros where the image is smaller
+    scale: float | None = None  # values are multiplied by it
+    mean: tuple[float, float, float] | None = None  # subtracted from each channel
+    std: tuple[float, float, float] | None = None  # which is then divided by it
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """What every image has in the end; None if that depends on the image."""
+        return self.crop or self.resize
+
+
 class GenerationDefaults(Data):
     """What the checkpoint says of generation, in generation_config.json or, without one, in config.json. Names and
     meanings are those of transformers' GenerationConfig. None: it says nothing."""
@@ -192,6 +209,7 @@ class UncutManifest(Data):
     max_positions: int | None = None  # tokens in a row that the model can place
     row_scaling: RowScaling | None = None  # of a model with caches whose keys depend on the length of a row
     text: TextSettings | None = None
+    image: ImageSettings | None = None  # of a model of images
     parts: tuple[Part, ...]
     uses: tuple[Use, ...] = Field(min_length=3)
     labels: tuple[str, ...] | None = None  # of a classifier

@@ -52,7 +52,9 @@ def test_the_tokenizers_own_limits_are_off(encoder: TextEncoder) -> None:
 
 
 def test_a_long_text_is_refused_with_the_numbers(encoder: TextEncoder) -> None:
-    with pytest.raises(RequestError, match=r"text 1 has 7 tokens, at most 6 fit; shorten it, or pass truncate=True"):
+    with pytest.raises(
+        RequestError, match=r"text 1 has 7 tokens, at most 6 fit; shorten it, or in Python pass truncate=True"
+    ):
         encoder.encode(["a", "a b c a b"])
 
 
