@@ -148,6 +148,15 @@ def spoil_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxRuntimeEngine, "step", forgetful)
 
 
+def test_a_cache_takes_no_token_types(tmp_path: Path) -> None:
+    """BERT's class that generates can be given types; the bundle and its reference take none."""
+    config = {**BERT, "architectures": ["BertLMHeadModel"], "is_decoder": True}
+    synthesize(config, tmp_path / "c", seed=2, dtype="bfloat16")
+    checked = export(tmp_path / "c", tmp_path / "b").manifest.checked
+    assert checked is not None
+    assert "4 tokens generated after 17; largest difference to transformers" in checked
+
+
 @pytest.mark.parametrize("compared", [True, False])
 def test_a_wrong_step_after_a_cache_is_found(llama: Made, monkeypatch: pytest.MonkeyPatch, compared: bool) -> None:
     if not compared:
