@@ -37,7 +37,7 @@ class SentenceHead(torch.nn.Module):
         vectors = vectors.to(hidden.dtype)
         for step in self.children():
             vectors = step(vectors)
-        return vectors
+        return vectors[:, : self.settings.truncate_dim]
 
 
 def loaded_head(checkpoint: Checkpoint) -> SentenceHead | None:

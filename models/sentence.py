@@ -68,6 +68,8 @@ class SentencePooling:
     """How the tokens' vectors become one; the results of several modes are joined in this order."""
     steps: tuple[Step, ...] = ()
     """What follows the pooling."""
+    truncate_dim: int | None = None
+    """How many of a vector's first values are kept, in the end; None: all."""
     max_seq_length: int | None = None
     """The tokens, special ones included, at which sentence-transformers truncates a text; None if not stated."""
     lower_case: bool = False
@@ -120,6 +122,7 @@ def pooling(checkpoint: Checkpoint) -> SentencePooling | None:
     return SentencePooling(
         modes=_modes(modes_file, modes),
         steps=tuple(_step(checkpoint.path, name, path) for name, path in kinds[2:]),
+        truncate_dim=_whole("truncate_dim", settings_file, settings),
         max_seq_length=max_seq_length(file, stated),
         lower_case=bool(stated.get("do_lower_case")),
         prompts=prompts,
@@ -241,7 +244,11 @@ def transformer_settings(folder: Path, plain: Mapping[str, str]) -> tuple[Path, 
 
 def max_seq_length(file: Path, stated: Mapping[str, Any]) -> int | None:
     """The tokens at which `stated`, read from `file`, truncates a text; None if it does not say."""
-    length = stated.get("max_seq_length")
-    if length is not None and (type(length) is not int or length <= 0):
-        raise CheckpointError(f"{file} has the max_seq_length {length!r}, a positive number is needed; correct it")
-    return length
+    return _whole("max_seq_length", file, stated)
+
+
+def _whole(key: str, file: Path, stated: Mapping[str, Any]) -> int | None:
+    number = stated.get(key)
+    if number is not None and (type(number) is not int or number <= 0):
+        raise CheckpointError(f"{file} has the {key} {number!r}, a positive number is needed; correct it")
+    return number
