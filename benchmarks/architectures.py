@@ -14,6 +14,7 @@ not computed again unless they are named:
 """
 
 import argparse
+import copy
 import fnmatch
 import itertools
 import json
@@ -55,7 +56,10 @@ See [Checkpoints](checkpoints.md#tasks) for the tasks.
 {summary}
 """
 TOLERANCE = 1e-3
-"""Of the largest value. Two computations in float32 of the same weights differ by some 1e-6."""
+"""Of the largest value. Two computations in float32 of the same weights differ by some 1e-6, except where random
+weights make a model that amplifies the least difference: torch in float32 differs as much from torch in float64."""
+OWN = 4
+"""So many times that difference is allowed there."""
 NEW_TOKENS = 40
 _PROCESSOR_S = 120
 _MEMORY_BYTES = 12 * 1024**3
@@ -127,21 +131,23 @@ def tried(kind: str, class_name: str, folder: Path, dtype: str) -> dict[str, Any
     entry["no_cache_reason"] = manifest.no_cache_reason
     try:
         with Pipeline.open(folder / "bundle") as pipeline:
-            errors = {length: _error(model, pipeline, bundle, length) for length in (7, 100)}
+            compared = {length: _errors(model, pipeline, bundle, length) for length in (7, 100)}
+            errors = {length: error for length, (error, _) in compared.items()}
             entry["error"] = max(errors.values())
             if manifest.cached:
                 entry["generated"] = _generated(model, pipeline)
     except Exception as error:
         return entry | {"result": "WRONG", "line": _line(error), "traceback": traceback.format_exc()[-3000:]}
-    if not entry["error"] <= TOLERANCE:
+    if not all(error <= max(TOLERANCE, OWN * own) for error, own in compared.values()):
         return entry | {"result": "WRONG", "line": f"errors by length: {errors}"}
     if entry.get("generated", NEW_TOKENS) != NEW_TOKENS:
         return entry | {"result": "WRONG", "line": f"leaves torch's best token after {entry['generated']} tokens"}
     return entry | {"result": "holds", "line": ""}
 
 
-def _error(model: Any, pipeline: Pipeline, bundle: Any, length: int) -> float:
-    """The largest error over the largest value, padding left out, on rows of up to `length` tokens."""
+def _errors(model: Any, pipeline: Pipeline, bundle: Any, length: int) -> tuple[float, float]:
+    """The largest error over the largest value, padding left out, on rows of up to `length` tokens; and the largest
+    difference of torch in float32 to torch in float64, if the error is large."""
     rng = np.random.default_rng(length)
     limit = bundle.manifest.max_positions or length
     length = min(length, limit)
@@ -164,12 +170,23 @@ def _error(model: Any, pipeline: Pipeline, bundle: Any, length: int) -> float:
         real = np.ones_like(real)
     name = bundle.manifest.outputs[-1].name
     got = pipeline.run(inputs)[name]
-    with torch.no_grad():
-        result = model(**{key: torch.from_numpy(value) for key, value in inputs.items()})
-    want = result[name].numpy() if name in result else result[0].numpy()
-    if "input_ids" in inputs and got.ndim == 3 and got.shape[1] == length:
-        got, want = got[real], want[real]
-    return float(np.abs(got - want).max() / np.abs(want).max())
+
+    def of_torch(one: Any) -> np.ndarray[Any, Any]:
+        with torch.no_grad():
+            result = one(**{key: torch.from_numpy(value).to(one.dtype) if value.dtype.kind == "f" else
+                            torch.from_numpy(value) for key, value in inputs.items()})  # fmt: skip
+        return (result[name] if name in result else result[0]).numpy()  # type: ignore[no-any-return]
+
+    def difference(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+        if "input_ids" in inputs and one.ndim == 3 and one.shape[1] == length:
+            one, other = one[real], other[real]
+        return float(np.abs(one - other).max() / np.abs(other).max())
+
+    want = of_torch(model)
+    error = difference(got, want)
+    if error <= TOLERANCE:
+        return error, 0.0
+    return error, difference(want, of_torch(copy.deepcopy(model).double()))
 
 
 def _generated(model: Any, pipeline: Pipeline) -> int:
