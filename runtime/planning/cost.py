@@ -49,27 +49,29 @@ def use_costs(
     shape: Shape,
     cache_itemsize: int = 4,
     quantise: WeightDtype | None = None,
+    itemsize: float = 4.0,
 ) -> list[UseCost]:
     """The cost of each use in order: prologue, blocks, epilogue. A cache holds elements of `cache_itemsize` bytes.
 
-    Weights count as on disk or, with `quantise`, as engines opened with it hold them: matrices quantised, the rest in
-    float32.
+    Weights count as `itemsize` bytes each, whatever the files hold (engines for the CPU compute in float32), or with
+    `quantise` as engines opened with it hold them: matrices quantised, the rest in float32.
     """
     graphs = [_Graph(part, [w.name for w in manifest.parts[n].weights], shape) for n, part in enumerate(parts)]
     costs = []
     for use in manifest.uses:
         graph, caches = graphs[use.part], manifest.parts[use.part].caches
-        itemsize = {
-            local: _itemsize(tensors[name], local in graph.matrices, quantise) for local, name in use.weights.items()
+        held = {
+            local: bytes_per_weight(quantise) if quantise and local in graph.matrices else itemsize
+            for local in use.weights
         }
         # By the tensor's name, so that one that is used twice counts once.
-        held_bytes = {name: itemsize[local] * math.prod(tensors[name].shape) for local, name in use.weights.items()}
+        held_bytes = {name: held[local] * math.prod(tensors[name].shape) for local, name in use.weights.items()}
         token_bytes = cache_itemsize * sum(cache.heads * (cache.key_size + cache.value_size) for cache in caches)
         costs.append(
             UseCost(
                 graph.flops,
                 graph.elementwise,
-                round(sum(itemsize[name] * count for name, count in graph.weight_reads.items())),
+                round(sum(held[name] * count for name, count in graph.weight_reads.items())),
                 graph.activation_bytes,
                 token_bytes * shape.batch * (shape.past + shape.length),
                 sum(math.prod(tensors[name].shape) for name in held_bytes),
@@ -78,13 +80,6 @@ def use_costs(
             )
         )
     return costs
-
-
-def _itemsize(entry: TensorEntry, matrix: bool, quantise: WeightDtype | None) -> float:
-    """Bytes of an element: on disk, or in an engine opened with `quantise`."""
-    if quantise is None:
-        return entry.size_bytes / max(1, math.prod(entry.shape))
-    return bytes_per_weight(quantise) if matrix else 4.0
 
 
 class _Graph:

@@ -1,6 +1,7 @@
 """Plans for a bundle: turns costs and devices into a problem, solves it, and explains the answer."""
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -78,27 +79,12 @@ class Planner:
         manifest, parts, quantise = self.bundle.manifest, self.bundle.parts(), self._quantise
         if quantise is not None:
             return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, quantise=quantise)))
-        cache_itemsize = 2 if quantise_for(self.dtype) else 4
-
-        @cache
-        def of(shape: Shape) -> tuple[UseCost, ...]:
-            return tuple(
-                replace(
-                    cost,
-                    weight_read_bytes=round(cost.weight_read_bytes * self._scale(cost)),
-                    parameter_bytes=round(cost.parameter_bytes * self._scale(cost)),
-                )
-                for cost in use_costs(manifest, self.bundle.tensors, parts, shape, cache_itemsize)
-            )
-
-        return of
+        cached, held = 2 if quantise_for(self.dtype) else 4, _ITEMSIZE[self.dtype]
+        return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, cached, itemsize=held)))
 
     @property
     def _quantise(self) -> WeightDtype | None:
         return quantise_for(self.dtype) if self.cluster.local else None
-
-    def _scale(self, cost: UseCost) -> float:
-        return _ITEMSIZE[self.dtype] * cost.parameters / cost.parameter_bytes if cost.parameter_bytes else 1.0
 
     @cached_property
     def _timings(self) -> Callable[[int], Timings]:
@@ -129,7 +115,7 @@ class Planner:
             use_bytes=tuple(float(c.parameter_bytes + c.cache_token_bytes * cached_tokens) for c in costs),
             cut_bytes=tuple(float(values_bytes(values, shape)) for values in self._cut_values),
             counts=None if self.cluster.ordered else tuple(kind.count for kind in self.cluster.kinds),
-            tied_bytes=sum(self.bundle.tensors[name].size_bytes for name in tied) * self._scale(costs[0]),
+            tied_bytes=_ITEMSIZE[self.dtype] * sum(math.prod(self.bundle.tensors[name].shape) for name in tied),
             overlap=self.overlap,
             layers=self.layers,
             stages=stages,

@@ -120,7 +120,7 @@ def test_quantised_weights_on_a_cpu_take_what_the_engine_holds(
     export_once: Callable[..., Path],
 ) -> None:
     """A head that is tied to the table of words is quantised beside it."""
-    bundle = Bundle.open(export_once(TIED, dtype="float32"))  # as large in the engine as on disk
+    bundle = Bundle.open(export_once(TIED))
     points = tuple(
         Point(threads=1, batch=1, length=1, past=32, first=first, end=end, seconds=0.01 * (end - first), runs=5)
         for first, end in ranges(bundle)
