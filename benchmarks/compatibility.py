@@ -255,6 +255,8 @@ COLUMNS: dict[str, Callable[[Subject], float | None]] = {
     "build stripped": build("fp16", "--stripped"),
 }  # fmt: skip
 """Name of a column -> what it runs. `export` comes first: the others need its bundle."""
+OF_THE_GRAPH = ("profile", "plan", "bench")
+"""Columns that do not depend on the weights' values: .gguf files of all types but the first become the same bundle."""
 
 
 def tried(column: Callable[[Subject], float | None], subject: Subject) -> Cell:
@@ -322,6 +324,8 @@ def try_row(name: str, columns: list[str]) -> dict[str, Cell]:
         transformers.utils.logging.disable_progress_bar()
         subject = subject_of(name, Path(folder))
         cells = {"export": tried(export if subject.reference else export_only, subject)}
+        if name.startswith("gguf") and name != "gguf: F32":
+            columns = [column for column in columns if column not in OF_THE_GRAPH]
         if (subject.bundle / "manifest.json").is_file():
             cells |= {column: tried(COLUMNS[column], subject) for column in columns if column != "export"}
         return cells
@@ -363,11 +367,18 @@ def page(results: dict[str, dict[str, Cell]]) -> str:
         "generator": "A generator (Llama)", "classifier": "A classifier of several labels (BERT)",
         "gguf": "A .gguf file (Llama), by the type of its matrices",
     }  # fmt: skip
+    said = {"gguf": "Their bundles differ in values alone, so what depends on the graph was tried with the first."}
     for group, title in titles.items():
         if group not in groups:
             continue
         names = list(groups[group])
-        lines += [f"## {title}", "", "| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        lines += [
+            f"## {title}",
+            "",
+            *([said[group], ""] if group in said else []),
+            "| | " + " | ".join(names) + " |",
+            "|---|" + "---|" * len(names),
+        ]
         for column in COLUMNS:
             lines.append(f"| {column} | " + " | ".join(shown(groups[group][n].get(column)) for n in names) + " |")
         refusals = {
