@@ -1,6 +1,7 @@
 """Which tensor of a safetensors checkpoint each of the model's is, as transformers would load them."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ def match(checkpoint: Checkpoint, model: Any) -> Match:
     prefix = model.base_model_prefix
     names: dict[str, str] = {}
     unused: dict[str, str] = {}
+    targets: dict[str, str] = {}
     converted = False
     for name in checkpoint.tensors:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -52,7 +54,9 @@ def match(checkpoint: Checkpoint, model: Any) -> Match:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
         if renamed not in state:
             unused[name] = renamed
-        elif pattern is not None:
+            continue
+        targets[name] = renamed
+        if pattern is not None:
             converted = True
         else:
             _once(checkpoint, renamed, names.setdefault(renamed, name), name)
@@ -62,6 +66,8 @@ def match(checkpoint: Checkpoint, model: Any) -> Match:
         notes = unused_tensors.account(checkpoint, model, unused)
     except ExportError as error:
         raise TensorsError(str(error)) from error
+    for name, target in targets.items():
+        _check_plain(checkpoint, checkpoint.tensors[name], state[target])
     notes += _untie(checkpoint, model, names)
     if converted:
         return Match({name: name for name in state}, frozenset(), True, notes)
@@ -79,12 +85,35 @@ def missing_error(checkpoint: Checkpoint, model: Any, missing: Iterable[str]) ->
         hint = "if the embeddings are the head, set tie_word_embeddings to true in its config.json"
     elif "tok_embeddings.weight" in checkpoint.tensors:
         hint = "its tensors have the names of Meta's or Mistral's own code: use the checkpoint in Hugging Face's layout"
+    elif (last := max(map(_layer, checkpoint.tensors))) < min(map(_layer, lacking)):
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", "more")
+        hint = f"config.json states {layers} layers, the tensors reach layer {last}; correct num_hidden_layers"
+    elif prefix := _before(checkpoint, lacking):
+        hint = (
+            f"it holds them with {prefix!r} before these names, so they were saved from a wrapper around the model "
+            "(DistributedDataParallel, torch.compile) or from a larger model: bring the config.json of the larger one, "
+            "or save the tensors without that prefix"
+        )
     else:
         hint = "choose the --task, or bring the config.json, it was saved for"
     return TensorsError(
         f"{checkpoint.path} lacks {unused_tensors.listed(lacking)}, which {type(model).__name__} needs (transformers "
         f"would draw random values); {hint}"
     )
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a tensor is of; -1 if its name has none."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _before(checkpoint: Checkpoint, lacking: Sequence[str]) -> str | None:
+    """What stands before the names of most of the tensors that are lacking; None if the checkpoint has no such."""
+    first = next((name for name in checkpoint.tensors if name.endswith(tuple(f".{name}" for name in lacking))), "")
+    found = {first.removesuffix(name) for name in lacking if first.endswith(f".{name}")}
+    most = len(lacking) / 2
+    return next((p for p in found if sum(f"{p}{name}" in checkpoint.tensors for name in lacking) > most), None)
 
 
 def _once(checkpoint: Checkpoint, target: str, first: str, second: str) -> None:
@@ -134,22 +163,37 @@ def _sources(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> di
     found.update({name: names[name] for name, _ in model.named_buffers() if name in kept and name in names})
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     for name, source in found.items():
-        _fits(checkpoint, checkpoint.tensors[source], tensors[name])
+        _fits(checkpoint, model.config.get_text_config(), checkpoint.tensors[source], tensors[name])
     return found
 
 
-def _fits(checkpoint: Checkpoint, stored: TensorEntry, tensor: torch.Tensor) -> None:
+def _check_plain(checkpoint: Checkpoint, stored: TensorEntry, tensor: torch.Tensor) -> None:
     plain = "float" in stored.dtype and not is_narrow(stored.dtype)
     if tensor.is_floating_point() and not plain:
         raise TensorsError(
             f"{checkpoint.path}: tensor {stored.name} holds {stored.dtype}, where the model has real numbers, so the "
             f"checkpoint is {not_read(quantised_with(checkpoint.tensors))}"
         )
+
+
+def _fits(checkpoint: Checkpoint, config: Any, stored: TensorEntry, tensor: torch.Tensor) -> None:
     if stored.shape != tuple(tensor.shape):
         raise TensorsError(
             f"{checkpoint.path}: tensor {stored.name} has shape {list(stored.shape)} but config.json makes it "
-            f"{list(tensor.shape)}; the config and the weights are of different models"
+            f"{list(tensor.shape)}; {_why_another_shape(config, stored, tensor)}"
         )
+
+
+def _why_another_shape(config: Any, stored: TensorEntry, tensor: torch.Tensor) -> str:
+    if 0 in stored.shape:
+        return (
+            "it is empty, as where a model that is spread over processes (DeepSpeed ZeRO-3, FSDP) is saved by one of "
+            "them; gather the weights (zero_to_fp32.py) and export what that saves"
+        )
+    rows = getattr(config, "vocab_size", None)
+    if stored.shape[1:] == tensor.shape[1:] and tensor.shape[:1] == (rows,):
+        return f"if the vocabulary was changed, set vocab_size from {rows} to {stored.shape[0]} there"
+    return "the config and the weights are of different models"
 
 
 def _lacking(model: Any, found: Mapping[str, str]) -> set[str]:

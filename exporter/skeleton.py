@@ -22,6 +22,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SAMPLES = {"batch": 3, "length": 7, "picks": 5}  # unlike any usual width, so that none is taken for a constant
 
+_DTYPE = ("dtype", "torch_dtype")  # keys of config.json that nothing here follows: the tensors have their types
+
 COMPUTES_ITSELF = "it computes attention itself"
 
 
@@ -78,12 +80,15 @@ class Task(torch.nn.Module):
 
 def config_of(config: Mapping[str, Any]) -> Any:
     """The transformers config object of a config.json. ExportError if transformers does not know the model_type."""
-    values = _floats(dict(config))
+    values = _floats({key: value for key, value in config.items() if key not in _DTYPE})
     kind = values.pop("model_type", None)
+    names = values.get("architectures") or []
     if kind is None:
-        raise ExportError(
-            "config.json has no model_type, so its architecture is unknown; add the model_type it was trained as"
-        )
+        raise ExportError(_why_no_type(values))
+    if not isinstance(kind, str):
+        raise ExportError(f"config.json: model_type is {kind!r}; it must be one name")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ExportError(f"config.json: architectures is {names!r}; it must be a list of names of classes")
     if "auto_map" in values and kind not in transformers.CONFIG_MAPPING:
         raise ExportError(
             f"model_type {kind!r} brings its own code (auto_map), which is never run; export a model that "
@@ -96,12 +101,40 @@ def config_of(config: Mapping[str, Any]) -> Any:
         )
     try:
         return transformers.AutoConfig.for_model(kind, **values)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ExportError(f"config.json of model_type {kind!r} is not valid: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise _not_valid(kind, error) from error
     except Exception as error:  # huggingface_hub's strict dataclasses raise their own family
         if "Validation" not in type(error).__name__:
             raise
-        raise ExportError(f"config.json of model_type {kind!r} is not valid: {' '.join(str(error).split())}") from error
+        raise _not_valid(kind, error) from error
+
+
+def _why_no_type(values: Mapping[str, Any]) -> str:
+    """What a config.json without model_type is of, as far as that shows."""
+    if "_diffusers_version" in values:
+        return (
+            f"config.json is of {values.get('_class_name', 'a module')}, a part of a diffusers pipeline, which is not "
+            "read; export a model of transformers"
+        )
+    if "pretrained_cfg" in values:
+        return (
+            f"config.json is of timm's {values.get('architecture', 'code')}, which is not read; "
+            "export a model of transformers"
+        )
+    named: Any = [getattr(transformers, str(name), None) for name in values.get("architectures") or ()]
+    configs = [getattr(known, "config_class", None) for known in named]
+    types = [config.model_type for config in configs if config is not None]
+    add = f'add "model_type": "{types[0]}"' if types else "add the model_type it was trained as"
+    return f"config.json has no model_type, so its architecture is unknown; {add}"
+
+
+def _not_valid(kind: str, error: Exception) -> ExportError:
+    said = " ".join(str(error).split())
+    if type(error) is KeyError and len(said.split()) == 1:  # a name that was looked up in a table
+        said = f"transformers has no {said}"
+    elif isinstance(error, ArithmeticError):
+        said = f"{said} ({type(error).__name__})"
+    return ExportError(f"config.json of model_type {kind!r} is not valid: {said[:300]}")
 
 
 def _floats(value: Any) -> Any:
@@ -144,6 +177,8 @@ def build(config: Any, task: str, dtype: torch.dtype, attention: str) -> Any:
         if attention != "eager" and "attention" in first.lower():
             raise RefusedError(COMPUTES_ITSELF) from error
         raise ExportError(f"no model of {config.model_type} for {task} can be made: {first}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise _not_valid(config.model_type, error) from error
     _in_one_dtype(model, dtype)
     model.tie_weights()  # replacing parameters by meta ones undid it
     return model.eval()
@@ -171,7 +206,7 @@ def max_positions(model: Any) -> int | None:
     """How many tokens in a row the model can place. Position tables with a padding row begin after it (RoBERTa);
     dynamic NTK extends the stated number by its factor."""
     config = model.config.get_text_config()
-    stated = getattr(config, "max_position_embeddings", None)
+    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's
     if stated is None:
         return None
     for module in model.modules():
@@ -194,8 +229,8 @@ def inputs_of(model: Any, dtype: torch.dtype, image_size: tuple[int, int] | None
     config = model.config
     if main == "input_ids" or (model.can_generate() and "input_ids" in accepted):
         names = ["input_ids", "attention_mask"]
-        if "token_type_ids" in accepted and getattr(config, "type_vocab_size", None):
-            names.append("token_type_ids")
+        if "token_type_ids" in accepted and (getattr(config, "type_vocab_size", None) or 0) > 1:
+            names.append("token_type_ids")  # RoBERTa has one type, which it takes by itself
         return tuple(Input(n, torch.int64, ("batch", "length")) for n in names if n in accepted)
     if main == "pixel_values":
         return (Input("pixel_values", dtype, ("batch", *_image_shape(config, image_size))),)

@@ -79,6 +79,8 @@ def task_of(config: Any, pooling: SentencePooling | None) -> str:
         return SENTENCES
     architectures = getattr(config, "architectures", None) or ()
     for name in architectures:
+        if name in _classes("SEQ_TO_SEQ_CAUSAL_LM") and config.is_encoder_decoder:
+            raise ExportError(_not_exported(config, name, _OTHERS["SEQ_TO_SEQ_CAUSAL_LM"]))
         if (task := _task_of_class(name)) is not None:
             return task
     for name in architectures:
@@ -88,7 +90,13 @@ def task_of(config: Any, pooling: SentencePooling | None) -> str:
 
 
 def notes_of(config: Any, task: str) -> list[str]:
-    """What a user should know of the task that was chosen."""
+    """What a user should know of the task that was chosen, and of the code that has it."""
+    own = [name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel")]
+    code = f"the checkpoint's own code (auto_map) is not run: it is transformers' {config.model_type}"
+    return [*([code] if own else []), *_of_the_task(config, task)]
+
+
+def _of_the_task(config: Any, task: str) -> list[str]:
     names: list[str] = list(getattr(config, "architectures", None) or ())
     others = [other for other in possible_tasks(config) if other != task]
     instead = f"; with --task: {', '.join(others)}" if others else ""
@@ -188,10 +196,23 @@ def _reads_both_ways(config: Any) -> bool:
 def _not_exported(config: Any, name: str, other: str) -> str:
     kind = config.model_type
     if config.is_encoder_decoder:
-        return f"{kind} ({name}) is an encoder-decoder for {other}, which is not supported yet{_encoder_alone(kind)}"
+        also = next((task for task, table in _TABLES.items() if name in _classes(table)), None)
+        instead = _encoder_alone(kind) or (f"; it can be exported with --task {also}" if also else "")
+        return f"{kind} ({name}) is an encoder-decoder for {other}, which is not supported yet{instead}"
     headless = name not in _flat(modeling_auto.MODEL_MAPPING_NAMES)
-    instead = f"; without its head: --task {' or '.join(possible_tasks(config))}" if headless else ""
+    instead = f"; without its head: --task {' or '.join(possible_tasks(config))}" if headless else _towers(config)
     return f"{name} is for {other}, which is not supported; what is: {', '.join(TASKS)}{instead}"
+
+
+def _towers(config: Any) -> str:
+    """How to export the parts of a model of two towers (CLIP), each of which transformers has a class for."""
+    if not {"text_config", "vision_config"} <= config.sub_configs.keys():
+        return ""
+    kinds = [getattr(getattr(config, part, None), "model_type", None) for part in ("text_config", "vision_config")]
+    found = [names for kind in kinds if isinstance(names := modeling_auto.MODEL_MAPPING_NAMES.get(str(kind)), str)]
+    if not found:
+        return ""
+    return f"; its towers can be: {' or '.join(found)}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
 
 
 def _task_of_class(name: str) -> str | None:

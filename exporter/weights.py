@@ -175,11 +175,19 @@ def _materialise(order: _Order) -> list[FileEntry]:
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # said below, with names
                 output_loading_info=True,
             )
-    except (RuntimeError, ValueError) as error:  # shapes that differ, parts that cannot be merged
-        reason = " ".join(str(error).split())[:300]
-        raise TensorsError(f"transformers cannot load {order.weights.checkpoint.path}: {reason}") from error
+    except (RuntimeError, ValueError) as error:  # parts that cannot be merged; transformers logs which
+        raise TensorsError(
+            f"{order.weights.checkpoint.path} holds tensors that cannot be merged into those of "
+            f"{type(order.model).__name__}; the config and the weights are of different models, or tensors are missing"
+        ) from error
+    for name, stored, stated in sorted(found["mismatched_keys"]):
+        raise TensorsError(
+            f"{order.weights.checkpoint.path}: the tensors of {name} make it {list(stored)}, config.json "
+            f"{list(stated)}; some are missing, or the config and the weights are of different models"
+        )
     missing = set(found["missing_keys"]) & order.weights.names.keys()
     if missing:
         raise missing_error(order.weights.checkpoint, model, missing)

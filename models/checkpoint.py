@@ -73,10 +73,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if (other := other_formats.another_file(text)) is not None:
+            raise CheckpointError(f"{path} is {other}") from error
         raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, an object is needed; download it again")

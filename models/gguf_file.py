@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stageline.models.errors import CheckpointError
+from stageline.models.other_formats import START_BYTES, another_file
 from stageline.models.tensors import TensorEntry
 from stageline.models.weight_files import complete
 
@@ -114,9 +115,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
     }
     try:
         with path.open("rb") as file:
-            start = file.read(4)
-            if start != b"GGUF":
-                raise CheckpointError(f"{path} begins with {start!r}, a .gguf file with b'GGUF'; download it again")
+            start = file.read(START_BYTES)
+            if not start.startswith(b"GGUF"):
+                other = another_file(start)
+                raise CheckpointError(
+                    f"{path} is {other}"
+                    if other is not None
+                    else f"{path} begins with {start[:4]!r}, a .gguf file with b'GGUF'; download it again"
+                )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 metadata, tensors = _walk(path, data, types)
     except OSError as error:

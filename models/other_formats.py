@@ -7,7 +7,16 @@ from pathlib import Path
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "ADAPTION_PROMPT", "CPT")
 _PICKLES = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # the likeliest first
 _NOT_WEIGHTS = ("openvino_", "training_args", "optimizer", "scheduler", "rng_state", "scaler")
-_RESAVE = "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) with transformers"
+_STARTS = {
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file; fetch the file: git lfs pull",
+    b"<": "a web page in place of the file; download it again, logged in if the Hub asks for that",
+    b"PK\x03\x04": "a zip archive, as torch.save writes its pickles; save the model again, as safetensors",
+    b"\x80": "a pickle; save the model again, as safetensors",
+    b"GGUF": "a .gguf file; give it a name that ends so, and its path",
+}
+"""How a file begins that is another one than its name says, and what it is."""
+START_BYTES = 32
+"""So many of its bytes tell."""
 _FROM_OTHERS = {
     "*.h5": "TensorFlow",
     "*.msgpack": "Flax",
@@ -32,6 +41,11 @@ def what_it_holds(folder: Path) -> str | None:
         if said is not None:
             return f"{folder} {said}"
     return None
+
+
+def another_file(start: bytes) -> str | None:
+    """What a file is that begins so and is none of the kind that its name says; None if that does not show."""
+    return next((what for begin, what in _STARTS.items() if start.startswith(begin)), None)
 
 
 def adapter(folder: Path) -> str | None:
@@ -80,7 +94,7 @@ def _other_framework(folder: Path) -> str | None:
             return (
                 f"has its weights only in {found[0]}, which is {framework}'s; use a version of the checkpoint with "
                 "model.safetensors, or convert it with a transformers below 5, which still read it: "
-                f"AutoModel.from_pretrained(FOLDER, from_{'flax' if framework == 'Flax' else 'tf'}=True)"
+                f"{_saved_class(folder)}.from_pretrained(FOLDER, from_{'flax' if framework == 'Flax' else 'tf'}=True)"
             )
     return None
 
@@ -99,8 +113,14 @@ def _pickled(folder: Path) -> str | None:
         return None
     return (
         f"has its weights only in {pickles[0]}, and reading a pickle can run any code; convert it where you trust it: "
-        + _RESAVE
+        f"{_saved_class(folder)}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) with transformers"
     )
+
+
+def _saved_class(folder: Path) -> str:
+    """The class that keeps the head of the model, from its config.json."""
+    names = (_json(folder / "config.json") or {}).get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "AutoModel"
 
 
 def _pickles(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stageline.models.errors import CheckpointError
+from stageline.models.other_formats import START_BYTES, another_file
 from stageline.models.tensors import TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000
@@ -181,6 +182,9 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
                 raise CheckpointError(f"{path} has {file_bytes} bytes, a safetensors file has at least 8; {_AGAIN}")
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
+                other = another_file(prefix + file.read(START_BYTES))
+                if other is not None:
+                    raise CheckpointError(f"{path} is {other}")
                 raise CheckpointError(
                     f"{path}: the header claims {length:,} bytes, the format allows {MAX_HEADER_BYTES:,}; this is not "
                     "a safetensors file, or a damaged one: download it again"

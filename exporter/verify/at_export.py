@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stageline.exporter.failure import first_line
 from stageline.exporter.trace_model import Wanted
 from stageline.exporter.verify.against_torch import load_reference, real_tokens, rounded, torch_values
 from stageline.exporter.verify.one_block import run_one_block
@@ -143,9 +144,12 @@ class _Trial:
     def _compare(self, inputs: Mapping[str, Array], what: str, usual: dict[str, float]) -> None:
         try:
             want = None if self.reference is None else self.reference(inputs)
-        except (RuntimeError, ValueError, IndexError):  # what torch and transformers raise
-            self.beyond += (what,)
-            return
+        except (RuntimeError, ValueError, IndexError) as error:  # what torch and transformers raise
+            if usual:
+                self.beyond += (what,)
+                return
+            want, self.reference = None, None  # it runs nothing that this could be compared with
+            self.why_not = f"it does not run {what} ({first_line(error)})"
         try:
             got = self.pipeline.run(inputs)
         except StagelineError as error:

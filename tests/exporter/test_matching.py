@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from stageline.exporter import skeleton
 from stageline.exporter.export import export
-from stageline.exporter.weights import Weights, find
+from stageline.exporter.weights import Weights, find, place
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.runtime import Pipeline
@@ -63,6 +63,17 @@ def found(folder: Path, task: str = "text-generation") -> Weights:
 
 def one_more(name: str, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensors], object]:
     return lambda tensors: tensors.update({name: torch.ones(4, dtype=dtype)})
+
+
+MIXTRAL = {
+    **LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_key_value_heads": 2,
+    "num_local_experts": 3, "num_experts_per_tok": 2,
+}  # fmt: skip
+EXPERT = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+
+
+def mixtral() -> Any:
+    return random(MIXTRAL, transformers.AutoModelForCausalLM)
 
 
 # Tensors that the model does not have
@@ -260,6 +271,63 @@ def test_one_weight_under_two_names_with_different_values_is_refused(tmp_path: P
 def test_integers_and_narrow_floats_are_no_weights(tmp_path: Path, dtype: torch.dtype, kind: str) -> None:
     save(tmp_path, llama(), lambda tensors: tensors.update({f"{Q}.weight": tensors[f"{Q}.weight"].to(dtype)}))
     with pytest.raises(ExportError, match=rf"tensor {Q}.weight holds {kind}, where the model has real numbers"):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", [EXPERT, "model.norm.weight"])
+def test_nor_where_transformers_merges_tensors(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """It would take the numbers as they are, without their scale."""
+    save(tmp_path, mixtral(), lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ExportError, match=rf"tensor {name} holds .*8.*, where the model has real numbers"):
+        found(tmp_path)
+
+
+def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save(tmp_path / "c", mixtral(), lambda tensors: tensors.pop(EXPERT)))
+    model = skeleton.build(skeleton.config_of(checkpoint.config), "text-generation", torch.bfloat16, "eager")
+    merged = r"the tensors of model.layers.0.mlp.experts.down_proj make it \[2, 32, 48\], config.json \[3, 32, 48\]"
+    with pytest.raises(ExportError, match=rf"{merged}; some are missing, or the config"):
+        place(find(checkpoint, model), model, "bfloat16", tmp_path, [])
+
+
+def test_tensors_that_cannot_be_merged_are_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save(tmp_path / "c", mixtral(), lambda t: t.update({EXPERT: torch.ones(7, 5)})))
+    model = skeleton.build(skeleton.config_of(checkpoint.config), "text-generation", torch.bfloat16, "eager")
+    with pytest.raises(ExportError, match="holds tensors that cannot be merged into those of MixtralForCausalLM; the"):
+        place(find(checkpoint, model), model, "bfloat16", tmp_path, [])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "language_model."])
+def test_a_prefix_before_all_names_is_told(tmp_path: Path, prefix: str) -> None:
+    def wrap(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    with pytest.raises(ExportError, match=rf"it holds them with '{prefix}' before these names"):
+        found(save(tmp_path, llama(tie_word_embeddings=True), wrap))
+
+
+def test_a_number_of_layers_that_is_too_large_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"config.json states 3 layers, the tensors reach layer 1; correct num_hid"):
+        export(save(tmp_path / "c", llama(), num_hidden_layers=3), tmp_path / "b")
+
+
+@pytest.mark.parametrize("rows", [96, 104])
+def test_a_vocabulary_that_was_changed_is_told(tmp_path: Path, rows: int) -> None:
+    def resize(tensors: Tensors) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.ones(rows, 32, dtype=torch.bfloat16)
+
+    with pytest.raises(ExportError, match=f"if the vocabulary was changed, set vocab_size from 99 to {rows} there"):
+        found(save(tmp_path, llama(), resize))
+
+
+def test_weights_that_were_not_gathered_are_refused_as_such(tmp_path: Path) -> None:
+    """What DeepSpeed's ZeRO-3 saves where it was not told to gather them."""
+    empty = torch.ones(0, dtype=torch.bfloat16)
+    save(tmp_path, llama(), lambda tensors: tensors.update({name: empty.clone() for name in tensors if "proj" in name}))
+    with pytest.raises(ExportError, match=r"shape \[0\] .*it is empty, .*ZeRO-3.*; gather the weights"):
         found(tmp_path)
 
 

@@ -35,6 +35,14 @@ def test_a_class_has_the_task_of_transformers_tables(kind: str, name: str, task:
     ("kind", "name", "message"),
     [
         ("t5", "T5ForConditionalGeneration", "t5 .* is an encoder-decoder.*its encoder alone: --task feature-extr"),
+        (
+            "bart",
+            "BartForConditionalGeneration",
+            "bart .* is an encoder-decoder.*can be exported with --task fill-mask",
+        ),
+        ("pegasus", "PegasusForConditionalGeneration", "pegasus .* is an encoder-decoder for text2text-generation"),
+        ("clip", "CLIPModel", r"its towers can be: CLIPTextModel or CLIPVisionModel.from_pretrained\(FOLDER\)"),
+        ("siglip", "SiglipModel", r"its towers can be: SiglipVisionModel.from_pretrained\(FOLDER\)"),
         ("whisper", "WhisperForConditionalGeneration", "whisper .* is an encoder-decoder for automatic-speech-recog"),
         ("bert", "BertForQuestionAnswering", "is for question-answering, which is not supported"),
         ("wav2vec2", "Wav2Vec2ForCTC", "is for automatic-speech-recognition, which is not supported"),
@@ -76,6 +84,11 @@ def test_the_class_is_the_saved_one_if_it_has_the_task() -> None:
     [
         (_config("gemma3"), "text-generation", "exports the language model of gemma3"),
         (_config("bert", num_labels=1), "text-classification", "a reranker"),
+        (
+            _config("qwen2", "Qwen2ForCausalLM", auto_map={"AutoModelForCausalLM": "own.Qwen2"}),
+            "text-generation",
+            "the checkpoint's own code (auto_map) is not run: it is transformers' qwen2",
+        ),
         (_config("bert"), "feature-extraction", "names no architecture"),
         (_config("bert", "BertForPreTraining"), "feature-extraction", "without its head; with --task: fill-mask"),
     ],
@@ -86,5 +99,6 @@ def test_what_a_user_should_know_of_the_task_is_noted(config: Any, task: str, no
 
 
 def test_nothing_is_noted_of_a_task_that_was_meant() -> None:
-    assert tasks.notes_of(_config("llama", "LlamaForCausalLM"), "text-generation") == []
+    tokenizer = {"AutoTokenizer": ["own.Tokenizer", None]}
+    assert tasks.notes_of(_config("llama", "LlamaForCausalLM", auto_map=tokenizer), "text-generation") == []
     assert tasks.notes_of(_config("bert", "BertModel"), "feature-extraction") == []

@@ -1,5 +1,7 @@
 """The smallest models are built without data and traced with their blocks marked."""
 
+from typing import Any
+
 import pytest
 import torch
 from stageline.exporter import skeleton, tasks
@@ -70,6 +72,57 @@ def test_tied_weights_stay_tied() -> None:
 def test_a_task_is_read_from_the_class_that_the_checkpoint_names() -> None:
     assert tasks.task_of(skeleton.config_of(LLAMA), None) == "text-generation"
     assert tasks.task_of(skeleton.config_of({"model_type": "bert"}), None) == "feature-extraction"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]; it must be one name"),
+        ({"architectures": "LlamaForCausalLM"}, r"architectures is 'LlamaForCausalLM'; it must be a list of names"),
+        ({"architectures": [1]}, r"architectures is \[1\]; it must be a list of names"),
+        ({"num_attention_heads": 0}, r"not valid: integer .*modulo by zero \(ZeroDivisionError\)"),
+        ({"hidden_act": "swish9"}, "model_type 'llama' is not valid: transformers has no 'swish9'"),
+        (
+            {"rope_scaling": {"type": "su9", "factor": 2.0}},
+            "model_type 'llama' is not valid: transformers has no 'su9'",
+        ),
+        ({"intermediate_size": -3}, "model_type 'llama' is not valid: .*negative"),
+        ({"model_type": None}, 'has no model_type, so its architecture is unknown; add "model_type": "llama"'),
+        (
+            {"model_type": None, "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"},
+            "config.json is of UNet2DConditionModel, a part of a diffusers pipeline, which is not read",
+        ),
+        (
+            {"model_type": None, "architecture": "resnet50", "pretrained_cfg": {}},
+            "config.json is of timm's resnet50, which is not read",
+        ),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused_with_the_value(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        skeleton.build(skeleton.config_of({**LLAMA, **changes}), "text-generation", torch.bfloat16, "eager")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "bfloat16"])
+def test_the_dtype_that_the_config_states_is_not_followed(dtype: str) -> None:
+    config = skeleton.config_of({**LLAMA, "torch_dtype": dtype})
+    model = skeleton.build(config, "text-generation", torch.float16, "eager")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize(("types", "names"), [(2, 3), (1, 2), (0, 2)])
+def test_token_types_are_an_input_where_there_are_several(types: int, names: int) -> None:
+    """RoBERTa has one type: an input for it could only be zero."""
+    config = skeleton.config_of({**LLAMA, "model_type": "roberta", "type_vocab_size": types})
+    model = skeleton.build(config, "fill-mask", torch.bfloat16, "eager")
+    expected = ("input_ids", "attention_mask", "token_type_ids")[:names]
+    assert tuple(one.name for one in skeleton.inputs_of(model, torch.bfloat16)) == expected
+
+
+def test_rows_end_at_the_positions_of_mpt() -> None:
+    config = skeleton.config_of({"model_type": "mpt", "d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 9,
+                                 "max_seq_len": 24})  # fmt: skip
+    assert skeleton.max_positions(skeleton.build(config, "text-generation", torch.bfloat16, "eager")) == 24
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:

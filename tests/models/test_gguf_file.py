@@ -95,8 +95,8 @@ def test_a_file_and_its_folder_open_alike(small: Path) -> None:
 
 
 def test_another_magic_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"<htm")
-    with pytest.raises(CheckpointError, match=r"begins with b'<htm', a .gguf file with b'GGUF'; download it again"):
+    (tmp_path / "x.gguf").write_bytes(b"GGML")
+    with pytest.raises(CheckpointError, match=r"begins with b'GGML', a .gguf file with b'GGUF'; download it again"):
         Checkpoint.open(tmp_path / "x.gguf")
 
 

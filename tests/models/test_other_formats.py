@@ -63,6 +63,11 @@ def refusal(folder: Path, files: dict[str, Any]) -> str:
             "only in pytorch_model.bin, and reading a pickle can run any code",
             "save_pretrained",
         ),
+        (
+            {"config.json": {"architectures": ["LlamaForCausalLM"]}, "pytorch_model.bin": None},
+            "only in pytorch_model.bin",
+            "LlamaForCausalLM.from_pretrained(FOLDER)",  # AutoModel would save it without its head
+        ),
         ({"config.json": {}, "training_args.bin": None}, "has no weights", "download them"),
         ({"pytorch_model.bin": None}, "only in pytorch_model.bin", "save_pretrained"),
         ({"checkpoint-500/config.json": {}}, "its folder checkpoint-500 has", "give that folder"),
@@ -81,3 +86,33 @@ def test_an_adapter_beside_a_whole_model_is_not_ignored(tmp_path: Path) -> None:
     said = refusal(tmp_path, {"config.json": {"model_type": "llama"}, "adapter_config.json": LORA})
     assert "holds a whole model and an adapter beside it" in said
     assert "move that file away" in said
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.gguf"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (LFS, "a pointer of Git LFS in place of the file; fetch the file: git lfs pull"),
+        (b"<!doctype html><html></html>", "a web page in place of the file; download it again"),
+        (b"PK\x03\x04" + bytes(range(40)), "a zip archive, as torch.save writes its pickles; save the model again"),
+        (b"\x80\x02" + bytes(range(1, 40)), "a pickle; save the model again, as safetensors"),
+    ],
+)
+def test_a_file_that_is_another_than_its_name_says_is_told(
+    tmp_path: Path, name: str, content: bytes, what: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    if name == "model.safetensors":
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{name} is {what}"):
+        Checkpoint.open(tmp_path / name if name == "model.gguf" else tmp_path)
+
+
+def test_a_gguf_under_another_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) * 8)
+    with pytest.raises(CheckpointError, match=r"is a .gguf file; give it a name that ends so"):
+        Checkpoint.open(tmp_path)

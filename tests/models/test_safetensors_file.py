@@ -174,7 +174,7 @@ def test_a_lying_header_is_refused(tmp_path: Path, header: Any, data_bytes: int,
         (b"", "has 0 bytes, a safetensors file has at least 8"),
         (struct.pack("<Q", 10) + b"{}", "header claims 10 bytes, but the file has 10"),
         (
-            b"version https://git-lfs",
+            b"not a header at all",
             "claims [0-9,]+ bytes, .* allows 100,000,000; this is not a safetensors file",
         ),
     ],

@@ -1,5 +1,6 @@
 """An export runs what it made: each kind of fault ends it with a line that says where, and leaves nothing behind."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,31 @@ def test_without_a_reference_values_must_be_finite(bert: Made, tmp_path: Path, m
     assert said.startswith("ran rows of 1, 5 and 48 tokens; not compared with transformers: the checkpoint has ")
     with pytest.raises(ExportError, match="last_hidden_state is not finite for rows of 5 and 1 tokens"):
         run(bert[0], changed(bert, tmp_path / "n", times(float("inf"))))
+
+
+def test_a_reference_that_runs_nothing_is_said(bert: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> dict[str, Any]:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(at_export, "torch_values", fails)
+    reason = r"it does not run rows of 5 and 1 tokens \(index out of range in self\)"
+    assert re.fullmatch(rf"ran rows of 1, 5 and 48 tokens; not compared with transformers: {reason}", run(*bert))
+    with pytest.raises(ExportError, match="last_hidden_state is not finite for rows of 5 and 1 tokens"):
+        run(bert[0], changed(bert, tmp_path / "n", times(float("inf"))))
+
+
+def test_a_model_with_one_token_type_is_compared(tmp_path: Path) -> None:
+    config = {
+        **BERT,
+        "model_type": "roberta",
+        "architectures": ["RobertaModel"],
+        "type_vocab_size": 1,
+        "pad_token_id": 1,
+    }
+    synthesize(config, tmp_path / "c", seed=2, dtype="bfloat16")
+    checked = str(export(tmp_path / "c", tmp_path / "b").manifest.checked)
+    assert checked.startswith("ran rows of 1, 5 and 46 tokens; largest difference to transformers ")
+    assert 0 < float(checked.split()[-4]) < 1e-4
 
 
 def test_what_ran_is_in_the_manifest(bert: Made, llama: Made) -> None:
