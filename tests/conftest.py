@@ -70,7 +70,7 @@ def _make_checkpoint(folder: Path, **changes: Any) -> Path:
     from stageline.exporter.synthesize import synthesize
 
     config: Mapping[str, Any] = {**TINY_BERT, **changes}
-    synthesize(config, folder, seed=5, dtype="float32")
+    synthesize(config, folder, seed=5, dtype="bfloat16")
     write_tokenizer(folder)
     return folder
 

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import stageline.runtime
 import typer
+from images import write_dino, write_picture
 from stageline.exporter.commands.cli import app
+from stageline.exporter.export import export
 from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
@@ -229,11 +231,18 @@ def test_python_compiles_and_its_imports_exist(fence: Fence) -> None:
 @pytest.mark.slow
 @pytest.mark.checkpoints
 def test_python_of_the_readme_and_of_the_embedding_guide_runs(
-    tmp_path: Path, link_reference_bundle: Callable[[str, Path], Path]
+    tmp_path: Path,
+    link_reference_bundle: Callable[[str, Path], Path],
+    tiny_bundle: Path,
+    made_once: Callable[..., Path],
 ) -> None:
     """One after the other in one process, as a reader types them."""
     for name in ("minilm", "smollm2"):
         link_reference_bundle(name, tmp_path / "bundles" / name)
+    dino = made_once("dino-from", write_dino)
+    (tmp_path / "bundles" / "vit").symlink_to(made_once("dino", lambda folder: export(dino, folder)))
+    (tmp_path / "bundles" / "reranker").symlink_to(tiny_bundle)
+    write_picture(tmp_path / "cat.png")
     pages = [ROOT / "README.md", DOCS / "how-to" / "embed.md"]
     ours = [fence for page in pages for fence in split(page)[1] if fence.language == "python"]
     assert len(ours) >= 5

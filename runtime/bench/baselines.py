@@ -2,7 +2,8 @@
 
 A copy of the bundle is cut to one stage. A model that generates is driven by Stageline's own scheduler,
 because a plain session has none. Any other model gets one request at a time: in a batch, texts of different lengths
-would be computed with their padding (measured: a third of the speed).
+would be computed with their padding (measured: a third of the speed). Half-precision graphs become float32, as
+Stageline's own engine for the CPU takes them: ONNX Runtime lacks kernels for others.
 """
 
 import tempfile
@@ -11,12 +12,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import onnx_ir as ir
 from stageline.models.errors import EngineError
 from stageline.runtime.bench.contenders import CallContender, Contender, PipelineContender, RequestOutcome
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.bundle.recut import recut_copy
-from stageline.runtime.engines import Array
+from stageline.runtime.engines import Array, StageFile
+from stageline.runtime.engines.lowering.float32 import HALVES
+from stageline.runtime.engines.lowering.onnxruntime import lowered
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline
 
@@ -77,16 +81,21 @@ def openvino_model(bundle: Path, options: PipelineOptions) -> Contender:
 
 
 class _OneStage:
-    """A copy of a bundle cut to one stage, in a temporary folder that it owns until `close()`."""
+    """A copy of a bundle cut to one stage, in a temporary folder that it owns until `close()`. `file`: its graph,
+    without half precision unless it has caches."""
 
     def __init__(self, path: Path) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="stageline-bench-")
         try:
             self.bundle = recut_copy(path, Path(self._scratch.name) / "bundle", 1)
+            self.file = self.bundle.path / self.bundle.manifest.stages[0].file
+            if not self.bundle.manifest.cached:
+                stage = StageFile(0, self.file, self.bundle.path, ())
+                self.file = self.file.with_suffix(".float32.onnx")
+                self.file.write_bytes(lowered(stage, HALVES, ir.DataType.FLOAT, None))
         except BaseException:
             self.close()
             raise
-        self.file = self.bundle.path / self.bundle.manifest.stages[0].file
 
     def close(self) -> None:
         self._scratch.cleanup()

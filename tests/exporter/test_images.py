@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from images import DINO, write_dino, write_picture
 from stageline.exporter.commands import cli
 from stageline.exporter.export import export
 from stageline.exporter.images import image_settings
@@ -21,34 +21,19 @@ from stageline.runtime import Pipeline
 from stageline.runtime.bundle.folder import Bundle, write_manifest
 from stageline.runtime.bundle.manifest import ImageSettings
 
-# The images are smaller than the config's, as those of the DINOv2 that people have.
-DINO: dict[str, Any] = {
-    "model_type": "dinov2", "architectures": ["Dinov2ForImageClassification"], "image_size": 56, "patch_size": 8,
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3,
-    "id2label": {"0": "cat", "1": "dog", "2": "mat"}, "label2id": {"cat": 0, "dog": 1, "mat": 2},
-}  # fmt: skip
 Sides = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
 def dino(made_once: Callable[..., Path]) -> Sides:
-    """A checkpoint in bfloat16 with a preprocessor_config.json, and its bundle; do not change them."""
-
-    def make(folder: Path) -> None:
-        synthesize(DINO, folder, seed=6, dtype="bfloat16")
-        transformers.BitImageProcessorPil(
-            size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
-        ).save_pretrained(folder)
-
-    source = made_once("dino-from", make)
+    """A checkpoint and its bundle; do not change them."""
+    source = made_once("dino-from", write_dino)
     return source, made_once("dino", lambda folder: export(source, folder))
 
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    values = np.random.default_rng(2).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    Image.fromarray(values).resize((90, 50)).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+    return write_picture(tmp_path / "picture.png")
 
 
 def test_an_image_file_is_classified_as_by_transformers(

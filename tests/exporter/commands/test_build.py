@@ -21,7 +21,7 @@ def test_engines_are_built_listed_and_kept(
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["stage", "target", "precision", "size", "build", "s", "engine"]
-    assert [line.split()[:3] for line in lines[1:]] == [["0", "portable", "fp16"], ["1", "portable", "fp16"]]
+    assert [line.split()[:3] for line in lines[1:]] == [["0", "portable", "bf16"], ["1", "portable", "bf16"]]
     assert main([*arguments, "--json"]) == 0
     message = json.loads(capsys.readouterr().out)
     assert [engine["built"] for engine in message["engines"]] == [False, False]

@@ -51,7 +51,7 @@ def test_inspect_shows_stages_and_what_crosses_the_cut(bundle: Path, capsys: pyt
     assert "at batch 8 x length 128" in message
     found = document(capsys, "inspect", bundle)
     assert [(stage["first_block"], stage["last_block"]) for stage in found["stages"]] == [(0, 1), (2, 2)]
-    assert found["cuts"][0][0]["nominal_bytes"] == 8 * 128 * 32 * 4
+    assert found["cuts"][0][0]["nominal_bytes"] == 8 * 128 * 32 * 2
 
 
 def test_recut_changes_the_stages_in_place(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +119,7 @@ def test_run_prints_what_transformers_answers(
     checkpoint = make_checkpoint(tmp_path / "c", architectures=[architecture])
     bundle = export(checkpoint, tmp_path / "b")
     ids = torch.tensor(encoder_of(bundle).encode([text])["input_ids"])
-    model = getattr(transformers, architecture).from_pretrained(checkpoint).eval()
+    model = getattr(transformers, architecture).from_pretrained(checkpoint, dtype=torch.float32).eval()
     assert main(["run", str(tmp_path / "b"), "--text", text]) == 0
     with torch.no_grad():
         assert capsys.readouterr().out.splitlines() == [text, *expected(model, {"input_ids": ids})]
@@ -133,7 +133,7 @@ def test_run_continues_text_greedily(
     checkpoint, texts = make_checkpoint(tmp_path / "c", **changes), ["a cat sat", "dog"]
     bundle = export(checkpoint, tmp_path / "b", stages=3)
     encoder = encoder_of(bundle)
-    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     answer = document(capsys, "run", bundle.path, "--text", texts[0], "--text", texts[1], "--new-tokens", "3")
     for number, text in enumerate(texts):
         prompt = torch.tensor([encoder.ids(text)])

@@ -48,7 +48,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stageline.exporter.synthesize import synthesize
 
     folder = tmp_path_factory.mktemp("gpu")
-    synthesize(CONFIG, folder / "checkpoint", seed=2, dtype="float32")
+    synthesize(CONFIG, folder / "checkpoint", seed=2, dtype="bfloat16")
     return export(folder / "checkpoint", folder / "bundle", stages=2).path
 
 

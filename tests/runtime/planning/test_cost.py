@@ -81,7 +81,7 @@ def test_parameters_are_those_of_the_checkpoint(tiny_bundle: Path) -> None:
 
 def test_a_cut_is_crossed_by_the_hidden_state_and_the_mask(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    hidden, mask = 2 * 5 * 32 * 4, 2 * 5  # the mask as truth values
+    hidden, mask = 2 * 5 * 32 * 2, 2 * 5  # the mask as truth values
     values = cut_values(bundle.manifest, bundle.parts())
     assert [values_bytes(crossing, Shape(2, 5)) for crossing in values] == [0, hidden + mask, hidden + mask]
 
