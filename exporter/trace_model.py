@@ -13,6 +13,7 @@ from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.cut import NotProvenError, PartGraph, cut
 from stageline.exporter.exact_constants import take_buffers
 from stageline.exporter.failure import reason_of
+from stageline.exporter.falcon_alibi import rounded_alibi
 from stageline.exporter.fuse import fuse_norms
 from stageline.exporter.last_token import find_by_mask
 from stageline.exporter.matching import TensorsError, missing_error
@@ -91,7 +92,7 @@ def _trace_with(wanted: Wanted, attention: Attention) -> TracedModel:
     try:
         with attention.installed():
             fake = _FakeModel.of(wanted, attention)
-            with any_length(fake.task):
+            with any_length(fake.task), rounded_alibi(fake.task.model):
                 stack = _blocks(fake, attention)
                 check_stages(len(stack), wanted.stages)  # before what takes time
                 return _parts(fake, attention, stack, wanted.progress)

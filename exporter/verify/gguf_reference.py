@@ -22,11 +22,14 @@ from stageline.exporter import skeleton
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.gguf.tensors import MixtralTensorProcessor
 from stageline.models.checkpoint import Checkpoint
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, load_gguf_checkpoint
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, LlamaTensorProcessor, load_gguf_checkpoint
 
 _OURS = frozenset(
-    {"model_type", "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"}
-)
+    {
+        "model_type", "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+        "vocab_size",  # transformers counts the tokens, of which a padded vocabulary has fewer than rows
+    }
+)  # fmt: skip
 
 
 def load_gguf_reference(checkpoint: Checkpoint, factory: Any, attention: str) -> Any:
@@ -36,9 +39,9 @@ def load_gguf_reference(checkpoint: Checkpoint, factory: Any, attention: str) ->
     with _as_one_file(checkpoint.files):
         ours = gguf_config.config(checkpoint)
         theirs = load_gguf_checkpoint(str(file))["config"]
-        stated = {name: value for name, value in theirs.items() if name in ours.keys() - _OURS}
+        stated = {name: _one_for_all(value) for name, value in theirs.items() if name in ours.keys() - _OURS}
         config = skeleton.config_of({**ours, **stated, "rope_parameters": _unscaled(ours.get("rope_parameters"))})
-        with _mixtral(config.model_type):
+        with _llama(config.model_type):
             model = factory.from_pretrained(
                 file.parent, gguf_file=file.name, config=config, dtype=torch.float32, attn_implementation=attention,
                 local_files_only=True, trust_remote_code=False,
@@ -132,13 +135,28 @@ def _as_one_file(files: tuple[Path, ...]) -> Iterator[None]:
 
 
 @contextmanager
-def _mixtral(model_type: str) -> Iterator[None]:
-    """Inside, transformers knows what a .gguf of the architecture `llama` with experts is."""
+def _llama(model_type: str) -> Iterator[None]:
+    """Inside, transformers knows what a .gguf of the architecture `llama` with experts is, and how many heads keys have
+    where the file does not state it."""
     if model_type != "mixtral":
-        yield
+        with patch.dict(TENSOR_PROCESSORS, {"llama": _StatedHeads}):
+            yield
         return
     with (
         patch.dict(gguf.MODEL_ARCH_NAMES, {gguf.MODEL_ARCH.LLAMA: "mixtral"}),
         patch.dict(TENSOR_PROCESSORS, {"llama": MixtralTensorProcessor}),
     ):
         yield
+
+
+class _StatedHeads(LlamaTensorProcessor):  # type: ignore[misc]
+    """transformers leaves queries and keys in llama.cpp's order if the file does not state the heads of keys, and
+    takes no list of one number for each block."""
+
+    def __init__(self, config: Any = None) -> None:
+        stated = {name: _one_for_all(value) for name, value in (config or {}).items()}
+        super().__init__({"num_key_value_heads": stated.get("num_attention_heads"), **stated})
+
+
+def _one_for_all(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value

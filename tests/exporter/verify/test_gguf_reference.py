@@ -11,6 +11,8 @@ from stageline.exporter import export as module
 from stageline.exporter.export import export
 from stageline.exporter.gguf import rotary
 from stageline.exporter.verify.against_torch import verify
+from stageline.exporter.verify.gguf_reference import load_gguf_reference
+from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.runtime import Pipeline
 
@@ -74,3 +76,27 @@ def test_verify_finds_that_an_export_dropped_the_scaling(
     done = verify(tmp_path / "b", split, seed=1)
     assert not done.passed
     assert max(comparison.relative_error for comparison in done.comparisons) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "keys"),
+    [
+        (4, VOCABULARY, {"attention.head_count_kv": None}),  # Llama 2 7B
+        (2, VOCABULARY, {"attention.head_count_kv": [2, 2], "feed_forward_length": [96, 96]}),
+        (2, VOCABULARY + 5, {}),  # more rows than tokens
+    ],
+)
+def test_the_reference_is_what_the_file_says(tmp_path: Path, heads: int, rows: int, keys: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=rows, hidden_size=64, num_attention_heads=4, num_key_value_heads=heads, intermediate_size=96,
+        num_hidden_layers=2, max_position_embeddings=64, initializer_range=0.25,
+    )  # fmt: skip
+    model: Any = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    file = write_gguf(tmp_path / "m.gguf", model, "llama", keys, kind=gguf.GGMLQuantizationType.BF16)
+    reference = load_gguf_reference(Checkpoint.open(file), transformers.AutoModelForCausalLM, "eager").eval()
+    ids = torch.randint(VOCABULARY, (1, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(reference(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
