@@ -26,8 +26,8 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     with quiet():
         try:
             return transformers.AutoImageProcessor.from_pretrained(
-                checkpoint.path, local_files_only=True, trust_remote_code=False
-            )
+                checkpoint.path, local_files_only=True, trust_remote_code=False, backend="pil"
+            )  # torchvision, if it is installed, resizes to other values
         except Exception:  # each class of processor raises its own
             return None
 
