@@ -50,7 +50,9 @@ class Checkpoint:
         """
         try:
             if not path.exists():
-                raise CheckpointError(f"{path} does not exist; give a checkpoint's folder or a .gguf file")
+                raise CheckpointError(
+                    f"{path} does not exist; give a checkpoint's folder or a .gguf file, or ORG/NAME of the Hub"
+                )
             if path.is_dir():
                 if (path / "config.json").is_file():
                     return _open_folder(path)

@@ -8,6 +8,14 @@ _NAME = re.compile(rf"(?P<repository>{_WORD}/{_WORD})(?:@(?P<revision>[^:@\s]+))
 _FILES = (".gguf", ".safetensors", ".onnx", ".json", ".bin", ".git")  # endings of files, never of repositories
 
 
+# of a page, or of a file; a path has one slash where an address has two
+_ADDRESS = re.compile(
+    rf"(?:https?:/+[^/]+|hf:)/+(?P<repository>{_WORD}/{_WORD})"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#\s]+)(?:/(?P<file>[^?#\s]+))?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
+
+
 @dataclass(frozen=True)
 class HubName:
     """A repository of models, and what of it is wanted. `str` gives the name back."""
@@ -27,6 +35,12 @@ class HubName:
         if found["file"] and (found["file"].startswith("/") or ".." in found["file"].split("/")):
             return None
         return cls(found["repository"], found["revision"], found["file"])
+
+    @classmethod
+    def of_address(cls, text: str) -> "HubName | None":
+        """The name of what is at an address of the Hub's pages; None if it is no such address."""
+        found = _ADDRESS.fullmatch(text)
+        return None if found is None else cls(found["repository"], found["revision"], found["file"])
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""

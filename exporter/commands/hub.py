@@ -24,8 +24,12 @@ _COMMIT_DIGITS = 12
 
 
 def hub_name(given: Path) -> HubName | None:
-    """The name of the Hub that is meant; None if it is a path."""
-    return None if given.exists() else HubName.parse(str(given))
+    """The name of the Hub that is meant; None if it is a path. CheckpointError for an address, with its name."""
+    if given.exists():
+        return None
+    if (meant := HubName.of_address(str(given))) is not None:
+        raise CheckpointError(f"{given} is an address; give the name of what is there: {meant}")
+    return HubName.parse(str(given))
 
 
 def checkpoint_of(given: Path) -> Path:

@@ -115,7 +115,17 @@ def test_messages_about_what_is_in_the_wrong_place(
             "org/bundle holds a bundle, which is exported already; run it: stageline",
         ),
         (["run", str(tiny_checkpoint), *TEXT], "is a checkpoint; export it first: stageline export"),
-        (["export", "no:name", "-o", "b"], "no:name does not exist; give a checkpoint's folder or a .gguf file"),
+        (
+            ["export", "gpt2", "-o", "b"],
+            "gpt2 does not exist; give a checkpoint's folder or a .gguf file, or ORG/NAME of the Hub",
+        ),
+        (["export", "https://hub.example/org/name", "-o", "b"], "an address; give the name of what is there: org/name"),
+        (["run", "hf://org/name", "--text", "a"], "an address; give the name of what is there: org/name"),
+        (["inspect", "https://hub.example/org/name/tree/v1"], "give the name of what is there: org/name@v1"),
+        (
+            ["serve", "https://hub.example/org/name/blob/main/a/b.gguf?download=true"],
+            "give the name of what is there: org/name@main:a/b.gguf",
+        ),
         (["models", "fetch", "org/x", "--into", "d"], "--into is for reference checkpoints; HF_HUB_CACHE places those"),
     ]:
         assert main(arguments) in (1, 2)
