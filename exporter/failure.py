@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 _FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'(?:, overload='(\w+)')?")
-
+_OVERLOAD = re.compile(r"Cannot find a compatible OpOverload for ([\w.]+)")
 _MISSING = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)")
 
 
@@ -17,6 +17,8 @@ def reason_of(error: BaseException) -> str:
     place = next((place for e in reversed(chain) if (place := _place(e)) is not None), "")
     if found := _FUNCTION.search(text):
         return f"it uses {found[1]}, which ONNX has no function for"
+    if found := _OVERLOAD.search(text):
+        return f"it uses {found[1]} in a way that torch does not export to ONNX{place}"
     if found := _MISSING.search(text):
         return f"it needs {found[1].replace(chr(39), '')} as well"
     if "Constraints violated" in text or "ConstraintViolation" in text:

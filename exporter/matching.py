@@ -47,7 +47,7 @@ def match(checkpoint: Checkpoint, model: Any) -> Match:
     names: dict[str, str] = {}
     unused: dict[str, str] = {}
     targets: dict[str, str] = {}
-    converted = False
+    parts: dict[str, str] = {}
     for name in checkpoint.tensors:
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:  # stored under the model's own name already
@@ -57,19 +57,24 @@ def match(checkpoint: Checkpoint, model: Any) -> Match:
             continue
         targets[name] = renamed
         if pattern is not None:
-            converted = True
+            parts.setdefault(renamed, name)
         else:
             _once(checkpoint, renamed, names.setdefault(renamed, name), name)
-    if not names and not converted:
+    if not names and not parts:
         raise missing_error(checkpoint, model, state)
     try:
         notes = unused_tensors.account(checkpoint, model, unused)
     except ExportError as error:
         raise TensorsError(str(error)) from error
+    for target in sorted(names.keys() & parts.keys()):
+        raise TensorsError(
+            f"{checkpoint.path} holds {target} twice, whole ({names[target]}) and in parts ({parts[target]}); remove "
+            "the wrong one"
+        )
     for name, target in targets.items():
         _check_plain(checkpoint, checkpoint.tensors[name], state[target])
     notes += _untie(checkpoint, model, names)
-    if converted:
+    if parts:
         return Match({name: name for name in state}, frozenset(), True, notes)
     found = _sources(checkpoint, model, names)
     return Match(found, frozenset(_lacking(model, found)), False, notes)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError, ExportError
+from stageline.models.quantisation import is_narrow
 from stageline.models.tensors import TensorEntry
 from stageline.runtime import words
 from stageline.runtime.bundle.graph import ir_dtype
@@ -94,15 +96,29 @@ class Narrowing:
             notes.append(
                 f"values below {lowest:.3g} lose digits in {self.dtype}, and {names}{_more(tiny)} hold no others"
             )
+        return [*notes, *self.not_finite()]
+
+    def not_finite(self) -> list[str]:
+        """A sentence on the values that were not finite before they were converted, if there were any."""
         strange = {name: seen for name, seen in self._seen.items() if seen.not_finite}
-        if strange:
-            said = ", ".join(f"{seen.not_finite} in {name}" for name, seen in _worst(strange))
-            notes.append(f"the checkpoint itself holds values that are infinite or no number: {said}{_more(strange)}")
-        return notes
+        if not strange:
+            return []
+        said = ", ".join(f"{seen.not_finite} in {name}" for name, seen in _worst(strange))
+        return [f"the checkpoint itself holds values that are infinite or no number: {said}{_more(strange)}"]
 
     def _way_out(self) -> str:
         wider = _WIDER.get(self.dtype)
         return f"export with --dtype {wider}" if wider else "no --dtype holds them; the checkpoint has to be scaled"
+
+
+def not_finite(checkpoint: Checkpoint) -> list[str]:
+    """A sentence on the values of a safetensors checkpoint that are not finite, if there are any. Reads all of them."""
+    seen = Narrowing(checkpoint.path, "float32")
+    for entry in checkpoint.tensors.values():
+        if checkpoint.kind == "safetensors" and "float" in entry.dtype and not is_narrow(entry.dtype):
+            for values in _stored(entry):
+                seen.converted(entry.name, values.astype(np.float64))
+    return seen.not_finite()
 
 
 def _range(dtype: Any) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from stageline.exporter.failure import first_line
+from stageline.exporter.narrowing import not_finite
 from stageline.exporter.trace_model import Wanted
 from stageline.exporter.verify.against_torch import load_reference, real_tokens, rounded, torch_values
 from stageline.exporter.verify.one_block import run_one_block
@@ -70,8 +71,15 @@ def run_at_export(bundle: Bundle, wanted: Wanted) -> str:
         reason = str(error).replace(str(bundle.path), "the bundle")
         raise ExportError(
             f"{wanted.checkpoint.path} was exported, but the bundle is not right, and was removed: {reason}; "
-            "try --dtype float32, and report this line with the checkpoint's config.json"
+            f"{_what_to_do(wanted)}"
         ) from error
+
+
+def _what_to_do(wanted: Wanted) -> str:
+    for damage in not_finite(wanted.checkpoint):
+        return f"{damage}; download it again, or ask who trained it"
+    report = "report this line with the checkpoint's config.json"
+    return report if wanted.dtype == "float32" else f"try --dtype float32, and {report}"
 
 
 def _capacity(manifest: Manifest) -> int | None:

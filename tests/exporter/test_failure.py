@@ -19,6 +19,12 @@ def test_an_operator_without_a_function_is_named() -> None:
     assert reason_of(error) == "it uses aten.special_airy_ai, which ONNX has no function for"
 
 
+def test_an_operator_that_torch_does_not_export_as_used_is_named() -> None:
+    inside = RuntimeError("Cannot find a compatible OpOverload for aten.sub with the provided arguments. Tried\nmore")
+    error = _raised(RuntimeError("Failed to decompose the FX graph\npages of advice"), inside)
+    assert reason_of(error) == "it uses aten.sub in a way that torch does not export to ONNX"
+
+
 def test_a_loop_over_the_length_is_said_to_be_one() -> None:
     def loop(x: torch.Tensor) -> torch.Tensor:
         return sum((x[:, t] for t in range(x.shape[1])), torch.zeros(2))

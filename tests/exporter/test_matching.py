@@ -291,6 +291,13 @@ def test_an_expert_that_is_missing_is_refused(tmp_path: Path) -> None:
         place(find(checkpoint, model), model, "bfloat16", tmp_path, [])
 
 
+def test_experts_that_are_stored_whole_and_in_parts_are_refused(tmp_path: Path) -> None:
+    whole = "model.layers.0.mlp.experts.down_proj"
+    save(tmp_path, mixtral(), lambda tensors: tensors.update({whole: torch.ones(3, 32, 48, dtype=torch.bfloat16)}))
+    with pytest.raises(ExportError, match=rf"holds {whole} twice, whole \({whole}\) and in parts \(model.*w2.weight\)"):
+        found(tmp_path)
+
+
 def test_tensors_that_cannot_be_merged_are_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save(tmp_path / "c", mixtral(), lambda t: t.update({EXPERT: torch.ones(7, 5)})))
     model = skeleton.build(skeleton.config_of(checkpoint.config), "text-generation", torch.bfloat16, "eager")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.torch import load_file, save_file
 from stageline.exporter import skeleton
 from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
@@ -138,6 +139,20 @@ def test_a_reference_that_runs_nothing_is_said(bert: Made, tmp_path: Path, monke
     assert re.fullmatch(rf"ran rows of 1, 5 and 48 tokens; not compared with transformers: {reason}", run(*bert))
     with pytest.raises(ExportError, match="last_hidden_state is not finite for rows of 5 and 1 tokens"):
         run(bert[0], changed(bert, tmp_path / "n", times(float("inf"))))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(bert: Made, tmp_path: Path, value: float) -> None:
+    """Those that an export does not change are not read before this."""
+    source = Path(shutil.copytree(bert[0], tmp_path / "c"))
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("encoder.layer.1.output.dense.weight"))
+    tensors[name][:3, 0] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError) as refused:
+        run(source, changed(bert, tmp_path / "b", times(1.25)))
+    said = f"the checkpoint itself holds values that are infinite or no number: 3 in {name}; download it again"
+    assert said in str(refused.value)
 
 
 def test_a_model_with_one_token_type_is_compared(tmp_path: Path) -> None:
