@@ -5,7 +5,8 @@ embeddings (where it is installed; else its rules), else transformers' own token
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from stageline.exporter import skeleton
+from stageline.exporter.failure import first_line
 from stageline.exporter.sentence_head import loaded_head
 from stageline.exporter.tokenizer import load_tokenizer
 from stageline.exporter.verify.scale import token_errors
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.cross_encoder import cross_encoder
+from stageline.models.errors import ExportError
 from stageline.models.sentence import pooling
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.manifest import EMBEDDING, Activation, Manifest
@@ -88,7 +91,7 @@ def compare_texts(
     where the bundle takes no text, or the checkpoint is a .gguf: transformers reads the tokenizers of these files less
     truly than the export does, so it is no reference.
 
-    CheckpointError if the checkpoint's tokenizer cannot be read.
+    CheckpointError if the checkpoint's tokenizer cannot be read, ExportError if the reference answers no texts.
     """
     encoder, manifest = pipeline.encoder, pipeline.bundle.manifest
     if encoder is None or checkpoint.kind == "gguf" or (tokenizer := load_tokenizer(checkpoint)) is None:
@@ -97,12 +100,27 @@ def compare_texts(
     stated = head.max_seq_length if head is not None and head.max_seq_length else tokenizer.model_max_length
     tokenizer.model_max_length = min(stated, manifest.max_positions or stated)
     sides = _Sides(pipeline, manifest, encoder, checkpoint, model, tokenizer)
-    if head is not None:
-        return _sentences(sides, tolerance)
+    with _said_of(checkpoint):
+        return _sentences(sides, tolerance) if head is not None else _answers(sides, tolerance)
+
+
+@contextmanager
+def _said_of(checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, an error that transformers or torch raise for the reference is one line about the checkpoint."""
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"transformers itself does not answer texts with {checkpoint.path} ({first_line(error)}), so there is "
+            "nothing to compare with; its tokenizer and its model may not fit each other"
+        ) from error
+
+
+def _answers(sides: _Sides, tolerance: float) -> tuple[TextComparison, ...]:
     tokens = [(text, float(_ids(sides, text) != _reference_ids(sides, text))) for text in TEXTS]
     compared = [_worst("text to tokens", "input_ids", tokens, 0.0)]
-    if manifest.task in _ANSWERS:
-        value, errors = _ANSWERS[manifest.task](sides)
+    if sides.manifest.task in _ANSWERS:
+        value, errors = _ANSWERS[sides.manifest.task](sides)
         if errors:
             compared.append(_worst("text to answer", value, errors, tolerance))
     return tuple(compared)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
 from stageline.exporter.verify.against_torch import Verification, verify
 from stageline.exporter.verify.from_text import TEXTS, _parting
+from stageline.models.errors import ExportError
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -77,6 +79,20 @@ def test_texts_are_answered_as_transformers_answers_them(made: Make, architectur
     assert [(text.step, text.value) for text in done.texts] == [("text to tokens", "input_ids"),
                                                                 ("text to answer", value)]  # fmt: skip
     assert max(done.lengths) == 96  # as many as it has positions
+
+
+def test_a_reference_that_answers_no_texts_is_said(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the tokenizer gives token types to a model of one type."""
+
+    def fails(*arguments: Any, **named: Any) -> Any:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(transformers, "pipeline", fails)
+    source, bundle = made("BertForSequenceClassification")
+    with pytest.raises(
+        ExportError, match=r"transformers itself does not answer texts with .*index out of range in self"
+    ):
+        verify(bundle, source, seed=2)
 
 
 def planted(bundle: Path, folder: Path, **manifest: Any) -> Path:
