@@ -91,7 +91,8 @@ def task_of(config: Any, pooling: SentencePooling | None) -> str:
 
 def notes_of(config: Any, task: str) -> list[str]:
     """What a user should know of the task that was chosen, and of the code that has it."""
-    own = [name for name in getattr(config, "auto_map", None) or () if name.startswith("AutoModel")]
+    stated = getattr(config, "auto_map", None)
+    own = isinstance(stated, dict) and any(name.startswith("AutoModel") for name in stated)
     code = f"the checkpoint's own code (auto_map) is not run: it is transformers' {config.model_type}"
     return [*([code] if own else []), *_of_the_task(config, task)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
+from stageline.exporter.verify import from_text
 from stageline.exporter.verify.against_torch import Verification, verify
 from stageline.exporter.verify.from_text import TEXTS, _parting
 from stageline.models.errors import ExportError
@@ -87,7 +87,7 @@ def test_a_reference_that_answers_no_texts_is_said(made: Make, monkeypatch: pyte
     def fails(*arguments: Any, **named: Any) -> Any:
         raise IndexError("index out of range in self")
 
-    monkeypatch.setattr(transformers, "pipeline", fails)
+    monkeypatch.setattr(from_text.transformers, "pipeline", fails)
     source, bundle = made("BertForSequenceClassification")
     with pytest.raises(
         ExportError, match=r"transformers itself does not answer texts with .*index out of range in self"
