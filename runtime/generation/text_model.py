@@ -22,13 +22,15 @@ class TextModel:
     encoder: TextEncoder | None
     """None: prompts are token ids, and the text of what comes is empty."""
     row_scaling: RowScaling | None = None
+    max_positions: int | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
         """The model of a bundle that generates. CheckpointError if its tokenizer is broken."""
         manifest = bundle.manifest
         logits = next(spec for spec in manifest.outputs if spec.name == "logits")
-        return cls(int(logits.shape[-1]), manifest.generation_defaults, open_encoder(bundle), manifest.row_scaling)
+        defaults = manifest.generation_defaults
+        return cls(int(logits.shape[-1]), defaults, open_encoder(bundle), manifest.row_scaling, manifest.max_positions)
 
     def prompt_ids(self, prompt: str | Sequence[int], capacity: int, special: bool = True) -> list[int]:
         """A prompt as token ids; `special`: with the tokens that the tokenizer adds to a text. RequestError where it is
@@ -52,9 +54,10 @@ class TextModel:
         if not ids:
             raise RequestError("the prompt has no tokens; give a text with some")
         if len(ids) > capacity:
+            more = self.max_positions is None or capacity < self.max_positions
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, a cache slot holds {capacity}; "
-                "shorten it, or open with a larger capacity"
+                f"the prompt has {len(ids)} tokens, a cache slot holds {capacity}"
+                + ("; shorten it, or open with a larger capacity" if more else ", as many as the model; shorten it")
             )
         return ids
 
