@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from stageline.exporter.rotary_scaling import row_scaling, rows_of, scaled_rotary
-from stageline.exporter.skeleton import Input, RefusedError
+from stageline.exporter.skeleton import Input, RefusedError, first_position
 from stageline.runtime.bundle.manifest import (
     BATCH,
     INPUT_IDS,
@@ -48,6 +48,7 @@ class CacheTask(torch.nn.Module):
         accepted = inspect.signature(model.forward).parameters
         if "position_ids" not in accepted:
             raise RefusedError("it does not take the positions of its tokens")
+        self.first_position = first_position(model)
         self.extra = {"use_cache": False} if "use_cache" in accepted else {}
         if model.get_output_embeddings() is None:
             raise RefusedError("its output embeddings are not a module")
@@ -56,7 +57,7 @@ class CacheTask(torch.nn.Module):
         ids, past, new, logits_at, *row_lengths = tensors
         places = past[:, None] + torch.arange(ids.shape[1], dtype=torch.int64)
         # Padding takes the last real position, so that no place lies outside a table of positions.
-        positions = torch.minimum(places, (past + new - 1).clamp(min=0)[:, None])
+        positions = torch.minimum(places, (past + new - 1).clamp(min=0)[:, None]) + self.first_position
 
         def pick(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
             """Hidden states [batch, length, width] -> [batch, picks, width], before they become logits."""

@@ -203,12 +203,21 @@ def outputs_of(task: str) -> tuple[str, ...]:
 
 
 def max_positions(model: Any) -> int | None:
-    """How many tokens in a row the model can place. Position tables with a padding row begin after it (RoBERTa);
-    dynamic NTK extends the stated number by its factor."""
+    """How many tokens in a row the model can place; dynamic NTK extends the stated number by its factor."""
     config = model.config.get_text_config()
     stated = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's
     if stated is None:
         return None
+    rotary = getattr(config, "rope_parameters", None) or {}
+    factor = rotary["factor"] if rotary.get("rope_type") == "dynamic" else 1
+    return int(stated * factor) - first_position(model)
+
+
+def first_position(model: Any) -> int:
+    """The place in the model's table of positions that a row's first token has: after the padding row, if the table has
+    one (RoBERTa), else 0."""
+    config = model.config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None)
     for module in model.modules():
         if (
             isinstance(module, torch.nn.Embedding)
@@ -216,9 +225,8 @@ def max_positions(model: Any) -> int | None:
             and module.padding_idx is not None
             and stated != getattr(config, "vocab_size", None)
         ):
-            return int(stated) - module.padding_idx - 1
-    rotary = getattr(config, "rope_parameters", None) or {}
-    return int(stated * (rotary["factor"] if rotary.get("rope_type") == "dynamic" else 1))
+            return module.padding_idx + 1
+    return 0
 
 
 def inputs_of(model: Any, dtype: torch.dtype, image_size: tuple[int, int] | None = None) -> tuple[Input, ...]:

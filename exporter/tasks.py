@@ -148,13 +148,16 @@ def class_of(config: Any, task: str) -> Any:
 
 
 def reads_images(config: Any, task: str) -> bool:
-    """Whether the class of the model for a task reads images and no text."""
+    """Whether the class of the model for a task reads images and no text. ExportError if it classifies both at once."""
     if task not in ("image-classification", FEATURES):
         return False
     found = class_of(config, task)
     if mapping := getattr(found, "_model_mapping", None):  # of an automatic class
         found = mapping.get(type(config), None)
-    return getattr(found, "main_input_name", None) == "pixel_values"
+    alone = getattr(found, "main_input_name", None) == "pixel_values"
+    if task == "image-classification" and not alone and is_multimodal(config):
+        raise ExportError(f"{config.model_type} classifies an image beside a text, which is not supported yet")
+    return alone
 
 
 def is_multimodal(config: Any) -> bool:

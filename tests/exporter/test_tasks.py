@@ -102,3 +102,11 @@ def test_nothing_is_noted_of_a_task_that_was_meant() -> None:
     tokenizer = {"AutoTokenizer": ["own.Tokenizer", None]}
     assert tasks.notes_of(_config("llama", "LlamaForCausalLM", auto_map=tokenizer), "text-generation") == []
     assert tasks.notes_of(_config("bert", "BertModel", auto_map=[1]), "feature-extraction") == []
+
+
+def test_an_image_beside_a_text_is_not_classified() -> None:
+    shield = transformers.ShieldGemma2Config()
+    with pytest.raises(ExportError, match="shieldgemma2 classifies an image beside a text, which is not supported yet"):
+        tasks.reads_images(shield, "image-classification")
+    assert tasks.reads_images(transformers.ViTConfig(), "image-classification")
+    assert not tasks.reads_images(transformers.BertConfig(), "feature-extraction")

@@ -189,9 +189,10 @@ def spoil_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxRuntimeEngine, "step", forgetful)
 
 
-def test_a_cache_takes_no_token_types(tmp_path: Path) -> None:
-    """BERT's class that generates can be given types; the bundle and its reference take none."""
-    config = {**BERT, "architectures": ["BertLMHeadModel"], "is_decoder": True}
+def test_a_decoder_of_berts_kin_is_compared_with_its_cache(tmp_path: Path) -> None:
+    """It can be given types, of which a cache takes none, and its positions begin after its padding's."""
+    config = {**BERT, "model_type": "roberta", "architectures": ["RobertaForCausalLM"], "is_decoder": True,
+              "type_vocab_size": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     synthesize(config, tmp_path / "c", seed=2, dtype="bfloat16")
     checked = export(tmp_path / "c", tmp_path / "b").manifest.checked
     assert checked is not None
