@@ -186,5 +186,8 @@ def make(kind: str, class_name: str, folder: Path, dtype: torch.dtype) -> Any:
     if model.can_generate():
         model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
     model.to(dtype).save_pretrained(folder)
+    if model.main_input_name == "pixel_values" and getattr(config, "image_size", None) is None:
+        size = {"height": SIZES["image_size"], "width": SIZES["image_size"]}
+        transformers.ViTImageProcessorPil(size=size).save_pretrained(folder)  # states the size that the config does not
     reference = getattr(transformers, REFERENCES.get(class_name, class_name))
     return reference.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -256,7 +256,7 @@ def _image_shape(config: Any, wanted: tuple[int, int] | None) -> tuple[int, int,
             "neither config.json nor preprocessor_config.json states the size of images; add image_size to config.json"
         )
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return vision.num_channels, height, width
+    return getattr(vision, "num_channels", 3), height, width  # PP-LCNet's config, of images in colour, has no number
 
 
 def fake_mode() -> FakeTensorMode:
