@@ -35,6 +35,7 @@ TOLERANCE = 1e-3  # the reference has the same weights, and ONNX Runtime compute
 QUANTISED_TOLERANCE = 0.15
 """Of a pipeline that quantises on opening, against transformers with weights rounded so: activations have 8 bits."""
 BITS = {"int8": 8, "int4": 4}
+SHARE = 0.9  # of tokens, as verify judges engines: random weights make a few tokens turn on the least difference
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 Verdict = Literal["yes", "refused", "WRONG", "traceback"]
 
@@ -90,8 +91,8 @@ class Subject:
 
         return Pipeline.open(self.bundle, **options)
 
-    def check(self, pipeline: Any, bound: float, reference: Any = None) -> float:
-        """The error of all logits of random ragged rows, padding left out."""
+    def check(self, pipeline: Any, bound: float, reference: Any = None, share: float = 1.0) -> float:
+        """The error of the logits of random ragged rows, padding left out; of the better `share` of tokens."""
         import numpy as np
         import torch
 
@@ -106,14 +107,16 @@ class Subject:
             want = model(**{name: torch.from_numpy(value) for name, value in given.items()}).logits.numpy()
         got = pipeline.run(given)["logits"].astype(np.float32)
         real = mask == 1 if want.ndim == 3 else ...
-        return judged(got[real], want[real], bound)
+        return judged(got[real], want[real], bound, share)
 
 
-def judged(got: Any, want: Any, bound: float) -> float:
-    """The largest difference as a fraction of the largest value. WrongError beyond the bound; NaN is."""
+def judged(got: Any, want: Any, bound: float, share: float = 1.0) -> float:
+    """The largest difference of the better `share` of tokens, as a fraction of the largest value. WrongError beyond the
+    bound; NaN is."""
     import numpy as np
 
-    error = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
+    tokens = np.abs(np.asarray(got) - want).max(axis=-1)
+    error = float(np.quantile(tokens, share, method="lower") / np.abs(want).max())
     if not error <= bound:
         raise WrongError(f"error {error:.1e}, at most {bound:.0e} is allowed")
     return error
@@ -172,8 +175,8 @@ def quantise(kind: str) -> Callable[[Subject], float]:
 
     def opened(subject: Subject) -> float:
         with subject.opened(quantise=kind) as pipeline:
-            subject.check(pipeline, QUANTISED_TOLERANCE, rounded(subject.reference, BITS[kind]))
-            return subject.check(pipeline, float("inf"))
+            subject.check(pipeline, QUANTISED_TOLERANCE, rounded(subject.reference, BITS[kind]), SHARE)
+            return subject.check(pipeline, float("inf"), share=SHARE)
 
     return opened
 
@@ -385,8 +388,8 @@ def page(results: dict[str, dict[str, Cell]]) -> str:
         "error against transformers in float32, as a fraction of the largest value, for the weights as the file",
         "states them; *yes* stands where a command gives no values. Builds are TensorRT-RTX engines for sm89,",
         "emulated and compared with ONNX Runtime. Weights that are quantised when a pipeline opens must give what",
-        "transformers gives with weights rounded in the same way; the figure is what that costs a model with random",
-        "weights. `python benchmarks/compatibility.py` makes this page.", "",
+        "transformers gives with weights rounded in the same way; the figure is what that costs nine tenths of the",
+        "tokens of a model with random weights. `python benchmarks/compatibility.py` makes this page.", "",
     ]  # fmt: skip
     groups: dict[str, dict[str, dict[str, Cell]]] = {}
     for name, cells in results.items():
@@ -447,7 +450,8 @@ def main() -> None:
             last = (done.stderr.strip() or f"died with status {done.returncode}").splitlines()[-1]
             results[name] = {"export": Cell("traceback", line=last)}
         else:
-            results[name] = {n: Cell(**cell) for n, cell in json.loads(done.stdout.splitlines()[-1]).items()}
+            found = {n: Cell(**cell) for n, cell in json.loads(done.stdout.splitlines()[-1]).items()}
+            results[name] = {**results.get(name, {}), **found}
         print(f"{name:40}", ", ".join(f"{c} {shown(cell)}" for c, cell in results[name].items()), flush=True)
         for column, cell in results[name].items():
             if cell.line:
