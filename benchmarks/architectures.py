@@ -263,7 +263,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     refused = sum(entry["result"] == "refused" for entry in tried.values())
     summary = (
         f"Of {len(tried)} classes that were tried, {len(holding)} hold ({generating} of them generate), {refused} are "
-        f"refused when they are exported, and {len(tried) - len(holding) - refused} fail."
+        f"refused when they are exported, and {len(tried) - len(holding) - refused} fail or take more than "
+        f"{_PROCESSOR_S} s of processor time."
     )
     lines = [_HEAD.format(version=transformers.__version__, summary=summary), "## Those that hold", ""]
     lines += ["| model_type | class | task | error of the largest value | tokens as transformers' | without KV cache |"]
