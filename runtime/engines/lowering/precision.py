@@ -2,8 +2,9 @@
 
 Values computed from weights and the hidden state get the requested precision. Values computed only from integers and
 constants (positions, rotary tables, masks) stay float32 until they meet the others: in bfloat16, position 257 would be
-position 256. Sums, squares and their roots leave the range of float16, so they are computed in float32 as well. Inputs
-and outputs stay float32, except the caches. Casts down are clipped to finite values: a mask's -3e38 must not become
+position 256. Sums, squares and their roots leave the range of float16, so they are computed in float32 as well, and so
+is what chooses experts (TopK), from the product on: a rounded router takes others. Inputs and outputs stay float32,
+except the caches. Casts down are clipped to finite values: a mask's -3e38 must not become
 -inf.
 """
 
@@ -85,10 +86,25 @@ def _infer_types(model: ir.Model) -> None:
                 )
 
 
+def _choosing(graph: ir.Graph) -> set[ir.Node]:
+    """What leads to a TopK, back to the products that make its scores, these included."""
+    found: set[ir.Node] = set()
+    left = [node for node in graph if node.op_type == "TopK"]
+    while left:
+        node = left.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node.op_type not in ("MatMul", "Gemm"):
+            left += [producer for value in node.inputs if value is not None and (producer := value.producer())]
+    return found
+
+
 class _Typing:
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph, self.dtype = graph, dtype
         self.narrow: set[ir.Value] = set()
+        self.choosing = _choosing(graph)
         self.cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.limit = float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
 
@@ -106,7 +122,7 @@ class _Typing:
         ]
         values = [value for place in places if (value := node.inputs[place]) is not None]
         squares = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
-        to_wide = node.op_type in _WIDE or squares
+        to_wide = node.op_type in _WIDE or squares or node in self.choosing
         is_narrow = not to_wide and any(value in self.narrow or _is_weight(value) for value in values)
         for place, value in zip(places, values, strict=True):
             node.replace_input_with(place, self.narrowed(value, node) if is_narrow else self.widened(value, node))

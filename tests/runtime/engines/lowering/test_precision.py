@@ -81,6 +81,26 @@ def test_squares_are_computed_in_float32(tmp_path: Path) -> None:
     assert square.inputs[0].dtype == FLOAT
 
 
+def test_a_router_is_float32_from_its_product_on(tmp_path: Path) -> None:
+    """What lies before it, and the experts that it chooses among, are narrow."""
+    x, before, router, expert = value("x"), *(weight(name, tmp_path) for name in ("before", "router", "expert"))
+    hidden = node("MatMul", x, before, name="h")
+    logits = node("MatMul", hidden.outputs[0], router, name="l")
+    chances = node("Softmax", logits.outputs[0], name="c")
+    count = ir.Value(name="k", shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.INT64),
+                     const_value=ir.tensor(np.array([1], np.int64), name="k"))  # fmt: skip
+    chosen = node("TopK", chances.outputs[0], count, name="t")
+    other = node("MatMul", hidden.outputs[0], expert, name="e")
+    made = model([x], [hidden, logits, chances, chosen, other], [before, router, expert, count])
+    made.graph.outputs.append(chosen.outputs[0])
+    to_precision(made, HALF, ())
+    found = types(made)
+    assert [found[name] for name in ("h", "l", "c", "t", "e.float16")] == [HALF, FLOAT, FLOAT, FLOAT, HALF]
+    assert {name: made.graph.initializers[name].dtype for name in ("before", "router", "expert")} == {
+        "before": HALF, "router": FLOAT, "expert": HALF,
+    }  # fmt: skip
+
+
 def test_casts_down_keep_a_mask_finite(tmp_path: Path) -> None:
     x, w = value("x"), weight("w", tmp_path)
     made = model([x], [node("Add", x, w, name="y")], [w])
