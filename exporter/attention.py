@@ -187,14 +187,8 @@ class CacheAttention(_OneOperator):
     def installed(self) -> contextlib.AbstractContextManager[None]:
         return _registered(self.implementation, self.attend, self.mask)
 
-    def wrap(
-        self,
-        model: Any,
-        dtype: torch.dtype,
-        task: str,
-        head: torch.nn.Module | None,
-        image_size: tuple[int, int] | None = None,
-    ) -> Task | CacheTask:
+    def wrap(self, model: Any, *others: Any, **named: Any) -> Task | CacheTask:
+        """All such models have the same inputs and outputs."""
         return CacheTask(model, self._over)
 
     def watch(self, task: torch.nn.Module, samples: tuple[torch.Tensor, ...]) -> list[Call]:

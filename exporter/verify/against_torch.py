@@ -153,9 +153,8 @@ def torch_values(
     head = loaded_head(checkpoint) if manifest.task == "sentence-similarity" else None
     names = tuple(spec.name for spec in manifest.outputs)
     size = manifest.image.size if manifest.image else None
-    read = tuple(
-        i for i in skeleton.inputs_of(model, torch.float32, size) if i.name in inputs
-    )  # a cache takes no types
+    # A bundle with a cache takes no token types, which the model might.
+    read = tuple(i for i in skeleton.inputs_of(model, torch.float32, size) if i.name in inputs)
     task = skeleton.Task(model, read, names, head).eval()
     crossing = {spec.name for stage in manifest.stages for spec in stage.outputs}
     wanted = {

@@ -179,14 +179,18 @@ def _sentences(sides: _Sides, tolerance: float) -> tuple[TextComparison, ...]:
 _Reference = tuple[Callable[[str], list[int]], Callable[[str], Array], str]
 
 
-def _with_sentence_transformers(sides: _Sides) -> _Reference:
-    from sentence_transformers import SentenceTransformer
+def _of_sentence_transformers(kind: str, checkpoint: Checkpoint) -> Any:
+    """The checkpoint in its class `kind`, in float32."""
+    import sentence_transformers
 
-    made = SentenceTransformer(
-        str(sides.checkpoint.path), device="cpu", local_files_only=True, trust_remote_code=False,
+    return getattr(sentence_transformers, kind)(
+        str(checkpoint.path), device="cpu", local_files_only=True, trust_remote_code=False,
         model_kwargs={"dtype": torch.float32, "attn_implementation": "eager", "use_safetensors": True},
-    )  # fmt: skip
-    made = made.float()
+    ).float()  # fmt: skip
+
+
+def _with_sentence_transformers(sides: _Sides) -> _Reference:
+    made = _of_sentence_transformers("SentenceTransformer", sides.checkpoint)
     prompt = made.prompts.get(made.default_prompt_name or "") or ""
 
     def tokens(text: str) -> list[int]:
@@ -222,12 +226,7 @@ _Errors = tuple[str, list[tuple[str, float]]]
 
 def _pairs(sides: _Sides) -> _Errors:
     """A CrossEncoder's scores of pairs."""
-    from sentence_transformers import CrossEncoder
-
-    made = CrossEncoder(
-        str(sides.checkpoint.path), device="cpu", local_files_only=True, trust_remote_code=False,
-        model_kwargs={"dtype": torch.float32, "attn_implementation": "eager", "use_safetensors": True},
-    ).float()  # fmt: skip
+    made = _of_sentence_transformers("CrossEncoder", sides.checkpoint)
     answers: list[_Answer] = []
     for text, pair in itertools.pairwise(TEXTS):
         got = scores(sides.outputs(text, "logits", pair)[1][0], sides.manifest.activation)

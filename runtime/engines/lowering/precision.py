@@ -4,8 +4,7 @@ Values computed from weights and the hidden state get the requested precision. V
 constants (positions, rotary tables, masks) stay float32 until they meet the others: in bfloat16, position 257 would be
 position 256. Sums, squares and their roots leave the range of float16, so they are computed in float32 as well, and so
 is what chooses experts (TopK), from the product on: a rounded router takes others. Inputs and outputs stay float32,
-except the caches. Casts down are clipped to finite values: a mask's -3e38 must not become
--inf.
+except the caches. Casts down are clipped to finite values: a mask's -3e38 must not become -inf.
 """
 
 from collections.abc import Collection
