@@ -14,6 +14,7 @@ from typing import Any
 
 from stageline.models.catalogue import CATALOGUE, default_root
 from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX
 from stageline.runtime.engines.tensorrt.targets import PORTABLE, RTX_TARGETS
 
 
@@ -144,8 +145,7 @@ def _version(*packages: str) -> str | None:
 def _engines(capabilities: tuple[str, ...]) -> tuple[EngineStatus, ...]:
     cores, gpus, rtx_gpus = "CPU cores", "NVIDIA GPUs", "NVIDIA RTX GPUs"
     cpu, gpu, rtx = (f'pip install "stageline[{extra}]"' for extra in ("cpu", "gpu", "rtx"))
-    tensorrt = _version("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
-    tensorrt_rtx = _version("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
+    tensorrt, tensorrt_rtx = TENSORRT.version, TENSORRT_RTX.version
     anywhere = (*RTX_TARGETS, PORTABLE)
     return (
         # The GPU's package runs on the CPU as well.
@@ -162,7 +162,9 @@ def _clashes(driver: NvidiaDriver) -> Iterator[str]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, then "
             "install only onnxruntime-gpu: it runs on the CPU as well"
         )
-    if driver.version and _version("onnxruntime-gpu", "tensorrt", "tensorrt-rtx") and not _version("cuda-bindings"):
+    yield from (flavour.too_old for flavour in FLAVOURS.values() if flavour.too_old)
+    on_gpus = _version("onnxruntime-gpu") or any(flavour.installed for flavour in FLAVOURS.values())
+    if driver.version and on_gpus and not _version("cuda-bindings"):
         yield 'a driver and an engine for GPUs are installed, but not CUDA for Python: pip install "stageline[gpu]"'
 
 

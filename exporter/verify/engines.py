@@ -87,11 +87,14 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
         progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
         record = checked_engine(bundle, number, gpu, precision).record
         (device,) = open_devices(["cuda:0"], None)
-        engine = open_tensorrt(fed.file, device, precision=precision)
         try:
-            got = on_host(engine.run(fed.inputs, list(fed.outputs)), list(fed.outputs))
+            engine = open_tensorrt(fed.file, device, precision=precision)
+            try:
+                got = on_host(engine.run(fed.inputs, list(fed.outputs)), list(fed.outputs))
+            finally:
+                engine.close()
         finally:
-            engine.close()
+            device.close()
         comparisons += _judged(fed, record.precision, got, _exactly(fed, record.precision))
     return comparisons
 

@@ -114,6 +114,8 @@ def build(
 def check(wanted: WantedEngine, options: Options, activations: str) -> None:
     """EngineError if the flavour cannot build such engines of a bundle with `activations`."""
     flavour = wanted.flavour
+    if flavour.too_old is not None:
+        raise EngineError(flavour.too_old)
     for precision in (wanted.precision, computed_precision(wanted.precision, activations)):
         if wanted.target in _LACKING.get(precision, ()):
             raise EngineError(

@@ -68,6 +68,7 @@ def build(
     trt = network.trt
     config = network.builder.create_builder_config()
     config.builder_optimization_level = options.optimization_level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or reports would only have names of layers
     config.progress_monitor = _monitor(trt, progress)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)

@@ -63,7 +63,8 @@ def of_engine(trt: Any, engine: Any, lowered: Lowered) -> EngineReport:
             Layer(
                 name=layer.get("Name", ""),
                 kind=layer.get("LayerType", ""),
-                dtypes=tuple(str(output.get("Format/Datatype", "")) for output in outputs),
+                # TensorRT 10 says "Row major linear FP16 format" in one field, TensorRT 11 and RTX have two.
+                dtypes=tuple(str(out.get("Datatype") or out.get("Format/Datatype", "")) for out in outputs),
                 shapes=tuple(tuple(output.get("Dimensions", ())) for output in outputs),
             )
         )

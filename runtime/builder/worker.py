@@ -75,7 +75,7 @@ def build(request: Request, progress: network.Progress) -> Result:
         progress,
     )
     entry = _written(request.plan, plan)
-    report = _report(trt, parsed, lowered, plan)
+    report = _report(trt, parsed, lowered, plan, request.options)
     timed = _written(request.timings, timings) if request.timings is not None and timings is not None else None
     return Result(
         plan=entry,
@@ -85,9 +85,11 @@ def build(request: Request, progress: network.Progress) -> Result:
     )
 
 
-def _report(trt: Any, parsed: network.Network, lowered: Any, plan: Any) -> EngineReport:
+def _report(trt: Any, parsed: network.Network, lowered: Any, plan: Any, options: Options) -> EngineReport:
     if gpu_here() is not None:
-        engine = trt.Runtime(parsed.logger).deserialize_cuda_engine(plan)
+        runtime = trt.Runtime(parsed.logger)
+        runtime.engine_host_code_allowed = options.version_compatible  # this process built the plan
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is not None:  # None: built for another GPU
             return of_engine(trt, engine, lowered)
     return of_network(parsed, lowered)

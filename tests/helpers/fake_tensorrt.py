@@ -31,9 +31,15 @@ _SESSION = ort.InferenceSession
 
 
 def build(
-    bundle: Path, load: Workload, target: str = "sm89", precision: Precision = "fp32", stripped: bool = False
+    bundle: Path,
+    load: Workload,
+    target: str = "sm89",
+    precision: Precision = "fp32",
+    stripped: bool = False,
+    version_compatible: bool = False,
 ) -> None:
     """Give every stage of the bundle an engine."""
+    options = Options(stripped=stripped, version_compatible=version_compatible)
     opened = Bundle.open(bundle)
     manifest, records = opened.manifest, []
     digests = {entry.path: entry.sha256 for entry in manifest.files}
@@ -50,7 +56,8 @@ def build(
         caches = {
             name: f"{name}.present" for cache in lowered.caches for name in (f"{cache.name}.key", f"{cache.name}.value")
         }
-        head = json.dumps({"profiles": ranges, "caches": caches}).encode()
+        document = {"profiles": ranges, "caches": caches, "host code": version_compatible}
+        head = json.dumps(document).encode()
         plan = _entry(
             bundle, f"{FOLDER}/{number}.plan", len(head).to_bytes(4, "big") + head + _whole(lowered, stripped)
         )
@@ -67,7 +74,7 @@ def build(
                 target=target,
                 precision=precision,
                 computes=str(lowered.computes.numpy()),
-                options=Options(stripped=stripped),
+                options=options,
                 profiles=profiles,
                 inputs=lowered.inputs,
                 outputs=lowered.outputs,
@@ -116,13 +123,15 @@ class FakeTensorRT:
         self.contexts = 0
         """How many were made."""
         self.refuse = ""
-        """What is to be refused, and so logged: `plan`, `run`, `shape` or `capture`."""
+        """What is to be refused, and so logged: `plan`, `run`, `shape` or `capture`. `silently`: a run, not logged."""
 
     def Runtime(self, logger: Any) -> "_Runtime":  # noqa: N802
         return _Runtime(self, logger)
 
 
 class _Runtime:
+    engine_host_code_allowed = False
+
     def __init__(self, module: FakeTensorRT, logger: Any) -> None:
         self.module, self.logger = module, logger
 
@@ -130,7 +139,11 @@ class _Runtime:
         if self.module.refuse == "plan":
             self.logger.log(1, "[runtime.cpp::parsePlan::318]  Error Code 1: the plan is not mine")
             return None
-        return _Engine(self, plan)
+        engine = _Engine(self, plan)
+        if engine.host_code and not self.engine_host_code_allowed:
+            self.logger.log(1, "Deserialization of an engine with host code is not allowed by this runtime")
+            return None
+        return engine
 
 
 class _Config:
@@ -154,6 +167,7 @@ class _Engine:
         end = 4 + int.from_bytes(plan[:4], "big")
         head = json.loads(plan[4:end])
         self.runtime, self.profiles, self.presents = runtime, head["profiles"], head["caches"]
+        self.host_code = head["host code"]
         options = ort.SessionOptions()
         options.log_severity_level = 4
         self.session = _SESSION(plan[end:], options, providers=["CPUExecutionProvider"])
@@ -224,6 +238,8 @@ class _Context:
         module = self.engine.runtime.module
         if module.refuse == "run":
             return self.refuse("[executionContext.cpp::enqueue::1] Error Code 1:\n cask failed")
+        if module.refuse == "silently":
+            return False
         if module.refuse == "capture" and self.driver._streams[stream].captured is not None:
             return self.refuse("operation not permitted when stream is capturing")
         missing = [name for name in (*self.inputs, *self.outputs) if name not in self.addresses]

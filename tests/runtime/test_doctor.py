@@ -11,6 +11,7 @@ from stageline.runtime import doctor
 from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.doctor import diagnose, read_nvml
 from stageline.runtime.engines import ENGINES
+from stageline.runtime.engines.tensorrt import flavour
 
 
 class FakeNvml:
@@ -94,7 +95,11 @@ def test_every_engine_is_in_the_report() -> None:
 
 
 def test_what_is_absent_has_a_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise flavour.PackageNotFoundError(name)
+
     monkeypatch.setattr(doctor, "_version", lambda *packages: None)
+    monkeypatch.setattr(flavour, "version", absent)
     monkeypatch.setenv("STAGELINE_CHECKPOINTS", "/nowhere")
     found = diagnose()
     assert {engine.version for engine in found.engines} == {None}

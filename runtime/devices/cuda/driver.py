@@ -15,9 +15,11 @@ _STICKY = frozenset(
     f"CUDA_ERROR_{name}"
     for name in (
         "ASSERT",
+        "CONTAINED",
         "CONTEXT_IS_DESTROYED",
         "DEINITIALIZED",
         "ECC_UNCORRECTABLE",
+        "EXTERNAL_DEVICE",
         "HARDWARE_STACK_ERROR",
         "ILLEGAL_ADDRESS",
         "ILLEGAL_INSTRUCTION",
@@ -26,7 +28,9 @@ _STICKY = frozenset(
         "LAUNCH_FAILED",
         "LAUNCH_TIMEOUT",
         "MISALIGNED_ADDRESS",
+        "MPS_CLIENT_TERMINATED",
         "NVLINK_UNCORRECTABLE",
+        "TENSOR_MEMORY_LEAK",
         "UNKNOWN",
     )
 )

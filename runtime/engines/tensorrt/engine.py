@@ -124,12 +124,15 @@ class TensorRTEngine:
         slots = cache.slots if cache is not None else 0
         self._slot_shapes = {name: (slots, *shape) for name, shape in self._cache_shapes.items()}
         self._check(cache)
-        self._free: list[_Binding] = []  # the last used at the end
+        self._bindings: list[_Binding] = []
+        self._free: list[_Binding] = []  # those of them that are not leased, the last used at the end
         self._closed = False
         try:
             device.gpu.make_current()
             self._errors = _logger(trt)
             self._runtime = trt.Runtime(self._errors)
+            # A version-compatible plan holds its runtime as host code. The guard has compared the plan's digest.
+            self._runtime.engine_host_code_allowed = record.options.version_compatible
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise self._refused("does not open")
@@ -198,17 +201,22 @@ class TensorRTEngine:
                     launch.end().wait()  # keep pinned memory small
 
     def close(self) -> None:
-        """Wait for running work, and free contexts, engine and caches. May be called again."""
+        """Wait for running work, and free contexts, engine and caches. Outputs that are still held stay readable. May
+        be called again."""
         if self._closed:
             return
         self._closed = True
         try:
             self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
-            for binding in self._free:
+            for binding in self._bindings:
                 binding.replay.close()
         except (CudaError, EngineError):
             pass  # the GPU is lost, and whoever waited has got the error
+        for binding in self._bindings:  # leased ones too: their outputs keep their own buffers
+            binding.context = None
+            binding.inputs, binding.outputs = {}, {}
+        self._bindings.clear()
         self._free.clear()
         self._slots, self._rows, self._weights = {}, {}, {}
         del self._config, self._engine, self._runtime  # in this order, after the contexts
@@ -241,6 +249,7 @@ class TensorRTEngine:
         }
 
     def _execute(self, binding: _Binding) -> None:
+        self._errors.last = ""
         if not binding.context.execute_async_v3(self._device.stream):
             raise self._refused("failed")
 
@@ -274,6 +283,7 @@ class TensorRTEngine:
             binding = self._free.pop(0)  # the least recently used
         else:
             binding = _Binding(self._context(), Replay(self._device.gpu.driver, self._device.stream))
+            self._bindings.append(binding)
         self._bind(binding, key, place, shapes, caches, rows)
         return binding
 
@@ -287,6 +297,7 @@ class TensorRTEngine:
         rows: int,
     ) -> None:
         context, stream = binding.context, self._device.stream
+        self._errors.last = ""
         binding.key = ()  # until it is complete
         if context.active_optimization_profile != place and not context.set_optimization_profile_async(place, stream):
             raise self._refused(f"refused its profile {self._record.profiles[place].name}")
@@ -314,6 +325,7 @@ class TensorRTEngine:
         return buffer if buffer is not None and buffer.size_bytes >= size else self._device.gpu.memory.take(size)
 
     def _context(self) -> Any:
+        self._errors.last = ""
         context = self._engine.create_execution_context(self._config)
         if context is None:
             raise self._refused("has no memory for another execution context")

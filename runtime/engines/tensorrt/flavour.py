@@ -4,13 +4,15 @@ Their Python modules have the same classes. They differ in their targets and in 
 """
 
 import importlib
+import re
+from collections.abc import Container
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 from stageline.models.errors import EngineError
-from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE, RTX_TARGETS, TargetGpu
+from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE, RTX_TARGETS, TargetGpu, capability
 
 FlavourName = Annotated[Literal["tensorrt", "tensorrt-rtx"], BeforeValidator(lambda name: str(name).replace("_", "-"))]
 
@@ -22,10 +24,15 @@ class Flavour:
     name: FlavourName
     module: str
     title: str
-    distribution: str
+    distributions: tuple[str, ...]
+    """The packages that install it; one is enough."""
+    oldest: str
+    """The first version that has all that Stageline calls (tests/reality/test_tensorrt_names.py)."""
     extra: str
     builds_anywhere: bool
     """Whether it builds for GPUs that are not in this machine."""
+    portable: Container[int]
+    """The compute capabilities that its portable engines run on."""
     portable_means: str
     keeps_timings: bool
     version_compatible: bool
@@ -33,40 +40,60 @@ class Flavour:
     @property
     def version(self) -> str | None:
         """The installed version, read without an import. None if it is not installed."""
-        try:
-            return version(self.distribution)
-        except PackageNotFoundError:
-            return None
+        for distribution in self.distributions:
+            try:
+                return version(distribution)
+            except PackageNotFoundError:
+                continue
+        return None
 
     @property
     def installed(self) -> bool:
         """Whether it can be imported."""
         return self.version is not None
 
+    @property
+    def too_old(self) -> str | None:
+        """What is wrong with the installed version, and what to do. None: nothing, or none is installed."""
+        here = self.version
+        if here is None or _numbers(here) >= _numbers(self.oldest):
+            return None
+        return (
+            f"{self.title} {here} is installed, and Stageline needs {self.oldest} or newer: pip install --upgrade "
+            f'"stageline[{self.extra}]"'
+        )
+
     def load(self) -> Any:
-        """The module. EngineError if it is not installed (with the pip command) or does not load."""
+        """The module. EngineError if it is not installed (with the pip command), too old, or does not load."""
+        if self.too_old is not None:
+            raise EngineError(self.too_old)
         try:
             return importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            if error.name != self.module:
-                raise
-            raise self.missing() from error
-        except OSError as error:
-            raise EngineError(f"{self.title} is installed but does not load: {error}") from error
+        except (ImportError, OSError) as error:  # its package is there without the libraries, or without the driver's
+            if isinstance(error, ModuleNotFoundError) and error.name == self.module:
+                raise self.missing() from error
+            why = " ".join(str(error).split())
+            raise EngineError(f"{self.title} is installed but does not load: {why}; see: stageline doctor") from error
 
     def missing(self) -> EngineError:
         """The error if this flavour is needed but not installed."""
         return EngineError(f'{self.title} is not installed: pip install "stageline[{self.extra}]"')
+
+    def runs(self, target: str, gpu: TargetGpu) -> bool:
+        """Whether an engine of this flavour for `target` runs on `gpu`."""
+        return target == gpu.target or (target == PORTABLE and capability(gpu.target) in self.portable)
 
 
 TENSORRT = Flavour(
     name="tensorrt",
     module="tensorrt",
     title="TensorRT",
-    distribution="tensorrt",
+    distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    oldest="10.15",
     extra="gpu",
     builds_anywhere=False,
-    portable_means="Ampere GPUs and later (hardware compatibility)",
+    portable=range(80, 1000),
+    portable_means="Ampere GPUs and later (sm80 and up)",
     keeps_timings=True,
     version_compatible=True,
 )
@@ -74,10 +101,12 @@ TENSORRT_RTX = Flavour(
     name="tensorrt-rtx",
     module="tensorrt_rtx",
     title="TensorRT-RTX",
-    distribution="tensorrt-rtx",
+    distributions=("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    oldest="1.4",
     extra="rtx",
     builds_anywhere=True,
-    portable_means="RTX GPUs of compute capability 8.0 and later",
+    portable=frozenset((80, 86, 89, *range(120, 130))),  # it has no kernels for Hopper (sm90), sm10x and Jetson
+    portable_means="RTX GPUs (sm80, sm86, sm89 and sm12x)",
     keeps_timings=False,
     version_compatible=False,
 )
@@ -95,9 +124,10 @@ def choose(target: str, gpu: TargetGpu | None) -> Flavour:
         # If both support the GPU, prefer the one for data centres, which tunes on the GPU itself.
         return TENSORRT if TENSORRT.installed or gpu.target not in RTX_TARGETS else _installed(TENSORRT_RTX)
     if target in (PORTABLE, *RTX_TARGETS):
-        if TENSORRT_RTX.installed or gpu is None or target not in (PORTABLE, gpu.target) or not TENSORRT.installed:
-            return _installed(TENSORRT_RTX)
-        return TENSORRT
+        here = TENSORRT.installed and gpu is not None and target in (PORTABLE, gpu.target)
+        if here and not (TENSORRT_RTX.installed and gpu is not None and TENSORRT_RTX.runs(target, gpu)):
+            return TENSORRT
+        return _installed(TENSORRT_RTX)
     if gpu is None or gpu.target != target:
         there = "has no NVIDIA GPU" if gpu is None else f"has {gpu}"
         raise EngineError(
@@ -111,3 +141,8 @@ def _installed(flavour: Flavour) -> Flavour:
     if not flavour.installed:
         raise flavour.missing()
     return flavour
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """10.15.1.29 -> (10, 15, 1, 29)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))

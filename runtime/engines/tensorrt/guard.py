@@ -89,7 +89,11 @@ _Check = Callable[[EngineRecord, Bundle, TargetGpu, Precision | None], str | Non
 
 
 def _target(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
-    return None if gpu.runs(record.target) else f"this GPU is {gpu.target} ({gpu.name})"
+    flavour = FLAVOURS[record.flavour]
+    if flavour.runs(record.target, gpu):
+        return None
+    here = f"this GPU is {gpu.target} ({gpu.name})"
+    return f"{here}, and such engines run on {flavour.portable_means}" if record.target == PORTABLE else here
 
 
 def _version(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:

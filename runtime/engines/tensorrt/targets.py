@@ -10,7 +10,6 @@ HERE = "here"
 RTX_TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """The targets that TensorRT-RTX builds for on any machine."""
 _SM = re.compile(r"sm(\d{2,3})")
-_FIRST_PORTABLE = 80  # compute capability 8.0, Ampere
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,6 @@ class TargetGpu:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.target})"
-
-    def runs(self, target: str) -> bool:
-        """Whether an engine built for `target` can run on this GPU."""
-        return target == self.target or (target == PORTABLE and capability(self.target) >= _FIRST_PORTABLE)
 
 
 def check_target(name: str) -> str:
@@ -51,7 +46,7 @@ def gpu_here() -> TargetGpu | None:
     try:
         if driver.cuInit(0)[0] != driver.CUresult.CUDA_SUCCESS:
             return None
-    except RuntimeError:  # there is no driver library
+    except (RuntimeError, OSError):  # there is no driver library
         return None
     error, device = driver.cuDeviceGet(0)
     if error != driver.CUresult.CUDA_SUCCESS:

@@ -1,16 +1,27 @@
 """Verifying TensorRT: what is lowered wrongly is found, and without a GPU one line says what is missing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import fake_tensorrt
 import numpy as np
 import pytest
+from fake_cuda import FakeDriver
+from fake_tensorrt import FakeTensorRT
 from stageline.exporter.commands.cli import main
 from stageline.exporter.export import export
+from stageline.exporter.verify import engines
 from stageline.exporter.verify.engines import compare, verify_emulated
+from stageline.models.errors import EngineError
+from stageline.runtime.devices import cuda
+from stageline.runtime.engines.tensorrt.flavour import Flavour
 from stageline.runtime.engines.tensorrt.lower import Precision
-from stageline.runtime.engines.tensorrt.targets import gpu_here
+from stageline.runtime.engines.tensorrt.records import EnginesManifest
+from stageline.runtime.engines.tensorrt.store import EngineStore, read_engines
+from stageline.runtime.engines.tensorrt.targets import TargetGpu, gpu_here
+from stageline.runtime.workload import Workload
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("fp16", 1e-2), ("bf16", 6e-2)])
@@ -71,6 +82,29 @@ def test_without_a_gpu_one_line_says_what_is_missing(tiny_bundle: Path, capsys: 
     assert main(["verify", str(tiny_bundle), "--engine", "tensorrt"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "needs an NVIDIA GPU with a driver, and this machine has none" in line
+
+
+def test_the_engine_of_the_asked_precision_is_run_and_its_gpu_given_back(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    load, driver = Workload(micro_batch=8, length=64), FakeDriver()
+    fake_tensorrt.build(bundle, load)
+    built = read_engines(bundle).engines
+    missing = [one.plan.model_copy(update={"path": f"{one.plan.path}.bf16"}) for one in built]
+    later = (
+        one.model_copy(update={"precision": "bf16", "plan": plan}) for one, plan in zip(built, missing, strict=True)
+    )
+    EngineStore(bundle, read_engines(bundle)).write(EnginesManifest(engines=(*built, *later)))
+    monkeypatch.setattr(cuda, "load", lambda: driver)
+    monkeypatch.setattr(engines, "gpu_here", lambda: TargetGpu("made-up", "sm89"))
+    monkeypatch.setattr(Flavour, "version", fake_tensorrt.VERSION)
+    monkeypatch.setattr(Flavour, "load", lambda self: FakeTensorRT(driver))
+    done = engines.verify_engines(bundle, "fp32", seed=1, progress=lambda step: None)
+    assert {(c.stage, c.precision, c.passed) for c in done} == {(0, "fp32", True), (1, "fp32", True)}
+    with pytest.raises(EngineError, match=r"\.bf16 is missing"):  # the last built
+        engines.verify_engines(bundle, None, seed=1, progress=lambda step: None)
+    assert (driver.live_blocks, driver.live_handles) == (0, 0)
 
 
 def test_each_engine_wants_its_own_options(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

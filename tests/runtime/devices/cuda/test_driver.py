@@ -56,3 +56,7 @@ def test_errors_that_end_everything_are_known() -> None:
     assert str(CudaError("cuMemAlloc", "CUDA_ERROR_OUT_OF_MEMORY")) == "CUDA_ERROR_OUT_OF_MEMORY in cuMemAlloc"
     cuda = pytest.importorskip("cuda.bindings.driver", reason="CUDA for Python is not installed")
     assert set(cuda.CUresult.__members__) >= border._STICKY
+    end = "the process must be terminated and relaunched"
+    ends = {name for name, error in cuda.CUresult.__members__.items() if end in " ".join(str(error.__doc__).split())}
+    assert len(ends) >= 12
+    assert ends <= border._STICKY

@@ -2,6 +2,7 @@
 graph that TensorRT would have been given; what it is bound to, when, and in which stream, is the engine's own doing."""
 
 import shutil
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -162,6 +163,20 @@ def test_stripped_engines_take_the_weights_of_the_bundle(
     assert driver.live_blocks == 0
 
 
+def test_a_version_compatible_engine_may_bring_its_runtime_and_no_other_may(
+    decoder: Path, wanted: list[tuple[int, ...]], tmp_path: Path, install: Install
+) -> None:
+    bundle = Path(shutil.copytree(decoder, tmp_path / "bundle"))
+    fake_tensorrt.build(bundle, LOAD, version_compatible=True)
+    install(FakeDriver())
+    with opened(bundle) as pipeline:
+        assert [tokens_of(future) for future in submitted(pipeline)] == wanted
+    (path,) = bundle.glob("engines/manifest.json")
+    path.write_text(path.read_text().replace('"version_compatible":true', '"version_compatible":false'))
+    with pytest.raises(EngineError, match="an engine with host code is not allowed by this runtime"):
+        opened(bundle)
+
+
 def stage_of(bundle: Path, number: int) -> StageFile:
     stage = Bundle.open(bundle).manifest.stages[number]
     return StageFile(number, bundle / stage.file, bundle, stage.caches)
@@ -195,6 +210,37 @@ def test_results_that_are_held_are_not_overwritten(decoder: Path, install: Insta
         step(token)
     assert module.contexts == made
     engine.close()
+    engine.close()
+
+
+def test_results_outlive_the_engine_and_its_graphs_do_not(decoder: Path, install: Install) -> None:
+    driver = FakeDriver()
+    install(driver)
+    (device,) = open_gpus([(0, 0)], (0,), driver)
+    engine = open_tensorrt(stage_of(decoder, 0), device, CacheSize(4, 64))
+    name = engine.output_names[0]
+    for token in range(6):
+        held = engine.step(rows_of([token]), [name], 0)[name]
+    expected = held.read().wait()  # type: ignore[union-attr]
+    assert len(driver._graphs) == len(engine._bindings) == 2  # one of them is leased to what is held
+    contexts = [weakref.ref(binding.context) for binding in engine._bindings]
+    engine.close()
+    assert not driver._graphs
+    assert [context() for context in contexts] == [None, None]
+    np.testing.assert_array_equal(held.read().wait(), expected)  # type: ignore[union-attr]
+
+
+def test_a_refusal_does_not_quote_the_error_of_an_earlier_one(decoder: Path, install: Install) -> None:
+    driver = FakeDriver()
+    module = install(driver)
+    (device,) = open_gpus([(0, 0)], (0,), driver)
+    engine = open_tensorrt(stage_of(decoder, 0), device, CacheSize(4, 64))
+    module.refuse = "run"
+    with pytest.raises(EngineError, match="cask failed"):
+        engine.step(rows_of([1]), engine.output_names, 0)
+    module.refuse = "silently"
+    with pytest.raises(EngineError, match=r"^stage 0 failed in TensorRT on cuda:0$"):
+        engine.step(rows_of([1]), engine.output_names, 0)
     engine.close()
 
 

@@ -1,13 +1,17 @@
 """No engine is handed out that was not built for this GPU, by this TensorRT, from this bundle, or was changed since."""
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from stageline.models.errors import EngineError, StagelineError
+from stageline.runtime.builder.build import WantedEngine, check
 from stageline.runtime.bundle.folder import Bundle, file_entry
 from stageline.runtime.bundle.recut import recut
+from stageline.runtime.doctor import diagnose
 from stageline.runtime.engines.tensorrt import flavour
 from stageline.runtime.engines.tensorrt.guard import checked_engine, weight_digests
 from stageline.runtime.engines.tensorrt.lower import Precision
@@ -93,6 +97,33 @@ def test_the_gpus_own_engine_comes_before_a_portable_one(bundle: Path) -> None:
     assert checked_engine(Bundle.open(bundle), 1, ADA).record.target == "sm89"
     assert checked_engine(Bundle.open(bundle), 1, BLACKWELL).record.target == "portable"
     assert "this GPU is sm75 (RTX 2080)" in refusal(bundle, TURING)  # portable begins at compute capability 8.0
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "refuses"),
+    [
+        (
+            "tensorrt-rtx",
+            ("sm80", "sm86", "sm89", "sm120", "sm121", "sm122"),
+            ("sm75", "sm87", "sm90", "sm100", "sm110"),
+        ),
+        ("tensorrt", ("sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110", "sm120"), ("sm70", "sm75")),
+    ],
+)
+def test_portable_is_what_the_flavour_supports(
+    name: flavour.FlavourName, runs: tuple[str, ...], refuses: tuple[str, ...]
+) -> None:
+    kind = flavour.FLAVOURS[name]
+    assert [gpu for gpu in (*runs, *refuses) if kind.runs("portable", TargetGpu("a GPU", gpu))] == list(runs)
+    assert all(kind.runs(gpu, TargetGpu("a GPU", gpu)) for gpu in (*runs, *refuses))  # if it could be built
+
+
+def test_a_portable_engine_of_rtx_is_refused_on_a_gpu_for_data_centres(bundle: Path) -> None:
+    put(bundle, "portable")
+    assert refusal(bundle, TargetGpu("NVIDIA H100", "sm90")) == (
+        f"stage 1 was built for portable in fp16 with TensorRT-RTX {VERSION}; this GPU is sm90 (NVIDIA H100), and such "
+        f"engines run on RTX GPUs (sm80, sm86, sm89 and sm12x). Rebuild: stageline build {bundle} --target sm90"
+    )
 
 
 def test_a_stage_without_an_engine_says_how_to_build_one(bundle: Path) -> None:
@@ -220,11 +251,70 @@ def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.Mo
     assert flavour.choose("sm90", TargetGpu("H100", "sm90")).name == "tensorrt"
     assert flavour.choose("here", ADA).name == "tensorrt"
     assert flavour.choose("sm120", ADA).name == "tensorrt-rtx"
+    assert flavour.choose("portable", ADA).name == "tensorrt-rtx"
+    assert flavour.choose("portable", TargetGpu("H100", "sm90")).name == "tensorrt"  # RTX's would not run there
+    assert flavour.choose("portable", None).name == "tensorrt-rtx"
     with pytest.raises(EngineError, match="unknown target 'ada'"):
         check_target("ada")
 
 
 def test_without_tensorrt_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = replace(flavour.TENSORRT_RTX, module="tensorrt", distribution="tensorrt")
+    absent = replace(flavour.TENSORRT_RTX, module="no_such_tensorrt")
     with pytest.raises(EngineError, match=r'TensorRT-RTX is not installed: pip install "stageline\[rtx\]"'):
         absent.load()
+
+
+def test_either_package_of_a_flavour_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def there(name: str) -> str:
+        if name != "tensorrt-cu13":
+            raise flavour.PackageNotFoundError(name)
+        return "10.16.1.11"
+
+    monkeypatch.setattr(flavour, "version", there)
+    assert flavour.TENSORRT.version == "10.16.1.11"
+    assert not flavour.TENSORRT_RTX.installed
+    assert {engine.version for engine in diagnose().engines if engine.name == "tensorrt"} == {"10.16.1.11", None}
+
+
+def test_an_older_tensorrt_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the layers that write caches in place, a build would end in the middle of TensorRT's bindings."""
+    monkeypatch.setattr(flavour, "version", lambda name: "10.9.0.34")
+    message = (
+        'TensorRT 10.9.0.34 is installed, and Stageline needs 10.15 or newer: pip install --upgrade "stageline[gpu]"'
+    )
+    with pytest.raises(EngineError) as caught:
+        flavour.TENSORRT.load()
+    assert str(caught.value) == message
+    with pytest.raises(EngineError, match=r"needs 10\.15 or newer"):
+        check(WantedEngine(flavour.TENSORRT, "sm90", "fp16"), Options(), "float32")
+    assert message in diagnose().problems
+    monkeypatch.setattr(flavour, "version", lambda name: "10.15.1.29")
+    assert flavour.TENSORRT.too_old is None
+
+
+def test_the_oldest_versions_are_those_that_the_extras_install() -> None:
+    project = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]
+    for kind in flavour.FLAVOURS.values():
+        wanted = [Requirement(line) for line in project["optional-dependencies"][kind.extra]]
+        (found,) = (one for one in wanted if one.name == kind.distributions[0])
+        assert f">={kind.oldest}" in str(found.specifier)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("import ctypes; ctypes.CDLL('libnvinfer.so.99')", "libnvinfer.so.99: cannot open shared object file: No such"),
+        ("raise ImportError('libnvonnxparser.so.11:\\n cannot open it')", "libnvonnxparser.so.11: cannot open it"),
+        ("import tensorrt_of_nobody", "No module named 'tensorrt_of_nobody'"),
+    ],
+)
+def test_tensorrt_without_its_libraries_is_one_line(
+    source: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_tensorrt.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EngineError) as caught:
+        replace(flavour.TENSORRT_RTX, module="broken_tensorrt").load()
+    assert str(caught.value).startswith(f"TensorRT-RTX is installed but does not load: {why}")
+    assert str(caught.value).endswith("; see: stageline doctor")
+    assert "\n" not in str(caught.value)
