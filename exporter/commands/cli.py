@@ -8,7 +8,19 @@ from itertools import takewhile
 from typing import Annotated
 
 import typer
-from stageline.exporter.commands import bench, build, bundles, checkpoints, dashboard, doctor, plan, run, serve, verify
+from stageline.exporter.commands import (
+    bench,
+    build,
+    bundles,
+    checkpoints,
+    dashboard,
+    doctor,
+    eject,
+    plan,
+    run,
+    serve,
+    verify,
+)
 from stageline.models.errors import StagelineError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -48,7 +60,7 @@ def stageline(
         print(context.get_help())
 
 
-for command in (bundles, verify, run, plan, build, serve, bench, doctor, dashboard, checkpoints):
+for command in (bundles, verify, eject, run, plan, build, serve, bench, doctor, dashboard, checkpoints):
     command.register(app)
 _COMMANDS = {str(c.name) for c in app.registered_commands} | {str(group.name) for group in app.registered_groups}
 
