@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from stageline.models.errors import BundleError, EngineError
+from stageline.runtime.builder.network import REVISION
 from stageline.runtime.builder.processes import Answer, Workers
 from stageline.runtime.builder.profiles import narrowed, profiles_of
 from stageline.runtime.builder.worker import Request, Result
@@ -181,6 +182,7 @@ def _key(
         "target": kind.target,
         "profiles": [profile.model_dump(by_alias=True) for profile in profiles],
         "options": options.model_dump(),
+        "revision": REVISION,
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 

@@ -15,6 +15,8 @@ from stageline.runtime.engines.tensorrt.lower import Lowered
 from stageline.runtime.engines.tensorrt.records import OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE
 
+REVISION = 2
+"""Raised when this module builds other engines from the same request: engines of before are then built again."""
 Progress = Callable[[str, int, int], bool]
 """Called with a phase, a step and the number of steps; False ends the build."""
 
@@ -72,7 +74,7 @@ def build(
     config.progress_monitor = _monitor(trt, progress)
     if options.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-    for flag in _flags(options):
+    for flag in _flags(trt, options):
         config.set_flag(getattr(trt.BuilderFlag, flag))
     _set_target(trt, config, target)
     cache = None
@@ -108,7 +110,9 @@ def _pasts(cache: CacheSpec, capacity: int | None) -> Iterator[TensorSpec]:
         yield TensorSpec(name=name, dtype="", shape=(BATCH, cache.heads, capacity, size))
 
 
-def _flags(options: Options) -> Iterator[str]:
+def _flags(trt: Any, options: Options) -> Iterator[str]:
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX: or a run may allocate, and not be captured
+        yield "REQUIRE_USER_ALLOCATION"
     if options.weight_streaming:
         yield "WEIGHT_STREAMING"
     if options.version_compatible:

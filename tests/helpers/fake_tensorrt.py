@@ -2,12 +2,16 @@
 are ONNX Runtime's on a CPU, run in the streams of a FakeDriver. `build` puts such plans into a bundle.
 
 It is as strict as TensorRT: shapes have to be in the profile, every address has to be given and aligned, an output of a
-cache has to be at its input, contexts need the scratch memory that the engine asked for.
+cache has to be at its input, contexts need the scratch memory that the engine asked for, plans are read from a stream
+that its base class knows, and host code is refused unless it is allowed. As TensorRT-RTX it compiles kernels when they
+are first needed: lazily unless told otherwise, so that a graph which holds the slow ones is a hazard. As TensorRT it
+has none of the names that only TensorRT-RTX has. tests/reality/test_tensorrt_names.py compares both with the real ones.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +117,14 @@ class FakeTensorRT:
         ERROR = 1
 
         def __init__(self) -> None:
-            pass
+            self.made = True
+
+    class IStreamReaderV2:
+        def __init__(self) -> None:
+            self.made = True
+
+    class SeekPosition(IntEnum):
+        SET, CUR, END = range(3)
 
     class ExecutionContextAllocationStrategy:
         USER_MANAGED = "user managed"
@@ -123,10 +134,22 @@ class FakeTensorRT:
         self.contexts = 0
         """How many were made."""
         self.refuse = ""
-        """What is to be refused, and so logged: `plan`, `run`, `shape` or `capture`. `silently`: a run, not logged."""
+        """What is to be refused, and so logged: `plan`, `run`, `shape` or `capture`. `silently`: a run, not logged.
+        `asked`: capture, by a context of TensorRT-RTX that is asked before."""
+        self.compiled: list[str] = []
+        """The kernels that were compiled, not found in a cache."""
 
     def Runtime(self, logger: Any) -> "_Runtime":  # noqa: N802
+        if not getattr(logger, "made", False):
+            raise TypeError("__init__() must be called when overriding __init__")
         return _Runtime(self, logger)
+
+
+class FakeTensorRTRtx(FakeTensorRT):
+    """TensorRT-RTX's module."""
+
+    class DynamicShapesKernelSpecializationStrategy:
+        LAZY, EAGER, NONE = "lazy", "eager", "none"
 
 
 class _Runtime:
@@ -135,27 +158,61 @@ class _Runtime:
     def __init__(self, module: FakeTensorRT, logger: Any) -> None:
         self.module, self.logger = module, logger
 
-    def deserialize_cuda_engine(self, plan: bytes) -> "_Engine | None":
+    def deserialize_cuda_engine(self, reader: Any) -> "_Engine | None":
+        if not (isinstance(reader, FakeTensorRT.IStreamReaderV2) and reader.made):
+            raise TypeError("deserialize_cuda_engine(): incompatible function arguments")
         if self.module.refuse == "plan":
             self.logger.log(1, "[runtime.cpp::parsePlan::318]  Error Code 1: the plan is not mine")
             return None
-        engine = _Engine(self, plan)
+        engine = _Engine(self, _read(reader))
         if engine.host_code and not self.engine_host_code_allowed:
             self.logger.log(1, "Deserialization of an engine with host code is not allowed by this runtime")
             return None
         return engine
 
 
+def _read(reader: Any) -> bytes:
+    """A whole plan: its header first, then from the start on, asking again for what is missing."""
+    where = FakeTensorRT.SeekPosition
+    assert len(reader.read(4, 0)) == 4
+    assert reader.seek(-4, where.CUR)
+    assert reader.seek(0, where.END)
+    assert reader.read(1, 0) == b""
+    assert reader.seek(0, where.SET)
+    return b"".join(iter(lambda: reader.read(1 << 40, 0), b""))
+
+
 class _Config:
-    strategy = cache = None
+    strategy: str | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> object:
-        return object()
 
-    def set_runtime_cache(self, cache: object) -> bool:
+class _KernelCache:
+    """Names of compiled kernels. It takes those of this version alone."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> memoryview:
+        return memoryview(json.dumps([VERSION, sorted(self.kernels)]).encode())
+
+    def deserialize(self, data: bytes) -> bool:
+        version, kernels = json.loads(data)
+        if version == VERSION:
+            self.kernels = set(kernels)
+        return bool(version == VERSION)
+
+
+class _RtxConfig(_Config):
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+    cache: _KernelCache | None = None
+
+    def create_runtime_cache(self) -> _KernelCache:
+        return _KernelCache()
+
+    def set_runtime_cache(self, cache: _KernelCache) -> bool:
         self.cache = cache
         return True
 
@@ -173,13 +230,12 @@ class _Engine:
         self.session = _SESSION(plan[end:], options, providers=["CPUExecutionProvider"])
 
     def create_runtime_config(self) -> _Config:
-        return _Config()
+        return _RtxConfig() if isinstance(self.runtime.module, FakeTensorRTRtx) else _Config()
 
     def create_execution_context(self, config: _Config) -> "_Context":
         assert config.strategy == "user managed"
-        assert config.cache is not None
         self.runtime.module.contexts += 1
-        return _Context(self)
+        return _RtxContext(self, config) if isinstance(config, _RtxConfig) else _Context(self)
 
 
 class _Context:
@@ -240,7 +296,7 @@ class _Context:
             return self.refuse("[executionContext.cpp::enqueue::1] Error Code 1:\n cask failed")
         if module.refuse == "silently":
             return False
-        if module.refuse == "capture" and self.driver._streams[stream].captured is not None:
+        if self.capturing(stream) and module.refuse == "capture":
             return self.refuse("operation not permitted when stream is capturing")
         missing = [name for name in (*self.inputs, *self.outputs) if name not in self.addresses]
         if missing or not self.scratch:
@@ -264,9 +320,38 @@ class _Context:
         )
         return True
 
+    def capturing(self, stream: int) -> bool:
+        return self.driver._streams[stream].captured is not None
+
     def _place(self, value: Any, shape: tuple[int, ...]) -> tuple[int, np.dtype[Any], tuple[int, ...]]:
         names: Mapping[str, str] = {"float": "float32", "float16": "float16", "int64": "int64", "bool": "bool"}
         return self.addresses[value.name], np.dtype(names[value.type[7:-1]]), shape
 
     def _array(self, address: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
         return self.driver.array(address, int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+class _RtxContext(_Context):
+    """Compiles its kernels for the shapes of a run."""
+
+    def __init__(self, engine: _Engine, config: _RtxConfig) -> None:
+        super().__init__(engine)
+        assert config.cache is not None
+        self.lazy = config.dynamic_shapes_kernel_specialization_strategy == "lazy"
+        self.known = config.cache.kernels
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.runtime.module.refuse != "asked"
+
+    def execute_async_v3(self, stream: int) -> bool:
+        module = self.engine.runtime.module
+        if self.capturing(stream) and module.refuse == "asked":
+            raise HazardError("a context is captured that said it cannot be")
+        kernel = str(sorted(self.shapes.items()))
+        if kernel not in self.known:
+            if self.capturing(stream):
+                raise HazardError("a graph is captured of kernels that are not compiled yet")
+            module.compiled.append(kernel)
+        if not self.lazy:
+            self.known.add(kernel)  # a lazy one is there some runs later: no graph may hold what stands in for it
+        return super().execute_async_v3(stream)

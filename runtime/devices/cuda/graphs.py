@@ -22,13 +22,24 @@ class Replay:
         self.refused: str | None = None
         """Why the work cannot be captured, once known; it is then enqueued each time."""
 
-    def run(self, key: Hashable, enqueue: Callable[[], None]) -> None:
-        """Do the work: what `enqueue` puts into the stream, and nothing else."""
+    @property
+    def captured(self) -> bool:
+        """Whether the last work is held as a graph."""
+        return self._graph is not None
+
+    def run(
+        self, key: Hashable, enqueue: Callable[[], None], may_be_captured: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Do the work: what `enqueue` puts into the stream, and nothing else. `may_be_captured` is asked after it ran
+        once."""
         if key != self._key:
             self.close()
             self._key, self._seen = key, 0
         if self._graph is None and self._seen == 1 and self.refused is None:
-            self._capture(enqueue)
+            if may_be_captured():
+                self._capture(enqueue)
+            else:
+                self.refused = "it says itself that it cannot be captured"
         self._seen = min(self._seen + 1, 2)
         if self._graph is not None:
             self._driver.launch(self._graph, self._stream)

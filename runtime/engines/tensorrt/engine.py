@@ -1,22 +1,16 @@
 """TensorRT on a GPU, either flavour: an engine file that was built for it, run in the stage's stream.
 
-A binding is an execution context with its buffers, all bound once: the inputs, the outputs, and the rows of the caches
-that the step uses. Outputs of the stage are the binding's own buffers. While anyone holds one of them, the binding is
-not reused. So there is one for each micro-batch in flight, made while the pipeline warms up.
+In the steady state a run copies the inputs into the buffers of a binding (`bindings.py`), replays its graph and records
+the event. Nothing is allocated, and the host waits for nothing. All contexts of a stage run in one stream, one after
+the other, so they share one scratch memory.
 
-    new ──> leased ──the last output goes──> free ──the same shapes and slots──> leased: nothing to do
-                                                  ──others──> leased: bound again, its graph dropped
-
-In the steady state a run copies the inputs into place, replays the graph and records the event. Nothing is allocated,
-and the host waits for nothing. All contexts of a stage run in one stream, one after the other, so they share one
-scratch memory.
+A step's rows are rounded up to one of few counts, so that graphs are replayed while requests come and go. The rows that
+are added have nothing new: their caches keep what they hold.
 """
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from stageline.models.errors import EngineError
@@ -26,18 +20,19 @@ from stageline.runtime.devices.base import Array, Value
 from stageline.runtime.devices.cuda.arrays import CudaArray, size_bytes
 from stageline.runtime.devices.cuda.device import CudaDevice
 from stageline.runtime.devices.cuda.driver import CudaError
-from stageline.runtime.devices.cuda.graphs import Replay
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.tensorrt.bindings import Binding, Bindings, Key
 from stageline.runtime.engines.tensorrt.guard import checked_engine
+from stageline.runtime.engines.tensorrt.kernels import CompiledKernels
+from stageline.runtime.engines.tensorrt.loading import Loaded
 from stageline.runtime.engines.tensorrt.lower import Precision
 from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile
 from stageline.runtime.engines.tensorrt.refit import weights_of
 from stageline.runtime.engines.tensorrt.targets import TargetGpu
 
-_BINDINGS = 8  # of different shapes or slots that are kept; more if leased at the same time
 _ALIGNED = 256  # bytes; addresses must be multiples
 _PIECE_BYTES = 32 * 2**20  # of weights in pinned memory at a time
 
@@ -66,27 +61,13 @@ def open_tensorrt(
         )
     driver, ordinal = device.gpu.driver, device.gpu.ordinal
     major, minor = driver.capability(ordinal)
-    found = checked_engine(bundle, stage.number, TargetGpu(driver.name(ordinal), f"sm{major}{minor}"), precision)
+    gpu = TargetGpu(driver.name(ordinal), f"sm{major}{minor}")
+    found = checked_engine(bundle, stage.number, gpu, precision)
     filled = weights_of(found.record, bundle.tensors)
-    return TensorRTEngine(stage.number, device, found.flavour.load(), found.record, found.plan, cache, filled)
-
-
-@dataclass(eq=False)
-class _Binding:
-    """An execution context and what it is bound to. `key`: the profile, the shapes and the address of the caches."""
-
-    context: Any
-    replay: Replay
-    key: tuple[object, ...] = ()
-    inputs: dict[str, Buffer] = field(default_factory=dict)
-    outputs: dict[str, Buffer] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-class _Lease:
-    """Held by the outputs of a run; once the last of them is gone, the binding is free."""
-
-    __slots__ = ("__weakref__",)
+    kernels = CompiledKernels(bundle.path, found.record, str(gpu))
+    trt = found.flavour.load()
+    with found.opened() as plan:
+        return TensorRTEngine(stage.number, device, trt, found.record, plan, kernels, cache, filled)
 
 
 class TensorRTEngine:
@@ -98,52 +79,46 @@ class TensorRTEngine:
         device: CudaDevice,
         trt: Any,
         record: EngineRecord,
-        plan: bytes,
+        plan: BinaryIO,
+        kernels: CompiledKernels,
         cache: CacheSize | None,
         weights: Iterable[tuple[str, Array]],
     ) -> None:
-        """`trt`: the flavour's module; `plan`: the checked engine file; `weights`: those that are inputs of the engine.
+        """`trt`: the flavour's module; `plan`: the checked engine file; `kernels`: where those compiled for it are
+        kept; `weights`: those that are inputs of the engine.
 
         EngineError if TensorRT refuses the engine, the GPU has no memory, or it was built for less than `cache`.
         """
-        self._number, self._device, self._record, self._trt = number, device, record, trt
+        self._number, self._device, self._record, self._kernels = number, device, record, kernels
         self.input_names = tuple(spec.name for spec in record.inputs)
         self.output_names = tuple(spec.name for spec in record.outputs)
         self._dtypes = {spec.name: _dtype(spec.dtype) for spec in (*record.inputs, *record.outputs, *record.weights)}
         self._cache_dtype = _dtype(record.cache_dtype)
+        self._by_row = {spec.name for spec in (*record.inputs, *record.outputs) if spec.shape[:1] == (BATCH,)}
         capacity = record.capacity or 0
-        self._presents: dict[str, str] = {}
+        presents: dict[str, str] = {}
         self._cache_shapes: dict[str, tuple[int, int, int]] = {}  # per row: heads, tokens, size
         for spec in record.caches:
             pasts = past_names(spec.name)
-            self._presents.update(zip(pasts, present_names(spec.name), strict=True))
+            presents.update(zip(pasts, present_names(spec.name), strict=True))
             for name, size in zip(pasts, (spec.key_size, spec.value_size), strict=True):
                 self._cache_shapes[name] = (spec.heads, capacity, size)
         self._row_bytes = {name: size_bytes(shape, self._cache_dtype) for name, shape in self._cache_shapes.items()}
         self.max_rows = max((p.sizes[BATCH].max for p in record.profiles if BATCH in p.sizes), default=1)
-        slots = cache.slots if cache is not None else 0
-        self._slot_shapes = {name: (slots, *shape) for name, shape in self._cache_shapes.items()}
+        self._slot_count = cache.slots if cache is not None else 0
+        self._slot_shapes = {name: (self._slot_count, *shape) for name, shape in self._cache_shapes.items()}
         self._check(cache)
-        self._bindings: list[_Binding] = []
-        self._free: list[_Binding] = []  # those of them that are not leased, the last used at the end
         self._closed = False
         try:
             device.gpu.make_current()
-            self._errors = _logger(trt)
-            self._runtime = trt.Runtime(self._errors)
-            # A version-compatible plan holds its runtime as host code. The guard has compared the plan's digest.
-            self._runtime.engine_host_code_allowed = record.options.version_compatible
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
-            if self._engine is None:
-                raise self._refused("does not open")
-            if record.options.weight_streaming:
-                self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
-            self._config = self._runtime_config()
-            self._scratch = device.gpu.memory.take(self._engine.device_memory_size_v2)
+            self._loaded = Loaded(trt, record, plan, kernels.read(), f"stage {number}", device.name)
             self._weights = {
                 spec.name: device.gpu.memory.take(size_bytes(_static(spec.shape), self._dtypes[spec.name]))
                 for spec in record.weights
             }
+            self._bindings = Bindings(
+                device, self._loaded, self._dtypes, self.output_names, self._cache_shapes, presents, self._weights
+            )
             self._slots = self._allocated(cache.slots) if cache is not None else {}
             self._rows: dict[str, Buffer] = {}  # for `run`, allocated on its first call
         except CudaError as error:
@@ -158,12 +133,15 @@ class TensorRTEngine:
                 self._rows = self._shared(self.max_rows)
             except CudaError as error:
                 raise self._device.failed(error) from error
-        return self._launched(inputs, outputs, {name: buffer.address for name, buffer in self._rows.items()})
+        caches = tuple((name, buffer.address) for name, buffer in self._rows.items())
+        return self._launched(inputs, outputs, caches)
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
         """See `Engine.step`."""
-        caches = {name: buffer.address + first_slot * self._row_bytes[name] for name, buffer in self._slots.items()}
-        return self._launched(inputs, outputs, caches)
+        caches = tuple(
+            (name, buffer.address + first_slot * self._row_bytes[name]) for name, buffer in self._slots.items()
+        )
+        return self._launched(inputs, outputs, caches, self._slot_count - first_slot)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`. It runs in the stage's stream."""
@@ -209,49 +187,69 @@ class TensorRTEngine:
         try:
             self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
-            for binding in self._bindings:
-                binding.replay.close()
+            self._bindings.close()
+            compiled = self._loaded.kernels()
+            if compiled is not None:
+                self._kernels.keep(compiled)
         except (CudaError, EngineError):
             pass  # the GPU is lost, and whoever waited has got the error
-        for binding in self._bindings:  # leased ones too: their outputs keep their own buffers
-            binding.context = None
-            binding.inputs, binding.outputs = {}, {}
-        self._bindings.clear()
-        self._free.clear()
         self._slots, self._rows, self._weights = {}, {}, {}
-        del self._config, self._engine, self._runtime  # in this order, after the contexts
+        self._loaded.close()
 
     # Running.
 
     def _launched(
-        self, inputs: Mapping[str, Value], outputs: Sequence[str], caches: Mapping[str, int]
+        self,
+        inputs: Mapping[str, Value],
+        outputs: Sequence[str],
+        caches: tuple[tuple[str, int], ...],
+        slots: int | None = None,
     ) -> Mapping[str, Value]:
-        record, device = self._record, self._device
+        """`slots`: how many rows the caches have from these addresses on; None: as many as the inputs."""
+        device = self._device
         shapes = {name: tuple(inputs[name].shape) for name in self.input_names}
         place, rows = self._profile(shapes)
-        with Launch(device, f"stage {self._number} {record.profiles[place].name}") as launch:
-            binding = self._bound(place, shapes, caches, rows)
-            lease = _Lease()
-            weakref.finalize(lease, self._free.append, binding).atexit = False
-            for input_name, buffer in binding.inputs.items():
-                launch.put(inputs[input_name], buffer, self._dtypes[input_name])
+        profile, count = self._record.profiles[place], rows
+        if slots is not None:
+            count = max(rows, min(rounded_rows(rows), slots, profile.sizes[BATCH].max if BATCH in profile.sizes else 1))
+            shapes = {name: (count, *shape[1:]) if name in self._by_row else shape for name, shape in shapes.items()}
+        with Launch(device, f"stage {self._number} {profile.name}") as launch:
+            binding = self._bindings.take(Key(place, tuple(shapes.items()), caches, count))
+            lease = self._bindings.lease(binding)
+            for name, buffer in binding.inputs.items():
+                launch.put(self._with_rows(name, inputs[name], count), buffer, self._dtypes[name])
             for buffer in binding.outputs.values():
                 launch.await_guards(buffer)
                 launch.touch(buffer)
             launch.begin()
-            binding.replay.run(binding.key, partial(self._execute, binding))
+            binding.replay.run(binding.key, partial(self._execute, binding), partial(self._capturable, binding))
             done = launch.end()
-        return {
-            output: CudaArray(
-                device, binding.outputs[output], binding.shapes[output], self._dtypes[output], done, lease
-            )
-            for output in outputs
-        }
+        results = {}
+        for name in outputs:
+            shape = binding.shapes[name]
+            if name in self._by_row:
+                shape = (rows, *shape[1:])  # the rows that were added are the last
+            results[name] = CudaArray(device, binding.outputs[name], shape, self._dtypes[name], done, lease)
+        return results
 
-    def _execute(self, binding: _Binding) -> None:
-        self._errors.last = ""
+    def _with_rows(self, name: str, value: Value, count: int) -> Value:
+        """An array of the host with rows of zeros up to `count`. In a buffer on the GPU, later rows keep values of an
+        earlier step: nobody reads what is computed from them."""
+        if name not in self._by_row or not isinstance(value, np.ndarray) or len(value) == count:
+            return value
+        padded = np.zeros((count, *value.shape[1:]), value.dtype)
+        padded[: len(value)] = value
+        return padded
+
+    def _execute(self, binding: Binding) -> None:
+        self._loaded.forget_errors()
         if not binding.context.execute_async_v3(self._device.stream):
-            raise self._refused("failed")
+            raise self._loaded.refused("failed")
+
+    def _capturable(self, binding: Binding) -> bool:
+        """Whether TensorRT lets this binding's work be captured. Only TensorRT-RTX can tell before it is tried."""
+        ask = getattr(binding.context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._device.stream))
 
     def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """The index of the first profile that allows these shapes, and their rows."""
@@ -268,86 +266,6 @@ class TensorRTEngine:
             f"stage {self._number} was built for {built}, not for {shape}; send smaller batches, or build it for "
             "more: stageline build"
         )
-
-    # Bindings.
-
-    def _bound(
-        self, place: int, shapes: Mapping[str, tuple[int, ...]], caches: Mapping[str, int], rows: int
-    ) -> _Binding:
-        """A free binding, bound to these shapes and caches."""
-        key = (place, tuple(shapes.items()), next(iter(caches.values()), 0))
-        for number, binding in enumerate(self._free):
-            if binding.key == key:
-                return self._free.pop(number)
-        if len(self._free) >= _BINDINGS:
-            binding = self._free.pop(0)  # the least recently used
-        else:
-            binding = _Binding(self._context(), Replay(self._device.gpu.driver, self._device.stream))
-            self._bindings.append(binding)
-        self._bind(binding, key, place, shapes, caches, rows)
-        return binding
-
-    def _bind(
-        self,
-        binding: _Binding,
-        key: tuple[object, ...],
-        place: int,
-        shapes: Mapping[str, tuple[int, ...]],
-        caches: Mapping[str, int],
-        rows: int,
-    ) -> None:
-        context, stream = binding.context, self._device.stream
-        self._errors.last = ""
-        binding.key = ()  # until it is complete
-        if context.active_optimization_profile != place and not context.set_optimization_profile_async(place, stream):
-            raise self._refused(f"refused its profile {self._record.profiles[place].name}")
-        for name, shape in shapes.items():
-            self._set_shape(context, name, shape)
-            binding.inputs[name] = self._grown(binding.inputs.get(name), size_bytes(shape, self._dtypes[name]))
-            self._set_address(context, name, binding.inputs[name].address)
-        for name, address in caches.items():
-            self._set_shape(context, name, (rows, *self._cache_shapes[name]))
-            self._set_address(context, name, address)
-            self._set_address(context, self._presents[name], address)
-        for name, buffer in self._weights.items():
-            self._set_address(context, name, buffer.address)
-        missing = context.infer_shapes()
-        if missing:
-            raise self._refused(f"does not know the shapes that follow from {', '.join(missing)}")
-        for name in self.output_names:
-            binding.shapes[name] = tuple(context.get_tensor_shape(name))
-            size = size_bytes(binding.shapes[name], self._dtypes[name])
-            binding.outputs[name] = self._grown(binding.outputs.get(name), size)
-            self._set_address(context, name, binding.outputs[name].address)
-        binding.key = key
-
-    def _grown(self, buffer: Buffer | None, size: int) -> Buffer:
-        return buffer if buffer is not None and buffer.size_bytes >= size else self._device.gpu.memory.take(size)
-
-    def _context(self) -> Any:
-        self._errors.last = ""
-        context = self._engine.create_execution_context(self._config)
-        if context is None:
-            raise self._refused("has no memory for another execution context")
-        context.set_device_memory(self._scratch.address, self._engine.device_memory_size_v2)
-        return context
-
-    def _runtime_config(self) -> Any:
-        """Contexts share the engine's scratch memory. With TensorRT-RTX, which compiles kernels for this GPU on their
-        first use, they also share the compiled kernels."""
-        config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(config, "create_runtime_cache"):
-            config.set_runtime_cache(config.create_runtime_cache())
-        return config
-
-    def _set_shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
-        if not context.set_input_shape(name, shape):
-            raise self._refused(f"refused {name} of shape {list(shape)}")
-
-    def _set_address(self, context: Any, name: str, address: int) -> None:
-        if not context.set_tensor_address(name, address):
-            raise self._refused(f"refused an address for {name}")
 
     # Caches.
 
@@ -392,24 +310,12 @@ class TensorRTEngine:
                     f"multiples of {_ALIGNED} bytes; build it for a capacity that is a multiple of {_ALIGNED // 2}"
                 )
 
-    def _refused(self, what: str) -> EngineError:
-        why = f": {self._errors.last}" if self._errors.last else ""
-        return EngineError(f"stage {self._number} {what} in TensorRT on {self._device.name}{why}")
 
-
-def _logger(trt: Any) -> Any:
-    """A logger that keeps TensorRT's last error."""
-
-    class Errors(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.last = " ".join(message.split())
-
-    return Errors()
+def rounded_rows(rows: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ... that is not less than `rows`: less than a
+    quarter is added."""
+    step = max(1 if rows <= 4 else 2, (1 << (rows - 1).bit_length()) // 8)
+    return -(-rows // step) * step
 
 
 def _dtype(name: str) -> np.dtype[Any]:

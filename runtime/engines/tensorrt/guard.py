@@ -5,9 +5,12 @@ this GPU with this TensorRT from this stage.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.folder import Bundle
@@ -21,11 +24,24 @@ from stageline.runtime.engines.tensorrt.targets import PORTABLE, TargetGpu
 
 @dataclass(frozen=True)
 class CheckedEngine:
-    """An engine that fits, and the contents of its file, whose digest was compared."""
+    """An engine of stage `number` that fits; `opened` checks its file as well."""
 
+    bundle: Bundle
+    number: int
     record: EngineRecord
-    flavour: Flavour
-    plan: bytes
+
+    @property
+    def flavour(self) -> Flavour:
+        """The TensorRT that it was built with."""
+        return FLAVOURS[self.record.flavour]
+
+    @contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Its file, open at the start: the very file whose place, size and digest were compared. EngineError in one
+        line if they are not those of the manifest."""
+        advice = rebuild(self.bundle, self.record.target, self.record.precision)
+        with open_checked(self.bundle.path, self.record.plan, f"the engine of stage {self.number}", advice) as file:
+            yield file
 
 
 def checked_engine(bundle: Bundle, number: int, gpu: TargetGpu, precision: Precision | None = None) -> CheckedEngine:
@@ -41,11 +57,7 @@ def checked_engine(bundle: Bundle, number: int, gpu: TargetGpu, precision: Preci
     fitting = [record for record, problem in problems if problem is None]
     if not fitting:
         raise EngineError(_refusal(number, bundle, gpu, precision, problems))
-    record = min(fitting, key=lambda record: record.target == PORTABLE)
-    plan = read_checked(
-        bundle.path, record.plan, f"the engine of stage {number}", rebuild(bundle, record.target, record.precision)
-    )
-    return CheckedEngine(record, FLAVOURS[record.flavour], plan)
+    return CheckedEngine(bundle, number, min(fitting, key=lambda record: record.target == PORTABLE))
 
 
 def is_current(record: EngineRecord, manifest: Manifest) -> bool:
@@ -60,22 +72,26 @@ def weight_digests(manifest: Manifest) -> dict[str, str]:
     return {name: str(entries[name].sha256 or entries[name].header_sha256) for name in manifest.weight_files}
 
 
-def read_checked(bundle: Path, entry: FileEntry, what: str, advice: str) -> bytes:
-    """The contents of a listed file, after its place, size and digest were checked."""
-    file = bundle / entry.path
-    if not file.resolve().is_relative_to(bundle.resolve()):
+@contextmanager
+def open_checked(bundle: Path, entry: FileEntry, what: str, advice: str) -> Iterator[BinaryIO]:
+    """A listed file, open at its start, after its place, size and digest were checked. Another file that is renamed to
+    its place meanwhile is not read."""
+    path = bundle / entry.path
+    if not path.resolve().is_relative_to(bundle.resolve()):
         raise EngineError(f"{what}: {entry.path} is outside the bundle. {advice}")
     try:
-        size = file.stat().st_size
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise EngineError(f"{what}: {entry.path} is missing. {advice}") from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
         if size != entry.size_bytes:
             how = "is truncated" if size < entry.size_bytes else "was changed"
             raise EngineError(f"{what}: {entry.path} {how}: {size} bytes, {entry.size_bytes} were built. {advice}")
-        data = file.read_bytes()
-    except FileNotFoundError as error:
-        raise EngineError(f"{what}: {entry.path} is missing. {advice}") from error
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise EngineError(f"{what}: {entry.path} was changed since it was built (SHA-256 differs). {advice}")
-    return data
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            raise EngineError(f"{what}: {entry.path} was changed since it was built (SHA-256 differs). {advice}")
+        file.seek(0)
+        yield file
 
 
 def rebuild(bundle: Bundle, target: str, precision: Precision | None) -> str:

@@ -92,10 +92,20 @@ class EngineRecord(Data):
         return self.computes or str(compute_dtype(self.precision, "float32").numpy())
 
 
+class KernelsRecord(Data):
+    """Kernels that TensorRT-RTX of `version` compiled for the plan with this digest on a model of GPU."""
+
+    file: FileEntry
+    plan_sha256: Sha256
+    version: str
+    gpu: str
+
+
 class EnginesManifest(Data):
-    """All engines of a bundle, and timing caches: (flavour, version, target) -> file."""
+    """All engines of a bundle, compiled kernels of them, and timing caches: (flavour, version, target) -> file."""
 
     format: Literal["stageline-engines"] = "stageline-engines"
     version: Literal[1] = 1
     engines: tuple[EngineRecord, ...] = ()
     timings: tuple[FileEntry, ...] = ()
+    kernels: tuple[KernelsRecord, ...] = ()

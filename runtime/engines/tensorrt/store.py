@@ -6,13 +6,13 @@ count. One build at a time holds the folder's lock; it removes what a killed one
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stageline.models.errors import BundleError
 from stageline.runtime.bundle.manifest import FileEntry
-from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest
+from stageline.runtime.engines.tensorrt.records import EngineRecord, EnginesManifest, KernelsRecord
 from stageline.runtime.validation import read_document
 
 FOLDER = "engines"
@@ -58,15 +58,27 @@ class EngineStore:
         timings = (*others, entry.model_copy(update={"path": path}))
         self.write(self.manifest.model_copy(update={"timings": timings}))
 
+    def put_kernels(self, record: KernelsRecord, data: bytes) -> None:
+        """Keep compiled kernels as `record.file`, in place of old ones; remove those of engines that are gone."""
+        self.aside(record.file.path).write_bytes(data)
+        self.keep(record.file.path)
+        plans = {engine.plan.sha256 for engine in self.manifest.engines}
+        others = [one for one in self.manifest.kernels if one.file.path != record.file.path]
+        kept = tuple(one for one in others if one.plan_sha256 in plans)
+        self.write(self.manifest.model_copy(update={"kernels": (*kept, record)}))
+        self._remove(one.file for one in others if one.plan_sha256 not in plans)
+
     def prune(self, stale: set[str]) -> int:
-        """Remove the engines whose files are named, and return their bytes."""
+        """Remove the engines whose files are named, with their kernels, and return their bytes."""
         gone = [engine for engine in self.manifest.engines if engine.plan.path in stale]
         kept = tuple(engine for engine in self.manifest.engines if engine.plan.path not in stale)
-        self.write(self.manifest.model_copy(update={"engines": kept}))
-        for engine in gone:
-            for entry in (engine.plan, engine.report):
-                (self.bundle / entry.path).unlink(missing_ok=True)
-        return sum(engine.plan.size_bytes + engine.report.size_bytes for engine in gone)
+        plans = {engine.plan.sha256 for engine in kept}
+        kernels = tuple(one for one in self.manifest.kernels if one.plan_sha256 in plans)
+        files = [entry for engine in gone for entry in (engine.plan, engine.report)]
+        files += [one.file for one in self.manifest.kernels if one.plan_sha256 not in plans]
+        self.write(self.manifest.model_copy(update={"engines": kept, "kernels": kernels}))
+        self._remove(files)
+        return sum(entry.size_bytes for entry in files)
 
     def write(self, manifest: EnginesManifest) -> None:
         """Write the manifest to a temporary file and rename it. An OSError leaves the old one in place."""
@@ -78,6 +90,10 @@ class EngineStore:
             aside.unlink(missing_ok=True)
             raise
         self.manifest = manifest
+
+    def _remove(self, files: Iterable[FileEntry]) -> None:
+        for entry in files:
+            (self.bundle / entry.path).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -12,21 +12,24 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from fake_cuda import FakeDriver
-from fake_tensorrt import FakeTensorRT
+from fake_tensorrt import FakeTensorRT, FakeTensorRTRtx
+from hypothesis import given
+from hypothesis import strategies as st
 from llamas import THREE_BLOCKS
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.folder import Bundle, file_entry
 from stageline.runtime.devices import cuda
 from stageline.runtime.devices.cuda import open_gpus
 from stageline.runtime.engines.base import CacheSize, StageFile
-from stageline.runtime.engines.tensorrt.engine import TensorRTEngine, open_tensorrt
+from stageline.runtime.engines.tensorrt.engine import TensorRTEngine, open_tensorrt, rounded_rows
 from stageline.runtime.engines.tensorrt.flavour import Flavour
+from stageline.runtime.engines.tensorrt.store import EngineStore, locked, read_engines
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.workload import Workload
 
 SECONDS = 60
-LOAD = Workload(micro_batch=4, length=32, slots=4, capacity=64)
+LOAD = Workload(micro_batch=4, length=32, slots=8, capacity=64)
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
 Install = Callable[[FakeDriver], FakeTensorRT]
 
@@ -52,7 +55,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Lets a driver be this machine's, with TensorRT-RTX on it."""
 
     def begin(driver: FakeDriver) -> FakeTensorRT:
-        module = FakeTensorRT(driver)
+        module = FakeTensorRTRtx(driver)
         monkeypatch.setattr(cuda, "load", lambda: driver)
         monkeypatch.setattr(Flavour, "version", fake_tensorrt.VERSION)
         monkeypatch.setattr(Flavour, "load", lambda self: module)
@@ -73,6 +76,21 @@ def submitted(pipeline: Pipeline) -> "list[Future[Completion]]":
 
 def tokens_of(future: "Future[Completion]") -> tuple[int, ...]:
     return future.result(SECONDS).choices[0].token_ids
+
+
+@pytest.mark.parametrize("module", [FakeTensorRT, FakeTensorRTRtx])
+def test_either_tensorrt_captures_its_steps(
+    module: type[FakeTensorRT], decoder: Path, wanted: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX: kernels compiled before they run first, and not behind the back of the graphs that hold them."""
+    driver = FakeDriver(seed=5)
+    monkeypatch.setattr(cuda, "load", lambda: driver)
+    monkeypatch.setattr(Flavour, "version", fake_tensorrt.VERSION)
+    monkeypatch.setattr(Flavour, "load", lambda self: module(driver))
+    with opened(decoder) as pipeline:
+        for _ in range(2):
+            assert [tokens_of(future) for future in submitted(pipeline)] == wanted
+    assert driver.count_of("launch") > 40
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
@@ -141,14 +159,136 @@ def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(deco
         assert new[-1] == 0, new
 
 
+@pytest.mark.parametrize("refuse", ["capture", "asked"])
 def test_a_stage_that_cannot_be_captured_runs_all_the_same(
-    decoder: Path, wanted: list[tuple[int, ...]], install: Install
+    refuse: str, decoder: Path, wanted: list[tuple[int, ...]], install: Install
 ) -> None:
     driver = FakeDriver(seed=1)
-    install(driver).refuse = "capture"
+    install(driver).refuse = refuse
     with opened(decoder) as pipeline:
         assert [tokens_of(future) for future in submitted(pipeline)] == wanted
     assert driver.count_of("launch") == 0
+    assert (driver.count_of("begin_capture") == 0) == (refuse == "asked")  # who says no beforehand is not tried
+
+
+def test_requests_that_come_and_go_are_served_by_few_graphs(decoder: Path, install: Install) -> None:
+    """A step of any number of rows is one of few sizes; odd lengths of prompts do not drive graphs out."""
+    driver = FakeDriver()
+    install(driver)
+    (device,) = open_gpus([(0, 0)], (0,), driver)
+    engine = open_tensorrt(stage_of(decoder, 0), device, CacheSize(8, 64))
+    name = engine.output_names[0]
+    rng = np.random.default_rng(3)
+    for count in range(300):
+        rows, length = (int(rng.integers(1, 9)), 1) if count % 3 else (1, int(rng.integers(2, 33)))
+        inputs = {
+            "input_ids": rng.integers(0, 99, (rows, length)),
+            "past_lengths": np.full(rows, 7),
+            "new_lengths": np.full(rows, length),
+            "logits_at": np.zeros((rows, 0), np.int64),
+        }
+        engine.step(inputs, [name], 0)[name].read().wait()  # type: ignore[union-attr]
+    assert driver.count_of("begin_capture") <= 20
+    assert driver.count_of("launch") >= 180  # of 200 steps of a token
+    engine.close()
+
+
+def test_rows_that_a_step_adds_leave_the_caches_as_they_are(decoder: Path, install: Install) -> None:
+    driver = FakeDriver()
+    install(driver)
+    devices = open_gpus([(0, 0), (0, 0)], (0,), driver)
+    engine, alone = (open_tensorrt(stage_of(decoder, 0), device, CacheSize(8, 64)) for device in devices)
+    name = engine.output_names[0]
+    for slot in range(8):
+        for one in (engine, alone):
+            one.step(rows_of([slot, slot + 1]), [name], slot)
+    five = {key: np.concatenate([value] * 5) for key, value in rows_of([9]).items()} | {"past_lengths": np.full(5, 2)}
+    found = engine.step(five, [name], 1)[name].read().wait()  # type: ignore[union-attr]
+    assert found.shape[0] == 5
+    for place in range(5):
+        expected = alone.step({**rows_of([9]), "past_lengths": np.array([2])}, [name], 1 + place)[name]
+        np.testing.assert_allclose(found[place], expected.read().wait()[0], atol=1e-5)  # type: ignore[union-attr]
+    after = {**rows_of([3]), "past_lengths": np.array([2])}
+    for slot in (0, 6, 7):  # 6 was added; 0 and 7 were not in the step
+        results = [one.step(after, [name], slot)[name].read().wait() for one in (engine, alone)]  # type: ignore[union-attr]
+        np.testing.assert_allclose(*results, atol=1e-5)
+
+
+@given(st.integers(1, 10**6))
+def test_less_than_a_quarter_of_the_rows_is_added(rows: int) -> None:
+    assert rows <= rounded_rows(rows) < rows * 5 / 4
+    assert rounded_rows(rounded_rows(rows)) == rounded_rows(rows)
+
+
+@pytest.fixture
+def stored(decoder: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may change."""
+    return Path(shutil.copytree(decoder, tmp_path / "stored"))
+
+
+def compiled(bundle: Path, install: Install) -> int:
+    """How many kernels are compiled when the bundle is opened, generates, and is closed."""
+    module = install(FakeDriver())
+    with opened(bundle, slots=1) as pipeline:
+        pipeline.generate([3, 4, 5], max_tokens=5).result(SECONDS)
+    return len(module.compiled)
+
+
+def test_kernels_are_compiled_once_and_kept_beside_the_engine(
+    stored: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tensorrt.build(stored, LOAD)
+    assert compiled(stored, install) > 0
+    kept = read_engines(stored).kernels
+    assert len(kept) == 2  # of both stages, which close at the same time
+    assert {one.gpu for one in kept} == {"made-up GPU 0 (sm89)"}
+    assert compiled(stored, install) == 0
+    assert read_engines(stored).kernels == kept
+    monkeypatch.setattr(FakeDriver, "name", lambda self, ordinal: "another GPU")
+    assert compiled(stored, install) > 0
+    assert len(read_engines(stored).kernels) == 4
+
+
+@pytest.mark.parametrize("how", ["changed", "truncated", "missing", "unlisted", "of another driver"])
+def test_kernels_that_are_not_the_listed_ones_are_compiled_again(how: str, stored: Path, install: Install) -> None:
+    fake_tensorrt.build(stored, LOAD)
+    first = compiled(stored, install)
+    manifest = read_engines(stored)
+    for one in manifest.kernels:
+        file = stored / one.file.path
+        data = file.read_bytes()
+        if how == "missing":
+            file.unlink()
+        else:
+            other = {"changed": data[:-1] + b" ", "truncated": data[:5], "of another driver": b'["1.0", []]'}
+            file.write_bytes(other.get(how, data))
+    if how == "unlisted":
+        EngineStore(stored, manifest).write(manifest.model_copy(update={"kernels": ()}))
+    if how == "of another driver":  # listed with its digest, and refused by TensorRT-RTX
+        kernels = tuple(one.model_copy(update={"file": file_entry(stored, one.file.path)}) for one in manifest.kernels)
+        EngineStore(stored, manifest).write(manifest.model_copy(update={"kernels": kernels}))
+    assert compiled(stored, install) == first
+    assert compiled(stored, install) == 0
+
+
+def test_a_bundle_that_cannot_be_written_or_is_being_built_keeps_no_kernels(
+    stored: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tensorrt.build(stored, LOAD)
+    with locked(stored):
+        assert compiled(stored, install) > 0
+    monkeypatch.setattr(EngineStore, "put_kernels", lambda *given: (_ for _ in ()).throw(OSError(30, "read-only")))
+    assert compiled(stored, install) > 0
+    assert read_engines(stored).kernels == ()
+
+
+def test_kernels_go_with_their_engine(stored: Path, install: Install) -> None:
+    fake_tensorrt.build(stored, LOAD)
+    compiled(stored, install)
+    files = [stored / one.file.path for one in read_engines(stored).kernels]
+    with locked(stored) as store:
+        store.prune({read_engines(stored).engines[0].plan.path})
+    assert [file.exists() for file in files].count(True) == len(read_engines(stored).kernels) == 1
 
 
 def test_stripped_engines_take_the_weights_of_the_bundle(
@@ -171,8 +311,8 @@ def test_a_version_compatible_engine_may_bring_its_runtime_and_no_other_may(
     install(FakeDriver())
     with opened(bundle) as pipeline:
         assert [tokens_of(future) for future in submitted(pipeline)] == wanted
-    (path,) = bundle.glob("engines/manifest.json")
-    path.write_text(path.read_text().replace('"version_compatible":true', '"version_compatible":false'))
+    path = bundle / "engines/manifest.json"
+    path.write_text(path.read_text().replace('"version_compatible": true', '"version_compatible": false'))
     with pytest.raises(EngineError, match="an engine with host code is not allowed by this runtime"):
         opened(bundle)
 
@@ -222,8 +362,10 @@ def test_results_outlive_the_engine_and_its_graphs_do_not(decoder: Path, install
     for token in range(6):
         held = engine.step(rows_of([token]), [name], 0)[name]
     expected = held.read().wait()  # type: ignore[union-attr]
-    assert len(driver._graphs) == len(engine._bindings) == 2  # one of them is leased to what is held
-    contexts = [weakref.ref(binding.context) for binding in engine._bindings]
+    bindings = engine._bindings._all
+    assert len(driver._graphs) == len(bindings) == 2  # one of them is leased to what is held
+    contexts = [weakref.ref(binding.context) for binding in bindings]
+    del bindings
     engine.close()
     assert not driver._graphs
     assert [context() for context in contexts] == [None, None]
@@ -279,7 +421,7 @@ def test_what_the_engines_were_not_built_for_is_reported(decoder: Path, install:
     install(FakeDriver())
     for options, message in (
         ({"capacity": 100}, "stage 0 was built for 64 tokens a slot, 100 are requested; open with capacity=64, or"),
-        ({"slots": 5}, "stage 0 was built for 4 slots, 5 are requested; open with slots=4, or build it for more"),
+        ({"slots": 9}, "stage 0 was built for 8 slots, 9 are requested; open with slots=8, or build it for more"),
         ({"cache_dtype": "float16"}, "stage 0 was built for caches of float32, not float16; leave cache_dtype out"),
         ({"quantise": "int8"}, "quantise='int8' is for onnxruntime; a TensorRT engine has the precision that it was"),
     ):

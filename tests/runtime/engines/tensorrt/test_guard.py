@@ -78,8 +78,8 @@ def put(
 
 
 def refusal(path: Path, gpu: TargetGpu = ADA, precision: Precision | None = None) -> str:
-    with pytest.raises(EngineError) as caught:
-        checked_engine(Bundle.open(path), 1, gpu, precision)
+    with pytest.raises(EngineError) as caught, checked_engine(Bundle.open(path), 1, gpu, precision).opened():
+        pass
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -88,7 +88,8 @@ def test_an_engine_that_fits_is_handed_out_with_its_bytes(bundle: Path) -> None:
     record = put(bundle)
     checked = checked_engine(Bundle.open(bundle), 1, ADA)
     assert (checked.record, checked.flavour.name) == (record, "tensorrt-rtx")
-    assert checked.plan == (bundle / record.plan.path).read_bytes()
+    with checked.opened() as file:
+        assert file.read() == (bundle / record.plan.path).read_bytes()
 
 
 def test_the_gpus_own_engine_comes_before_a_portable_one(bundle: Path) -> None:
@@ -154,7 +155,7 @@ def test_a_version_compatible_engine_runs_on_later_ones_of_its_major_version(
     put(bundle, options=Options(version_compatible=True))
     monkeypatch.setattr(flavour, "version", lambda name: _version(name, here))
     if runs:
-        assert checked_engine(Bundle.open(bundle), 1, ADA).plan
+        assert checked_engine(Bundle.open(bundle), 1, ADA).record.options.version_compatible
     else:
         assert f"TensorRT-RTX {here} is installed here" in refusal(bundle)
 
