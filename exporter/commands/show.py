@@ -53,7 +53,9 @@ def bundle(opened: Bundle) -> str:
 def notes(manifest: Manifest) -> list[str]:
     """What the export ran of the bundle, and what a user should know of it, a line each."""
     checked = [f"checked: {manifest.checked}"] if manifest.checked else []
-    return [*checked, *(f"note: {note}" for note in manifest.notes)]
+    kept = manifest.float32_nodes.model_dump() if manifest.float32_nodes else {}
+    wide = [f"in float32 in engines of {half}: {', '.join(names)}" for half, names in kept.items() if names]
+    return [*checked, *(f"note: {note}" for note in manifest.notes), *wide]
 
 
 def generation(manifest: Manifest) -> list[str]:

@@ -1,13 +1,19 @@
 """The command `stageline verify`."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from stageline.exporter.commands import common, hub, show
-from stageline.runtime.engines.tensorrt.lower import Precision
+from stageline.runtime import words
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.engines.tensorrt.lower import Precision, default_precision
+
+if TYPE_CHECKING:
+    from stageline.exporter.verify.engines import EngineComparison
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +45,13 @@ def verify_command(
     inner_values: Annotated[
         bool, typer.Option("--inner-values", help="--emulated: compare every value inside the stages.")
     ] = False,
+    find_precision: Annotated[
+        bool,
+        typer.Option(
+            "--find-precision",
+            help="Find the nodes that must stay float32 in engines of fp16 or bf16, and let build keep them so.",
+        ),
+    ] = False,
     as_json: common.JsonOption = False,
 ) -> None:
     """Compare a bundle with its checkpoint: its stages with torch on random inputs, and its answers to texts.
@@ -54,8 +67,14 @@ def verify_command(
     1e-3 (fp32), 1e-2 (fp16) or 6e-2 (bf16). For int8, fp8 and int4 the reference has the same quantised weights and the
     bound is 1e-2, of a bfloat16 bundle 6e-2; the error that quantising adds is shown.
 
+    With --find-precision, stages are emulated on CPU cores. For each that fails, the first value beyond the tolerance
+    is shown, and a smallest set of nodes that must compute in float32: without any one of them, it fails. The set is
+    written into the bundle's manifest, where stageline build finds it.
+
     Example: stageline verify minilm.bundle --against models/checkpoints/minilm
     """
+    if find_precision:
+        _find_precision(hub.bundle_of(bundle), precision, as_json)
     if engine == "onnxruntime" and against is None:
         raise common.UsageError("give --against and the checkpoint that the bundle was exported from")
     bundle = hub.bundle_of(bundle)
@@ -104,17 +123,62 @@ def _verify_tensorrt(
             done = verify_emulated(bundle, precision, layers=inner_values, seed=seed, progress=progress)
         else:
             done = verify_engines(bundle, precision, seed=seed, progress=progress)
+    passed = all(c.passed for c in done)
+    tolerances = ", ".join(dict.fromkeys(f"{c.precision} {c.tolerance:.0e}" for c in done))
+    common.print_result(
+        as_json,
+        {"comparisons": [{**asdict(c), "passed": c.passed} for c in done], "passed": passed, "seed": seed},
+        f"{_compared(done)}\n{bundle} {'agrees with' if passed else 'DIFFERS from'} ONNX Runtime "
+        f"({tolerances}; seed {seed})",
+    )
+    raise typer.Exit(0 if passed else 1)
+
+
+def _compared(done: "Sequence[EngineComparison]") -> str:
+    """A table of comparisons of engines with ONNX Runtime."""
     rows = [
         [f"stage {c.stage}", c.value, c.precision, f"{c.median_error:.1e}", f"{c.p90_error:.1e}", f"{c.max_error:.1e}",
          c.shown or ("ok" if c.passed else "FAILED")]
         for c in done
     ]  # fmt: skip
+    return show.table(["what", "value", "precision", "median", "9 of 10", "max", ""], rows)
+
+
+def _find_precision(path: Path, precision: Precision | None, as_json: bool) -> NoReturn:
+    """Search, write what was found, and verify it on inputs that the search has not seen."""
+    from stageline.exporter.verify.engines import verify_emulated
+    from stageline.exporter.verify.precision_search import find_precision
+
+    opened = Bundle.open(path)
+    half = precision or default_precision(opened.manifest.dtype)
+    if half not in ("fp16", "bf16"):
+        raise typer.BadParameter(f"{half} keeps no nodes in float32; choose fp16 or bf16", param_hint="--precision")
+    seed = secrets.randbits(32)
+    with common.progress_steps() as progress:
+        found = find_precision(opened, half, seed=seed, progress=progress)
+        progress("verifying on other inputs")
+        done = verify_emulated(path, half, layers=False, seed=seed + 1, progress=lambda step: None)
     passed = all(c.passed for c in done)
-    compared = show.table(["what", "value", "precision", "median", "9 of 10", "max", ""], rows)
-    tolerances = ", ".join(dict.fromkeys(f"{c.precision} {c.tolerance:.0e}" for c in done))
-    common.print_result(
-        as_json,
-        {"comparisons": [{**asdict(c), "passed": c.passed} for c in done], "passed": passed, "seed": seed},
-        f"{compared}\n{bundle} {'agrees with' if passed else 'DIFFERS from'} ONNX Runtime ({tolerances}; seed {seed})",
-    )
+    lines = []
+    for stage in found:
+        if stage.first is None:
+            lines.append(f"stage {stage.stage}: passes in {half} as it is")
+            continue
+        first = stage.first
+        lines += [
+            f"stage {stage.stage}: {first.value} is the first value beyond {first.tolerance:.0e}: it errs by "
+            f"{first.p90_error:.1e} at 9 of 10 tokens, by {first.max_error:.1e} at the worst",
+            f"  in float32 ({stage.trials} trials): {', '.join(stage.nodes)}",
+        ]
+    count = sum(len(stage.nodes) for stage in found)
+    kept = f"{words.counted(count, 'node')} in float32" if count else "no nodes in float32"
+    lines += ["", _compared(done), f"{path}: engines of {half} keep {kept}; seed {seed}"]
+    document = {
+        "precision": half,
+        "stages": [asdict(stage) for stage in found],
+        "comparisons": [{**asdict(c), "passed": c.passed} for c in done],
+        "passed": passed,
+        "seed": seed,
+    }
+    common.print_result(as_json, document, "\n".join(lines))
     raise typer.Exit(0 if passed else 1)

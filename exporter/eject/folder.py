@@ -13,7 +13,7 @@ from stageline.exporter.eject.samples import Sample, Sampler
 from stageline.models.new_folder import new_folder
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import StageFile
-from stageline.runtime.engines.tensorrt.lower import Precision, lower
+from stageline.runtime.engines.tensorrt.lower import Precision, float32_nodes, lower
 
 CAPACITY = 64
 _SEED = 0
@@ -48,7 +48,8 @@ def eject(
             progress(f"stage {number + 1} of {count}: weights")
             name = f"stage{number}"
             file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
-            lowered = lower(file, precision, capacity, stripped=False)
+            wide = float32_nodes(bundle.manifest, precision)
+            lowered = lower(file, precision, capacity, stripped=False, wide=wide)
             write_model(lowered, folder, name)
             progress(f"stage {number + 1} of {count}: samples")
             samples = sampler.samples(number)

@@ -34,6 +34,7 @@ from stageline.runtime.engines.tensorrt.lower import (
     Precision,
     computed_precision,
     default_precision,
+    float32_nodes,
     lower,
     lower_exactly,
 )
@@ -64,8 +65,9 @@ class EngineComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
-        return self.shown is not None or self.p90_error <= self.tolerance
+        """Whether the error is within the tolerance, and no value is infinite or NaN that should not be."""
+        finite = self.max_error < np.inf
+        return self.shown is not None or (finite and self.p90_error <= self.tolerance)
 
 
 def verify_engines(path: Path, precision: Precision | None, *, seed: int, progress: Progress) -> list[EngineComparison]:
@@ -82,7 +84,7 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
         )
     comparisons = []
     bundle = Bundle.open(path)
-    for fed in _reference(bundle, seed):
+    for fed in reference(bundle, seed):
         number = fed.file.number
         progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
         record = checked_engine(bundle, number, gpu, precision).record
@@ -108,14 +110,15 @@ def verify_emulated(
     comparisons = []
     bundle = Bundle.open(path)
     precision = precision or default_precision(bundle.manifest.dtype)
-    for fed in _reference(bundle, seed):
+    for fed in reference(bundle, seed):
         number = fed.file.number
         progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
-        lowered = lower(fed.file, precision, fed.length, stripped=False)
+        wide = float32_nodes(bundle.manifest, precision)
+        lowered = lower(fed.file, precision, fed.length, stripped=False, wide=wide)
         inside: list[str] = []
         if layers:
             exact = lower_exactly(fed.file, precision, fed.length)
-            inside = sorted((_floats(lowered.proto) & _floats(exact.proto)) - set(fed.outputs))
+            inside = sorted((floats_of(lowered.proto) & floats_of(exact.proto)) - set(fed.outputs))
         got = EmulatedStage(lowered, fed.rows, fed.length, inside).run(fed.inputs)
         exactly = _exactly(fed, precision, inside)
         comparisons += _judged(fed, precision, got, exactly)
@@ -127,7 +130,7 @@ def verify_emulated(
     return comparisons
 
 
-def _exactly(fed: "_Fed", precision: Precision, inside: Sequence[str] = ()) -> Mapping[str, Array]:
+def _exactly(fed: "FedStage", precision: Precision, inside: Sequence[str] = ()) -> Mapping[str, Array]:
     """The stage's outputs in float32 with the weights of `precision`, and the values `inside` it."""
     if not inside and precision not in QUANTISED:
         return fed.outputs
@@ -136,7 +139,7 @@ def _exactly(fed: "_Fed", precision: Precision, inside: Sequence[str] = ()) -> M
 
 
 def _judged(
-    fed: "_Fed", precision: Precision, got: Mapping[str, Array], exactly: Mapping[str, Array]
+    fed: "FedStage", precision: Precision, got: Mapping[str, Array], exactly: Mapping[str, Array]
 ) -> list[EngineComparison]:
     """Outputs against ONNX Runtime's; those of quantised weights against `exactly`, and then what quantising adds."""
     judged = fed.outputs if precision not in QUANTISED else exactly
@@ -169,7 +172,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class _Fed:
+class FedStage:
     """A stage, its inputs, and ONNX Runtime's outputs for them in float32. `real` [rows, length] is 0 at padding."""
 
     file: StageFile
@@ -191,7 +194,8 @@ class _Fed:
         return compare(self.file.number, name, precision, self.activations, got, want, self.real, shown)
 
 
-def _reference(bundle: Bundle, seed: int) -> list[_Fed]:
+def reference(bundle: Bundle, seed: int) -> list[FedStage]:
+    """Every stage with inputs drawn from `seed`: those of a stage are the outputs of the ones before it."""
     inputs = random_inputs(bundle.manifest, seed)
     values = Signature.of(bundle.manifest).check_inputs(inputs)[0]
     result = []
@@ -204,12 +208,12 @@ def _reference(bundle: Bundle, seed: int) -> list[_Fed]:
         finally:
             engine.close()
         rows = len(next(iter(inputs.values())))
-        result.append(_Fed(file, dict(values), outputs, inputs.get("attention_mask"), rows, bundle.manifest.dtype))
+        result.append(FedStage(file, dict(values), outputs, inputs.get("attention_mask"), rows, bundle.manifest.dtype))
         values.update(outputs)
     return result
 
 
-def _floats(proto: bytes) -> set[str]:
+def floats_of(proto: bytes) -> set[str]:
     """The floating values that a lowered graph computes."""
     graph = ir.from_proto(onnx.ModelProto.FromString(proto)).graph
     found = {str(v.name) for node in graph for v in node.outputs if v.dtype is not None and v.dtype.is_floating_point()}

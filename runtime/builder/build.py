@@ -15,13 +15,21 @@ from stageline.runtime.builder.network import REVISION
 from stageline.runtime.builder.processes import Answer, Workers
 from stageline.runtime.builder.profiles import narrowed, profiles_of
 from stageline.runtime.builder.worker import Request, Result
+from stageline.runtime.bundle.float32_nodes import check_float32_nodes
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import FileEntry
 from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.tensorrt.flavour import Flavour
 from stageline.runtime.engines.tensorrt.guard import is_current, weight_digests
-from stageline.runtime.engines.tensorrt.lower import QUANTISED, Lowered, Precision, computed_precision, lower
+from stageline.runtime.engines.tensorrt.lower import (
+    QUANTISED,
+    Lowered,
+    Precision,
+    computed_precision,
+    float32_nodes,
+    lower,
+)
 from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.store import FOLDER, EngineStore, locked
 from stageline.runtime.workload import Workload
@@ -95,6 +103,8 @@ def build(
     """
     for kind in wanted:
         check(kind, options, bundle.manifest.dtype)
+        if float32_nodes(bundle.manifest, kind.precision):
+            check_float32_nodes(bundle)
     with locked(bundle.path) as store:
         todo: list[_Job] = []
         outcomes: list[BuildOutcome] = []
@@ -147,7 +157,8 @@ def _jobs(
 
         @cache
         def lowered(precision: Precision, file: StageFile = file) -> Lowered:
-            return lower(file, precision, workload.capacity, options.stripped)
+            wide = float32_nodes(manifest, precision)
+            return lower(file, precision, workload.capacity, options.stripped, wide)
 
         for kind in wanted:
             try:
@@ -219,8 +230,9 @@ def _present(store: EngineStore, bundle: Bundle, job: _Job) -> "_Job | BuildOutc
     for record in store.manifest.engines:
         if record.key == job.key and is_current(record, bundle.manifest) and _whole(bundle.path, record.plan):
             files = weight_digests(bundle.manifest)
-            if record.weight_files != files:
-                record = record.model_copy(update={"weight_files": files})
+            wide = float32_nodes(bundle.manifest, record.precision)
+            if (record.weight_files, record.float32_nodes) != (files, wide):
+                record = record.model_copy(update={"weight_files": files, "float32_nodes": wide})
                 store.put(record)
             return BuildOutcome(job.number, job.wanted, record, False)
     return job
@@ -297,6 +309,7 @@ class _Building:
             flavour=job.wanted.flavour.name,
             target=job.wanted.target,
             precision=job.wanted.precision,
+            float32_nodes=float32_nodes(self.bundle.manifest, job.wanted.precision),
             capacity=self.workload.capacity,
             profiles=job.profiles,
             options=self.options,
@@ -321,6 +334,7 @@ class _Building:
             version=str(job.wanted.flavour.version),
             target=job.wanted.target,
             precision=job.wanted.precision,
+            float32_nodes=float32_nodes(self.bundle.manifest, job.wanted.precision),
             computes=str(job.lowered.computes.numpy()),
             options=self.options,
             profiles=job.profiles,

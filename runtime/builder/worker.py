@@ -33,6 +33,7 @@ class Request(BaseModel):
     flavour: FlavourName
     target: str
     precision: Precision
+    float32_nodes: tuple[str, ...] = ()
     capacity: int
     profiles: tuple[OptimizationProfile, ...]
     options: Options
@@ -56,7 +57,7 @@ def build(request: Request, progress: network.Progress) -> Result:
     begin = time.perf_counter()
     trt = FLAVOURS[request.flavour].load()
     stripped = request.options.stripped
-    lowered = lower(request.stage, request.precision, request.capacity, stripped)
+    lowered = lower(request.stage, request.precision, request.capacity, stripped, request.float32_nodes)
     if stripped:
         for weight in lowered.weights.values():
             weight.read()  # a value that would be refused at load is refused now

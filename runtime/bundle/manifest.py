@@ -194,6 +194,13 @@ class Refusal(Data):
     reason: str
 
 
+class Float32Nodes(Data):
+    """Precision of engines -> names of nodes of the stages that compute in float32 all the same."""
+
+    fp16: tuple[ValueName, ...] = ()
+    bf16: tuple[ValueName, ...] = ()
+
+
 class UncutManifest(Data):
     """The manifest of a bundle, except its stages: what they are stitched from."""
 
@@ -222,6 +229,7 @@ class UncutManifest(Data):
     refused: tuple[Refusal, ...] | None = None  # what was tried before that attention
     no_cache_reason: str | None = None  # why a model of text keeps no keys and values
     notes: tuple[str, ...] = ()  # what a user should know of the export, each a sentence
+    float32_nodes: Float32Nodes | None = None  # found by `stageline verify --find-precision`
     checked: str | None = None  # what the export ran of the bundle, and how it compares
     made_by: dict[str, str]  # package -> version
 

@@ -3,8 +3,9 @@
 Values computed from weights and the hidden state get the requested precision. Values computed only from integers and
 constants (positions, rotary tables, masks) stay float32 until they meet the others: in bfloat16, position 257 would be
 position 256. Sums, squares and their roots leave the range of float16, so they are computed in float32 as well, and so
-is what chooses experts (TopK), from the product on: a rounded router takes others. Inputs and outputs stay float32,
-except the caches. Casts down are clipped to finite values: a mask's -3e38 must not become -inf.
+is what chooses experts (TopK), from the product on: a rounded router takes others. So are the nodes that a bundle
+names, with their weights (stageline verify --find-precision). Inputs and outputs stay float32, except the caches. Casts
+down are clipped to finite values: a mask's -3e38 must not become -inf.
 """
 
 from collections.abc import Collection
@@ -22,6 +23,8 @@ _WIDE = frozenset(
 _FLOATS = frozenset({ir.DataType.FLOAT, *HALVES})
 _FLOAT_PARAMETERS = {"Resize": frozenset({1, 2})}
 """Operator -> its inputs that must stay float32."""
+INSTEAD_OF = "stageline.instead_of"
+"""In a node's `meta`: the name of the node of the bundle's graph that it computes a part of."""
 
 
 def widen_initializers(model: ir.Model) -> None:
@@ -44,12 +47,12 @@ def widen_initializers(model: ir.Model) -> None:
             value.dtype = ir.DataType.FLOAT
 
 
-def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str]) -> None:
+def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str], wide: Collection[str] = ()) -> None:
     """Type the values of `model`, a float32 graph whose weights have no casts, in place. `state` names the inputs and
-    outputs that are caches. EngineError if the graph has branches or loops, or a value whose type cannot be
-    inferred."""
+    outputs that are caches, `wide` the nodes that compute in float32. EngineError if the graph has branches or loops,
+    or a value whose type cannot be inferred."""
     _infer_types(model)
-    typing = _Typing(model.graph, dtype)
+    typing = _Typing(model.graph, dtype, wide)
     for value in model.graph.inputs:
         if value.name in state:
             value.dtype = dtype
@@ -99,9 +102,27 @@ def _choosing(graph: ir.Graph) -> set[ir.Node]:
     return found
 
 
+def of_weights(node: ir.Node) -> bool:
+    """Whether the node computes from initializers only, such as the transpose of a weight."""
+    producers = [value.producer() for value in node.inputs if value is not None and not value.is_initializer()]
+    return bool(node.inputs) and all(producer is not None and of_weights(producer) for producer in producers)
+
+
+def _with_weights(graph: ir.Graph, names: Collection[str]) -> set[ir.Node]:
+    """The nodes of these names, and what prepares weights for them."""
+    found: set[ir.Node] = set()
+    left = [node for node in graph if node.meta.get(INSTEAD_OF, node.name) in names]
+    while left:
+        node = left.pop()
+        found.add(node)
+        producers = [value.producer() for value in node.inputs if value is not None]
+        left += [producer for producer in producers if producer is not None and of_weights(producer)]
+    return found
+
+
 class _Typing:
-    def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
-        self.graph, self.dtype = graph, dtype
+    def __init__(self, graph: ir.Graph, dtype: ir.DataType, wide: Collection[str]) -> None:
+        self.graph, self.dtype, self.wide = graph, dtype, _with_weights(graph, wide)
         self.narrow: set[ir.Value] = set()
         self.choosing = _choosing(graph)
         self.cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -121,7 +142,7 @@ class _Typing:
         ]
         values = [value for place in places if (value := node.inputs[place]) is not None]
         squares = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
-        to_wide = node.op_type in _WIDE or squares or node in self.choosing
+        to_wide = node.op_type in _WIDE or squares or node in self.wide or node in self.choosing
         is_narrow = not to_wide and any(value in self.narrow or _is_weight(value) for value in values)
         for place, value in zip(places, values, strict=True):
             node.replace_input_with(place, self.narrowed(value, node) if is_narrow else self.widened(value, node))

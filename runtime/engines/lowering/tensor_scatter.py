@@ -15,6 +15,7 @@ from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
 from stageline.runtime.bundle.manifest import BATCH, CacheSpec
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.lowering.precision import INSTEAD_OF
 
 _OPSET = 24  # the first with TensorScatter
 _FUSED_STEP = 8  # TensorRT has attention kernels for head sizes that are multiples of this
@@ -40,11 +41,14 @@ class _TensorScatterLowering:
         self.constants: dict[tuple[object, ...], ir.Value] = {}
         self.count = 0
         self.at: ir.Node  # new nodes go before this one
+        self.instead_of: str | None = None  # the node whose values, apart from the caches, new nodes compute
 
     def add(self, op: str, *inputs: ir.Value, name: str | None = None, **attributes: object) -> ir.Value:
         self.count += 1
         node = ir.node(op, inputs, attributes or None, name=f"cache_attention.{self.count}")  # type: ignore[arg-type]
         node.outputs[0].name = name or node.name
+        if self.instead_of is not None:
+            node.meta[INSTEAD_OF] = self.instead_of
         self.graph.insert_before(self.at, node)
         return node.outputs[0]
 
@@ -88,12 +92,14 @@ class _TensorScatterLowering:
         mask, scale = self.masks[rows, window], node.attributes["scale"].as_float()
         softcap = node.attributes["softcap"].as_float() if "softcap" in node.attributes else None
         sink = sinks[0] if sinks else None
+        self.instead_of = node.name
         fused = cache.key_size == cache.value_size and cache.key_size % _FUSED_STEP == 0
         if fused and softcap is None and sink is None:
             attended = self.add("Attention", query, keys, values, mask, scale=scale)
         else:
             attended = self.attend(query, keys, values, mask, scale, softcap, sink, cache)
         result = self.add("Transpose", attended, perm=[0, 2, 1, 3])
+        self.instead_of = None
         result.name, result.shape, result.type = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)

@@ -15,6 +15,14 @@ _LARGEST = {ir.DataType.INT8: 127, ir.DataType.INT4: 7, ir.DataType.FLOAT8E4M3FN
 """The largest value of a type: a scale is a group's largest magnitude divided by it. Ranges are symmetric around 0."""
 
 
+class BeyondRangeError(EngineError):
+    """Values of the tensor named `tensor` are beyond the range of the type that it is to have."""
+
+    def __init__(self, message: str, tensor: str) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
 @dataclass(frozen=True)
 class Weight:
     """A tensor on disk and its type in the graph."""
@@ -104,15 +112,16 @@ class Scales(Weight):
         return np.ascontiguousarray(self.of.scales().reshape(self.shape).astype(self.dtype.numpy()))
 
 
-def _beyond_range(name: str, dtype: ir.DataType, lost: Array) -> EngineError:
+def _beyond_range(name: str, dtype: ir.DataType, lost: Array) -> BeyondRangeError:
     """What to say of the values `lost` of a tensor, which are finite and would be infinite in `dtype`."""
     limit = float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
     largest = float(np.abs(lost.astype(np.float64)).max())
     values = "1 value" if lost.size == 1 else f"{lost.size} values"
     wider = "bf16" if dtype == ir.DataType.FLOAT16 else "fp32"
-    return EngineError(
+    return BeyondRangeError(
         f"tensor {name!r} has {values} beyond the range of {dtype.name.lower()} ({limit:g}), the largest {largest:g}; "
-        f"choose --precision {wider}"
+        f"choose --precision {wider}",
+        name,
     )
 
 

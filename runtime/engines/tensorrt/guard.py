@@ -16,7 +16,7 @@ from stageline.models.errors import EngineError
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import FileEntry, Manifest
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, Flavour
-from stageline.runtime.engines.tensorrt.lower import Precision
+from stageline.runtime.engines.tensorrt.lower import Precision, float32_nodes
 from stageline.runtime.engines.tensorrt.records import EngineRecord
 from stageline.runtime.engines.tensorrt.store import read_engines
 from stageline.runtime.engines.tensorrt.targets import PORTABLE, TargetGpu
@@ -132,7 +132,13 @@ def _precision(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: 
     return None if precision in (None, record.precision) else f"{precision} is requested"
 
 
-_CHECKS: tuple[_Check, ...] = (_target, _version, _weights, _precision)
+def _float32_nodes(record: EngineRecord, bundle: Bundle, gpu: TargetGpu, precision: Precision | None) -> str | None:
+    if record.float32_nodes == float32_nodes(bundle.manifest, record.precision):
+        return None
+    return "the bundle keeps other nodes in float32 now"
+
+
+_CHECKS: tuple[_Check, ...] = (_target, _version, _weights, _float32_nodes, _precision)
 """In order: the engine that fails the last of them is the nearest one."""
 
 

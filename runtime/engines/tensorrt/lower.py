@@ -1,12 +1,12 @@
 """Lower a stage of a bundle to the ONNX graph that TensorRT parses: strongly typed, its weights separate."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass
-from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec
+from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec, UncutManifest
 from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
@@ -39,6 +39,12 @@ def compute_dtype(precision: Precision, activations: str) -> ir.DataType:
     return {"fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}.get(computed, ir.DataType.FLOAT16)
 
 
+def float32_nodes(manifest: UncutManifest, precision: Precision) -> tuple[str, ...]:
+    """The nodes of a bundle that its engines of `precision` keep in float32, sorted."""
+    computed = computed_precision(precision, manifest.dtype)
+    return () if manifest.float32_nodes is None else getattr(manifest.float32_nodes, computed, ())
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A stage for TensorRT. Floating inputs and outputs are float32; each of `caches` is two inputs and two outputs
@@ -64,14 +70,15 @@ class Lowered:
         )
 
 
-def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool) -> Lowered:
-    """Lower a stage of a bundle. Its caches hold `capacity` tokens per row; `stripped`: its weights are inputs.
+def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool, wide: Collection[str] = ()) -> Lowered:
+    """Lower a stage of a bundle. Its caches hold `capacity` tokens per row; `stripped`: its weights are inputs; nodes
+    named in `wide` compute in float32.
 
     The result depends only on the arguments and the stage's graph. EngineError if the graph cannot be lowered.
     """
     model = ir.load(stage.file)
     dtype = _compute_dtype(model, precision)
-    return _lower(model, dtype, _quantisation(precision), dtype, capacity, stripped)
+    return _lower(model, dtype, _quantisation(precision), dtype, capacity, stripped, wide)
 
 
 def lower_exactly(stage: StageFile, precision: Precision, capacity: int) -> Lowered:
@@ -96,6 +103,7 @@ def _lower(
     scales: ir.DataType,
     capacity: int,
     stripped: bool,
+    wide: Collection[str] = (),
 ) -> Lowered:
     """Compute in `dtype`. Scales of quantised weights are rounded to the type `scales`."""
     widen_initializers(model)
@@ -105,7 +113,7 @@ def _lower(
     IdentityEliminationPass()(model)
     state = {n for cache in caches for n in (*past_names(cache.name), *present_names(cache.name))}
     if dtype != ir.DataType.FLOAT:
-        to_precision(model, dtype, state)
+        to_precision(model, dtype, state, wide)
     inputs = tuple(_spec(value) for value in model.graph.inputs if value.name not in state)
     outputs = tuple(_spec(value) for value in model.graph.outputs if value.name not in state)
     weights = to_quantised(model, quantisation, scales) if quantisation is not None else {}

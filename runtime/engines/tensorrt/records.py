@@ -76,6 +76,7 @@ class EngineRecord(Data):
     version: str
     target: str
     precision: Precision
+    float32_nodes: tuple[str, ...] = ()  # the bundle's for this precision, whether in this stage or not
     computes: str | None = Field(default=None, pattern="^(float32|float16|bfloat16)$")  # None: an older record
     options: Options
     profiles: tuple[OptimizationProfile, ...] = Field(min_length=1)

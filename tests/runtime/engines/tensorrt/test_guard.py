@@ -9,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from stageline.models.errors import EngineError, StagelineError
 from stageline.runtime.builder.build import WantedEngine, check
+from stageline.runtime.bundle.float32_nodes import write_float32_nodes
 from stageline.runtime.bundle.folder import Bundle, file_entry
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.doctor import diagnose
@@ -169,6 +170,15 @@ def test_an_engine_of_another_precision_is_refused_when_one_is_asked_for(bundle:
     put(bundle)
     assert "fp16 with TensorRT-RTX" in refusal(bundle, precision="bf16")
     assert "bf16 is requested" in refusal(bundle, precision="bf16")
+
+
+def test_an_engine_that_keeps_other_nodes_in_float32_is_refused(bundle: Path) -> None:
+    put(bundle)
+    opened = Bundle.open(bundle)
+    write_float32_nodes(opened, "bf16", ["1/x"])
+    assert checked_engine(Bundle.open(bundle), 1, ADA).plan
+    write_float32_nodes(opened, "fp16", ["1/x"])
+    assert "the bundle keeps other nodes in float32 now. Rebuild: stageline build" in refusal(bundle)
 
 
 def test_changed_weights_refuse_a_full_engine_and_fit_a_stripped_one(
