@@ -176,7 +176,7 @@ def test_an_engine_that_keeps_other_nodes_in_float32_is_refused(bundle: Path) ->
     put(bundle)
     opened = Bundle.open(bundle)
     write_float32_nodes(opened, "bf16", ["1/x"])
-    assert checked_engine(Bundle.open(bundle), 1, ADA).plan
+    assert checked_engine(Bundle.open(bundle), 1, ADA).record
     write_float32_nodes(opened, "fp16", ["1/x"])
     assert "the bundle keeps other nodes in float32 now. Rebuild: stageline build" in refusal(bundle)
 
