@@ -77,10 +77,10 @@ def build(
     for flag in _flags(trt, options):
         config.set_flag(getattr(trt.BuilderFlag, flag))
     _set_target(trt, config, target)
-    cache = None
+    timing_cache = None
     if timings is not None:
-        cache = config.create_timing_cache(timings)
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        timing_cache = config.create_timing_cache(timings)
+        config.set_timing_cache(timing_cache, ignore_mismatch=False)
     inputs = [*lowered.inputs, *(spec for cache in lowered.caches for spec in _pasts(cache, capacity))]
     for profile in profiles:
         made = network.builder.create_optimization_profile()
@@ -92,7 +92,7 @@ def build(
     plan = network.builder.build_serialized_network(network.definition, config)
     if plan is None:
         raise EngineError(_reason(network))
-    return plan, bytes(cache.serialize()) if cache is not None else None
+    return plan, bytes(timing_cache.serialize()) if timing_cache is not None else None
 
 
 def _read(lowered: Lowered) -> dict[str, Array]:
@@ -125,8 +125,14 @@ def _set_target(trt: Any, config: Any, target: str) -> None:
         if target == PORTABLE:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     elif target not in (PORTABLE, HERE):
+        capability = getattr(trt.ComputeCapability, target.upper(), None)
+        if capability is None:
+            raise EngineError(
+                f"TensorRT-RTX {trt.__version__} does not build for {target}; a newer one may: pip install --upgrade "
+                "tensorrt-rtx"
+            )
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+        config.set_compute_capability(capability, 0)
 
 
 def _attentions(network: Network) -> Iterator[Any]:

@@ -54,15 +54,15 @@ def of_engine(trt: Any, engine: Any, lowered: Lowered) -> EngineReport:
     """The report of a loaded engine: the layers after fusion, and the memory of each profile."""
     information = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     layers = []
-    for layer in information.get("Layers", []):
-        if isinstance(layer, str):  # built with layer names only
-            layers.append(Layer(name=layer, kind="", dtypes=(), shapes=()))
+    for described in information.get("Layers", []):
+        if isinstance(described, str):  # built with layer names only
+            layers.append(Layer(name=described, kind="", dtypes=(), shapes=()))
             continue
-        outputs = layer.get("Outputs", [])
+        outputs = described.get("Outputs", [])
         layers.append(
             Layer(
-                name=layer.get("Name", ""),
-                kind=layer.get("LayerType", ""),
+                name=described.get("Name", ""),
+                kind=described.get("LayerType", ""),
                 # TensorRT 10 says "Row major linear FP16 format" in one field, TensorRT 11 and RTX have two.
                 dtypes=tuple(str(out.get("Datatype") or out.get("Format/Datatype", "")) for out in outputs),
                 shapes=tuple(tuple(output.get("Dimensions", ())) for output in outputs),
@@ -79,8 +79,8 @@ def _report(
     return EngineReport(
         source=source,
         layers=tuple(layers),
-        kinds=dict(Counter(layer.kind for layer in layers).most_common()),
-        dtypes=dict(Counter(dtype for layer in layers for dtype in layer.dtypes).most_common()),
+        kinds=dict(Counter(one.kind for one in layers).most_common()),
+        dtypes=dict(Counter(dtype for one in layers for dtype in one.dtypes).most_common()),
         weight_bytes=sum(weight.size_bytes for weight in lowered.weights.values()),
         memory_bytes=memory,
         inputs=lowered.inputs,
