@@ -63,10 +63,17 @@ class _Block:
 
 
 class FakeDriver:
-    """`gpus` of them; `reach`: pairs (ordinal, other) where the first reads the other's memory itself."""
+    """`gpus` of them, of compute `capability`; `reach`: pairs (ordinal, other) where the first reads the other's memory
+    itself."""
 
-    def __init__(self, gpus: int = 1, reach: Iterable[tuple[int, int]] = (), seed: int | None = None) -> None:
-        self._gpus, self._reach = gpus, frozenset(reach)
+    def __init__(
+        self,
+        gpus: int = 1,
+        reach: Iterable[tuple[int, int]] = (),
+        seed: int | None = None,
+        capability: tuple[int, int] = (8, 9),
+    ) -> None:
+        self._gpus, self._reach, self._capability = gpus, frozenset(reach), capability
         self._random = None if seed is None else random.Random(seed)
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -133,7 +140,7 @@ class FakeDriver:
         return f"made-up GPU {ordinal}"
 
     def capability(self, ordinal: int) -> tuple[int, int]:
-        return 8, 9
+        return self._capability
 
     def retain(self, ordinal: int) -> int:
         self._called("retain", ordinal)
@@ -307,8 +314,6 @@ class FakeDriver:
             work, owner.captured = owner.captured, None
             self._local.capturing = False
             self._called("end_capture", stream)  # the capture is over, even if this fails
-            if not work:
-                raise CudaError("end_capture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
             handle = next(self._handles)
             self._graphs[handle] = work
             return handle

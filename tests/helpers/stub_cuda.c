@@ -26,7 +26,7 @@ static Handle capturing;
 static Result made(Handle *handle, uintptr_t kind) { static int count; *handle = (Handle)(kind + ++count); return SUCCESS; }
 
 Result cuInit(unsigned flags) { return SUCCESS; }
-Result cuDriverGetVersion(int *version) { *version = 13020; return SUCCESS; }
+Result cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
 Result cuDeviceGetCount(int *count) { *count = 2; return SUCCESS; }
 Result cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 2 ? SUCCESS : NO_DEVICE; }
 Result cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "stub %d", device); return SUCCESS; }

@@ -1,4 +1,4 @@
-"""Pools of memory: blocks of fixed sizes, which are reused when nobody holds them and no work uses them.
+"""Pools of memory: blocks of few sizes, which are reused when nobody holds them and no work uses them.
 
     free ──take()──> in use ──the last reference goes──> returned ──all guards have happened──> free
                      (a Buffer)
@@ -15,30 +15,33 @@ from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.events import Event
 
 _MIN_BYTES = 256  # the alignment of device memory
+LARGE_BYTES = 64 * 2**20
+_PAGE_BYTES = 2 * 2**20  # what CUDA maps device memory in
 
 
 def size_class(size_bytes: int) -> int:
-    """The size of the block for a buffer: 4, 5, 6 or 7 quarters of a power of two, of which at most a fifth is
-    unused."""
+    """The size of a new block for a buffer: 4, 5, 6 or 7 quarters of a power of two, of which at most a fifth is
+    unused; for large ones, such as caches, whole pages."""
     if size_bytes <= _MIN_BYTES:
         return _MIN_BYTES
-    quarter = 1 << max((size_bytes - 1).bit_length() - 3, 6)
-    return -(-size_bytes // quarter) * quarter
+    step = 1 << max((size_bytes - 1).bit_length() - 3, 6) if size_bytes <= LARGE_BYTES else _PAGE_BYTES
+    return -(-size_bytes // step) * step
 
 
 class Buffer:
-    """A block in use, owned by whoever holds this object. `guards`: the last event of each stream that worked on it."""
+    """A block in use, owned by whoever holds this object. `guards`: the last event of each stream that worked on it, as
+    each thread recorded it: of two threads' events in one stream, the later one may be written down first."""
 
     __slots__ = ("_returned", "address", "guards", "size_bytes")
 
     def __init__(self, address: int, size_bytes: int, returned: "deque[tuple[int, int, tuple[Event, ...]]]") -> None:
         self.address, self.size_bytes = address, size_bytes
-        self.guards: dict[int, Event] = {}
+        self.guards: dict[tuple[int, int], Event] = {}
         self._returned = returned
 
     def guard(self, event: Event) -> None:
         """Keep the block until the event has happened."""
-        self.guards[event.stream] = event
+        self.guards[event.stream, threading.get_ident()] = event
 
     def __del__(self) -> None:
         # Runs on any thread, at any moment: only appending is safe.
@@ -68,11 +71,13 @@ class Pool:
         size = size_class(size_bytes)
         with self._lock:
             self._sort()
-            free = self._free.setdefault(size, [])
-            if not free:
-                self._reclaim(size)
-            address = free.pop() if free else self._new(size)
-            return Buffer(address, size, self._returned)
+            for fitting in self._fitting(size):
+                free = self._free.setdefault(fitting, [])
+                if not free:
+                    self._reclaim(fitting)
+                if free:
+                    return Buffer(free.pop(), fitting, self._returned)
+            return Buffer(self._new(size), size, self._returned)
 
     def close(self) -> None:
         """Free all blocks, including those in use: neither callers nor the device may use a buffer any more."""
@@ -81,6 +86,12 @@ class Pool:
             self._free, self._waiting = {}, {}
             for address in sizes:
                 self._release(address)
+
+    def _fitting(self, size: int) -> list[int]:
+        """The sizes of blocks that may serve for `size`, the best first: large ones may be a quarter larger."""
+        if size <= LARGE_BYTES:
+            return [size]
+        return sorted({other for other in self._sizes.values() if size <= other <= size * 5 // 4})
 
     def _sort(self) -> None:
         while self._returned:

@@ -1,5 +1,6 @@
 """Pools: no block is in two hands, none is given out while something works on it, and after a while none is made."""
 
+import threading
 from itertools import count
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.events import Events
-from stageline.runtime.devices.cuda.pools import Buffer, Pool, size_class
+from stageline.runtime.devices.cuda.pools import LARGE_BYTES, Buffer, Pool, size_class
 
 
 def opened(driver: FakeDriver) -> tuple[Pool, Events, int]:
@@ -24,7 +25,44 @@ def test_a_block_is_large_enough_and_little_larger(size: int) -> None:
     assert found >= size
     assert found % 64 == 0
     assert found <= max(256, 1.25 * size)
+    assert found - size < 2 * 2**20 or found <= LARGE_BYTES
     assert size_class(found) == found
+
+
+def test_a_large_block_is_as_large_as_asked_for_and_serves_what_is_a_little_smaller() -> None:
+    driver = FakeDriver()
+    pool, _, _ = opened(driver)
+    size = LARGE_BYTES + 2**20
+    cache = pool.take(size)
+    assert pool.held_bytes == cache.size_bytes == LARGE_BYTES + 2 * 2**20
+    del cache
+    smaller = pool.take(LARGE_BYTES + 1)
+    assert (pool.allocations, smaller.size_bytes) == (1, LARGE_BYTES + 2 * 2**20)
+    del smaller
+    assert pool.take(LARGE_BYTES // 2).size_bytes == LARGE_BYTES // 2
+    assert pool.allocations == 2
+
+
+def test_of_two_threads_that_read_in_one_stream_the_later_event_counts() -> None:
+    """Whichever of them writes its event down last."""
+    driver = FakeDriver()
+    pool, events, stream = opened(driver)
+    held = [pool.take(1000)]
+    address, first = held[0].address, events.record(stream)
+
+    def later() -> None:
+        driver.make_current(1000)
+        driver.zero(address, 1, stream)
+        held[0].guard(events.record(stream))
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    thread.join()
+    held.pop().guard(first)
+    first.wait()
+    assert pool.take(1000).address != address
+    driver.synchronize(stream)
+    assert address in {buffer.address for buffer in [pool.take(1000), pool.take(1000)]}
 
 
 @settings(max_examples=60, deadline=None)

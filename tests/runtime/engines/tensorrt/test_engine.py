@@ -474,6 +474,18 @@ def test_an_engine_for_another_gpu_is_not_opened(decoder: Path, tmp_path: Path, 
         opened(bundle)
 
 
+def test_a_portable_engine_of_rtx_is_not_opened_on_a_gpu_that_rtx_does_not_support(
+    decoder: Path, tmp_path: Path, install: Install
+) -> None:
+    bundle = Path(shutil.copytree(decoder, tmp_path / "bundle"))
+    fake_tensorrt.build(bundle, LOAD, target="portable")
+    install(FakeDriver())
+    opened(bundle).close()
+    install(FakeDriver(capability=(9, 0)))
+    with pytest.raises(EngineError, match=r"this GPU is sm90 \(made-up GPU 0\), and such engines run on RTX GPUs"):
+        opened(bundle)
+
+
 def test_out_of_memory_for_the_caches_is_reported(decoder: Path, install: Install) -> None:
     driver = FakeDriver()
     install(driver)
