@@ -7,6 +7,7 @@ output buffers. Measured on an identity graph (ONNX Runtime 1.32): 3 us a run, a
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,7 @@ from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import root_of
-from stageline.runtime.engines.lowering.float32 import HALVES
-from stageline.runtime.engines.lowering.group_query import padded
+from stageline.runtime.engines.lowering.flat_attention import padded_size
 from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
 
 _BINDINGS = 64  # row ranges whose caches stay bound
@@ -42,10 +42,12 @@ class OnnxRuntimeEngine:
     ) -> None:
         """Open the stage. EngineError if ONNX Runtime refuses it, or there is no memory for its caches."""
         self._number = stage.number
-        dtype = np.dtype((cache and cache.dtype) or "float32")
+        dtype, grouped = np.dtype((cache and cache.dtype) or "float32"), _takes_ragged_rows()
+        if dtype != np.float32 and not grouped:
+            raise EngineError(f"ONNX Runtime {ort.__version__} keeps no caches of {dtype} on CPUs; leave cache_dtype out")
         try:
             self._session = ort.InferenceSession(
-                lowered(stage, HALVES, ir.DataType.from_numpy(dtype), quantise),
+                lowered(stage, ir.DataType.from_numpy(dtype), quantise, grouped),
                 _options(stage, device.cores),
                 providers=["CPUExecutionProvider"],
             )
@@ -59,7 +61,7 @@ class OnnxRuntimeEngine:
         self.output_names = tuple(value.name for value in outputs if value.name not in hidden)
         self._shapes = {value.name: tuple(value.shape) for value in (*inputs, *outputs)}
         self._dtypes = {value.name: _NUMPY.get(value.type, np.float32) for value in outputs}
-        self._caches = _Caches(stage.caches, dtype)
+        self._caches = _Caches(stage.caches, dtype, grouped)
         self._slots = self._caches.allocate(cache.slots, cache.capacity, stage.number) if cache else {}
         self._slot_kinds = {name: (buffer.shape, buffer.dtype) for name, buffer in self._slots.items()}
         self._bindings: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
@@ -165,34 +167,44 @@ class OnnxRuntimeEngine:
 class _Caches:
     """The buffers of a stage's caches, by the names of the graph inputs they are bound to."""
 
-    def __init__(self, specs: tuple[CacheSpec, ...], dtype: np.dtype[Any]) -> None:
-        self.specs, self.dtype = specs, dtype
+    def __init__(self, specs: tuple[CacheSpec, ...], dtype: np.dtype[Any], padded: bool) -> None:
+        """`padded`: keys and values have one size, which their operator takes."""
+        self.specs, self.dtype, self.padded = specs, dtype, padded
 
-    def shape(self, spec: CacheSpec, rows: int, tokens: int) -> tuple[int, int, int, int]:
-        return rows, spec.heads, tokens, padded(max(spec.key_size, spec.value_size))
+    def shapes(self, spec: CacheSpec, rows: int, tokens: int) -> dict[str, tuple[int, int, int, int]]:
+        """The shapes of a cache's keys and values, by name."""
+        sizes = [padded_size(spec)] * 2 if self.padded else [spec.key_size, spec.value_size]
+        return {n: (rows, spec.heads, tokens, size) for n, size in zip(past_names(spec.name), sizes, strict=True)}
 
     def allocate(self, slots: int, capacity: int, stage: int) -> dict[str, Array]:
+        shapes = {n: shape for spec in self.specs for n, shape in self.shapes(spec, slots, capacity).items()}
         try:
-            return {
-                name: np.zeros(self.shape(spec, slots, capacity), self.dtype)
-                for spec in self.specs
-                for name in past_names(spec.name)
-            }
+            return {name: np.zeros(shape, self.dtype) for name, shape in shapes.items()}
         except MemoryError as error:
-            total = sum(2 * int(np.prod(self.shape(s, slots, capacity))) for s in self.specs) * self.dtype.itemsize
+            total = sum(int(np.prod(shape)) for shape in shapes.values()) * self.dtype.itemsize
             raise EngineError(
                 f"stage {stage}: no memory for caches of {total / 1e9:.1f} GB ({slots} slots of {capacity} tokens); "
                 "open with fewer slots or a smaller capacity"
             ) from error
 
     def scratch(self, rows: int, tokens: int) -> dict[str, Array]:
-        shapes = {self.shape(spec, rows, tokens) for spec in self.specs}
-        pairs = {shape: [np.empty(shape, self.dtype) for _ in range(2)] for shape in shapes}
-        return {
-            name: buffer
-            for spec in self.specs
-            for name, buffer in zip(past_names(spec.name), pairs[self.shape(spec, rows, tokens)], strict=True)
-        }
+        """Caches that are discarded after a run. One pair of buffers serves all layers of its shapes. Zeros: what a mask
+        hides is still multiplied by 0."""
+        pairs: dict[tuple[Any, ...], list[Array]] = {}
+        buffers: dict[str, Array] = {}
+        for spec in self.specs:
+            shapes = self.shapes(spec, rows, tokens)
+            pair = pairs.setdefault(tuple(shapes.values()), [np.zeros(s, self.dtype) for s in shapes.values()])
+            buffers |= zip(shapes, pair, strict=True)
+        return buffers
+
+
+@cache
+def _takes_ragged_rows() -> bool:
+    """Whether GroupQueryAttention takes rows padded on the right: since ONNX Runtime 1.32, in its 17th input."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    return any(schema.name == "GroupQueryAttention" and schema.max_input >= 17 for schema in get_all_operator_schema())
 
 
 _NUMPY = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(double)": np.float64}

@@ -1,35 +1,41 @@
 """ONNX Runtime on a GPU, in the stage's own stream (`user_compute_stream`), with all inputs and outputs bound in place.
 
-Values of other stages are bound without a copy; outputs are in buffers of the GPU's pool. Inputs from the host (token
-ids and lengths: a few hundred bytes) are bound in host memory: ONNX Runtime computes lengths on the CPU, must read them
-before it can enqueue, and copies what its kernels need itself. `run` does not wait for the kernels to end.
+A binding holds what a step of one shape is bound to: a buffer for all inputs from the host, which come in one copy, the
+values of other stages where they lie, and buffers for the outputs. While anyone holds an output, the binding is not
+reused. A step that comes again, with the same shapes and addresses, is a replay of a captured graph. A step neither
+waits for the GPU nor copies anything to the host.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import BATCH, LENGTH, CacheSpec
-from stageline.runtime.devices.base import Array, Value
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, NEW_LENGTHS, PAST_LENGTHS, CacheSpec
+from stageline.runtime.devices.base import Array, Value, on_host
 from stageline.runtime.devices.cuda.arrays import CudaArray, size_bytes
 from stageline.runtime.devices.cuda.device import CudaDevice
 from stageline.runtime.devices.cuda.driver import CudaError
-from stageline.runtime.devices.cuda.launch import Launch
+from stageline.runtime.devices.cuda.graphs import Replay
+from stageline.runtime.devices.cuda.launch import Launch, packed
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
+from stageline.runtime.engines.cuda_provider import PROVIDER, cuda_runtime, why_not_started
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import root_of
-from stageline.runtime.engines.lowering.group_query import padded
-from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
+from stageline.runtime.engines.lowering.flat_attention import padded_size
+from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered_for_cuda
+from stageline.runtime.engines.lowering.paged import BLOCK, BOUNDS, PAGED_INPUTS, blocks, paged_inputs
 
-_CACHE = np.dtype("float16")  # the operator has no float32 kernel on GPUs
+_BINDINGS = 16  # that are free and kept, of whatever shapes
+_ONNX = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "float64": 11, "bfloat16": 16}
+"""ONNX's number of each type that is bound; NumPy has no bfloat16."""
 _TYPES: dict[str, np.dtype[Any]] = {
     f"tensor({onnx})": np.dtype(name)
     for onnx, name in (
         ("float", "float32"),
-        ("float16", "float16"),
         ("double", "float64"),
         ("int64", "int64"),
         ("int32", "int32"),
@@ -38,9 +44,32 @@ _TYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+@dataclass(eq=False)
+class _Binding:
+    """What a step is bound to, and the replay of it. `offsets`: of each input from the host in `packed`."""
+
+    io: Any
+    replay: Replay
+    packed: Buffer
+    offsets: dict[str, int]
+    copied: dict[str, Buffer] = field(default_factory=dict)
+    outputs: dict[str, Buffer] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: list[object] = field(default_factory=list)
+
+
+class _Lease:
+    """Held by the outputs of a step; once the last of them is gone, the binding is free."""
+
+    __slots__ = ("__weakref__",)
+
+
 class OnnxRuntimeCudaEngine:
-    """One stage in an ONNX Runtime session on a GPU. Keeps the promises of `Engine`. Attention with a cache computes in
-    float16, as its operator requires; everything else in the graph's types, bfloat16 in float32."""
+    """One stage in an ONNX Runtime session on a GPU. Keeps the promises of `Engine`.
+
+    It computes in the bundle's type. Attention with a cache is float16 where that type is float32: its operator has no
+    other kernels.
+    """
 
     max_rows = None
 
@@ -53,137 +82,225 @@ class OnnxRuntimeCudaEngine:
             raise EngineError(
                 f"the engine onnxruntime-cuda runs on cuda:N, not on {device.name}; open with devices=['cuda:0']"
             )
-        if cache is not None and cache.dtype not in (None, "float16"):
-            raise EngineError(f"on a GPU caches are float16, not {cache.dtype}; leave cache_dtype out")
         self._number, self._device, self._specs = stage.number, device, stage.caches
         try:
             device.gpu.make_current()
-            self._session = _session(stage, device, quantise)
-            hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
+            self._session, self._cache_dtype = _session(stage, device, quantise)
+            if cache is not None and cache.dtype not in (None, self._cache_dtype.name):
+                raise EngineError(
+                    f"on a GPU the caches of this bundle are {self._cache_dtype}, not {cache.dtype}; leave cache_dtype out"
+                )
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-            self.input_names = tuple(value.name for value in inputs if value.name not in hidden)
+            hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
+            self.input_names = tuple(v.name for v in inputs if v.name not in hidden and v.name not in PAGED_INPUTS)
             self.output_names = tuple(value.name for value in outputs if value.name not in hidden)
             self._shapes = {value.name: tuple(value.shape) for value in (*inputs, *outputs)}
             self._dtypes = {value.name: _TYPES[value.type] for value in (*inputs, *outputs) if value.name not in hidden}
-            self._size = cache
+            self._capacity = cache.capacity if cache is not None else 0
             self._slot_shapes = {
-                name: _shape(spec, cache.slots, cache.capacity)
+                name: self._cache_shape(spec, cache.slots * blocks(cache.capacity))
                 for spec in stage.caches
                 for name in past_names(spec.name)
                 if cache is not None
             }
-            self._slots = {n: device.zeroed(size_bytes(shape, _CACHE)) for n, shape in self._slot_shapes.items()}
+            self._slots = {n: device.zeroed(size_bytes(s, self._cache_dtype)) for n, s in self._slot_shapes.items()}
         except CudaError as error:
             raise device.failed(error) from error
         self._options = _run_options()
+        self._free: list[tuple[object, _Binding]] = []  # by key, the last used at the end
+        self._leased: set[_Binding] = set()
+        self._closed = False
 
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> Mapping[str, Value]:
         """See `Engine.run`."""
-        with Launch(self._device, f"stage {self._number} run") as launch:
-            sizes = self._sizes(inputs)
-            caches: dict[str, tuple[int, tuple[int, ...]]] = {}
-            pairs: dict[tuple[int, ...], list[Buffer]] = {}  # one pair serves all layers of its shape
-            for spec in self._specs:
-                shape = _shape(spec, sizes[BATCH], sizes[LENGTH])
-                pair = pairs.setdefault(shape, [launch.take(shape, _CACHE) for _ in range(2)])
-                caches.update((n, (b.address, shape)) for n, b in zip(past_names(spec.name), pair, strict=True))
-            return self._launched(launch, inputs, outputs, caches, sizes)
+        return self._launched("run", self._placed(inputs, 0, None), outputs, None)
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
         """See `Engine.step`."""
-        with Launch(self._device, f"stage {self._number} step") as launch:
-            assert self._size is not None
-            sizes, caches = self._sizes(inputs), {}
-            for spec in self._specs:
-                shape = _shape(spec, sizes[BATCH], self._size.capacity)
-                offset = first_slot * size_bytes(shape[1:], _CACHE)
-                for name in past_names(spec.name):
-                    caches[name] = (self._slots[name].address + offset, shape)
-            return self._launched(launch, inputs, outputs, caches, sizes)
+        return self._launched("step", self._placed(inputs, first_slot, self._capacity), outputs, self._slots)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`. It runs in the stage's stream."""
         driver, stream = self._device.gpu.driver, self._device.stream
-        assert self._size is not None
         try:
             self._device.gpu.make_current()
-            for spec in self._specs:
-                _, heads, capacity, size = _shape(spec, 1, self._size.capacity)
-                token_bytes = size * _CACHE.itemsize
-                pitch = capacity * token_bytes
-                for name in past_names(spec.name):
-                    to, of = (self._slots[name].address + slot * heads * pitch for slot in (target, source))
-                    driver.copy_rows(to, of, pitch, tokens * token_bytes, heads, stream)
+            for name, buffer in self._slots.items():
+                token_bytes = size_bytes(self._slot_shapes[name][2:], self._cache_dtype)
+                slot_bytes = blocks(self._capacity) * BLOCK * token_bytes
+                to, of = (buffer.address + slot * slot_bytes for slot in (target, source))
+                driver.copy(to, of, tokens * token_bytes, stream)
         except CudaError as error:
             raise self._device.failed(error) from error
 
     def give_caches(self) -> Mapping[str, Value]:
         """See `Engine.give_caches`."""
+        self._drop()
         slots, self._slots = self._slots, {}
-        return self._device.arrays(slots, self._slot_shapes, _CACHE)
+        return self._device.arrays(slots, self._slot_shapes, self._cache_dtype)
 
     def take_caches(self, caches: Mapping[str, Value]) -> None:
         """See `Engine.take_caches`."""
+        self._drop()
         with Launch(self._device, f"stage {self._number}") as launch:
-            self._slots = launch.adopt(caches, self._slot_shapes, _CACHE)
+            self._slots = launch.adopt(caches, self._slot_shapes, self._cache_dtype)
             launch.end()
 
     def close(self) -> None:
         """Wait for running work, and free the session and the caches. May be called again."""
-        if self._session is None:
+        if self._closed:
             return
+        self._closed = True
         try:
             self._device.gpu.make_current()
             self._device.gpu.driver.synchronize(self._device.stream)
+            self._drop()
+            for binding in tuple(self._leased):
+                binding.replay.close()
         except (CudaError, EngineError):
             pass  # the GPU is lost, and whoever waited has got the error
         self._session, self._slots = None, {}
 
+    # Running.
+
+    def _placed(self, inputs: Mapping[str, Value], first_slot: int, capacity: int | None) -> Mapping[str, Value]:
+        """The inputs, and where in the caches their rows lie. `capacity`: of a slot; None: the length of the rows."""
+        if not self._specs:
+            return inputs
+        past, new = (on_host(inputs, [name])[name] for name in (PAST_LENGTHS, NEW_LENGTHS))
+        length = self._sizes(inputs)[LENGTH]
+        return {**inputs, **paged_inputs(past, new, length, first_slot, capacity or length)}
+
     def _launched(
-        self,
-        launch: Launch,
-        inputs: Mapping[str, Value],
-        outputs: Sequence[str],
-        caches: Mapping[str, tuple[int, tuple[int, ...]]],
-        sizes: Mapping[str, int],
+        self, what: str, given: Mapping[str, Value], outputs: Sequence[str], caches: Mapping[str, Buffer] | None
     ) -> Mapping[str, Value]:
-        """Bind everything and run. `caches`: address and shape of each."""
-        ordinal, binding = self._device.gpu.ordinal, self._session.io_binding()
-        alive: list[Array | CudaArray] = []
-        for name in self.input_names:
-            value, dtype = inputs[name], self._dtypes[name]
-            if isinstance(value, np.ndarray):
-                array = np.ascontiguousarray(value, dtype)
-                alive.append(array)
-                binding.bind_input(name, "cpu", 0, dtype.type, array.shape, array.ctypes.data)
-            else:
-                local = launch.local(value, dtype)
-                alive.append(local)
-                binding.bind_input(name, "cuda", ordinal, dtype.type, local.shape, local.buffer.address)
-        for spec in self._specs:
-            for past, present in zip(past_names(spec.name), present_names(spec.name), strict=True):
-                address, shape = caches[past]
-                binding.bind_input(past, "cuda", ordinal, _CACHE.type, shape, address)
-                binding.bind_output(present, "cuda", ordinal, _CACHE.type, shape, address)
-        buffers: dict[str, tuple[Buffer, tuple[int, ...]]] = {}
-        for name in outputs:
-            shape = tuple(sizes[d] if isinstance(d, str) else d for d in self._shapes[name])
-            buffers[name] = launch.take(shape, self._dtypes[name]), shape
-            address = buffers[name][0].address
-            binding.bind_output(name, "cuda", ordinal, self._dtypes[name].type, shape, address)
-        launch.begin()
+        """Run with these inputs, those of `paged_inputs` included. `caches`: the slots; None: caches to be discarded."""
+        device = self._device
+        names = (*self.input_names, *(PAGED_INPUTS if self._specs else ()))
+        with Launch(device, f"stage {self._number} {what}") as launch:
+            host = {n: np.ascontiguousarray(v, self._dtypes[n]) for n in names if isinstance(v := given[n], np.ndarray)}
+            here, there = {}, {}
+            for name in names:
+                value = given[name]
+                if not isinstance(value, np.ndarray):
+                    local = isinstance(value, CudaArray) and value.device.gpu is device.gpu
+                    (here if local and value.dtype == self._dtypes[name] else there)[name] = value
+            key = (
+                what,
+                tuple(outputs),
+                tuple((name, array.shape) for name, array in host.items()),
+                tuple((name, tuple(value.shape)) for name, value in there.items()),
+                tuple((name, value.buffer.address, value.shape) for name, value in here.items()),
+                tuple(host.pop(BOUNDS).tolist()) if self._specs else (),
+            )
+            binding = self._taken(key)
+            if binding is None:
+                binding = self._bind(key, host, here, there, outputs, caches, self._sizes(given))
+            lease = _Lease()
+            self._leased.add(binding)
+            weakref.finalize(lease, self._released, key, binding).atexit = False
+            launch.upload_all(host, binding.packed, binding.offsets)
+            for name, value in there.items():
+                launch.put(value, binding.copied[name], self._dtypes[name])
+            for value in here.values():
+                launch.local(value, value.dtype)
+            for buffer in binding.outputs.values():
+                launch.await_guards(buffer)
+                launch.touch(buffer)
+            launch.begin()
+            binding.replay.run(0, lambda: self._enqueue(binding.io))
+            done = launch.end()
+        return {
+            name: CudaArray(device, buffer, binding.shapes[name], self._dtypes[name], done, lease)
+            for name, buffer in binding.outputs.items()
+        }
+
+    def _enqueue(self, io: Any) -> None:
         try:
-            self._session.run_with_iobinding(binding, self._options)
+            self._session.run_with_iobinding(io, self._options)
         except Exception as error:  # the backend's exceptions have no common base
             raise EngineError(
                 f"stage {self._number} failed in ONNX Runtime on {self._device.name}: {first_line(error)}"
             ) from error
-        self._device.gpu.make_current()  # ONNX Runtime may have changed the thread's device
-        done = launch.end()
-        return {
-            name: CudaArray(self._device, buffer, shape, self._dtypes[name], done)
-            for name, (buffer, shape) in buffers.items()
-        }
+        finally:
+            self._device.gpu.make_current()  # ONNX Runtime may have changed the thread's device
+
+    # Bindings.
+
+    def _taken(self, key: object) -> _Binding | None:
+        for place, (other, binding) in enumerate(self._free):
+            if other == key:
+                del self._free[place]
+                return binding
+        return None
+
+    def _released(self, key: object, binding: _Binding) -> None:
+        """Runs on any thread, at any moment."""
+        self._leased.discard(binding)
+        self._free.append((key, binding))
+
+    def _bind(
+        self,
+        key: object,
+        host: Mapping[str, Array],
+        here: Mapping[str, CudaArray],
+        there: Mapping[str, Value],
+        outputs: Sequence[str],
+        caches: Mapping[str, Buffer] | None,
+        sizes: Mapping[str, int],
+    ) -> _Binding:
+        """A new binding; the one that was not used for longest makes room for it."""
+        gpu = self._device.gpu
+        while len(self._free) >= _BINDINGS:
+            self._free.pop(0)[1].replay.close()
+        offsets, packed_bytes = packed(host)
+        binding = _Binding(
+            self._session.io_binding(), Replay(gpu.driver, self._device.stream), gpu.memory.take(packed_bytes), offsets
+        )
+
+        def bind(name: str, dtype: np.dtype[Any], shape: Sequence[int], address: int, device: str = "cuda") -> None:
+            bound = binding.io.bind_output if name in present or name in outputs else binding.io.bind_input
+            bound(name, device, gpu.ordinal if device == "cuda" else 0, _ONNX[dtype.name], list(shape), address)
+
+        present = {name for spec in self._specs for name in present_names(spec.name)}
+        for name, array in host.items():
+            bind(name, array.dtype, array.shape, binding.packed.address + offsets[name])
+        for name, value in here.items():
+            bind(name, value.dtype, value.shape, value.buffer.address)
+        for name, value in there.items():
+            buffer = binding.copied[name] = gpu.memory.take(size_bytes(tuple(value.shape), self._dtypes[name]))
+            bind(name, self._dtypes[name], value.shape, buffer.address)
+        if self._specs:
+            bounds = np.array(key[-1], np.int32)  # type: ignore[index]
+            binding.kept.append(bounds)
+            bind(BOUNDS, bounds.dtype, bounds.shape, bounds.ctypes.data, "cpu")
+        discarded = sizes[BATCH] * blocks(sizes[LENGTH]) if caches is None and self._specs else 0
+        pairs: dict[tuple[int, ...], list[Buffer]] = {}  # one pair serves all layers of its shape
+        for spec in self._specs:
+            for place, (past, new) in enumerate(zip(past_names(spec.name), present_names(spec.name), strict=True)):
+                if caches is not None:
+                    shape, buffer = self._slot_shapes[past], caches[past]
+                else:
+                    shape = self._cache_shape(spec, discarded)
+                    if shape not in pairs:
+                        pairs[shape] = [self._device.zeroed(size_bytes(shape, self._cache_dtype)) for _ in range(2)]
+                    buffer = pairs[shape][place]
+                bind(past, self._cache_dtype, shape, buffer.address)
+                bind(new, self._cache_dtype, shape, buffer.address)
+        binding.kept += pairs.values()
+        for name in outputs:
+            shape = tuple(sizes[d] if isinstance(d, str) else d for d in self._shapes[name])
+            binding.shapes[name] = shape
+            binding.outputs[name] = gpu.memory.take(size_bytes(shape, self._dtypes[name]))
+            bind(name, self._dtypes[name], shape, binding.outputs[name].address)
+        return binding
+
+    def _drop(self) -> None:
+        """Drop all free bindings: what they are bound to changes."""
+        while self._free:
+            self._free.pop()[1].replay.close()
+
+    def _cache_shape(self, spec: CacheSpec, count: int) -> tuple[int, int, int, int]:
+        return count, BLOCK, spec.heads, padded_size(spec)
 
     def _sizes(self, inputs: Mapping[str, Value]) -> dict[str, int]:
         sizes: dict[str, int] = {}
@@ -193,15 +310,9 @@ class OnnxRuntimeCudaEngine:
         return sizes
 
 
-def _shape(spec: CacheSpec, rows: int, tokens: int) -> tuple[int, int, int, int]:
-    return rows, spec.heads, tokens, padded(max(spec.key_size, spec.value_size))
-
-
-def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None) -> Any:
-    import onnxruntime as ort
-
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise EngineError('this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then pip install "stageline[gpu]"')
+def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None) -> tuple[Any, np.dtype[Any]]:
+    """The session, and the type of its caches."""
+    ort = cuda_runtime()
     cuda = {
         "device_id": str(device.gpu.ordinal),
         "user_compute_stream": str(device.stream),
@@ -210,22 +321,17 @@ def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None)
     }
     options = ort.SessionOptions()
     options.log_severity_level = 4  # fatal only: errors are raised
+    options.intra_op_num_threads = 1  # the host only computes shapes
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root_of(stage.folder)))
-    providers: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
+    lowered = lowered_for_cuda(stage, quantise)
     try:
-        # Few kernels take bfloat16.
-        graph = lowered(stage, {ir.DataType.BFLOAT16}, ir.DataType.FLOAT16, quantise)
-        session = ort.InferenceSession(graph, options, providers=providers)
-    except EngineError:
-        raise
+        session = ort.InferenceSession(lowered.proto, options, providers=[(PROVIDER, cuda), "CPUExecutionProvider"])
     except Exception as error:  # the backend's exceptions have no common base
         raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {first_line(error)}") from error
-    if "CUDAExecutionProvider" not in session.get_providers():
-        raise EngineError(
-            f"ONNX Runtime could not start CUDA on {device.name}: its CUDA or cuDNN libraries are missing or "
-            "of another version; see: stageline doctor"
-        )
-    return session
+    if PROVIDER not in session.get_providers():
+        why = why_not_started(device.gpu.ordinal)
+        raise EngineError(f"ONNX Runtime could not start CUDA on {device.name}: {why}")
+    return session, lowered.cache_dtype.numpy()
 
 
 def _run_options() -> Any:

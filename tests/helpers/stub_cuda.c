@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "stub_calls.h"
 
 typedef int Result;
 typedef uint64_t Address;
@@ -36,15 +37,18 @@ Result cuDevicePrimaryCtxRelease_v2(int device) { return SUCCESS; }
 Result cuCtxSetCurrent(Handle context) { current = context; return SUCCESS; }
 Result cuCtxGetCurrent(Handle *context) { *context = current; return SUCCESS; }
 
-static void *memory(size_t size) { return aligned_alloc(256, (size + 255) / 256 * 256); }
-Result cuMemAlloc_v2(Address *address, size_t size) {
+static void *memory(size_t size) { /* zeros: garbage might be no numbers */
+  size = (size + 255) / 256 * 256;
+  return memset(aligned_alloc(256, size + 256), 0, size);
+}
+Result cuMemAlloc_v2(Address *address, size_t size) { CALLED;
   NEEDS_CONTEXT;
   if (size > 1ull << 40) return OUT_OF_MEMORY;
   *address = (Address)memory(size);
   return SUCCESS;
 }
 Result cuMemFree_v2(Address address) { NEEDS_CONTEXT; free((void *)address); return SUCCESS; }
-Result cuMemHostAlloc(void **address, size_t size, unsigned flags) {
+Result cuMemHostAlloc(void **address, size_t size, unsigned flags) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(flags != 1); /* portable */
   *address = memory(size);
@@ -54,7 +58,7 @@ Result cuMemFreeHost(void *address) { NEEDS_CONTEXT; free(address); return SUCCE
 
 Result cuStreamCreate(Handle *stream, unsigned flags) { NEEDS_CONTEXT; REFUSE_IF(flags != 1); return made(stream, 0x50000); }
 Result cuStreamDestroy_v2(Handle stream) { NEEDS_CONTEXT; REFUSE_IF(!stream); return SUCCESS; }
-Result cuStreamSynchronize(Handle stream) { NEEDS_CONTEXT; REFUSE_IF(!stream); return SUCCESS; }
+Result cuStreamSynchronize(Handle stream) { CALLED; NEEDS_CONTEXT; REFUSE_IF(!stream); return SUCCESS; }
 Result cuStreamWaitEvent(Handle stream, Handle event, unsigned flags) {
   NEEDS_CONTEXT;
   REFUSE_IF(!stream || !event || flags);
@@ -69,22 +73,22 @@ Result cuEventQuery(Handle event) {
   REFUSE_IF(!event);
   return ++asked % 3 ? SUCCESS : NOT_READY;
 }
-Result cuEventSynchronize(Handle event) { NEEDS_CONTEXT; REFUSE_IF(!event); return SUCCESS; }
+Result cuEventSynchronize(Handle event) { CALLED; NEEDS_CONTEXT; REFUSE_IF(!event); return SUCCESS; }
 Result cuEventElapsedTime_v2(float *ms, Handle began, Handle ended) { *ms = 1.5f; return SUCCESS; }
 
-Result cuMemcpyHtoDAsync_v2(Address to, const void *of, size_t size, Handle stream) {
+Result cuMemcpyHtoDAsync_v2(Address to, const void *of, size_t size, Handle stream) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(!stream);
   memcpy((void *)to, of, size);
   return SUCCESS;
 }
-Result cuMemcpyDtoHAsync_v2(void *to, Address of, size_t size, Handle stream) {
+Result cuMemcpyDtoHAsync_v2(void *to, Address of, size_t size, Handle stream) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(!stream);
   memcpy(to, (void *)of, size);
   return SUCCESS;
 }
-Result cuMemcpyDtoDAsync_v2(Address to, Address of, size_t size, Handle stream) {
+Result cuMemcpyDtoDAsync_v2(Address to, Address of, size_t size, Handle stream) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(!stream);
   memmove((void *)to, (void *)of, size);
@@ -101,7 +105,7 @@ typedef struct { /* CUDA_MEMCPY2D */
   size_t to_x, to_y; int to_type; void *to_host; Address to; Handle to_array; size_t to_pitch;
   size_t width, rows;
 } Copy2D;
-Result cuMemcpy2DAsync_v2(const Copy2D *copy, Handle stream) {
+Result cuMemcpy2DAsync_v2(const Copy2D *copy, Handle stream) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(!stream || copy->of_type != 2 || copy->to_type != 2 || copy->of_pitch < copy->width);
   for (size_t row = 0; row < copy->rows; row++)
@@ -142,7 +146,7 @@ Result cuLaunchKernel(Handle function, unsigned grid_x, unsigned grid_y, unsigne
   else run(&kernel);
   return SUCCESS;
 }
-Result cuStreamBeginCapture_v2(Handle stream, int mode) {
+Result cuStreamBeginCapture_v2(Handle stream, int mode) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(mode != 1); /* of this thread */
   capturing = stream;
@@ -164,7 +168,7 @@ Result cuGraphInstantiateWithFlags(Handle *executable, Handle graph, unsigned lo
 }
 Result cuGraphDestroy(Handle graph) { NEEDS_CONTEXT; REFUSE_IF(!graph); return SUCCESS; }
 Result cuGraphExecDestroy(Handle executable) { NEEDS_CONTEXT; REFUSE_IF(!executable); return SUCCESS; }
-Result cuGraphLaunch(Handle executable, Handle stream) {
+Result cuGraphLaunch(Handle executable, Handle stream) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(!executable || !stream);
   for (int i = 0; i < graph_size; i++) run(&captured[i]);

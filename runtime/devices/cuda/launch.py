@@ -29,6 +29,18 @@ from stageline.runtime.devices.cuda.events import Event
 from stageline.runtime.devices.cuda.pools import Buffer
 
 
+_ALIGNED = 256  # bytes: what kernels may expect of an address
+
+
+def packed(arrays: Mapping[str, Array]) -> tuple[dict[str, int], int]:
+    """Where each array lies in one buffer for all, in bytes, and the size of that."""
+    offsets, size = {}, 0
+    for name, array in arrays.items():
+        offsets[name] = size
+        size += -(-max(array.nbytes, 1) // _ALIGNED) * _ALIGNED
+    return offsets, size
+
+
 class Launch:
     """Used once, by the stage's worker. Errors of CUDA leave it as EngineError."""
 
@@ -71,6 +83,18 @@ class Launch:
         """Copy an array into `target`, from `offset_bytes` on."""
         self._touched.append(target)
         self._upload(array, target.address + offset_bytes, array.dtype)
+
+    def upload_all(self, arrays: Mapping[str, Array], target: Buffer, offsets: Mapping[str, int]) -> None:
+        """Copy arrays into `target`, each to its place of `packed`, in one copy."""
+        self._touched.append(target)
+        size = max((offsets[name] + array.nbytes for name, array in arrays.items()), default=0)
+        if size == 0:
+            return
+        pinned = self._gpu.pinned.take(size)
+        for name, array in arrays.items():
+            host_view(pinned.address + offsets[name], array.shape, array.dtype)[...] = array
+        self._driver.upload(target.address, pinned.address, size, self._device.stream)
+        self._touched.append(pinned)
 
     def local(self, value: Value, dtype: np.dtype[Any]) -> CudaArray:
         """The value on this GPU in `dtype`: itself if it is there already."""

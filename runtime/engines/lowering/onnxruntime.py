@@ -1,24 +1,29 @@
 """What both ONNX Runtime engines need: a stage's graph as their session opens it, and errors in one line."""
 
-from collections.abc import Collection
+from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import IdentityEliminationPass
 from stageline.runtime.engines.base import StageFile, WeightDtype
+from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import locate_in, root_of
-from stageline.runtime.engines.lowering.float32 import has_types, to_float32
-from stageline.runtime.engines.lowering.group_query import has_caches, to_group_query
+from stageline.runtime.engines.lowering.flat_attention import has_caches
+from stageline.runtime.engines.lowering.float32 import HALVES, has_types, to_float32
+from stageline.runtime.engines.lowering.group_query import to_group_query
 from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.engines.lowering.paged import to_paged
+from stageline.runtime.engines.lowering.precision import read_as_stored, to_precision, widen_initializers
+from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
 
 
-def lowered(
-    stage: StageFile, widened: Collection[ir.DataType], cache_dtype: ir.DataType, quantise: WeightDtype | None
-) -> bytes:
-    """The stage's graph as ONNX bytes, its caches lowered, its weights still in their files unless quantised. If it has
-    one of the types `widened`, all its half-precision values become float32. Locations are relative to `root_of` the
-    stage's folder."""
+def lowered(stage: StageFile, cache_dtype: ir.DataType, quantise: WeightDtype | None, grouped: bool = True) -> bytes:
+    """The stage's graph as ONNX bytes for CPUs: all half-precision values in float32, its caches lowered, its weights
+    still in their files unless quantised. Locations are relative to `root_of` the stage's folder.
+
+    `grouped`: caches for GroupQueryAttention, in `cache_dtype`; else for standard operators, in float32."""
     model = ir.load(stage.file)
     ir.external_data.set_base_dir(model.graph, stage.folder)
-    halves, caches = has_types(model, widened), has_caches(model)
+    halves, caches = has_types(model), has_caches(model)
     root = root_of(stage.folder)
     if root != stage.folder:
         locate_in(root, model)
@@ -26,12 +31,47 @@ def lowered(
         return stage.file.read_bytes()
     if halves:
         model = to_float32(model)
-    if caches:
-        model = to_group_query(model, cache_dtype)
+    if caches and grouped:
+        to_group_query(model, cache_dtype)
+    elif caches:
+        to_tensor_scatter(model, None)
     if quantise is not None:
         model = to_nbits(model, quantise)
     proto: bytes = ir.to_proto(model).SerializeToString()
     return proto
+
+
+@dataclass(frozen=True)
+class LoweredForCuda:
+    """A stage's graph as ONNX bytes, and the type of its caches."""
+
+    proto: bytes
+    cache_dtype: ir.DataType
+
+
+def lowered_for_cuda(stage: StageFile, quantise: WeightDtype | None) -> LoweredForCuda:
+    """The stage's graph for GPUs. It computes in the bundle's type; its inputs and outputs are float32, except caches.
+
+    Caches, and attention to them, are bfloat16 or float16: the bundle's own type, and float16 for one of float32."""
+    model = ir.load(stage.file)
+    ir.external_data.set_base_dir(model.graph, stage.folder)
+    dtype = next((one for one in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16) if has_types(model, {one})), None)
+    root = root_of(stage.folder)
+    if root != stage.folder:
+        locate_in(root, model)
+    widen_initializers(model)
+    if has_types(model):
+        to_float32(model)
+    if has_caches(model):
+        to_paged(model, ir.DataType.FLOAT if dtype else ir.DataType.FLOAT16)
+    if quantise is not None:
+        to_nbits(model, quantise)
+    IdentityEliminationPass()(model)
+    if dtype is not None:
+        names = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
+        to_precision(model, dtype, names)
+    read_as_stored(model)
+    return LoweredForCuda(ir.to_proto(model).SerializeToString(), dtype or ir.DataType.FLOAT16)
 
 
 def first_line(error: Exception) -> str:

@@ -47,6 +47,27 @@ def widen_initializers(model: ir.Model) -> None:
             value.dtype = ir.DataType.FLOAT
 
 
+def read_as_stored(model: ir.Model) -> None:
+    """Let a weight whose tensor has another type than its value enter the graph as it is stored, followed by a Cast."""
+    casts = []
+    for value in list(model.graph.initializers.values()):
+        tensor, dtype = value.const_value, value.dtype
+        if not _is_weight(value) or tensor is None or dtype is None or tensor.dtype == dtype:
+            continue
+        del model.graph.initializers[str(value.name)]
+        stored = ir.Value(
+            name=f"{value.name}.stored", shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        model.graph.register_initializer(stored)
+        cast = ir.node("Cast", [stored], {"to": dtype}, name=f"{value.name}.cast")
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0], replace_graph_outputs=True)
+        cast.outputs[0].name = value.name
+        casts.append(cast)
+    for cast in casts:
+        model.graph.insert_before(model.graph[0], cast)
+
+
 def to_precision(model: ir.Model, dtype: ir.DataType, state: Collection[str], wide: Collection[str] = ()) -> None:
     """Type the values of `model`, a float32 graph whose weights have no casts, in place. `state` names the inputs and
     outputs that are caches, `wide` the nodes that compute in float32. EngineError if the graph has branches or loops,

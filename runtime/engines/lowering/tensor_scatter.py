@@ -1,7 +1,8 @@
 """Lower cache attention to ONNX's TensorScatter and Attention: TensorRT's KVCacheUpdate and a fused kernel.
 
 A cache is a graph input [rows, heads, capacity, size] and a graph output of the same shape; TensorRT requires both at
-one address and writes the new keys and values in place. The capacity is fixed in the engine.
+one address and writes the new keys and values in place. Its capacity is fixed in the engine. ONNX Runtime takes the same
+operators with a capacity that is read from the cache.
 
 Only new tokens are written. Padded positions of a row, and all positions of a row without new tokens (whose
 `past_lengths` may be 0 whatever it holds), get their old contents back, so padding, NaN or not, never enters a cache.
@@ -22,8 +23,9 @@ _FUSED_STEP = 8  # TensorRT has attention kernels for head sizes that are multip
 _HIDDEN = -1e30
 
 
-def to_tensor_scatter(model: ir.Model, capacity: int) -> tuple[CacheSpec, ...]:
-    """Lower `model`, whose activations are float32, in place, with caches of `capacity` tokens, and return them."""
+def to_tensor_scatter(model: ir.Model, capacity: int | None) -> tuple[CacheSpec, ...]:
+    """Lower `model`, whose activations are float32, in place, with caches of `capacity` tokens (None: of any number), and
+    return them."""
     lowering = _TensorScatterLowering(model.graph, capacity)
     caches = tuple(lowering.lower(node) for node in [n for n in model.graph if n.op_type == CACHE_ATTENTION])
     model.graph.opset_imports.pop("stageline", None)
@@ -34,11 +36,12 @@ def to_tensor_scatter(model: ir.Model, capacity: int) -> tuple[CacheSpec, ...]:
 
 
 class _TensorScatterLowering:
-    def __init__(self, graph: ir.Graph, capacity: int) -> None:
+    def __init__(self, graph: ir.Graph, capacity: int | None) -> None:
         self.graph, self.capacity = graph, capacity
         self.rows: dict[tuple[ir.Value, ir.Value], _Rows] = {}
         self.masks: dict[tuple[_Rows, int | None], ir.Value] = {}
         self.constants: dict[tuple[object, ...], ir.Value] = {}
+        self.capacities: ir.Value | None = None
         self.count = 0
         self.at: ir.Node  # new nodes go before this one
         self.instead_of: str | None = None  # the node whose values, apart from the caches, new nodes compute
@@ -107,9 +110,13 @@ class _TensorScatterLowering:
 
     def kept(self, rows: "_Rows", past: str, present: str, update: ir.Value, heads: int, size: int) -> ir.Value:
         """The cache after this step."""
-        shape, dtype = ir.Shape([BATCH, heads, self.capacity, size]), ir.TensorType(ir.DataType.FLOAT)
+        capacity = "capacity" if self.capacity is None else self.capacity
+        shape, dtype = ir.Shape([BATCH, heads, capacity, size]), ir.TensorType(ir.DataType.FLOAT)
         before = ir.Value(name=past, shape=shape, type=dtype)
         self.graph.inputs.append(before)
+        if self.capacities is None:
+            fixed = self.capacity is not None
+            self.capacities = self.constant([self.capacity]) if fixed else self.add("Shape", before, start=2, end=3)
         held = self.add("Slice", before, self.constant([0]), rows.length, self.constant([2]))
         written = self.add("Where", rows.is_new, update, held)
         after = self.add("TensorScatter", before, written, rows.write_at, name=present, axis=2)
@@ -134,7 +141,8 @@ class _TensorScatterLowering:
         # Heads that share a key are joined along the length, so that the products have four dimensions.
         grouped = self.add("Reshape", scaled, self.constant([0, cache.heads, -1, cache.key_size]))
         scores = self.add("MatMul", grouped, self.add("Transpose", keys, perm=[0, 1, 3, 2]))
-        scores = self.add("Reshape", scores, self.constant([0, heads, -1, self.capacity]))
+        assert self.capacities is not None
+        scores = self.add("Reshape", scores, self.sizes(0, heads, -1))
         if softcap is not None:
             cap = self.constant(softcap, np.float32)
             scores = self.add("Mul", self.add("Tanh", self.add("Div", scores, cap)), cap)
@@ -146,11 +154,19 @@ class _TensorScatterLowering:
             size = self.add("Concat", self.add("Shape", scores, start=0, end=3), self.constant([1]), axis=0)
             column = self.add("Expand", column, size)
             weights = self.add("Softmax", self.add("Concat", scores, column, axis=-1), axis=-1)
-            ends = (self.constant([0]), self.constant([self.capacity]), self.constant([3]))
+            ends = (self.constant([0]), self.capacities, self.constant([3]))
             weights = self.add("Slice", weights, *ends)
-        weights = self.add("Reshape", weights, self.constant([0, cache.heads, -1, self.capacity]))
+        weights = self.add("Reshape", weights, self.sizes(0, cache.heads, -1))
         attended = self.add("MatMul", weights, values)
         return self.add("Reshape", attended, self.constant([0, heads, -1, cache.value_size]))
+
+
+    def sizes(self, *sizes: int) -> ir.Value:
+        """A shape of these sizes and the capacity."""
+        if self.capacity is not None:
+            return self.constant([*sizes, self.capacity])
+        assert self.capacities is not None
+        return self.add("Concat", self.constant(sizes), self.capacities, axis=0)
 
 
 class _Rows:
@@ -169,7 +185,12 @@ class _Rows:
     def mask(self, lowering: _TensorScatterLowering, window: int | None) -> ir.Value:
         """Which positions of the cache each query sees: bool [batch, 1, length, capacity]. At least one, because a row
         and its padding fit the capacity."""
-        cached = lowering.constant(np.arange(lowering.capacity))
+        if lowering.capacity is not None:
+            cached = lowering.constant(np.arange(lowering.capacity))
+        else:
+            assert lowering.capacities is not None
+            end = lowering.add("Squeeze", lowering.capacities, lowering.constant([0]))
+            cached = lowering.add("Range", lowering.constant(0), end, lowering.constant(1))
         seen = lowering.add("LessOrEqual", cached, self.positions)
         if window is None:
             return seen
