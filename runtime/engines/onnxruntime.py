@@ -44,7 +44,7 @@ class OnnxRuntimeEngine:
         self._number = stage.number
         dtype, grouped = np.dtype((cache and cache.dtype) or "float32"), _takes_ragged_rows()
         if dtype != np.float32 and not grouped:
-            raise EngineError(f"ONNX Runtime {ort.__version__} keeps no caches of {dtype} on CPUs; leave cache_dtype out")
+            raise EngineError(f"ONNX Runtime {ort.__version__} has no {dtype} caches on CPUs; leave cache_dtype out")
         try:
             self._session = ort.InferenceSession(
                 lowered(stage, ir.DataType.from_numpy(dtype), quantise, grouped),
@@ -188,8 +188,8 @@ class _Caches:
             ) from error
 
     def scratch(self, rows: int, tokens: int) -> dict[str, Array]:
-        """Caches that are discarded after a run. One pair of buffers serves all layers of its shapes. Zeros: what a mask
-        hides is still multiplied by 0."""
+        """Caches that are discarded after a run. One pair of buffers serves all layers of its shapes. They are zeros,
+        since what a mask hides is still multiplied by 0."""
         pairs: dict[tuple[Any, ...], list[Array]] = {}
         buffers: dict[str, Array] = {}
         for spec in self.specs:

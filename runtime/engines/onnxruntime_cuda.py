@@ -88,7 +88,7 @@ class OnnxRuntimeCudaEngine:
             self._session, self._cache_dtype = _session(stage, device, quantise)
             if cache is not None and cache.dtype not in (None, self._cache_dtype.name):
                 raise EngineError(
-                    f"on a GPU the caches of this bundle are {self._cache_dtype}, not {cache.dtype}; leave cache_dtype out"
+                    f"on a GPU this bundle's caches are {self._cache_dtype}, not {cache.dtype}; leave cache_dtype out"
                 )
             inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
             hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
@@ -173,7 +173,7 @@ class OnnxRuntimeCudaEngine:
     def _launched(
         self, what: str, given: Mapping[str, Value], outputs: Sequence[str], caches: Mapping[str, Buffer] | None
     ) -> Mapping[str, Value]:
-        """Run with these inputs, those of `paged_inputs` included. `caches`: the slots; None: caches to be discarded."""
+        """Run with these inputs, those of `paged_inputs` included. `caches`: the slots; None: they are discarded."""
         device = self._device
         names = (*self.input_names, *(PAGED_INPUTS if self._specs else ()))
         with Launch(device, f"stage {self._number} {what}") as launch:

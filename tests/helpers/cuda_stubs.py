@@ -1,4 +1,4 @@
-"""CUDA's libraries without a GPU, made for the CUDA provider of an onnxruntime-gpu: they accept every call and count it.
+"""CUDA's libraries without a GPU, made for the CUDA provider of ONNX Runtime: they accept every call and count it.
 
 They show what opens, where each node is placed, and what a step launches, copies and waits for. They compute nothing.
 """
@@ -11,7 +11,14 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10", "libcudnn.so.9")
+LIBRARIES = (
+    "libcuda.so.1",
+    "libcudart.so.13",
+    "libcublas.so.13",
+    "libcublasLt.so.13",
+    "libcurand.so.10",
+    "libcudnn.so.9",
+)
 _BY_HAND = {"libcuda.so.1": "stub_cuda.c", "libcudart.so.13": "stub_cudart.c"}
 
 
@@ -33,7 +40,17 @@ def make(folder: Path, provider: Path, headers: Path) -> None:
         versions = folder / f"{library}.map"
         versions.write_text(f"{library} {{ global: *; }};\n")
         versioned = [] if library == "libcuda.so.1" else [f"-Wl,--version-script={versions}"]
-        command = [compiler() or "cc", "-shared", "-fPIC", "-fcommon", "-O1", "-w", f"-I{headers}", f"-I{HERE}", f"-Wl,-soname,{library}"]
+        command = [
+            compiler() or "cc",
+            "-shared",
+            "-fPIC",
+            "-fcommon",
+            "-O1",
+            "-w",
+            f"-I{headers}",
+            f"-I{HERE}",
+            f"-Wl,-soname,{library}",
+        ]
         subprocess.run([*command, *versioned, "-o", folder / library, *sources, made, "-ldl"], check=True)
 
 
@@ -72,10 +89,13 @@ def _undefined(provider: Path) -> dict[str, set[str]]:
 
 
 def _function(name: str) -> str:
-    if name.startswith("cublasGetStatus") or name.startswith("cudnnGetErrorString"):
+    """A function of this name that does nothing, and reports success."""
+    if name.startswith(("cublasGetStatus", "cudnnGetErrorString")):
         return f'const char *{name}(int status) {{ return "stub"; }}'
-    if re.search(r"Create(_v2)?$|CreateDescriptor$|Descriptor$", name) and "Create" in name:
-        return f"int {name}(void *a, void *b) {{ static long made[64]; void **to = {'b' if 'Backend' in name else 'a'}; *to = made; return 0; }}"
-    if name == "cublasLtMatmulAlgoGetHeuristic":
-        return f"int {name}(void *a, void *b, void *c, void *d, void *e, void *f, void *g, int n, char *to, int *found) {{ memset(to, 0, 64); *found = 1; return 0; }}"
+    if name == "cublasLtMatmulAlgoGetHeuristic":  # one algorithm is found
+        given = "void *a, void *b, void *c, void *d, void *e, void *f, void *g, int count, char *to, int *found"
+        return f"int {name}({given}) {{ memset(to, 0, 64); *found = 1; return 0; }}"
+    if "Create" in name:
+        place = "second" if "Backend" in name else "first"
+        return f"int {name}(void **first, void **second) {{ static long made[64]; *{place} = made; return 0; }}"
     return f"int {name}(void) {{ CALLED; return 0; }}"

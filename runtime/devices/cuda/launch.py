@@ -28,7 +28,6 @@ from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.events import Event
 from stageline.runtime.devices.cuda.pools import Buffer
 
-
 _ALIGNED = 256  # bytes: what kernels may expect of an address
 
 

@@ -41,8 +41,8 @@ class Attention:
 
 
 class FlatLowering(ABC):
-    """Replaces the cache attention of a graph by the operator of a subclass. Activations have one floating type; they are
-    cast to `dtype` for the operator and back."""
+    """Replaces the cache attention of a graph by the operator of a subclass. Activations have one floating type; they
+    are cast to `dtype` for the operator and back."""
 
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph, self.dtype = graph, dtype
@@ -122,7 +122,8 @@ class FlatLowering(ABC):
             if size != cache.value_size:
                 ends = [self.ints([0]), self.ints([cache.value_size]), self.ints([3])]
                 result = self.add("Slice", [result, *ends])
-            result.name = node.outputs[0].name  # it may be an output of the graph
+            old = node.outputs[0]  # it may be an output of the graph
+            result.name, result.shape, result.type = old.name, old.shape, old.type
         ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
 

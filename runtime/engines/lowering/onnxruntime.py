@@ -8,7 +8,7 @@ from stageline.runtime.engines.base import StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import locate_in, root_of
 from stageline.runtime.engines.lowering.flat_attention import has_caches
-from stageline.runtime.engines.lowering.float32 import HALVES, has_types, to_float32
+from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.group_query import to_group_query
 from stageline.runtime.engines.lowering.nbits import to_nbits
 from stageline.runtime.engines.lowering.paged import to_paged

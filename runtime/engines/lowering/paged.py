@@ -1,4 +1,4 @@
-"""Lower cache attention to ONNX Runtime's PagedAttention, whose kernels are CUDA's, with the caches as blocks of tokens.
+"""Lower cache attention to ONNX Runtime's PagedAttention, which has kernels for CUDA, with caches as blocks of tokens.
 
 A cache is one graph input, and the same buffer as an output, [blocks, BLOCK, heads, size]: the operator writes new keys
 and values into the places of `places`, and reads a row's from the blocks of `block_table`. A padded batch is given as a
@@ -40,8 +40,8 @@ def blocks(tokens: int) -> int:
 def paged_inputs(past: Array, new: Array, length: int, first_slot: int, capacity: int) -> dict[str, Array]:
     """The further inputs of a lowered graph, int32, for rows in slots `first_slot` and on, `length` tokens wide.
 
-    past, new: int64 [rows]. A slot is `blocks(capacity)` blocks. The bounds depend on the powers of two between which the
-    longest row lies, so that steps with equal bounds can be replayed.
+    past, new: int64 [rows]. A slot is `blocks(capacity)` blocks. The bounds are powers of two, between which the
+    longest row lies: steps with equal bounds can be replayed.
     """
     rows, row_blocks = len(past), blocks(capacity)
     offsets = np.arange(length, dtype=np.int64)

@@ -1,8 +1,8 @@
 """Lower cache attention to ONNX's TensorScatter and Attention: TensorRT's KVCacheUpdate and a fused kernel.
 
 A cache is a graph input [rows, heads, capacity, size] and a graph output of the same shape; TensorRT requires both at
-one address and writes the new keys and values in place. Its capacity is fixed in the engine. ONNX Runtime takes the same
-operators with a capacity that is read from the cache.
+one address and writes the new keys and values in place. Its capacity is fixed in the engine. For ONNX Runtime the
+capacity is read from the cache.
 
 Only new tokens are written. Padded positions of a row, and all positions of a row without new tokens (whose
 `past_lengths` may be 0 whatever it holds), get their old contents back, so padding, NaN or not, never enters a cache.
@@ -24,8 +24,9 @@ _HIDDEN = -1e30
 
 
 def to_tensor_scatter(model: ir.Model, capacity: int | None) -> tuple[CacheSpec, ...]:
-    """Lower `model`, whose activations are float32, in place, with caches of `capacity` tokens (None: of any number), and
-    return them."""
+    """Lower `model`, whose activations are float32, in place, with caches of `capacity` tokens (None: of any number).
+
+    Returns the caches."""
     lowering = _TensorScatterLowering(model.graph, capacity)
     caches = tuple(lowering.lower(node) for node in [n for n in model.graph if n.op_type == CACHE_ATTENTION])
     model.graph.opset_imports.pop("stageline", None)
@@ -159,7 +160,6 @@ class _TensorScatterLowering:
         weights = self.add("Reshape", weights, self.sizes(0, cache.heads, -1))
         attended = self.add("MatMul", weights, values)
         return self.add("Reshape", attended, self.constant([0, heads, -1, cache.value_size]))
-
 
     def sizes(self, *sizes: int) -> ir.Value:
         """A shape of these sizes and the capacity."""

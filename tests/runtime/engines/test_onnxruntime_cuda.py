@@ -99,7 +99,9 @@ def test_an_encoder_runs_on_a_gpu(tiny_bundle: Path, monkeypatch: pytest.MonkeyP
     with Pipeline.open(tiny_bundle) as pipeline:
         wanted = pipeline.run(inputs)["logits"]
     with on_gpus(monkeypatch, FakeDriver())(tiny_bundle) as pipeline:
-        np.testing.assert_allclose(pipeline.run(inputs)["logits"], wanted, atol=1e-5)
+        for _ in range(3):  # at once, captured, and as a replay
+            error = np.abs(pipeline.run(inputs)["logits"] - wanted).max()
+            assert 0 < error <= 1e-2 * np.abs(wanted).max()  # the bundle, and so what is computed, is bfloat16
 
 
 def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(
@@ -116,7 +118,8 @@ def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(
             assert driver.count_of("synchronize_event") == steps
             assert driver.count_of("download") == steps * 3  # the logits, and two values that bounce between the GPUs
             assert driver.count_of("synchronize", "free", "free_host") == 0
-            assert driver.count_of("kernel") == steps * 3
+            assert driver.count_of("kernel", "launch") >= steps * 3
+            assert driver.count_of("launch") >= steps * 3 - 9  # two of each kind of step come before its replays
             new.append(driver.count_of("allocate", "allocate_host", "new_event"))
             if new[-1] == 0:
                 break
@@ -132,7 +135,7 @@ def test_shared_beginnings_are_copied_on_the_device(
         twin = pipeline.submit(GenerationRequest(tuple(PROMPTS[1]), Sampling(max_tokens=12, n=2)))
         assert tokens_of(first)[:12] == wanted[1]
         assert {choice.token_ids for choice in twin.result(SECONDS).choices} == {wanted[1]}
-    assert driver.count_of("copy_rows") > 0
+    assert driver.count_of("copy") > 0
 
 
 def test_a_gpu_that_is_lost_fails_what_is_under_way_and_what_comes(
@@ -182,7 +185,10 @@ def test_what_does_not_fit_is_reported_in_one_line(decoder: Path, monkeypatch: p
         ({"devices": ["cuda:1"]}, "stage 0 was to run on cuda:1; this machine has cuda:0"),
         ({"devices": ["gpu"]}, "unknown device 'gpu'; devices are called cpu, cuda:0, cuda:1, ..."),
         ({"devices": ["cuda:0"] * 4}, "4 devices are given for 3 stages; give 1 to 3"),
-        ({"cache_dtype": "float32"}, "on a GPU caches are float16, not float32; leave cache_dtype out"),
+        (
+            {"cache_dtype": "float32"},
+            "on a GPU this bundle's caches are bfloat16, not float32; leave cache_dtype out",
+        ),
     ):
         with pytest.raises((EngineError, RequestError)) as caught:
             begin(decoder, **options)

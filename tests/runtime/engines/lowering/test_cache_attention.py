@@ -1,19 +1,33 @@
-"""Cache attention in ONNX Runtime against its definition in NumPy, whatever the heads, windows and lengths."""
+"""Cache attention in ONNX Runtime against its definition in NumPy, whatever the heads, windows and lengths: on CPUs by
+GroupQueryAttention, and by standard operators where that is older; on a GPU, a fake one, by PagedAttention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import fake_onnxruntime
 import numpy as np
 import onnx_ir as ir
 import pytest
+from fake_cuda import FakeDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.manifest import CacheSpec
+from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice
-from stageline.runtime.engines import Array, CacheDtype, CacheSize, Engine, StageFile, engine_factory
+from stageline.runtime.devices.cuda import open_gpus
+from stageline.runtime.engines import (
+    Array,
+    CacheDtype,
+    CacheSize,
+    Device,
+    Engine,
+    StageFile,
+    engine_factory,
+    onnxruntime,
+)
 
 SLOTS, CAPACITY = 4, 24
 Opened = Callable[..., Engine]
@@ -88,7 +102,7 @@ def sinks_of(kind: Kind, layer: int) -> Array:
     return np.random.default_rng(layer).normal(0, 2, kind.heads).astype(np.float32)
 
 
-def opened(folder: Path, kind: Kind, dtype: CacheDtype | None = "float32") -> Engine:
+def opened(folder: Path, kind: Kind, dtype: CacheDtype | None = "float32", device: Device | None = None) -> Engine:
     file = folder / "stage.onnx"
     ir.save(graph_of(kind), Path(file))
     caches = tuple(
@@ -96,13 +110,31 @@ def opened(folder: Path, kind: Kind, dtype: CacheDtype | None = "float32") -> En
         for n in range(2)
     )
     size = None if dtype is None else CacheSize(SLOTS, CAPACITY, dtype)
-    return engine_factory("onnxruntime")(StageFile(0, file, folder, caches), CpuDevice((0,)), size)
+    name = "onnxruntime" if device is None else "onnxruntime-cuda"
+    return engine_factory(name)(StageFile(0, file, folder, caches), device or CpuDevice((0,)), size)
 
 
-@pytest.fixture(scope="module")
-def engine_of(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """Gives an engine for a kind, without a cache or with one of a dtype."""
-    return cache(lambda *wanted: opened(tmp_path_factory.mktemp("stage"), *wanted))
+@dataclass(frozen=True)
+class Way:
+    """One way to run cache attention. `engine` gives an engine for a kind, without a cache or with one of a dtype."""
+
+    name: str
+    engine: Opened
+    dtype: CacheDtype
+    tolerance: float
+
+
+@pytest.fixture(scope="module", params=["cpu", "older cpu", "gpu"])
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Way]:
+    with pytest.MonkeyPatch.context() as patch:
+        device, dtype = None, "float32"
+        if request.param == "older cpu":
+            patch.setattr(onnxruntime, "_takes_ragged_rows", lambda: False)
+        elif request.param == "gpu":
+            fake_onnxruntime.install(patch, driver := FakeDriver(seed=8))
+            ((device,), dtype) = open_gpus([(0, 0)], (0,), driver), "float16"
+        engine = cache(lambda kind, *dtypes: opened(tmp_path_factory.mktemp("stage"), kind, *dtypes or [dtype], device))
+        yield Way(request.param, engine, dtype, 2e-5 if dtype == "float32" else 1e-2)
 
 
 def attend(kind: Kind, layer: int, query: Array, key: Array, value: Array) -> Array:
@@ -161,7 +193,7 @@ class Rows:
                 inputs[name][row, :, count:] = np.nan
         inputs["past_lengths"] = np.array([self.length(first + i) if n else 0 for i, n in enumerate(counts)])
         inputs["new_lengths"] = np.array(counts)
-        outputs = self.engine.step(inputs, ["y0", "y1"], first)
+        outputs = on_host(self.engine.step(inputs, ["y0", "y1"], first), ["y0", "y1"])
         for row, count in enumerate(counts):
             for layer in range(2):
                 query, key, value = (
@@ -179,8 +211,8 @@ class Rows:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, engine_of: Opened) -> None:
-    rows = Rows(KINDS[name], engine_of(KINDS[name]), np.random.default_rng(1))
+def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, way: Way) -> None:
+    rows = Rows(KINDS[name], way.engine(KINDS[name]), np.random.default_rng(1), way.tolerance)
     rows.step(0, [7, 1, 4, 6])
     rows.step(0, [1, 1, 1, 1])
     rows.step(1, [5])
@@ -191,12 +223,10 @@ def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, engine_
     assert rows.length(0) == CAPACITY
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 999))
-def test_any_ranges_lengths_and_copies_give_the_definition(
-    data: st.DataObject, name: str, seed: int, engine_of: Opened
-) -> None:
-    rows = Rows(KINDS[name], engine_of(KINDS[name]), np.random.default_rng(seed))
+def test_any_ranges_lengths_and_copies_give_the_definition(data: st.DataObject, name: str, seed: int, way: Way) -> None:
+    rows = Rows(KINDS[name], way.engine(KINDS[name]), np.random.default_rng(seed), way.tolerance)
     for _ in range(data.draw(st.integers(1, 8))):
         if data.draw(st.integers(0, 4)) == 0:
             source, target = data.draw(st.permutations(range(SLOTS)))[:2]
@@ -211,8 +241,8 @@ def test_any_ranges_lengths_and_copies_give_the_definition(
             rows.step(first, counts, padding=length - max(counts))
 
 
-def test_a_row_with_nothing_new_keeps_what_it_holds(engine_of: Opened) -> None:
-    rows = Rows(KINDS["grouped"], engine_of(KINDS["grouped"]), np.random.default_rng(2))
+def test_a_row_with_nothing_new_keeps_what_it_holds(way: Way) -> None:
+    rows = Rows(KINDS["grouped"], way.engine(KINDS["grouped"]), np.random.default_rng(2), way.tolerance)
     rows.step(0, [6, 6, 6])
     rows.step(0, [9, 0, 4])
     rows.step(0, [1, 0, 1])
@@ -242,26 +272,32 @@ def test_caches_go_from_engine_to_engine_with_all_they_hold(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, engine_of: Opened) -> None:
+def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, way: Way) -> None:
     kind = KINDS[name]
-    rows = Rows(kind, engine_of(kind, None), np.random.default_rng(3))
+    rows = Rows(kind, way.engine(kind, None), np.random.default_rng(3))
     counts = [5, 11, 1]
     inputs = rows.made(3, 11)
     inputs |= {"past_lengths": np.zeros(3, np.int64), "new_lengths": np.array(counts)}
-    outputs = rows.engine.run(inputs, ["y0", "y1"])
-    stepped = engine_of(kind).step(inputs, ["y0", "y1"], 0)
+    outputs = on_host(rows.engine.run(inputs, ["y0", "y1"]), ["y0", "y1"])
+    stepped = on_host(way.engine(kind).step(inputs, ["y0", "y1"], 0), ["y0", "y1"])
     for row, count in enumerate(counts):
         for layer in range(2):
             got = outputs[f"y{layer}"][row, :count]
             query, key, value = (inputs[f"{n}{layer}"][row, :, :count].swapaxes(0, 1) for n in "qkv")
-            np.testing.assert_allclose(got, attend(kind, layer, query, key, value), atol=2e-5)
+            np.testing.assert_allclose(got, attend(kind, layer, query, key, value), atol=way.tolerance)
             np.testing.assert_allclose(got, stepped[f"y{layer}"][row, :count], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["grouped", "narrow values", "all of them"])
-def test_a_half_precision_cache_is_close(name: str, engine_of: Opened) -> None:
-    rows = Rows(KINDS[name], engine_of(KINDS[name], "float16"), np.random.default_rng(4), tolerance=1e-2)
+def test_a_half_precision_cache_is_close(name: str, tmp_path: Path) -> None:
+    rows = Rows(KINDS[name], opened(tmp_path, KINDS[name], "float16"), np.random.default_rng(4), tolerance=1e-2)
     rows.step(0, [7, 1, 4, 6])
     rows.copy(0, 3, 5)
     for _ in range(4):
         rows.step(0, [1, 1, 0, 1])
+
+
+def test_an_older_onnxruntime_keeps_no_half_precision_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "_takes_ragged_rows", lambda: False)
+    with pytest.raises(EngineError, match=r"^ONNX Runtime 1\.\S+ has no float16 caches on CPUs; leave cache_dtype"):
+        opened(tmp_path, KINDS["grouped"], "float16")
