@@ -19,7 +19,6 @@ from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.bundle.recut import recut_copy
 from stageline.runtime.engines import Array, StageFile
-from stageline.runtime.engines.lowering.float32 import HALVES
 from stageline.runtime.engines.lowering.onnxruntime import lowered
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline
@@ -92,7 +91,7 @@ class _OneStage:
             if not self.bundle.manifest.cached:
                 stage = StageFile(0, self.file, self.bundle.path, ())
                 self.file = self.file.with_suffix(".float32.onnx")
-                self.file.write_bytes(lowered(stage, HALVES, ir.DataType.FLOAT, None))
+                self.file.write_bytes(lowered(stage, ir.DataType.FLOAT, None))
         except BaseException:
             self.close()
             raise

@@ -9,6 +9,7 @@ waits for the GPU nor copies anything to the host.
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,24 @@ _TYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a step is given: arrays from the host, values on this GPU, and values that must be brought here. `bounds` is
+    what the host reads of the caches' lengths."""
+
+    host: dict[str, Array]
+    here: dict[str, CudaArray]
+    there: dict[str, Value]
+    bounds: Array | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Inputs of equal keys can be bound alike, but for the contents of what comes from elsewhere."""
+        shapes = tuple((name, tuple(value.shape)) for name, value in (*self.host.items(), *self.there.items()))
+        addresses = tuple((name, value.buffer.address, value.shape) for name, value in self.here.items())
+        return shapes, tuple(self.there), addresses, None if self.bounds is None else tuple(self.bounds.tolist())
+
+
 @dataclass(eq=False)
 class _Binding:
     """What a step is bound to, and the replay of it. `offsets`: of each input from the host in `packed`."""
@@ -55,7 +74,8 @@ class _Binding:
     copied: dict[str, Buffer] = field(default_factory=dict)
     outputs: dict[str, Buffer] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    kept: list[object] = field(default_factory=list)
+    discarded: list[Buffer] = field(default_factory=list)
+    bounds: Array | None = None
 
 
 class _Lease:
@@ -97,7 +117,7 @@ class OnnxRuntimeCudaEngine:
             self._shapes = {value.name: tuple(value.shape) for value in (*inputs, *outputs)}
             self._dtypes = {value.name: _TYPES[value.type] for value in (*inputs, *outputs) if value.name not in hidden}
             self._capacity = cache.capacity if cache is not None else 0
-            self._slot_shapes = {
+            self._slot_shapes: dict[str, tuple[int, ...]] = {
                 name: self._cache_shape(spec, cache.slots * blocks(cache.capacity))
                 for spec in stage.caches
                 for name in past_names(spec.name)
@@ -175,44 +195,44 @@ class OnnxRuntimeCudaEngine:
     ) -> Mapping[str, Value]:
         """Run with these inputs, those of `paged_inputs` included. `caches`: the slots; None: they are discarded."""
         device = self._device
-        names = (*self.input_names, *(PAGED_INPUTS if self._specs else ()))
         with Launch(device, f"stage {self._number} {what}") as launch:
-            host = {n: np.ascontiguousarray(v, self._dtypes[n]) for n in names if isinstance(v := given[n], np.ndarray)}
-            here, there = {}, {}
-            for name in names:
-                value = given[name]
-                if not isinstance(value, np.ndarray):
-                    local = isinstance(value, CudaArray) and value.device.gpu is device.gpu
-                    (here if local and value.dtype == self._dtypes[name] else there)[name] = value
-            key = (
-                what,
-                tuple(outputs),
-                tuple((name, array.shape) for name, array in host.items()),
-                tuple((name, tuple(value.shape)) for name, value in there.items()),
-                tuple((name, value.buffer.address, value.shape) for name, value in here.items()),
-                tuple(host.pop(BOUNDS).tolist()) if self._specs else (),
-            )
-            binding = self._taken(key)
-            if binding is None:
-                binding = self._bind(key, host, here, there, outputs, caches, self._sizes(given))
+            found = self._sorted(given)
+            key = (what, tuple(outputs), found.key)
+            binding = self._taken(key) or self._bind(found, outputs, caches, self._sizes(given))
             lease = _Lease()
             self._leased.add(binding)
             weakref.finalize(lease, self._released, key, binding).atexit = False
-            launch.upload_all(host, binding.packed, binding.offsets)
-            for name, value in there.items():
+            launch.upload_all(found.host, binding.packed, binding.offsets)
+            for name, value in found.there.items():
                 launch.put(value, binding.copied[name], self._dtypes[name])
-            for value in here.values():
-                launch.local(value, value.dtype)
+            for local in found.here.values():
+                launch.local(local, local.dtype)
+            for buffer in binding.discarded:
+                launch.touch(buffer)
             for buffer in binding.outputs.values():
                 launch.await_guards(buffer)
                 launch.touch(buffer)
             launch.begin()
-            binding.replay.run(0, lambda: self._enqueue(binding.io))
+            binding.replay.run(0, partial(self._enqueue, binding.io))
             done = launch.end()
         return {
             name: CudaArray(device, buffer, binding.shapes[name], self._dtypes[name], done, lease)
             for name, buffer in binding.outputs.items()
         }
+
+    def _sorted(self, given: Mapping[str, Value]) -> _Inputs:
+        host: dict[str, Array] = {}
+        here: dict[str, CudaArray] = {}
+        there: dict[str, Value] = {}
+        for name in (*self.input_names, *(PAGED_INPUTS if self._specs else ())):
+            value, dtype = given[name], self._dtypes[name]
+            if isinstance(value, np.ndarray):
+                host[name] = np.ascontiguousarray(value, dtype)
+            elif isinstance(value, CudaArray) and value.device.gpu is self._device.gpu and value.dtype == dtype:
+                here[name] = value
+            else:
+                there[name] = value
+        return _Inputs(host, here, there, host.pop(BOUNDS, None))
 
     def _enqueue(self, io: Any) -> None:
         try:
@@ -239,67 +259,66 @@ class OnnxRuntimeCudaEngine:
         self._free.append((key, binding))
 
     def _bind(
-        self,
-        key: object,
-        host: Mapping[str, Array],
-        here: Mapping[str, CudaArray],
-        there: Mapping[str, Value],
-        outputs: Sequence[str],
-        caches: Mapping[str, Buffer] | None,
-        sizes: Mapping[str, int],
+        self, given: _Inputs, outputs: Sequence[str], caches: Mapping[str, Buffer] | None, sizes: Mapping[str, int]
     ) -> _Binding:
         """A new binding; the one that was not used for longest makes room for it."""
         gpu = self._device.gpu
         while len(self._free) >= _BINDINGS:
             self._free.pop(0)[1].replay.close()
-        offsets, packed_bytes = packed(host)
-        binding = _Binding(
-            self._session.io_binding(), Replay(gpu.driver, self._device.stream), gpu.memory.take(packed_bytes), offsets
-        )
+        io, replay = self._session.io_binding(), Replay(gpu.driver, self._device.stream)
+        offsets, packed_bytes = packed(given.host)
+        binding = _Binding(io, replay, gpu.memory.take(packed_bytes), offsets)
 
-        def bind(name: str, dtype: np.dtype[Any], shape: Sequence[int], address: int, device: str = "cuda") -> None:
-            bound = binding.io.bind_output if name in present or name in outputs else binding.io.bind_input
-            bound(name, device, gpu.ordinal if device == "cuda" else 0, _ONNX[dtype.name], list(shape), address)
+        def where(dtype: np.dtype[Any], shape: Sequence[int], address: int) -> tuple[Any, ...]:
+            return "cuda", gpu.ordinal, _ONNX[dtype.name], list(shape), address
 
-        present = {name for spec in self._specs for name in present_names(spec.name)}
-        for name, array in host.items():
-            bind(name, array.dtype, array.shape, binding.packed.address + offsets[name])
-        for name, value in here.items():
-            bind(name, value.dtype, value.shape, value.buffer.address)
-        for name, value in there.items():
+        for name, array in given.host.items():
+            io.bind_input(name, *where(array.dtype, array.shape, binding.packed.address + offsets[name]))
+        for name, local in given.here.items():
+            io.bind_input(name, *where(local.dtype, local.shape, local.buffer.address))
+        for name, value in given.there.items():
             buffer = binding.copied[name] = gpu.memory.take(size_bytes(tuple(value.shape), self._dtypes[name]))
-            bind(name, self._dtypes[name], value.shape, buffer.address)
-        if self._specs:
-            bounds = np.array(key[-1], np.int32)  # type: ignore[index]
-            binding.kept.append(bounds)
-            bind(BOUNDS, bounds.dtype, bounds.shape, bounds.ctypes.data, "cpu")
-        discarded = sizes[BATCH] * blocks(sizes[LENGTH]) if caches is None and self._specs else 0
-        pairs: dict[tuple[int, ...], list[Buffer]] = {}  # one pair serves all layers of its shape
+            io.bind_input(name, *where(self._dtypes[name], value.shape, buffer.address))
+        if given.bounds is not None:
+            bounds = binding.bounds = given.bounds  # which must live as long
+            io.bind_input(BOUNDS, "cpu", 0, _ONNX[bounds.dtype.name], bounds.shape, bounds.ctypes.data)
+        if caches is not None:
+            slots, shapes = dict(caches), self._slot_shapes
+        else:
+            slots, shapes = self._discarded(sizes)
+            binding.discarded += slots.values()
         for spec in self._specs:
-            for place, (past, new) in enumerate(zip(past_names(spec.name), present_names(spec.name), strict=True)):
-                if caches is not None:
-                    shape, buffer = self._slot_shapes[past], caches[past]
-                else:
-                    shape = self._cache_shape(spec, discarded)
-                    if shape not in pairs:
-                        pairs[shape] = [self._device.zeroed(size_bytes(shape, self._cache_dtype)) for _ in range(2)]
-                    buffer = pairs[shape][place]
-                bind(past, self._cache_dtype, shape, buffer.address)
-                bind(new, self._cache_dtype, shape, buffer.address)
-        binding.kept += pairs.values()
+            for past, present in zip(past_names(spec.name), present_names(spec.name), strict=True):
+                at = where(self._cache_dtype, shapes[past], slots[past].address)
+                io.bind_input(past, *at)
+                io.bind_output(present, *at)
         for name in outputs:
             shape = tuple(sizes[d] if isinstance(d, str) else d for d in self._shapes[name])
             binding.shapes[name] = shape
             binding.outputs[name] = gpu.memory.take(size_bytes(shape, self._dtypes[name]))
-            bind(name, self._dtypes[name], shape, binding.outputs[name].address)
+            io.bind_output(name, *where(self._dtypes[name], shape, binding.outputs[name].address))
         return binding
+
+    def _discarded(self, sizes: Mapping[str, int]) -> tuple[dict[str, Buffer], dict[str, tuple[int, ...]]]:
+        """Caches for one step, and their shapes. One pair of buffers serves all layers of a shape, because each reads
+        it right after writing it."""
+        pairs: dict[tuple[int, ...], list[Buffer]] = {}
+        buffers: dict[str, Buffer] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for spec in self._specs:
+            shape = self._cache_shape(spec, sizes[BATCH] * blocks(sizes[LENGTH]))
+            if shape not in pairs:
+                pairs[shape] = [self._device.zeroed(size_bytes(shape, self._cache_dtype)) for _ in range(2)]
+            for name, buffer in zip(past_names(spec.name), pairs[shape], strict=True):
+                buffers[name], shapes[name] = buffer, shape
+        return buffers, shapes
 
     def _drop(self) -> None:
         """Drop all free bindings: what they are bound to changes."""
         while self._free:
             self._free.pop()[1].replay.close()
 
-    def _cache_shape(self, spec: CacheSpec, count: int) -> tuple[int, int, int, int]:
+    def _cache_shape(self, spec: CacheSpec, count: int) -> tuple[int, ...]:
         return count, BLOCK, spec.heads, padded_size(spec)
 
     def _sizes(self, inputs: Mapping[str, Value]) -> dict[str, int]:

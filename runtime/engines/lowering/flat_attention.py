@@ -95,11 +95,12 @@ class FlatLowering(ABC):
         self.activations = query.dtype or ir.DataType.FLOAT
         cache = cache_of(node, node.attributes["cache"].as_string())
         heads, size = static(query, 1), padded_size(cache)
-        flat = [self.flat(query, heads, cache.key_size, size), self.flat(key, cache.heads, cache.key_size, size)]
-        flat.append(self.flat(value, cache.heads, cache.value_size, size))
+        queries = self.flat(query, heads, cache.key_size, size)
+        keys = self.flat(key, cache.heads, cache.key_size, size)
+        values = self.flat(value, cache.heads, cache.value_size, size)
         shape, dtype = self.cache_shape(cache), ir.TensorType(self.dtype)
-        keys, values = (ir.Value(name=name, shape=shape, type=dtype) for name in past_names(cache.name))
-        self.graph.inputs.extend([keys, values])
+        key_cache, value_cache = (ir.Value(name=name, shape=shape, type=dtype) for name in past_names(cache.name))
+        self.graph.inputs.extend([key_cache, value_cache])
         sink = self.cast(sinks[0], self.dtype) if sinks and sinks[0] is not None else None
         attributes: dict[str, int | float] = {
             "num_heads": heads,
@@ -108,7 +109,9 @@ class FlatLowering(ABC):
             "softcap": node.attributes["softcap"].as_float() if "softcap" in node.attributes else 0.0,
             "local_window_size": node.attributes["window"].as_int() if "window" in node.attributes else -1,
         }
-        result, *after = self.attend(Attention(*flat, past, new, sink, (keys, values), size, attributes))
+        result, *after = self.attend(
+            Attention(queries, keys, values, past, new, sink, (key_cache, value_cache), size, attributes)
+        )
         for name, present in zip(present_names(cache.name), after, strict=True):
             present.name, present.shape, present.type = name, shape, dtype
             self.graph.outputs.append(present)
