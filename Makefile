@@ -65,7 +65,9 @@ types: $(VENV)/stamp view
 # A file's tests run in one process: what they share is made once. (pytest 9.2 loses the groups of pytest-xdist 3.8.)
 # Times against theory get three goes, for the machine may be shared: what our figures get wrong is wrong every time.
 pytest: checkpoints
-	$(BIN)/pytest -m 'not gpu and not alone' -n 2 --dist loadfile
+	@rm -rf .cache/parity
+	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 2 --dist loadfile
+	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m reality -n 2 --dist loadfile
 	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
 
 docs: $(VENV)/stamp view

@@ -76,7 +76,8 @@ class Executor:
             batches = Batches(signature, cut.stages, lanes, options.queue, options.micro_batch)
             if text_model is not None and cache is not None:
                 hops = generation_hops(cut)
-                generator = Generator(lanes, hops, text_model, cache, options.prefill_chunk, options.queue)
+                chunk = options.prefill_chunk or lanes.step_tokens
+                generator = Generator(lanes, hops, text_model, cache, chunk, options.queue)
             return cls(lanes, cut, batches, generator)
         except BaseException:
             lanes.close()

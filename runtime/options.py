@@ -29,7 +29,7 @@ class OpenKeywords(TypedDict, total=False):
     slots: int
     capacity: int | None
     cache_dtype: CacheDtype | None
-    prefill_chunk: int
+    prefill_chunk: int | None
     rebalance: RebalanceMode
 
 
@@ -55,8 +55,9 @@ class PipelineOptions:
     """Tokens of a prompt and its continuation together. None: as many as the model can place, at most 2048."""
     cache_dtype: CacheDtype | None = None
     """What the caches hold. None: what the engine prefers."""
-    prefill_chunk: int = 128
-    """Max tokens of a prompt per step, so that a long prompt does not hold up the others."""
+    prefill_chunk: int | None = None
+    """Max tokens of a prompt per step, so that a long prompt does not hold up the others. None: as many as keep the
+    devices busy, 128 on CPUs and 512 on GPUs."""
     rebalance: RebalanceMode = "off"
     """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
     ("auto"); docs/how-to/recut.md."""

@@ -223,7 +223,10 @@ class Batches:
     def _cut(
         self, track: _Track, outputs: tuple[str, ...], inputs: dict[str, Array], sizes: dict[str, int]
     ) -> tuple[_Request, list[_MicroBatch]]:
-        pieces = split(self.signature, inputs, sizes, len(track.lanes), self._micro_batch, track.lanes.max_rows)
+        lanes = track.lanes
+        pieces = split(
+            self.signature, inputs, sizes, lanes.places, self._micro_batch, lanes.max_rows, lanes.step_tokens
+        )
         specs = tuple(spec for spec in self.signature.outputs if spec.name in outputs)
         hops = track.route(self.signature, outputs)
         request = _Request(track, sizes, specs, pieces, [{} for _ in pieces], len(pieces))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from stageline.runtime.bundle.manifest import BATCH, LENGTH, TensorSpec
 from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.devices.cpu import CpuDevice
 from stageline.runtime.engines.base import Array
 
-MICRO_BATCHES_PER_STAGE = 2  # one that runs and one that is next
-MIN_TOKENS = 128  # in a micro-batch: below this a stage reads its weights for too little work
+MICRO_BATCHES_PER_PLACE = 2  # one that runs and one that is next
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,29 @@ class RowSelection:
         )
 
 
-def default_rows(rows: int, tokens: float, stages: int, ragged: bool) -> int:
+def default_rows(rows: int, tokens: float, places: int, ragged: bool, step_tokens: int = CpuDevice.step_tokens) -> int:
     """Rows of a micro-batch, for `rows` rows of `tokens` tokens each (on average, padding left out).
 
-    Rows of one length: enough that all stages have work. Rows of different lengths: as few as make a worthwhile
+    `places` stages compute at a time, and `step_tokens` tokens are enough for each (`Device.step_tokens`).
+
+    Rows of one length: enough that all places have work. Rows of different lengths: as few as make a worthwhile
     micro-batch, for the smaller it is, the less padding it computes. Measured on MiniLM: about 128 real tokens are best
     for ragged batches of any size, and double the speed of a single stage.
     """
-    worthwhile = math.ceil(MIN_TOKENS / tokens)
+    worthwhile = math.ceil(step_tokens / tokens)
     if ragged:
         return worthwhile
-    return max(worthwhile, math.ceil(rows / (MICRO_BATCHES_PER_STAGE * stages))) if stages > 1 else rows
+    return max(worthwhile, math.ceil(rows / (MICRO_BATCHES_PER_PLACE * places))) if places > 1 else rows
 
 
 def split(
     signature: Signature,
     inputs: Mapping[str, Array],
     sizes: Mapping[str, int],
-    stages: int,
+    places: int,
     micro_rows: int | None,
     max_rows: int | None = None,
+    step_tokens: int = CpuDevice.step_tokens,
 ) -> list[RowSelection]:
     """Even pieces of at most `micro_rows` rows each (None: by `default_rows`), and never more than `max_rows`, that
     cover the batch once. `inputs` by name, each [batch, ...]; `sizes` of the free dimensions by name."""
@@ -61,7 +64,7 @@ def split(
     if micro_rows is None:
         tokens = sizes.get(LENGTH, 1) if lengths is None else float(lengths.mean())
         ragged = lengths is not None and bool(lengths.min() < lengths.max())
-        micro_rows = default_rows(rows, tokens, stages, ragged)
+        micro_rows = default_rows(rows, tokens, places, ragged, step_tokens)
     count = math.ceil(rows / min(micro_rows, max_rows or rows))
     bounds = [rows * i // count for i in range(count + 1)]
     if lengths is None:

@@ -55,6 +55,11 @@ class Device(Protocol):
         """The cores that the stage's worker may use."""
         ...
 
+    @property
+    def step_tokens(self) -> int:
+        """How many tokens are enough for a step: with fewer its time hardly falls, since it reads all weights."""
+        ...
+
     def start_worker(self, name: str, work: Callable[[], None]) -> threading.Thread:
         """Start a thread that may run engines on this device, and run `work` in it. The caller owns the thread."""
         ...

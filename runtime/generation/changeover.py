@@ -74,8 +74,8 @@ class Changeover:
         try:
             if self.keep_caches:
                 move_caches(old, self.lanes)
-            stages = len(self.lanes)
-            self._scheduler.switch(min(stages, self._scheduler.slot_count), stages, forget=not self.keep_caches)
+            places = self.lanes.places
+            self._scheduler.switch(min(places, self._scheduler.slot_count), places, forget=not self.keep_caches)
             serve_on(self.lanes, self.hops)
         except BaseException as error:
             self._finish("failed")

@@ -90,10 +90,10 @@ class Generator:
         `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests."""
         self.text_model, self.capacity = text_model, cache.capacity
         self._lanes, self._hops = lanes, tuple(hops)
-        groups = min(len(lanes), cache.slots)
+        groups = min(lanes.places, cache.slots)
         chunk = min(chunk, cache.capacity)
         self._scheduler = Scheduler(
-            cache.slots, cache.capacity, groups, chunk, prefills=len(lanes), scaling=text_model.row_scaling
+            cache.slots, cache.capacity, groups, chunk, prefills=lanes.places, scaling=text_model.row_scaling
         )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}

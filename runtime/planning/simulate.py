@@ -56,6 +56,11 @@ class Setting:
     host_step_s: float = 0.0
     host_row_s: float = 0.0
 
+    @property
+    def places(self) -> int:
+        """How many stages can compute at the same time."""
+        return len({stage.core for stage in self.stages})
+
 
 @dataclass(frozen=True)
 class BatchRequest:
@@ -108,7 +113,7 @@ def simulate_batches(
 
     def arrive(request: BatchRequest) -> None:
         run.enter(request.arrival_s)
-        max_rows = micro_rows or default_rows(request.rows, request.length, len(setting.stages), ragged=False)
+        max_rows = micro_rows or default_rows(request.rows, request.length, setting.places, ragged=False)
         count = -(-request.rows // max_rows)
         left = [count]
 
@@ -305,8 +310,7 @@ class _GenerationRun(_Run):
 
     def __init__(self, setting: Setting, slots: int, capacity: int, chunk: int, seed: int):
         super().__init__(setting, seed)
-        stages = len(setting.stages)
-        self.scheduler = Scheduler(slots, capacity, min(stages, slots), chunk, stages)
+        self.scheduler = Scheduler(slots, capacity, min(setting.places, slots), chunk, setting.places)
         self.texts: dict[Continuation, _Text] = {}
 
     def run_all(self, requests: Sequence[TextRequest]) -> SimulationResult:

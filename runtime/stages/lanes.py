@@ -266,6 +266,16 @@ class Lanes:
         return min((lane.max_rows for lane in self._lanes if lane.max_rows is not None), default=None)
 
     @property
+    def places(self) -> int:
+        """How many of the stages can compute at the same time: those on one GPU, or on the same cores, share it."""
+        return len({lane.device.name if lane.device.name != "cpu" else lane.device.cores for lane in self._lanes})
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that are enough for a step (`Device.step_tokens`): of the device that needs fewest, the slowest."""
+        return min(lane.device.step_tokens for lane in self._lanes)
+
+    @property
     def open_s(self) -> float:
         """Seconds since all stages are open."""
         return perf_counter() - self._opened_at

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -27,8 +28,9 @@ def compiler() -> str | None:
     return shutil.which("cc") or shutil.which("gcc")
 
 
-def make(folder: Path, provider: Path, headers: Path) -> None:
-    """Compile the libraries into `folder`. `provider`: ONNX Runtime's CUDA provider, `headers`: of CUDA's runtime."""
+def make(folder: Path, provider: Path, headers: Sequence[Path]) -> None:
+    """Compile the libraries into `folder`. `provider`: ONNX Runtime's CUDA provider, `headers`: the folders of those of
+    CUDA's runtime."""
     wanted = _undefined(provider)
     wanted["libcudnn.so.9"] = set(re.findall(r"\0(cudnn[A-Z]\w+)(?=\0)", provider.read_bytes().decode("latin-1")))
     for library in LIBRARIES:
@@ -47,8 +49,7 @@ def make(folder: Path, provider: Path, headers: Path) -> None:
             "-fcommon",
             "-O1",
             "-w",
-            f"-I{headers}",
-            f"-I{HERE}",
+            *[f"-I{one}" for one in (*headers, HERE)],
             f"-Wl,-soname,{library}",
         ]
         subprocess.run([*command, *versioned, "-o", folder / library, *sources, made, "-ldl"], check=True)

@@ -13,7 +13,7 @@ typedef int Result;
 typedef uint64_t Address;
 typedef void *Handle;
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 101, INVALID_CONTEXT = 201, PTX = 218 };
-enum { NOT_FOUND = 500, NOT_READY = 600, PEER_ENABLED = 704 };
+enum { NOT_FOUND = 500, NOT_READY = 600, PEER_ENABLED = 704, CAPTURE_INVALIDATED = 901 };
 
 static __thread Handle current;
 #define NEEDS_CONTEXT if (!current) return INVALID_CONTEXT
@@ -23,6 +23,7 @@ typedef struct { float *x, *y, a, b; unsigned count; } Kernel;
 static Kernel captured[64];
 static int captures = -1; /* how many are captured; -1: none is under way */
 static Handle capturing;
+__thread int stub_capturing; /* 1: this thread captures; 2: and has made a call that ends it (stub_cudart.c) */
 
 static Result made(Handle *handle, uintptr_t kind) { static int count; *handle = (Handle)(kind + ++count); return SUCCESS; }
 
@@ -151,6 +152,7 @@ Result cuStreamBeginCapture_v2(Handle stream, int mode) { CALLED;
   REFUSE_IF(mode != 1); /* of this thread */
   capturing = stream;
   captures = 0;
+  stub_capturing = 1;
   return SUCCESS;
 }
 static int graph_size;
@@ -159,6 +161,9 @@ Result cuStreamEndCapture(Handle stream, Handle *graph) {
   REFUSE_IF(stream != capturing);
   graph_size = captures;
   captures = -1;
+  int invalidated = stub_capturing == 2;
+  stub_capturing = 0;
+  if (invalidated) return CAPTURE_INVALIDATED;
   return made(graph, 0x70000);
 }
 Result cuGraphInstantiateWithFlags(Handle *executable, Handle graph, unsigned long long flags) {

@@ -2,9 +2,21 @@
  * CUDA provider of ONNX Runtime opens sessions, and shows what it launches, copies and waits for (tests/reality/).
  * What is not here is made by cuda_stubs.py: it returns success. */
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 #include "stub_calls.h"
+
+/* A thread that captures may not wait or allocate: such a call fails, and so does the capture. */
+static int in_capture(void) {
+  int *capturing = dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), "stub_capturing"); /* this thread's */
+  return capturing && *capturing;
+}
+static int refused(void) {
+  int *capturing = dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), "stub_capturing"); /* this thread's */
+  return capturing && *capturing ? *capturing = 2 : 0;
+}
+#define NOT_IN_CAPTURE do { if (refused()) { COUNT("refused in a capture"); return cudaErrorStreamCaptureUnsupported; } } while (0)
 
 static void *memory(size_t size) { /* zeros: garbage might be no numbers */
   size = (size + 512) / 256 * 256;
@@ -51,17 +63,21 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int de
   return 0;
 }
 
-cudaError_t cudaMalloc(void **to, size_t size) { CALLED; *to = memory(size); return 0; }
+cudaError_t cudaMalloc(void **to, size_t size) { NOT_IN_CAPTURE; CALLED; *to = memory(size); return 0; }
 cudaError_t cudaMallocFromPoolAsync(void **to, size_t size, cudaMemPool_t pool, cudaStream_t stream) { CALLED; *to = memory(size); return 0; }
-cudaError_t cudaFree(void *what) { CALLED; free(what); return 0; }
+cudaError_t cudaFree(void *what) { NOT_IN_CAPTURE; CALLED; free(what); return 0; }
 cudaError_t cudaFreeAsync(void *what, cudaStream_t stream) { CALLED; free(what); return 0; }
-cudaError_t cudaHostAlloc(void **to, size_t size, unsigned flags) { CALLED; *to = memory(size); return 0; }
-cudaError_t cudaMallocHost(void **to, size_t size) { CALLED; *to = memory(size); return 0; }
-cudaError_t cudaFreeHost(void *what) { CALLED; free(what); return 0; }
+cudaError_t cudaHostAlloc(void **to, size_t size, unsigned flags) { NOT_IN_CAPTURE; CALLED; *to = memory(size); return 0; }
+cudaError_t cudaMallocHost(void **to, size_t size) { NOT_IN_CAPTURE; CALLED; *to = memory(size); return 0; }
+cudaError_t cudaFreeHost(void *what) { NOT_IN_CAPTURE; CALLED; free(what); return 0; }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) { *available = 79ull << 30; *total = 80ull << 30; return 0; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { NOT_IN_CAPTURE; CALLED; return 0; }
+cudaError_t cudaDeviceSynchronize(void) { NOT_IN_CAPTURE; CALLED; return 0; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { NOT_IN_CAPTURE; CALLED; return 0; }
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) { NOT_IN_CAPTURE; CALLED; function(data); return 0; }
 cudaError_t cudaMemset(void *what, int value, size_t size) { CALLED; memset(what, value, size); return 0; }
 cudaError_t cudaMemsetAsync(void *what, int value, size_t size, cudaStream_t stream) { CALLED; memset(what, value, size); return 0; }
-cudaError_t cudaMemcpy(void *to, const void *of, size_t size, enum cudaMemcpyKind kind) { CALLED; memmove(to, of, size); return 0; }
+cudaError_t cudaMemcpy(void *to, const void *of, size_t size, enum cudaMemcpyKind kind) { NOT_IN_CAPTURE; CALLED; memmove(to, of, size); return 0; }
 cudaError_t cudaMemcpyAsync(void *to, const void *of, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   if (kind == cudaMemcpyHostToDevice) COUNT("cudaMemcpyAsync to the device");
   else if (kind == cudaMemcpyDeviceToHost) COUNT("cudaMemcpyAsync to the host");
@@ -80,7 +96,10 @@ cudaError_t cudaStreamCreate(cudaStream_t *made) { *made = handle(); return 0; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *made, unsigned flags) { *made = handle(); return 0; }
 cudaError_t cudaEventCreate(cudaEvent_t *made) { *made = handle(); return 0; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *made, unsigned flags) { *made = handle(); return 0; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) { *status = 0; return 0; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
+  *status = in_capture() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return 0;
+}
 const char *cudaGetErrorString(cudaError_t error) { return "an error of the stub"; }
 const char *cudaGetErrorName(cudaError_t error) { return "stubError"; }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *all, const void *what) {

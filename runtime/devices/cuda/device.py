@@ -18,6 +18,10 @@ from stageline.runtime.devices.cuda.pools import Buffer
 class CudaDevice:
     """A stage's part of a GPU. Keeps the promises of `Device`; owns its streams until `close()`, borrows the GPU."""
 
+    # A weight of two bytes is read while an H100 computes with it for 295 tokens (989 TFLOP/s, 3.35 TB/s), an L4 for
+    # 403 (121 TFLOP/s, 0.3 TB/s).
+    step_tokens = 512
+
     def __init__(self, gpu: Gpu, stage: int, cores: tuple[int, ...], closed: Callable[[], None]) -> None:
         """`cores` may feed the GPU; `closed` is called once by `close`."""
         self.gpu, self.stage, self.cores, self.name = gpu, stage, cores, gpu.name

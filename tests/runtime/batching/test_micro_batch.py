@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from stageline.runtime.batching.micro_batch import MIN_TOKENS, default_rows, join, split, take
+from stageline.runtime.batching.micro_batch import default_rows, join, split, take
 from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
@@ -61,10 +61,16 @@ def test_a_free_dimension_of_unknown_meaning_keeps_rows_whole() -> None:
 
 
 def test_default_rows_keep_stages_busy_unless_the_batch_is_small() -> None:
-    assert default_rows(1, 128, stages=4, ragged=False) == 1
-    assert default_rows(64, 128, stages=1, ragged=False) == 64
-    assert default_rows(64, 128, stages=4, ragged=False) == 8
-    assert default_rows(8, 16, stages=4, ragged=False) == MIN_TOKENS // 16
+    assert default_rows(1, 128, places=4, ragged=False) == 1
+    assert default_rows(64, 128, places=1, ragged=False) == 64
+    assert default_rows(64, 128, places=4, ragged=False) == 8
+    assert default_rows(8, 16, places=4, ragged=False) == 128 // 16
+
+
+def test_micro_batches_are_larger_where_more_tokens_cost_no_more() -> None:
+    assert default_rows(64, 16, places=1, ragged=True) == 8
+    assert default_rows(64, 16, places=1, ragged=True, step_tokens=512) == 32
+    assert default_rows(64, 128, places=4, ragged=False, step_tokens=512) == 8
 
 
 def test_ragged_rows_go_in_small_micro_batches_even_through_one_stage() -> None:
