@@ -4,10 +4,13 @@ from collections.abc import Callable, Hashable
 
 from stageline.runtime.devices.cuda.driver import CudaError, Driver
 
+_CAPTURES = 3  # of a work, before it counts as refused
+
 
 class Replay:
     """Repeats the same work in one stream: it is enqueued the first time, when libraries may still allocate, captured
-    the second time, and replayed from then on. Other work (another `key`: shape and addresses) starts over.
+    the second time, and replayed from then on. Other work (another `key`: shape and addresses) starts over. What a
+    library still allocates ends a capture, but seldom the next one: each work has three of them.
 
     Used by one thread; owns the captured graph until `close()`.
     """
@@ -19,6 +22,7 @@ class Replay:
         self._graph: int | None = None
         self.captures = 0
         """How often work was captured."""
+        self._failures = 0
         self.refused: str | None = None
         """Why the work cannot be captured, once known; it is then enqueued each time."""
 
@@ -34,13 +38,13 @@ class Replay:
         once."""
         if key != self._key:
             self.close()
-            self._key, self._seen = key, 0
-        if self._graph is None and self._seen == 1 and self.refused is None:
+            self._key, self._seen, self._failures = key, 0, 0
+        if self._graph is None and self._seen and self.refused is None:
             if may_be_captured():
                 self._capture(enqueue)
             else:
                 self.refused = "it says itself that it cannot be captured"
-        self._seen = min(self._seen + 1, 2)
+        self._seen = 1
         if self._graph is not None:
             self._driver.launch(self._graph, self._stream)
         else:
@@ -65,11 +69,16 @@ class Replay:
         except CudaError as error:
             if error.sticky:
                 raise
-            self.refused = str(failure or error)
+            self._failed(failure or error)
             return
         if failure is not None:
             self._driver.destroy_graph(graph)
-            self.refused = str(failure)
+            self._failed(failure)
             return
         self._graph = graph
         self.captures += 1
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures == _CAPTURES:
+            self.refused = str(error)

@@ -59,13 +59,25 @@ def test_what_cannot_be_captured_is_enqueued_each_time(call: str) -> None:
     work = Adder()
     replay = Replay(work.driver, work.stream)
     replay.run("a", work.enqueue)
-    work.driver.fail(call, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
-    for _ in range(4):
+    for number in range(3):  # a kernel runs between two captures as well
+        work.driver.fail(call, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", number if call == "kernel" else 0)
+    for _ in range(6):
         replay.run("a", work.enqueue)
-    assert work.sum == 5
+    assert work.sum == 7
     assert replay.captures == 0
     assert "CUDA_ERROR_STREAM_CAPTURE" in (replay.refused or "")
-    assert work.driver.count_of("begin_capture") == 1
+    assert work.driver.count_of("begin_capture") == 3
+
+
+def test_what_allocated_once_more_is_captured_the_next_time() -> None:
+    work = Adder()
+    replay = Replay(work.driver, work.stream)
+    replay.run("a", work.enqueue)
+    work.driver.fail("end_capture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
+    for _ in range(3):
+        replay.run("a", work.enqueue)
+    assert work.sum == 4
+    assert (replay.captures, replay.refused) == (1, None)
 
 
 def test_a_lost_gpu_is_reported_at_once() -> None:
