@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 from stageline.models.errors import EngineError
+from stageline.runtime.devices.base import Array
 from stageline.runtime.devices.cuda.arrays import size_bytes
 from stageline.runtime.devices.cuda.device import CudaDevice
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.graphs import Replay
+from stageline.runtime.devices.cuda.launch import packed
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.tensorrt.loading import Loaded
 
@@ -30,22 +32,26 @@ _KEPT = 16  # bindings of different keys; more if leased at the same time
 
 @dataclass(frozen=True)
 class Key:
-    """What a binding is bound for: the profile's number, the shape of each input, the address of each cache, and the
-    rows of the caches."""
+    """What a binding is bound for: the profile's number, the shape of each input, which of them come from the host, the
+    address of each cache, and the rows of the caches."""
 
     profile: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    host: tuple[str, ...]
     caches: tuple[tuple[str, int], ...]
     rows: int
 
 
 @dataclass(eq=False)
 class Binding:
-    """An execution context and what it is bound to. `key` is None while it is incomplete."""
+    """An execution context and what it is bound to. `key` is None while it is incomplete. Inputs from the host lie in
+    `packed`, at their `offsets`, so that one upload brings them all; each of the others has a buffer of its own."""
 
     context: Any
     replay: Replay
+    packed: Buffer
     key: Key | None = None
+    offsets: Mapping[str, int] = field(default_factory=dict)
     inputs: dict[str, Buffer] = field(default_factory=dict)
     outputs: dict[str, Buffer] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -78,8 +84,9 @@ class Bindings:
         self._all: list[Binding] = []
         self._free: list[Binding] = []  # those of them that are not leased, the last used at the end
 
-    def take(self, key: Key) -> Binding:
-        """A free binding for `key`. EngineError if TensorRT refuses it, CudaError if there is no memory."""
+    def take(self, key: Key, host: Mapping[str, Array]) -> Binding:
+        """A free binding for `key`, whose inputs from the host have the sizes of `host`. EngineError if TensorRT
+        refuses it, CudaError if there is no memory."""
         for number, binding in enumerate(self._free):
             if binding.key == key:
                 return self._free.pop(number)
@@ -89,11 +96,13 @@ class Bindings:
             binding = self._free.pop(number)
         else:
             binding = Binding(
-                self._loaded.context(self._scratch.address), Replay(self._device.gpu.driver, self._device.stream)
+                self._loaded.context(self._scratch.address),
+                Replay(self._device.gpu.driver, self._device.stream),
+                self._device.gpu.memory.take(1),
             )
             self._all.append(binding)
         try:
-            self._bind(binding, key)
+            self._bind(binding, key, host)
         except (EngineError, CudaError):
             self._free.insert(0, binding)
             raise
@@ -117,15 +126,22 @@ class Bindings:
             for binding in bindings:
                 binding.context, binding.inputs, binding.outputs = None, {}, {}
 
-    def _bind(self, binding: Binding, key: Key) -> None:
+    def _bind(self, binding: Binding, key: Key, host: Mapping[str, Array]) -> None:
         context, stream = binding.context, self._device.stream
         self._loaded.forget_errors()
         binding.key = None
         place = key.profile
         if context.active_optimization_profile != place and not context.set_optimization_profile_async(place, stream):
             raise self._loaded.refused(f"refused its profile {place}")
+        binding.offsets, packed_bytes = packed(host)
+        if binding.packed.size_bytes < packed_bytes:
+            binding.packed = self._device.gpu.memory.take(packed_bytes)
         for name, shape in key.shapes:
             self._set_shape(context, name, shape)
+            if name in binding.offsets:
+                binding.inputs.pop(name, None)
+                self._set_address(context, name, binding.packed.address + binding.offsets[name])
+                continue
             size = size_bytes(shape, self._dtypes[name])
             if name not in binding.inputs or binding.inputs[name].size_bytes < size:
                 binding.inputs[name] = self._device.zeroed(size)  # rows that a run does not fill are finite, and valid

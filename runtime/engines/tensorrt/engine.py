@@ -213,11 +213,17 @@ class TensorRTEngine:
         if slots is not None:
             count = max(rows, min(rounded_rows(rows), slots, profile.sizes[BATCH].max if BATCH in profile.sizes else 1))
             shapes = {name: (count, *shape[1:]) if name in self._by_row else shape for name, shape in shapes.items()}
+        host = {
+            name: self._filled(value, shape, self._dtypes[name])
+            for name, shape in shapes.items()
+            if isinstance(value := inputs[name], np.ndarray)
+        }
         with Launch(device, f"stage {self._number} {profile.name}") as launch:
-            binding = self._bindings.take(Key(place, tuple(shapes.items()), caches, count))
+            binding = self._bindings.take(Key(place, tuple(shapes.items()), tuple(host), caches, count), host)
             lease = self._bindings.lease(binding)
+            launch.upload_all(host, binding.packed, binding.offsets)
             for name, buffer in binding.inputs.items():
-                launch.put(self._with_rows(name, inputs[name], count), buffer, self._dtypes[name])
+                launch.put(inputs[name], buffer, self._dtypes[name])
             for buffer in binding.outputs.values():
                 launch.await_guards(buffer)
                 launch.touch(buffer)
@@ -232,14 +238,15 @@ class TensorRTEngine:
             results[name] = CudaArray(device, binding.outputs[name], shape, self._dtypes[name], done, lease)
         return results
 
-    def _with_rows(self, name: str, value: Value, count: int) -> Value:
-        """An array of the host with rows of zeros up to `count`. In a buffer on the GPU, later rows keep values of an
-        earlier step: nobody reads what is computed from them."""
-        if name not in self._by_row or not isinstance(value, np.ndarray) or len(value) == count:
-            return value
-        padded = np.zeros((count, *value.shape[1:]), value.dtype)
-        padded[: len(value)] = value
-        return padded
+    @staticmethod
+    def _filled(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array of the host in `dtype`, with rows of zeros up to `shape`. In a buffer on the GPU, later rows keep
+        values of an earlier step: nobody reads what is computed from them."""
+        if array.shape == shape:
+            return array.astype(dtype, copy=False)
+        filled = np.zeros(shape, dtype)
+        filled[: len(array)] = array
+        return filled
 
     def _execute(self, binding: Binding) -> None:
         self._loaded.forget_errors()

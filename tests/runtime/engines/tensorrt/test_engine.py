@@ -153,6 +153,7 @@ def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(deco
             assert driver.count_of("synchronize_event") == driver.count_of("download") == 50  # the logits
             assert driver.count_of("synchronize", "free", "free_host") == 0
             assert driver.count_of("copy_peer") == 50 * 1
+            assert driver.count_of("upload") == 50 * 2  # one for each stage, whatever it takes
             new.append(driver.count_of("allocate", "allocate_host", "new_event"))
             if new[-1] == 0:
                 break
