@@ -342,6 +342,8 @@ def _session(stage: StageFile, device: CudaDevice, quantise: WeightDtype | None)
     options.log_severity_level = 4  # fatal only: errors are raised
     options.intra_op_num_threads = 1  # the host only computes shapes
     options.enable_mem_pattern = False  # or the second run of a shape would allocate, which a capture forbids
+    # In ONNX Runtime 1.31 it overwrites shapes that the host still reads, in models with experts.
+    options.enable_mem_reuse = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root_of(stage.folder)))
     lowered = lowered_for_cuda(stage, quantise)
     try:

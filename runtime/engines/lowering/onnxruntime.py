@@ -15,6 +15,16 @@ from stageline.runtime.engines.lowering.paged import to_paged
 from stageline.runtime.engines.lowering.precision import read_as_stored, to_precision, widen_initializers
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
 
+_NO_BFLOAT16 = frozenset(
+    {"ArgMax", "ArgMin", "BatchNormalization", "Ceil", "Clip", "ConvTranspose", "CumSum", "DepthToSpace", "Einsum"}
+    | {"Elu", "Equal", "Floor", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "GridSample"}
+    | {"InstanceNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MaxPool", "NonZero", "OneHot"}
+    | {"Pad", "PRelu", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"}
+    | {"ReduceMin", "ReduceProd", "ReduceSumSquare", "Resize", "Round", "Selu", "SpaceToDepth", "ThresholdedRelu"}
+)
+"""Operators that have kernels for float32 on GPUs and none for bfloat16, in ONNX Runtime 1.31 (its registered kernels,
+which it lists only where TensorRT is installed). Computing them in float32 is right in every version."""
+
 
 def lowered(stage: StageFile, cache_dtype: ir.DataType, quantise: WeightDtype | None, grouped: bool = True) -> bytes:
     """The stage's graph as ONNX bytes for CPUs: all half-precision values in float32, its caches lowered, its weights
@@ -69,7 +79,8 @@ def lowered_for_cuda(stage: StageFile, quantise: WeightDtype | None) -> LoweredF
     IdentityEliminationPass()(model)
     if dtype is not None:
         names = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
-        to_precision(model, dtype, names)
+        bare = _NO_BFLOAT16 if dtype == ir.DataType.BFLOAT16 else ()
+        to_precision(model, dtype, names, {str(node.name) for node in model.graph if node.op_type in bare})
     read_as_stored(model)
     return LoweredForCuda(ir.to_proto(model).SerializeToString(), dtype or ir.DataType.FLOAT16)
 
