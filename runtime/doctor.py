@@ -14,6 +14,7 @@ from typing import Any
 
 from stageline.models.catalogue import CATALOGUE, default_root
 from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.devices.cuda.driver import too_old
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX
 from stageline.runtime.engines.tensorrt.targets import PORTABLE, RTX_TARGETS
 
@@ -163,6 +164,8 @@ def _clashes(driver: NvidiaDriver) -> Iterator[str]:
             "install only onnxruntime-gpu: it runs on the CPU as well"
         )
     yield from (flavour.too_old for flavour in FLAVOURS.values() if flavour.too_old)
+    if driver.cuda and (old := too_old(tuple(map(int, driver.cuda.split("."))))):
+        yield old
     on_gpus = _version("onnxruntime-gpu") or any(flavour.installed for flavour in FLAVOURS.values())
     if driver.version and on_gpus and not _version("cuda-bindings"):
         yield 'a driver and an engine for GPUs are installed, but not CUDA for Python: pip install "stageline[gpu]"'

@@ -135,7 +135,7 @@ class FakeTensorRT:
         """How many were made."""
         self.refuse = ""
         """What is to be refused, and so logged: `plan`, `run`, `shape` or `capture`. `silently`: a run, not logged.
-        `asked`: capture, by a context of TensorRT-RTX that is asked before."""
+        `asked`: capture, by a context of TensorRT-RTX that is asked before. `memory`: another context."""
         self.compiled: list[str] = []
         """The kernels that were compiled, not found in a cache."""
 
@@ -232,8 +232,10 @@ class _Engine:
     def create_runtime_config(self) -> _Config:
         return _RtxConfig() if isinstance(self.runtime.module, FakeTensorRTRtx) else _Config()
 
-    def create_execution_context(self, config: _Config) -> "_Context":
+    def create_execution_context(self, config: _Config) -> "_Context | None":
         assert config.strategy == "user managed"
+        if self.runtime.module.refuse == "memory":
+            return None
         self.runtime.module.contexts += 1
         return _RtxContext(self, config) if isinstance(config, _RtxConfig) else _Context(self)
 

@@ -28,7 +28,10 @@ __thread int stub_capturing; /* 1: this thread captures; 2: and has made a call 
 static Result made(Handle *handle, uintptr_t kind) { static int count; *handle = (Handle)(kind + ++count); return SUCCESS; }
 
 Result cuInit(unsigned flags) { return SUCCESS; }
-Result cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
+#ifndef DRIVER_CUDA
+#define DRIVER_CUDA 13000
+#endif
+Result cuDriverGetVersion(int *version) { *version = DRIVER_CUDA; return SUCCESS; }
 Result cuDeviceGetCount(int *count) { *count = 2; return SUCCESS; }
 Result cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 2 ? SUCCESS : NO_DEVICE; }
 Result cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "stub %d", device); return SUCCESS; }

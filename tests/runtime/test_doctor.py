@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from stageline.runtime import doctor
 from stageline.runtime.devices.cpu import allowed_cores
-from stageline.runtime.doctor import diagnose, read_nvml
+from stageline.runtime.doctor import NvidiaDriver, diagnose, read_nvml
 from stageline.runtime.engines import ENGINES
 from stageline.runtime.engines.tensorrt import flavour
 
@@ -112,6 +112,12 @@ def test_two_onnxruntimes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(doctor, "_version", lambda *packages: "1.32.0" if "onnxruntime" in packages[0] else None)
     (problem,) = diagnose().problems
     assert "onnxruntime and onnxruntime-gpu are both installed" in problem
+
+
+def test_an_old_driver_is_a_problem() -> None:
+    (problem,) = (line for line in doctor._clashes(NvidiaDriver("535.1", "12.2", None)) if "driver is for" in line)
+    assert problem == "the NVIDIA driver is for CUDA 12.2, and Stageline needs one for 12.8 or newer; update the driver"
+    assert not [line for line in doctor._clashes(NvidiaDriver("595.1", "13.2", None)) if "driver is for" in line]
 
 
 def test_gpus_are_read_through_nvml() -> None:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from stageline.models.errors import EngineError
 
 INSTALL = 'pip install "stageline[gpu]"'
+OLDEST_CUDA = (12, 8)
+"""The CUDA of the oldest driver that has all calls. The youngest is cuEventElapsedTime_v2, in cuda.bindings."""
 _STICKY = frozenset(
     f"CUDA_ERROR_{name}"
     for name in (
@@ -181,6 +183,9 @@ def load() -> Driver:
         raise EngineError(f"CUDA for Python is not installed: {INSTALL}") from error
     try:
         bindings = Bindings(cuda)
+        old = too_old(bindings.cuda_version())
+        if old is not None:
+            raise EngineError(old)
         count = bindings.count()
     except CudaError as error:
         raise EngineError(f"the NVIDIA driver does not work ({error}); see: stageline doctor") from error
@@ -189,6 +194,14 @@ def load() -> Driver:
     if count == 0:
         raise EngineError("the NVIDIA driver shows no GPU (is CUDA_VISIBLE_DEVICES set?); see: stageline doctor")
     return bindings
+
+
+def too_old(version: tuple[int, ...]) -> str | None:
+    """What is wrong with a driver for this version of CUDA; None: nothing."""
+    if version >= OLDEST_CUDA:
+        return None
+    here, oldest = (".".join(map(str, one)) for one in (version, OLDEST_CUDA))
+    return f"the NVIDIA driver is for CUDA {here}, and Stageline needs one for {oldest} or newer; update the driver"
 
 
 class Bindings:
@@ -207,6 +220,11 @@ class Bindings:
         if status != self._success:
             raise CudaError(function.__name__, getattr(status, "name", str(status)))
         return results[0] if results else None
+
+    def cuda_version(self) -> tuple[int, int]:
+        """The newest CUDA that the driver runs: (13, 2)."""
+        number = int(self._call(self._cuda.cuDriverGetVersion))  # 13020
+        return number // 1000, number % 1000 // 10
 
     def count(self) -> int:
         return int(self._call(self._cuda.cuDeviceGetCount))

@@ -496,6 +496,44 @@ def test_out_of_memory_for_the_caches_is_reported(decoder: Path, install: Instal
     assert (driver.live_blocks, driver.live_handles) == (0, 0)
 
 
+@pytest.mark.parametrize("call", ["launch", "kernel", "synchronize_event", "upload", "record"])
+def test_a_gpu_that_is_lost_while_it_generates_is_one_line(call: str, decoder: Path, install: Install) -> None:
+    driver = FakeDriver()
+    install(driver)
+    lost = (
+        r"cuda:0 is lost after CUDA_ERROR_CONTAINED in \w+ \(first seen in stage \d\); close the pipeline and restart"
+    )
+    with opened(decoder) as pipeline:
+        pipeline.generate([3, 4, 5], max_tokens=10).result(SECONDS)
+        driver.fail(call, "CUDA_ERROR_CONTAINED", after=2)
+        for _ in range(2):
+            with pytest.raises(EngineError, match=lost) as caught:
+                pipeline.generate([9, 8, 7], max_tokens=20).result(SECONDS)
+            assert "\n" not in str(caught.value)
+
+
+def test_out_of_memory_in_a_step_is_one_line_and_what_comes_later_runs(decoder: Path, install: Install) -> None:
+    driver = FakeDriver()
+    module = install(driver)
+    batch = {"input_ids": np.ones((3, 11), np.int64)}  # needs memory that no step before it has needed
+    full = r"stage \d: no memory on cuda:0 .*; open with fewer slots, a smaller capacity or smaller micro-batches$"
+    with opened(decoder) as pipeline:
+        first = tokens_of(pipeline.generate([3, 4, 5], max_tokens=4))
+        for call in ("allocate", "allocate_host"):
+            for _ in range(2):  # also after what is free was given back
+                driver.fail(call, "CUDA_ERROR_OUT_OF_MEMORY")
+            with pytest.raises(EngineError, match=full):
+                pipeline.run(batch)
+            driver._failures.clear()
+            assert tokens_of(pipeline.generate([3, 4, 5], max_tokens=4)) == first
+        module.refuse = "memory"
+        with pytest.raises(EngineError, match=r"stage \d has no memory for another execution context in TensorRT on"):
+            pipeline.run({"input_ids": np.ones((4, 7), np.int64)})
+        module.refuse = ""
+        assert pipeline.run(batch)["logits"].shape == (3, 11, 99)
+    assert driver.live_blocks == 0
+
+
 def test_tensorrt_does_not_run_on_cpus(decoder: Path) -> None:
     from stageline.runtime.devices.cpu import CpuDevice
 
