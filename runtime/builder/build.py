@@ -20,7 +20,7 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import FileEntry
 from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines.base import StageFile
-from stageline.runtime.engines.tensorrt.flavour import Flavour
+from stageline.runtime.engines.tensorrt.flavour import Flavour, check_buildable
 from stageline.runtime.engines.tensorrt.guard import is_current, weight_digests
 from stageline.runtime.engines.tensorrt.lower import (
     QUANTISED,
@@ -32,6 +32,7 @@ from stageline.runtime.engines.tensorrt.lower import (
 )
 from stageline.runtime.engines.tensorrt.records import EngineRecord, OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.store import FOLDER, EngineStore, locked
+from stageline.runtime.engines.tensorrt.targets import gpu_here
 from stageline.runtime.workload import Workload
 
 _BASE_BYTES, _WEIGHTS_TIMES = 600e6, 4
@@ -127,6 +128,7 @@ def check(wanted: WantedEngine, options: Options, activations: str) -> None:
     flavour = wanted.flavour
     if flavour.too_old is not None:
         raise EngineError(flavour.too_old)
+    check_buildable(flavour, wanted.target, gpu_here())
     for precision in (wanted.precision, computed_precision(wanted.precision, activations)):
         if wanted.target in _LACKING.get(precision, ()):
             raise EngineError(

@@ -128,13 +128,22 @@ def choose(target: str, gpu: TargetGpu | None) -> Flavour:
         if here and not (TENSORRT_RTX.installed and gpu is not None and TENSORRT_RTX.runs(target, gpu)):
             return TENSORRT
         return _installed(TENSORRT_RTX)
-    if gpu is None or gpu.target != target:
+    check_buildable(TENSORRT, target, gpu)
+    return _installed(TENSORRT)
+
+
+def check_buildable(flavour: Flavour, target: str, gpu: TargetGpu | None) -> None:
+    """EngineError if `flavour` does not build for `target` on a machine with this GPU."""
+    if flavour.builds_anywhere:
+        if target not in (PORTABLE, *RTX_TARGETS):
+            known = ", ".join((PORTABLE, *RTX_TARGETS))
+            raise EngineError(f"target {target}: {flavour.title} builds for {known}; leave --flavour out")
+    elif gpu is None or not flavour.runs(target, gpu):
         there = "has no NVIDIA GPU" if gpu is None else f"has {gpu}"
         raise EngineError(
-            f"target {target}: TensorRT builds for it only on such a GPU, and this machine {there}; run "
+            f"target {target}: {flavour.title} builds for it only on such a GPU, and this machine {there}; run "
             f"stageline build there, or choose one of: {', '.join((PORTABLE, *RTX_TARGETS))}"
         )
-    return _installed(TENSORRT)
 
 
 def _installed(flavour: Flavour) -> Flavour:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from stageline.models.errors import EngineError, StagelineError
-from stageline.runtime.builder.build import WantedEngine, check
+from stageline.runtime.builder import build
 from stageline.runtime.bundle.float32_nodes import write_float32_nodes
 from stageline.runtime.bundle.folder import Bundle, file_entry
 from stageline.runtime.bundle.recut import recut
@@ -269,6 +269,37 @@ def test_the_flavour_follows_target_and_what_is_installed(monkeypatch: pytest.Mo
         check_target("ada")
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "gpu", "message"),
+    [
+        (
+            "tensorrt-rtx",
+            "sm90",
+            TargetGpu("H100", "sm90"),
+            "target sm90: TensorRT-RTX builds for portable, sm75, sm80",
+        ),
+        ("tensorrt-rtx", "sm100", None, "target sm100: TensorRT-RTX builds for portable, sm75"),
+        ("tensorrt", "sm89", TargetGpu("H100", "sm90"), "target sm89: TensorRT builds for it only on such a GPU, and"),
+        ("tensorrt", "portable", None, "and this machine has no NVIDIA GPU; run stageline build there"),
+        ("tensorrt", "portable", TURING, r"only on such a GPU, and this machine has RTX 2080 \(sm75\)"),
+        ("tensorrt", "portable", ADA, None),
+        ("tensorrt", "sm89", ADA, None),
+        ("tensorrt-rtx", "sm121", None, None),
+    ],
+)
+def test_a_flavour_that_is_named_must_build_for_the_target(
+    name: flavour.FlavourName, target: str, gpu: TargetGpu | None, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "gpu_here", lambda: gpu)
+    monkeypatch.setattr(flavour, "version", lambda name: "10.15.1")
+    wanted = build.WantedEngine(flavour.FLAVOURS[name], target, "fp16")
+    if message is None:
+        build.check(wanted, Options(), "float32")
+    else:
+        with pytest.raises(EngineError, match=message):
+            build.check(wanted, Options(), "float32")
+
+
 def test_without_tensorrt_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = replace(flavour.TENSORRT_RTX, module="no_such_tensorrt")
     with pytest.raises(EngineError, match=r'TensorRT-RTX is not installed: pip install "stageline\[rtx\]"'):
@@ -297,7 +328,7 @@ def test_an_older_tensorrt_is_refused_before_it_is_loaded(monkeypatch: pytest.Mo
         flavour.TENSORRT.load()
     assert str(caught.value) == message
     with pytest.raises(EngineError, match=r"needs 10\.15 or newer"):
-        check(WantedEngine(flavour.TENSORRT, "sm90", "fp16"), Options(), "float32")
+        build.check(build.WantedEngine(flavour.TENSORRT, "sm90", "fp16"), Options(), "float32")
     assert message in diagnose().problems
     monkeypatch.setattr(flavour, "version", lambda name: "10.15.1.29")
     assert flavour.TENSORRT.too_old is None
