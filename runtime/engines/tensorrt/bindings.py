@@ -33,11 +33,12 @@ _KEPT = 16  # bindings of different keys; more if leased at the same time
 @dataclass(frozen=True)
 class Key:
     """What a binding is bound for: the profile's number, the shape of each input, which of them come from the host, the
-    address of each cache, and the rows of the caches."""
+    addresses of those that are read where another stage left them, and of each cache, and the rows of the caches."""
 
     profile: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     host: tuple[str, ...]
+    here: tuple[tuple[str, int], ...]
     caches: tuple[tuple[str, int], ...]
     rows: int
 
@@ -45,7 +46,8 @@ class Key:
 @dataclass(eq=False)
 class Binding:
     """An execution context and what it is bound to. `key` is None while it is incomplete. Inputs from the host lie in
-    `packed`, at their `offsets`, so that one upload brings them all; each of the others has a buffer of its own."""
+    `packed`, at their `offsets`, so that one upload brings them all. Those that are not read where they are have each a
+    buffer of their own, in `inputs`."""
 
     context: Any
     replay: Replay
@@ -57,10 +59,14 @@ class Binding:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class _Lease:
-    """Held by the outputs of a run; once the last of them is gone, the binding is free."""
+class Lease:
+    """Held by the outputs of a run; once the last of them is gone, the binding is free. `rows`: how many the outputs
+    have, those that were added included."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "rows")
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
 
 
 class Bindings:
@@ -108,9 +114,9 @@ class Bindings:
             raise
         return binding
 
-    def lease(self, binding: Binding) -> object:
+    def lease(self, binding: Binding, rows: int) -> Lease:
         """The binding is free again when the returned object is gone."""
-        lease = _Lease()
+        lease = Lease(rows)
         weakref.finalize(lease, self._free.append, binding).atexit = False
         return lease
 
@@ -136,11 +142,12 @@ class Bindings:
         binding.offsets, packed_bytes = packed(host)
         if binding.packed.size_bytes < packed_bytes:
             binding.packed = self._device.gpu.memory.take(packed_bytes)
+        placed = {name: binding.packed.address + offset for name, offset in binding.offsets.items()} | dict(key.here)
         for name, shape in key.shapes:
             self._set_shape(context, name, shape)
-            if name in binding.offsets:
+            if name in placed:
                 binding.inputs.pop(name, None)
-                self._set_address(context, name, binding.packed.address + binding.offsets[name])
+                self._set_address(context, name, placed[name])
                 continue
             size = size_bytes(shape, self._dtypes[name])
             if name not in binding.inputs or binding.inputs[name].size_bytes < size:

@@ -24,7 +24,7 @@ from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
 from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
-from stageline.runtime.engines.tensorrt.bindings import Binding, Bindings, Key
+from stageline.runtime.engines.tensorrt.bindings import Binding, Bindings, Key, Lease
 from stageline.runtime.engines.tensorrt.guard import checked_engine
 from stageline.runtime.engines.tensorrt.kernels import CompiledKernels
 from stageline.runtime.engines.tensorrt.loading import Loaded
@@ -109,6 +109,7 @@ class TensorRTEngine:
         self._slot_shapes = {name: (self._slot_count, *shape) for name, shape in self._cache_shapes.items()}
         self._check(cache)
         self._closed = False
+        self._places: dict[int, tuple[tuple[str, int], ...]] = {}  # first slot -> where each cache begins
         try:
             device.gpu.make_current()
             self._loaded = Loaded(trt, record, plan, kernels.read(), f"stage {number}", device.name)
@@ -138,10 +139,11 @@ class TensorRTEngine:
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
         """See `Engine.step`."""
-        caches = tuple(
-            (name, buffer.address + first_slot * self._row_bytes[name]) for name, buffer in self._slots.items()
-        )
-        return self._launched(inputs, outputs, caches, self._slot_count - first_slot)
+        if first_slot not in self._places:
+            self._places[first_slot] = tuple(
+                (name, buffer.address + first_slot * self._row_bytes[name]) for name, buffer in self._slots.items()
+            )
+        return self._launched(inputs, outputs, self._places[first_slot], self._slot_count - first_slot)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`. It runs in the stage's stream."""
@@ -158,13 +160,13 @@ class TensorRTEngine:
 
     def give_caches(self) -> Mapping[str, Value]:
         """See `Engine.give_caches`."""
-        slots, self._slots = self._slots, {}
+        slots, self._slots, self._places = self._slots, {}, {}
         return self._device.arrays(slots, self._slot_shapes, self._cache_dtype)
 
     def take_caches(self, caches: Mapping[str, Value]) -> None:
         """See `Engine.take_caches`."""
         with Launch(self._device, f"stage {self._number}") as launch:
-            self._slots = launch.adopt(caches, self._slot_shapes, self._cache_dtype)
+            self._slots, self._places = launch.adopt(caches, self._slot_shapes, self._cache_dtype), {}
             launch.end()
 
     def load_weights(self, weights: Iterable[tuple[str, Array]]) -> None:
@@ -213,15 +215,21 @@ class TensorRTEngine:
         if slots is not None:
             count = max(rows, min(rounded_rows(rows), slots, profile.sizes[BATCH].max if BATCH in profile.sizes else 1))
             shapes = {name: (count, *shape[1:]) if name in self._by_row else shape for name, shape in shapes.items()}
-        host = {
-            name: self._filled(value, shape, self._dtypes[name])
-            for name, shape in shapes.items()
-            if isinstance(value := inputs[name], np.ndarray)
-        }
+        host, here = {}, {}
+        for name, shape in shapes.items():
+            value = inputs[name]
+            if isinstance(value, np.ndarray):
+                host[name] = self._filled(value, shape, self._dtypes[name])
+            elif isinstance(value, CudaArray) and self._readable(value, name, count):
+                here[name] = value
+        addresses = tuple((name, value.buffer.address) for name, value in here.items())
+        key = Key(place, tuple(shapes.items()), tuple(host), addresses, caches, count)
         with Launch(device, f"stage {self._number} {profile.name}") as launch:
-            binding = self._bindings.take(Key(place, tuple(shapes.items()), tuple(host), caches, count), host)
-            lease = self._bindings.lease(binding)
+            binding = self._bindings.take(key, host)
+            lease = self._bindings.lease(binding, count)
             launch.upload_all(host, binding.packed, binding.offsets)
+            for value in here.values():
+                launch.local(value, value.dtype)
             for name, buffer in binding.inputs.items():
                 launch.put(inputs[name], buffer, self._dtypes[name])
             for buffer in binding.outputs.values():
@@ -247,6 +255,12 @@ class TensorRTEngine:
         filled = np.zeros(shape, dtype)
         filled[: len(array)] = array
         return filled
+
+    def _readable(self, value: CudaArray, name: str, count: int) -> bool:
+        """Whether an input can be read where it is: on this GPU, in a binding of a TensorRT stage, whose addresses come
+        again, and with all `count` rows."""
+        there = value.device.gpu is self._device.gpu and value.dtype == self._dtypes[name]
+        return there and isinstance(value.owner, Lease) and (name not in self._by_row or value.owner.rows >= count)
 
     def _execute(self, binding: Binding) -> None:
         self._loaded.forget_errors()

@@ -160,6 +160,38 @@ def test_in_the_steady_state_a_decode_step_allocates_nothing_and_waits_once(deco
         assert new[-1] == 0, new
 
 
+def test_stages_on_one_gpu_hand_on_without_a_copy(decoder: Path, install: Install) -> None:
+    driver = FakeDriver()
+    install(driver)
+    with opened(decoder, slots=1, devices=["cuda:0", "cuda:0"]) as pipeline:
+        pipeline.generate([3, 4, 5], max_tokens=12).result(SECONDS)
+        for _ in range(5):  # how many bindings are in flight depends on the threads
+            driver.calls.clear()
+            pipeline.generate([9, 8, 7], max_tokens=50).result(SECONDS)
+            assert driver.count_of("copy", "copy_peer") == 0
+            assert driver.count_of("upload") == 2 * 50
+            if driver.count_of("launch") == 2 * 50:
+                break
+        assert driver.count_of("launch") == 2 * 50  # each stage, each step: one graph
+
+
+def test_rows_that_nobody_computed_are_not_read_in_place(decoder: Path, install: Install) -> None:
+    """A stage that gives 5 rows to one that runs 6: these are copied behind rows of zeros."""
+    driver = FakeDriver()
+    install(driver)
+    devices = open_gpus([(0, 0), (1, 0)], (0,), driver)
+    first, second = (open_tensorrt(stage_of(decoder, n), device, CacheSize(8, 64)) for n, device in enumerate(devices))
+    given = {key: np.concatenate([value] * 5) for key, value in rows_of([9]).items()}
+    values: dict[str, Any] = {**given, **first.step(given, first.output_names, 0)}
+    driver.calls.clear()
+    second.step(values, second.output_names, 0)
+    assert driver.count_of("copy") == 0
+    for name in first.output_names:
+        values[name].owner.rows = 5
+    second.step(values, second.output_names, 0)
+    assert driver.count_of("copy") == len(set(first.output_names) & set(second.input_names))
+
+
 @pytest.mark.parametrize("refuse", ["capture", "asked"])
 def test_a_stage_that_cannot_be_captured_runs_all_the_same(
     refuse: str, decoder: Path, wanted: list[tuple[int, ...]], install: Install
