@@ -165,10 +165,11 @@ def tiny_config(kind: str) -> Any:
     return transformers.AutoConfig.for_model(kind, **shrunk(transformers.CONFIG_MAPPING[kind](), kind))
 
 
-def make(kind: str, class_name: str, folder: Path, dtype: torch.dtype) -> Any:
+def make(kind: str, class_name: str, folder: Path, dtype: torch.dtype, **changes: Any) -> Any:
     """Save a checkpoint of `class_name` with seeded weights of `dtype`, so large that what a token attends to decides
-    the next. Returns the model in float32."""
+    the next; `changes` are values of the config. Returns the model in float32."""
     config = tiny_config(kind)
+    config.update(changes)
     if class_name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and hasattr(config, "is_decoder"):
         config.is_decoder = True  # a type that reads texts both ways generates only so
     found = getattr(transformers, class_name)
