@@ -12,7 +12,7 @@ from typing import Any
 from gpu_parity import check_steps, check_tokens
 from gpu_results import MissingError, Results, need_gpu, need_materials, need_torch
 from gpu_speed import BATCHES, CAPACITY, DECODED, ENCODED, NEW, PROMPT, ROWS, decode_shape
-from stageline.models.errors import StagelineError
+from stageline.models.errors import EngineError, StagelineError
 from stageline.runtime.bundle.folder import Bundle
 
 CONFIG = "config.json"
@@ -104,8 +104,11 @@ def tensorrt(materials: Path, results: Results) -> None:
     gpu = gpu_here()
     if gpu is None:
         raise MissingError("NVML shows no GPU to build for")
-    flavour = choose(HERE, gpu)
-    flavour.load()
+    try:
+        flavour = choose(HERE, gpu)
+        flavour.load()
+    except EngineError as error:
+        raise MissingError(str(error)) from error
 
     def built(bundle: Bundle, load: Workload) -> None:
         kind = WantedEngine(flavour, gpu.target, default_precision(bundle.manifest.dtype))

@@ -44,7 +44,7 @@ PARTS = (
     Part("encoder_parity", 60, "encoders in ONNX Runtime on CUDA against CPUs"),
     Part("decoder_parity", 90, "decoders, with their caches, in ONNX Runtime on CUDA against CPUs"),
     Part("generation", 60, "tokens in ONNX Runtime on CUDA against CPUs"),
-    Part("decode", 150, "tokens per second, memory bandwidth, gaps between stages, energy"),
+    Part("decode", 180, "tokens per second, memory bandwidth, gaps between stages, energy"),
     Part("encode", 60, "encoders: tokens per second"),
     Part("rates", 30, "torch's copies and matrix products"),
     Part("torch_beside", 150, "torch and transformers with the same shapes"),

@@ -55,7 +55,8 @@ def decode_rows(
     """Generate `rows` texts at a time, twice, and add figures of the second.
 
     A step's time is the median between tokens over the second half, when all rows decode. Its bytes are the weights and
-    what the caches hold of its rows at the middle of that half.
+    what the caches hold of its rows at the middle of that half. The device's time is that of all stages, by events, the
+    few steps that read prompts included; the gap is the rest of a step: hops between stages, the host, and sampling.
     """
     rng = np.random.default_rng(rows)
     vocabulary = bundle.manifest.vocabulary or 3
@@ -70,15 +71,18 @@ def decode_rows(
         gaps = [np.diff(one.token_times_s[NEW // 2 :]) for one in done]
         step_s = float(np.median(np.concatenate(gaps)))
         steps = max(1, after.stages[0].runs - before.stages[0].runs)
-        busy_s = sum(a.busy_s - b.busy_s for a, b in zip(after.stages, before.stages, strict=True)) / steps
+        busy_s = sum(a.busy_s - b.busy_s for a, b in zip(after.stages, before.stages, strict=True))
         read = bundle.weight_bytes + rows * (PROMPT + NEW * 3 / 4) * _token_bytes(bundle)
         energy = (meters.energy_j() - joules) / (rows * NEW) if meters.measures_energy else None
         assert after.generation is not None
+        assert before.generation is not None
+        active_s = after.generation.active_s - before.generation.active_s
         results.add(
             shape=bundle.path.name, engine=engine, stages=stages, rows=rows, tokens_per_s=rows / step_s,
             step_ms=step_s * 1e3, ttft_ms=statistics.median(one.ttft_s for one in done) * 1e3,
-            gb_per_s=read / step_s / 1e9, device_ms_per_step=busy_s * 1e3, gap_ms_per_step=(step_s - busy_s) * 1e3,
-            bubble_ratio=after.generation.bubble_ratio, j_per_token=energy, whole_tokens_per_s=rows * NEW / seconds,
+            gb_per_s=read / step_s / 1e9, device_ms_per_step=busy_s / steps * 1e3,
+            gap_ms_per_step=(step_s - busy_s / steps) * 1e3,
+            idle_share=1 - busy_s / active_s, j_per_token=energy, whole_tokens_per_s=rows * NEW / seconds,
         )  # fmt: skip
 
 
