@@ -11,6 +11,7 @@ from stageline.runtime.builder.profiles import shapes
 from stageline.runtime.bundle.manifest import BATCH, CacheSpec, TensorSpec
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.cache_names import past_names
+from stageline.runtime.engines.tensorrt.flavour import started
 from stageline.runtime.engines.tensorrt.lower import Lowered
 from stageline.runtime.engines.tensorrt.records import OptimizationProfile, Options
 from stageline.runtime.engines.tensorrt.targets import HERE, PORTABLE
@@ -36,7 +37,7 @@ class Network:
 def parse(trt: Any, lowered: Lowered, stripped: bool) -> Network:
     """Parse a lowered stage, strongly typed. EngineError with TensorRT's reason if it refuses."""
     logger = _logger(trt)
-    builder = trt.Builder(logger)
+    builder = started(trt.Builder, logger, lambda: " ".join(logger.errors[:1]))
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     definition = builder.create_network(strongly_typed)
     parser = trt.OnnxParser(definition, logger)

@@ -62,6 +62,15 @@ except RuntimeError as error:
     assert "cuda driver" in str(error), error
 else:
     assert reader.seek(2, seek.SET) and reader.read(100, 0) == b"plan"
+from stageline.models.errors import EngineError
+if "rtx" not in sys.argv[2]:  # TensorRT-RTX's are made, and refuse later
+    for start in (lambda: network.parse(trt, None, False), lambda: loading.Loaded(trt, None, None, None, "", "")):
+        try:
+            start()
+        except EngineError as error:
+            assert "TensorRT does not start: " in str(error) and chr(10) not in str(error), error
+        else:
+            raise AssertionError("it starts without its libraries")
 print(json.dumps({"version": trt.__version__, "docs": docs}))
 """
 

@@ -5,7 +5,7 @@ Their Python modules have the same classes. They differ in their targets and in 
 
 import importlib
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
@@ -111,6 +111,16 @@ TENSORRT_RTX = Flavour(
     version_compatible=False,
 )
 FLAVOURS: dict[FlavourName, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
+
+
+def started(kind: Callable[[Any], Any], logger: Any, said: Callable[[], str]) -> Any:
+    """TensorRT's Runtime or Builder with this logger. EngineError if TensorRT does not start, which it does not with an
+    old driver or without a GPU. `said`: what was logged meanwhile."""
+    try:
+        return kind(logger)
+    except (TypeError, RuntimeError) as error:  # the bindings: "factory function returned nullptr"
+        why = " ".join((said() or str(error)).split())
+        raise EngineError(f"TensorRT does not start: {why}; see: stageline doctor") from error
 
 
 def choose(target: str, gpu: TargetGpu | None) -> Flavour:

@@ -3,6 +3,7 @@
 from typing import Any, BinaryIO
 
 from stageline.models.errors import EngineError
+from stageline.runtime.engines.tensorrt.flavour import started
 from stageline.runtime.engines.tensorrt.records import EngineRecord
 
 _PIECE_BYTES = 32 * 2**20  # of the plan in Python's memory at a time
@@ -22,7 +23,7 @@ class Loaded:
         `stage` and `device` are names, for messages. EngineError if TensorRT refuses the plan."""
         self._trt, self._stage, self._device = trt, stage, device
         self._errors = _logger(trt)
-        self._runtime = trt.Runtime(self._errors)
+        self._runtime = started(trt.Runtime, self._errors, lambda: str(self._errors.last))
         # A version-compatible plan holds its runtime as host code. The guard has compared the plan's digest.
         self._runtime.engine_host_code_allowed = record.options.version_compatible
         # Given bytes instead of a reader, TensorRT's bindings keep Python's lock until the whole plan is loaded.
