@@ -10,6 +10,7 @@ from stageline.exporter.commands import common
 from stageline.exporter.commands.show import table
 from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, BuildProgress, WantedEngine, build, stale
+from stageline.runtime.builder.memory import recut_within
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, FlavourName, choose
 from stageline.runtime.engines.tensorrt.lower import PRECISIONS, Precision, default_precision
@@ -70,6 +71,15 @@ def build_command(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Builds at a time (default: as CPU cores and memory allow).")
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Host memory of all builds together, such as 8GB (default: what is available)."
+        ),
+    ] = None,
+    recut: Annotated[
+        bool, typer.Option("--recut", help="Recut the bundle first if a stage does not build within --max-memory.")
+    ] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove engines of stages that a recut replaced.")] = False,
     as_json: common.JsonOption = False,
 ) -> None:
@@ -81,6 +91,9 @@ def build_command(
     Example: stageline build minilm.bundle --target sm89 --target portable --precision fp16
     """
     asked = _precisions(precision or [])
+    max_bytes = common.size_bytes(max_memory, "--max-memory")
+    if recut and max_bytes is None:
+        raise common.UsageError("--recut needs --max-memory")
     opened = Bundle.open(bundle)
     wanted = _wanted(target, asked or [default_precision(opened.manifest.dtype)], flavour)
     load = common.workload(opened.manifest, micro_batch, length, slots, capacity)
@@ -95,14 +108,27 @@ def build_command(
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with common.progress_bar(*columns) as bar:
+        if recut and max_bytes is not None:
+            opened = recut_within(opened, {kind.precision for kind in wanted}, max_bytes)
         follower = _Follower(bar, len(wanted) * len(opened.manifest.stages))
-        outcomes = build(opened, wanted, load, options, jobs=jobs, progress=follower.step, done=follower.done)
+        outcomes = build(
+            opened,
+            wanted,
+            load,
+            options,
+            jobs=jobs,
+            max_bytes=max_bytes,
+            progress=follower.step,
+            done=follower.done,
+        )
     pruned = 0
     if prune:
         with locked(bundle) as store:
             pruned = store.prune(stale(opened, store))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    lines = [table(["stage", "target", "precision", "size", "build s", "", "engine"], [_row(o) for o in outcomes])]
+    lines = [
+        table(["stage", "target", "precision", "size", "build s", "memory", "", "engine"], [_row(o) for o in outcomes])
+    ]
     lines += [f"removed engines of other cuts: {words.size(pruned)}"] if prune else []
     lines += [f"stage {o.stage}, {o.wanted.target}, {o.wanted.precision}: {o.error}" for o in failed]
     document = {"bundle": str(bundle), "engines": [_document(o) for o in outcomes], "pruned_bytes": pruned}
@@ -136,10 +162,11 @@ def _precisions(names: Sequence[str]) -> list[Precision]:
 def _row(outcome: BuildOutcome) -> list[str]:
     head = [str(outcome.stage), outcome.wanted.target, outcome.wanted.precision]
     if outcome.record is None:
-        return [*head, "-", "-", "FAILED", ""]
+        return [*head, "-", "-", "-", "FAILED", ""]
     record = outcome.record
     how = "built" if outcome.built else "kept"
-    return [*head, words.size(record.plan.size_bytes), f"{record.build_s:.1f}", how, record.plan.path]
+    memory = words.size(record.peak_bytes) if record.peak_bytes is not None else "-"
+    return [*head, words.size(record.plan.size_bytes), f"{record.build_s:.1f}", memory, how, record.plan.path]
 
 
 def _document(outcome: BuildOutcome) -> dict[str, Any]:
@@ -150,7 +177,7 @@ def _document(outcome: BuildOutcome) -> dict[str, Any]:
     return {**head, "built": outcome.built, **outcome.record.model_dump(mode="json", include=_SHOWN, exclude_none=True)}
 
 
-_SHOWN = {"version", "plan", "report", "key", "build_s", "options", "profiles", "capacity"}
+_SHOWN = {"version", "plan", "report", "key", "build_s", "peak_bytes", "options", "profiles", "capacity"}
 
 
 class _Follower:

@@ -1,6 +1,7 @@
 """What several commands share: their arguments and options, how a result is printed, progress, missing packages."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,6 +88,17 @@ def numbers(text: str | None, option: str, kind: Callable[[str], _Number]) -> li
         return [kind(number) for number in text.split(",")] if text else []
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 8,7,9", param_hint=option) from error
+
+
+def size_bytes(text: str | None, option: str) -> float | None:
+    """The bytes of a size such as 8GB (decimal, as everywhere) or 8GiB; None for None. A usage error names `option`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT])(i?)B", text)
+    if found is None or float(found[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is not a size such as 8GB or 512MB", param_hint=option)
+    unit = 1024.0 if found[3] else 1000.0
+    return float(found[1]) * float(unit ** (1 + "kMGT".index(found[2])))
 
 
 def split(text: str | None) -> list[str] | None:

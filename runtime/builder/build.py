@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from stageline.models.errors import BundleError, EngineError
+from stageline.runtime.builder.memory import at_a_time, check_fits
 from stageline.runtime.builder.network import REVISION
 from stageline.runtime.builder.processes import Answer, Workers
 from stageline.runtime.builder.profiles import narrowed, profiles_of
@@ -35,8 +35,6 @@ from stageline.runtime.engines.tensorrt.store import FOLDER, EngineStore, locked
 from stageline.runtime.engines.tensorrt.targets import gpu_here
 from stageline.runtime.workload import Workload
 
-_BASE_BYTES, _WEIGHTS_TIMES = 600e6, 4
-"""Memory of a build: 0.5 GB plus 3.4 times the weights of the engine, as measured."""
 _GENERATIONS = {"sm75": "Turing", "sm80": "Ampere", "sm86": "Ampere"}
 _LACKING: dict[Precision, tuple[str, ...]] = {"bf16": ("sm75",), "fp8": ("sm75", "sm80", "sm86"), "int4": ("sm75",)}
 """Precision -> targets that TensorRT does not compile it for."""
@@ -93,14 +91,17 @@ def build(
     options: Options,
     *,
     jobs: int | None = None,
+    max_bytes: float | None = None,
     progress: Callable[[BuildProgress], None] = lambda step: None,
     done: Callable[[BuildOutcome], None] = lambda outcome: None,
 ) -> list[BuildOutcome]:
     """Build the missing engines of all stages, `jobs` at a time (None: as many as cores and memory allow), and return
-    the outcome for each, stage by stage. `progress` and `done` are called on other threads.
+    the outcome for each, stage by stage. `progress` and `done` are called on other threads. Builds together stay within
+    `max_bytes` of host memory (None: what is available), by the estimates of stageline.runtime.builder.memory.
 
     An engine is kept once it is built, whatever happens to the others. A refusal by TensorRT is an outcome. BundleError
-    if the disk is full or another build is running.
+    if the disk is full or another build is running. EngineError, and nothing is built, if a build alone would take more
+    than `max_bytes`.
     """
     for kind in wanted:
         check(kind, options, bundle.manifest.dtype)
@@ -117,8 +118,11 @@ def build(
                 outcomes.append(found)
                 done(found)
         if todo:
+            kinds = [(job.number, job.wanted.precision) for job in todo]
+            if max_bytes is not None:
+                check_fits(bundle, kinds, max_bytes)
             building = _Building(store, bundle, workload, options, progress)
-            outcomes += building.build_all(todo, jobs or _at_a_time(todo), done)
+            outcomes += building.build_all(todo, at_a_time(bundle, kinds, jobs, max_bytes), done)
     order = {kind: place for place, kind in enumerate(wanted)}
     return sorted(outcomes, key=lambda outcome: (outcome.stage, order[outcome.wanted]))
 
@@ -346,6 +350,7 @@ class _Building:
             capacity=self.workload.capacity if caches else None,
             caches=caches,
             build_s=result.build_s,
+            peak_bytes=result.peak_bytes,
         )
 
     def known_timings(self, wanted: WantedEngine) -> Path | None:
@@ -369,11 +374,3 @@ def _step(job: _Job, answer: Answer) -> BuildProgress:
 def _timings(wanted: WantedEngine) -> str:
     """The file of the timing cache of a flavour, version and target."""
     return f"{FOLDER}/{wanted.flavour.name}-{wanted.flavour.version}.{wanted.target}.timings"
-
-
-def _at_a_time(todo: Sequence[_Job]) -> int:
-    """How many builds the cores and the available memory allow at a time."""
-    sizes = [sum(weight.size_bytes for weight in job.lowered.weights.values()) for job in todo]
-    max_bytes = _BASE_BYTES + _WEIGHTS_TIMES * max(sizes)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(allowed_cores()), len(todo), int(available // max_bytes)))

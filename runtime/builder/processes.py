@@ -1,6 +1,7 @@
 """Worker processes that build engines, seen from the process that started them."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,8 @@ class Workers:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-process.returncode}" if process.returncode < 0 else f"status {process.returncode}"
+        if process.returncode == -signal.SIGKILL:
+            how += ", as where memory is short (bound it: --max-memory)"
         return {"error": f"the builder ended with {how}" + (f": {lines[-1]}" if lines else "")}
 
     def stop(self) -> None:

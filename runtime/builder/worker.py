@@ -50,6 +50,7 @@ class Result(BaseModel):
     report: FileEntry
     timings: FileEntry | None
     build_s: float
+    peak_bytes: int
 
 
 def build(request: Request, progress: network.Progress) -> Result:
@@ -83,7 +84,14 @@ def build(request: Request, progress: network.Progress) -> Result:
         report=_written(request.report, report.model_dump_json(indent=1).encode()),
         timings=timed,
         build_s=time.perf_counter() - begin,
+        peak_bytes=_peak_bytes(),
     )
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has had resident. getrusage would count that of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _report(trt: Any, parsed: network.Network, lowered: Any, plan: Any, options: Options) -> EngineReport:

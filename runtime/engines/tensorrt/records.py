@@ -86,6 +86,7 @@ class EngineRecord(Data):
     capacity: int | None = Field(default=None, gt=0)  # tokens of a cache row; None for a stage without caches
     caches: tuple[CacheSpec, ...] = ()
     build_s: float = Field(ge=0)
+    peak_bytes: int | None = Field(default=None, gt=0)  # host memory of the build; None: an older record
 
     @property
     def cache_dtype(self) -> str:

@@ -1,0 +1,102 @@
+"""The host memory that builds take, estimated from the weights of their stages, and what fits into a bound of it."""
+
+import itertools
+import os
+from collections.abc import Collection, Sequence
+from math import prod
+
+from stageline.models.errors import EngineError
+from stageline.runtime import words
+from stageline.runtime.bundle.balance import balance
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.engines.tensorrt.lower import Precision, compute_dtype
+
+Build = tuple[int, Precision]
+"""A stage, and the precision that it is built in."""
+_BASE_BYTES, _WEIGHTS_TIMES = 400e6, 3.2
+
+
+def build_bytes(bundle: Bundle, number: int, precision: Precision) -> float:
+    """The peak of resident memory of the process that builds stage `number`, mapped files included.
+
+    It grows with the weights in the type that the engine computes in, even if they are quantised. Measured with
+    TensorRT-RTX 1.7 (benchmarks/build_memory.py): no build took more, most took within a tenth of it.
+    """
+    stage = bundle.manifest.stages[number]
+    uses = range(len(bundle.manifest.uses))[stage.first_block + 1 : stage.last_block + 2]
+    ends = [0] if number == 0 else []
+    ends += [uses.stop] if number == len(bundle.manifest.stages) - 1 else []
+    return _bytes(bundle, [*uses, *ends], precision)
+
+
+def cut_within(bundle: Bundle, precisions: Collection[Precision], max_bytes: float) -> list[int] | None:
+    """The blocks of the fewest stages that each build within `max_bytes`; None if a stage of one block does not."""
+    last = len(bundle.manifest.uses) - 1
+    widest = max(precisions, key=lambda precision: compute_dtype(precision, bundle.manifest.dtype).itemsize)
+    costs = [int(_bytes(bundle, [place], widest) - _BASE_BYTES) for place in range(last + 1)]
+    for stages in range(1, bundle.manifest.blocks + 1):
+        counts = balance(costs, stages)
+        ends = [sum(counts[:place]) for place in range(stages + 1)]
+        groups = [
+            range(0 if a == 0 else a + 1, last + 1 if b == last - 1 else b + 1) for a, b in itertools.pairwise(ends)
+        ]
+        if all(_bytes(bundle, group, widest) <= max_bytes for group in groups):
+            return counts
+    return None
+
+
+def check_fits(bundle: Bundle, builds: Sequence[Build], max_bytes: float) -> None:
+    """EngineError if one of the builds takes more than `max_bytes`: it names the cut that does not."""
+    problem = _shortage(bundle, builds, max_bytes)
+    if problem is not None:
+        counts = _required_cut(bundle, {precision for _, precision in builds}, max_bytes, problem)
+        raise EngineError(
+            f"{problem}; {words.counted(len(counts), 'stage')} fit: add --recut, or run stageline recut {bundle.path} "
+            f"--layers {','.join(map(str, counts))}"
+        )
+
+
+def recut_within(bundle: Bundle, precisions: Collection[Precision], max_bytes: float) -> Bundle:
+    """Recut the bundle into the fewest stages that each build in all `precisions` within `max_bytes`, unless those it
+    has do. EngineError if a stage of one block does not."""
+    builds = [(number, precision) for number in range(len(bundle.manifest.stages)) for precision in precisions]
+    problem = _shortage(bundle, builds, max_bytes)
+    if problem is None:
+        return bundle
+    return recut(bundle.path, _required_cut(bundle, precisions, max_bytes, problem))
+
+
+def _shortage(bundle: Bundle, builds: Sequence[Build], max_bytes: float) -> str | None:
+    size, number, precision = max((build_bytes(bundle, *build), *build) for build in builds)
+    if size <= max_bytes:
+        return None
+    return (
+        f"stage {number} takes about {words.size(size)} of memory to build in {precision}, more than "
+        f"{words.size(max_bytes)}"
+    )
+
+
+def _required_cut(bundle: Bundle, precisions: Collection[Precision], max_bytes: float, problem: str) -> list[int]:
+    counts = cut_within(bundle, precisions, max_bytes)
+    if counts is None:
+        raise EngineError(f"{problem}; so does a stage of one block: allow more memory")
+    return counts
+
+
+def at_a_time(bundle: Bundle, builds: Sequence[Build], jobs: int | None, max_bytes: float | None) -> int:
+    """How many of the builds may run together: within `max_bytes`, at most `jobs`. If neither is given: one for each
+    core, within the memory that is available."""
+    if jobs is not None and max_bytes is None:
+        return jobs
+    bound = max_bytes or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fit = int(bound // max(build_bytes(bundle, *build) for build in builds))
+    return max(1, min(jobs or len(allowed_cores()), len(builds), fit))
+
+
+def _bytes(bundle: Bundle, uses: Collection[int], precision: Precision) -> float:
+    """The peak of a build of these uses."""
+    names = {name for place in uses for name in bundle.manifest.uses[place].weights.values()}
+    width = compute_dtype(precision, bundle.manifest.dtype).itemsize
+    return _BASE_BYTES + _WEIGHTS_TIMES * width * sum(prod(bundle.tensors[name].shape) for name in names)
