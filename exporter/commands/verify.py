@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from stageline.exporter.commands import common, hub, show
@@ -30,7 +30,7 @@ def verify_command(
             help="The checkpoint that was exported, or its name on the Hub; needed for onnxruntime.",
         ),
     ] = None,
-    engine: Annotated[Literal["onnxruntime", "tensorrt"], typer.Option(help="The engine to verify.")] = "onnxruntime",
+    engine: Annotated[common.EngineName, typer.Option(help="The engine to verify.")] = "onnxruntime",
     precision: Annotated[
         Precision | None,
         typer.Option(
@@ -63,9 +63,10 @@ def verify_command(
     for the same token (or for the median token, if that is larger), if an answer's is larger than 1e-4, 1e-2 or 6e-2 of
     its largest value, or if a text becomes other tokens.
 
-    With --engine tensorrt, each stage's engine is compared with ONNX Runtime in float32: 9 of 10 tokens must be within
-    1e-3 (fp32), 1e-2 (fp16) or 6e-2 (bf16). For int8, fp8 and int4 the reference has the same quantised weights and the
-    bound is 1e-2, of a bfloat16 bundle 6e-2; the error that quantising adds is shown.
+    With --engine tensorrt or onnxruntime-cuda, each stage on the GPU is compared with ONNX Runtime in float32 on CPU
+    cores: 9 of 10 tokens must be within 1e-3 (fp32), 1e-2 (fp16) or 6e-2 (bf16), and all values finite. For int8, fp8
+    and int4 the reference has the same quantised weights and the bound is 1e-2, of a bfloat16 bundle 6e-2; the error
+    that quantising adds is shown.
 
     With --find-precision, stages are emulated on CPU cores. For each that fails, the first value beyond the tolerance
     is shown, and a smallest set of nodes that must compute in float32: without any one of them, it fails. The set is
@@ -80,6 +81,8 @@ def verify_command(
     bundle = hub.bundle_of(bundle)
     if engine == "tensorrt":
         _verify_tensorrt(bundle, precision, emulated, inner_values, as_json)
+    if engine == "onnxruntime-cuda":
+        _verify_cuda(bundle, as_json)
     assert against is not None
     with common.needs(*common.EXPORTER):
         from stageline.exporter.verify.against_torch import verify
@@ -110,6 +113,15 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
+def _verify_cuda(bundle: Path, as_json: bool) -> NoReturn:
+    from stageline.exporter.verify.engines import verify_cuda
+
+    seed = secrets.randbits(32)
+    with common.progress_steps() as progress:
+        done = verify_cuda(bundle, seed=seed, progress=progress)
+    _print_verdict(bundle, done, seed, as_json)
+
+
 def _verify_tensorrt(
     bundle: Path, precision: Precision | None, emulated: bool, inner_values: bool, as_json: bool
 ) -> NoReturn:
@@ -123,6 +135,10 @@ def _verify_tensorrt(
             done = verify_emulated(bundle, precision, layers=inner_values, seed=seed, progress=progress)
         else:
             done = verify_engines(bundle, precision, seed=seed, progress=progress)
+    _print_verdict(bundle, done, seed, as_json)
+
+
+def _print_verdict(bundle: Path, done: "Sequence[EngineComparison]", seed: int, as_json: bool) -> NoReturn:
     passed = all(c.passed for c in done)
     tolerances = ", ".join(dict.fromkeys(f"{c.precision} {c.tolerance:.0e}" for c in done))
     common.print_result(

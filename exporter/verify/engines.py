@@ -1,9 +1,9 @@
-"""Verifying TensorRT engines: each stage against ONNX Runtime in float32, with ONNX Runtime's values as inputs.
+"""Verifying engines on GPUs: each stage against ONNX Runtime in float32, with ONNX Runtime's values as inputs.
 
-Without a GPU, the lowered stages can run on the CPU instead, each value rounded to its type. A token's error is a
-fraction of how large ONNX Runtime's values are (stageline.exporter.verify.scale). 9 of 10 tokens must be within the
-tolerance: a few are beyond any half precision. In SmolLM2 torch itself, in bfloat16, is off by more than a token's
-largest value at some (benchmarks/tensorrt_precision.py).
+Without a GPU, the stages lowered for TensorRT can run on the CPU instead, each value rounded to its type. A token's
+error is a fraction of how large ONNX Runtime's values are (stageline.exporter.verify.scale). 9 of 10 tokens must be
+within the tolerance: a few are beyond any half precision. In SmolLM2 torch itself, in bfloat16, is off by more than a
+token's largest value at some (benchmarks/tensorrt_precision.py).
 
 If weights are quantised, an engine is compared with the same stage and the same weights, computed in float32. What
 quantising itself changes is shown, and not judged.
@@ -26,7 +26,7 @@ from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores
-from stageline.runtime.engines import Array, StageFile, engine_factory
+from stageline.runtime.engines import Array, Device, Engine, StageFile, engine_factory
 from stageline.runtime.engines.tensorrt.engine import open_tensorrt
 from stageline.runtime.engines.tensorrt.guard import checked_engine
 from stageline.runtime.engines.tensorrt.lower import (
@@ -71,8 +71,8 @@ class EngineComparison:
 
 
 def verify_engines(path: Path, precision: Precision | None, *, seed: int, progress: Progress) -> list[EngineComparison]:
-    """Compare the engines that fit this machine's GPU, of `precision` (None: the last built), on inputs drawn from
-    `seed`.
+    """Compare the TensorRT engines that fit this machine's GPU, of `precision` (None: the last built), on inputs drawn
+    from `seed`.
 
     EngineError if there is no GPU, or no engine for it.
     """
@@ -82,22 +82,45 @@ def verify_engines(path: Path, precision: Precision | None, *, seed: int, progre
             "verifying TensorRT engines runs them: it needs an NVIDIA GPU with a driver, and this machine has none; "
             "--emulated compares the lowered stages on the CPU"
         )
-    comparisons = []
     bundle = Bundle.open(path)
+
+    def opened(file: StageFile, device: Device) -> tuple[Engine, Precision]:
+        record = checked_engine(bundle, file.number, gpu, precision).record
+        return open_tensorrt(file, device, precision=precision), record.precision
+
+    return _on_gpu(bundle, opened, seed, progress)
+
+
+def verify_cuda(path: Path, *, seed: int, progress: Progress) -> list[EngineComparison]:
+    """Compare the stages in ONNX Runtime on the first GPU, on inputs drawn from `seed`. They are judged as engines that
+    compute in the bundle's type, and in float16 where attention with a cache does.
+
+    EngineError if there is no GPU, or ONNX Runtime does not use it.
+    """
+    bundle = Bundle.open(path)
+    halves: dict[str, Precision] = {"float16": "fp16", "bfloat16": "bf16"}
+    computes = halves.get(bundle.manifest.dtype, "fp16" if bundle.manifest.cached else "fp32")
+    factory = engine_factory("onnxruntime-cuda")
+    return _on_gpu(bundle, lambda file, device: (factory(file, device), computes), seed, progress)
+
+
+def _on_gpu(
+    bundle: Bundle, opened: Callable[[StageFile, Device], tuple[Engine, Precision]], seed: int, progress: Progress
+) -> list[EngineComparison]:
+    """Compare each stage, `opened` on the first GPU together with the precision that it is judged by."""
+    comparisons = []
     for fed in reference(bundle, seed):
-        number = fed.file.number
-        progress(f"stage {number + 1} of {len(bundle.manifest.stages)}")
-        record = checked_engine(bundle, number, gpu, precision).record
+        progress(f"stage {fed.file.number + 1} of {len(bundle.manifest.stages)}")
         (device,) = open_devices(["cuda:0"], None)
         try:
-            engine = open_tensorrt(fed.file, device, precision=precision)
+            engine, precision = opened(fed.file, device)
             try:
                 got = on_host(engine.run(fed.inputs, list(fed.outputs)), list(fed.outputs))
             finally:
                 engine.close()
         finally:
             device.close()
-        comparisons += _judged(fed, record.precision, got, _exactly(fed, record.precision))
+        comparisons += _judged(fed, precision, got, _exactly(fed, precision))
     return comparisons
 
 

@@ -11,18 +11,20 @@ from stageline.runtime.bundle.balance import balance
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.devices.cpu import allowed_cores
-from stageline.runtime.engines.tensorrt.lower import Precision, compute_dtype
+from stageline.runtime.engines.lowering.quantise import INT4_GROUP
+from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision, compute_dtype
 
 Build = tuple[int, Precision]
 """A stage, and the precision that it is built in."""
-_BASE_BYTES, _WEIGHTS_TIMES = 400e6, 3.2
+_BASE_BYTES = 400e6
+_ENGINE_TIMES: dict[Precision, float] = {"fp32": 2.7}  # else 2.1
 
 
 def build_bytes(bundle: Bundle, number: int, precision: Precision) -> float:
     """The peak of resident memory of the process that builds stage `number`, mapped files included.
 
-    It grows with the weights in the type that the engine computes in, even if they are quantised. Measured with
-    TensorRT-RTX 1.7 (benchmarks/build_memory.py): no build took more, most took within a tenth of it.
+    That is 400 MB, the stage's weights as the bundle has them, and 2.1 times as the engine has them (2.7 times in
+    float32). Measured with TensorRT-RTX 1.7 (benchmarks/build_memory.py): no build took more.
     """
     stage = bundle.manifest.stages[number]
     uses = range(len(bundle.manifest.uses))[stage.first_block + 1 : stage.last_block + 2]
@@ -34,15 +36,16 @@ def build_bytes(bundle: Bundle, number: int, precision: Precision) -> float:
 def cut_within(bundle: Bundle, precisions: Collection[Precision], max_bytes: float) -> list[int] | None:
     """The blocks of the fewest stages that each build within `max_bytes`; None if a stage of one block does not."""
     last = len(bundle.manifest.uses) - 1
-    widest = max(precisions, key=lambda precision: compute_dtype(precision, bundle.manifest.dtype).itemsize)
-    costs = [int(_bytes(bundle, [place], widest) - _BASE_BYTES) for place in range(last + 1)]
+
+    def peak(uses: Collection[int]) -> float:
+        return max(_bytes(bundle, uses, precision) for precision in precisions)
+
+    costs = [int(peak([use]) - _BASE_BYTES) for use in range(last + 1)]
     for stages in range(1, bundle.manifest.blocks + 1):
         counts = balance(costs, stages)
-        ends = [sum(counts[:place]) for place in range(stages + 1)]
-        groups = [
-            range(0 if a == 0 else a + 1, last + 1 if b == last - 1 else b + 1) for a, b in itertools.pairwise(ends)
-        ]
-        if all(_bytes(bundle, group, widest) <= max_bytes for group in groups):
+        ends = [sum(counts[:place]) for place in range(stages + 1)]  # in blocks; block 0 is use 1
+        groups = [range(a and a + 1, b + 1 + (b == last - 1)) for a, b in itertools.pairwise(ends)]
+        if all(peak(group) <= max_bytes for group in groups):
             return counts
     return None
 
@@ -98,5 +101,16 @@ def at_a_time(bundle: Bundle, builds: Sequence[Build], jobs: int | None, max_byt
 def _bytes(bundle: Bundle, uses: Collection[int], precision: Precision) -> float:
     """The peak of a build of these uses."""
     names = {name for place in uses for name in bundle.manifest.uses[place].weights.values()}
-    width = compute_dtype(precision, bundle.manifest.dtype).itemsize
-    return _BASE_BYTES + _WEIGHTS_TIMES * width * sum(prod(bundle.tensors[name].shape) for name in names)
+    read = sum(bundle.tensors[name].size_bytes for name in names)
+    engine = sum(_engine_bytes(bundle, name, precision) for name in names)
+    return _BASE_BYTES + read + _ENGINE_TIMES.get(precision, 2.1) * engine
+
+
+def _engine_bytes(bundle: Bundle, name: str, precision: Precision) -> float:
+    """A tensor in an engine. Of those that are quantised, only matrices are, and not those that are looked up."""
+    shape = bundle.tensors[name].shape
+    width: float = compute_dtype(precision, bundle.manifest.dtype).itemsize
+    if precision in QUANTISED and len(shape) == 2 and name not in bundle.manifest.uses[0].weights.values():
+        grouped = all(size % INT4_GROUP == 0 for size in shape)
+        width = 1 if precision != "int4" else 0.5 + width / INT4_GROUP if grouped else width
+    return width * prod(shape)

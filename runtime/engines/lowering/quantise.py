@@ -17,7 +17,7 @@ _TYPES: dict[Quantisation, ir.DataType] = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "int4": ir.DataType.INT4,
 }
-_INT4_GROUP = 64  # values per scale; TensorRT supports 64 and 128
+INT4_GROUP = 64  # values per scale; TensorRT supports 64 and 128
 
 
 def to_quantised(model: ir.Model, kind: Quantisation, scales: ir.DataType) -> dict[str, Weight]:
@@ -39,7 +39,7 @@ def to_quantised(model: ir.Model, kind: Quantisation, scales: ir.DataType) -> di
             continue
         axis = 1 if transposed else 0  # that the products are summed over
         columns = int(tensor.shape.numpy()[axis])
-        group = _INT4_GROUP if kind == "int4" else columns
+        group = INT4_GROUP if kind == "int4" else columns
         if columns % group:
             continue
         if value not in made:

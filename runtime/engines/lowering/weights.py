@@ -1,5 +1,6 @@
 """Weights in the form that a lowered graph needs: a tensor on disk, read in another type, or quantised."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -13,6 +14,9 @@ from stageline.runtime.engines.lowering.float32 import HALVES
 
 _LARGEST = {ir.DataType.INT8: 127, ir.DataType.INT4: 7, ir.DataType.FLOAT8E4M3FN: 448}
 """The largest value of a type: a scale is a group's largest magnitude divided by it. Ranges are symmetric around 0."""
+
+
+_PART = 2**24  # values that are quantised at a time
 
 
 class BeyondRangeError(EngineError):
@@ -69,15 +73,20 @@ class QuantisedWeight(Weight):
 
     def read(self) -> Array:
         """The quantised values, in the shape of the tensor."""
-        groups, largest = self._groups(), _LARGEST[self.dtype]
-        values = groups / np.expand_dims(self._scales(groups), self.axis + 1)
-        values = np.clip(values if self.dtype == ir.DataType.FLOAT8E4M3FN else np.rint(values), -largest, largest)
-        return np.ascontiguousarray(values.reshape(self.shape).astype(self.dtype.numpy()))
+        quantised: Array = np.empty(self.shape, self.dtype.numpy())
+        largest = _LARGEST[self.dtype]
+        for place, groups in self._parts():
+            values = groups / np.expand_dims(self._scales(groups), self.axis + 1)
+            if self.dtype != ir.DataType.FLOAT8E4M3FN:
+                np.rint(values, out=values)
+            part = np.clip(values, -largest, largest, out=values).astype(self.dtype.numpy())
+            quantised[place] = part.reshape(quantised[place].shape)
+        return quantised
 
     def scales(self) -> NDArray[np.float32]:
         """float32 values that `scale_dtype` can hold, in the shape of the tensor with groups in place of values along
         `axis`."""
-        return self._scales(self._groups())
+        return np.concatenate([self._scales(groups) for _, groups in self._parts()], axis=1 - self.axis)
 
     def _scales(self, groups: NDArray[np.float32]) -> NDArray[np.float32]:
         scales = np.abs(groups).max(axis=self.axis + 1) / np.float32(_LARGEST[self.dtype])
@@ -85,11 +94,18 @@ class QuantisedWeight(Weight):
         scales = scales.clip(np.float32(limits.smallest_normal), np.float32(limits.max))
         return np.asarray(scales.astype(self.scale_dtype.numpy()), np.float32)
 
-    def _groups(self) -> NDArray[np.float32]:
-        """The values with `axis` split into groups."""
-        shape = list(self.shape)
-        shape[self.axis : self.axis + 1] = [shape[self.axis] // self.group, self.group]
-        return np.asarray(read_external(self.tensor), np.float32).reshape(shape)
+    def _parts(self) -> Iterator[tuple[tuple[slice, ...], NDArray[np.float32]]]:
+        """Channels of the matrix, some at a time because they are widened to float32: where they are, and their values
+        with `axis` split into groups."""
+        array, other = read_external(self.tensor), 1 - self.axis
+        channels = max(1, _PART // self.shape[self.axis])
+        for first in range(0, self.shape[other], channels):
+            place = [slice(None), slice(None)]
+            place[other] = slice(first, first + channels)
+            values = np.asarray(array[tuple(place)], np.float32)
+            shape = list(values.shape)
+            shape[self.axis : self.axis + 1] = [shape[self.axis] // self.group, self.group]
+            yield tuple(place), values.reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""Verifying TensorRT: what is lowered wrongly is found, and without a GPU one line says what is missing."""
+"""Verifying engines: what is lowered wrongly is found, and without a GPU one line says what is missing."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import fake_onnxruntime
 import fake_tensorrt
 import numpy as np
 import pytest
@@ -15,7 +17,10 @@ from stageline.exporter.export import export
 from stageline.exporter.verify import engines
 from stageline.exporter.verify.engines import compare, verify_emulated
 from stageline.models.errors import EngineError
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.devices import cuda
+from stageline.runtime.devices.base import on_host
+from stageline.runtime.engines.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from stageline.runtime.engines.tensorrt.flavour import Flavour
 from stageline.runtime.engines.tensorrt.lower import Precision
 from stageline.runtime.engines.tensorrt.records import EnginesManifest
@@ -112,3 +117,31 @@ def test_each_engine_wants_its_own_options(tiny_bundle: Path, capsys: pytest.Cap
     assert "--against" in capsys.readouterr().err
     assert main(["verify", str(tiny_bundle), "--engine", "tensorrt", "--inner-values"]) == 2
     assert "--emulated" in capsys.readouterr().err
+
+
+def test_onnxruntime_on_a_gpu_is_compared_stage_by_stage(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(tiny_llama, tmp_path / "bundle"))
+    recut(bundle, 2)
+    driver = FakeDriver()
+    fake_onnxruntime.install(monkeypatch, driver)
+    arguments = ["verify", str(bundle), "--engine", "onnxruntime-cuda", "--json"]
+    assert main(arguments) == 0
+    comparisons = json.loads(capsys.readouterr().out)["comparisons"]
+    assert [(c["stage"], c["value"]) for c in comparisons] == [(0, "hidden.3"), (1, "logits")]
+    assert all(c["tolerance"] == 6e-2 and 0 < c["max_error"] < 6e-2 for c in comparisons)
+
+    def wrong(self: Any, inputs: Any, outputs: Sequence[str]) -> dict[str, Any]:
+        return {name: array + 1 for name, array in on_host(right(self, inputs, outputs), outputs).items()}
+
+    right = OnnxRuntimeCudaEngine.run
+    monkeypatch.setattr(OnnxRuntimeCudaEngine, "run", wrong)
+    assert main(arguments) == 1
+
+
+@pytest.mark.skipif(gpu_here() is not None, reason="there is a GPU")
+def test_without_a_gpu_onnxruntime_says_what_is_missing(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tiny_bundle), "--engine", "onnxruntime-cuda"]) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "there is no NVIDIA driver on this machine" in line
