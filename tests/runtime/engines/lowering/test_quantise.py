@@ -16,6 +16,7 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array, StageFile
+from stageline.runtime.engines.lowering import weights as lowered_weights
 from stageline.runtime.engines.lowering.quantise import Quantisation, to_quantised
 from stageline.runtime.engines.lowering.weights import QuantisedWeight, Scales
 from stageline.runtime.engines.tensorrt.flavour import TENSORRT_RTX
@@ -43,18 +44,28 @@ def stage_file(path: Path, number: int) -> StageFile:
     groups=st.integers(1, 3),
     axis=st.sampled_from([0, 1]),
     dtype=st.sampled_from([ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN]),
+    part=st.sampled_from([1, 20, 2**24]),
 )
 def test_a_value_is_off_by_at_most_half_a_step(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, rows: int, groups: int, axis: int, dtype: ir.DataType
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    rows: int,
+    groups: int,
+    axis: int,
+    dtype: ir.DataType,
+    part: int,
 ) -> None:
+    """Whatever the size of the parts that are quantised at a time."""
     rng, group = np.random.default_rng(seed), 8
     array = (rng.standard_normal((rows, groups * group)) * 10 ** rng.uniform(-2, 2, (rows, 1))).astype(np.float32)
     array[rng.random(array.shape) < 0.1] = 0
     array = np.ascontiguousarray(array.T) if axis == 0 else array
     weight = QuantisedWeight(on_disk(array, tmp_path_factory.mktemp("w")), dtype, axis, group, ir.DataType.FLOAT16)
     scales = Scales(weight.tensor, ir.DataType.FLOAT16, weight)
-    values = weight.read().astype(np.float64)
-    assert scales.read().shape == scales.shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowered_weights, "_PART", part)
+        values = weight.read().astype(np.float64)
+        assert scales.read().shape == scales.shape
     spread = np.repeat(scales.read().astype(np.float64).reshape(weight.scales().shape), group, axis)
     error = np.abs(values * spread - array)
     if dtype == ir.DataType.FLOAT8E4M3FN:
