@@ -16,16 +16,19 @@ from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision, compu
 
 Build = tuple[int, Precision]
 """A stage, and the precision that it is built in."""
-_BASE_BYTES = 400e6
+_BASE_BYTES, _BLOCK_BYTES = 350e6, 22e6
 _ENGINE_TIMES: dict[Precision, float] = {"fp32": 2.7}  # else 2.1
 
 
-def build_bytes(bundle: Bundle, number: int, precision: Precision) -> float:
-    """The peak of resident memory of the process that builds stage `number`, mapped files included.
+def peak_bytes(blocks: int, read_bytes: float, engine_bytes: float, precision: Precision) -> float:
+    """The most resident memory of a process that builds a stage, mapped files included, whose weights are `read_bytes`
+    in the bundle and `engine_bytes` in the engine. Measured with TensorRT-RTX 1.7: no build of
+    benchmarks/build_memory.py took more."""
+    return _BASE_BYTES + blocks * _BLOCK_BYTES + read_bytes + _ENGINE_TIMES.get(precision, 2.1) * engine_bytes
 
-    That is 400 MB, the stage's weights as the bundle has them, and 2.1 times as the engine has them (2.7 times in
-    float32). Measured with TensorRT-RTX 1.7 (benchmarks/build_memory.py): no build took more.
-    """
+
+def build_bytes(bundle: Bundle, number: int, precision: Precision) -> float:
+    """The estimate of `peak_bytes` for stage `number`."""
     stage = bundle.manifest.stages[number]
     uses = range(len(bundle.manifest.uses))[stage.first_block + 1 : stage.last_block + 2]
     ends = [0] if number == 0 else []
@@ -103,7 +106,8 @@ def _bytes(bundle: Bundle, uses: Collection[int], precision: Precision) -> float
     names = {name for place in uses for name in bundle.manifest.uses[place].weights.values()}
     read = sum(bundle.tensors[name].size_bytes for name in names)
     engine = sum(_engine_bytes(bundle, name, precision) for name in names)
-    return _BASE_BYTES + read + _ENGINE_TIMES.get(precision, 2.1) * engine
+    blocks = sum(0 < use < len(bundle.manifest.uses) - 1 for use in uses)
+    return peak_bytes(blocks, read, engine, precision)
 
 
 def _engine_bytes(bundle: Bundle, name: str, precision: Precision) -> float:

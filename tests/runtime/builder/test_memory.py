@@ -24,6 +24,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp16", "fp32")
 def llama(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """Six blocks in one stage, where only weights take memory."""
     monkeypatch.setattr(memory, "_BASE_BYTES", 0.0)
+    monkeypatch.setattr(memory, "_BLOCK_BYTES", 0.0)
     return Bundle.open(shutil.copytree(tiny_llama, tmp_path / "bundle"))
 
 
