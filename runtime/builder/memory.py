@@ -17,14 +17,14 @@ from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision, compu
 Build = tuple[int, Precision]
 """A stage, and the precision that it is built in."""
 _BASE_BYTES, _BLOCK_BYTES = 350e6, 22e6
-_ENGINE_TIMES: dict[Precision, float] = {"fp32": 2.7}  # else 2.1
+_ENGINE_TIMES: dict[Precision, float] = {"fp16": 2.1, "bf16": 2.1}  # else 2.7
 
 
 def peak_bytes(blocks: int, read_bytes: float, engine_bytes: float, precision: Precision) -> float:
     """The most resident memory of a process that builds a stage, mapped files included, whose weights are `read_bytes`
     in the bundle and `engine_bytes` in the engine. Measured with TensorRT-RTX 1.7: no build of
     benchmarks/build_memory.py took more."""
-    return _BASE_BYTES + blocks * _BLOCK_BYTES + read_bytes + _ENGINE_TIMES.get(precision, 2.1) * engine_bytes
+    return _BASE_BYTES + blocks * _BLOCK_BYTES + read_bytes + _ENGINE_TIMES.get(precision, 2.7) * engine_bytes
 
 
 def build_bytes(bundle: Bundle, number: int, precision: Precision) -> float:

@@ -16,7 +16,7 @@ _LARGEST = {ir.DataType.INT8: 127, ir.DataType.INT4: 7, ir.DataType.FLOAT8E4M3FN
 """The largest value of a type: a scale is a group's largest magnitude divided by it. Ranges are symmetric around 0."""
 
 
-_PART = 2**22  # values that are quantised at a time
+_PART = 2**24  # values that are quantised at a time
 
 
 class BeyondRangeError(EngineError):

@@ -44,7 +44,7 @@ def stage_file(path: Path, number: int) -> StageFile:
     groups=st.integers(1, 3),
     axis=st.sampled_from([0, 1]),
     dtype=st.sampled_from([ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN]),
-    part=st.sampled_from([1, 20, 2**22]),
+    part=st.sampled_from([1, 20, 2**24]),
 )
 def test_a_value_is_off_by_at_most_half_a_step(
     tmp_path_factory: pytest.TempPathFactory,
