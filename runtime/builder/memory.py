@@ -16,7 +16,7 @@ from stageline.runtime.engines.tensorrt.lower import QUANTISED, Precision, compu
 
 Build = tuple[int, Precision]
 """A stage, and the precision that it is built in."""
-_BASE_BYTES, _BLOCK_BYTES = 350e6, 22e6
+_BASE_BYTES, _BLOCK_BYTES = 370e6, 22e6
 _ENGINE_TIMES: dict[Precision, float] = {"fp16": 2.1, "bf16": 2.1}  # else 2.7
 
 
