@@ -20,8 +20,7 @@ from stageline.runtime.generation.stream import Generation
 from stageline.runtime.pipeline import Pipeline
 
 BOUND = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 3e-2}
-"""Of an error, by the type of the bundle. One bfloat16 has 8 bits; caches of float32 bundles are float16 on GPUs, and
-matrix products may be in TF32, of 10 bits."""
+"""Of an error, by the type of the bundle. The caches of float32 bundles are float16 on GPUs."""
 SLOTS, CAPACITY, CHUNK = 4, 300, 7
 Script = list[dict[str, Array]]
 """Steps of an engine: the inputs of each, `first_slot`, and, for copies of slots, `copy` (of, to, tokens)."""
