@@ -202,6 +202,7 @@ def main() -> None:
     def command(part: Part) -> list[str]:
         return [sys.executable, str(HERE / "gpu_parts.py"), part.name, str(MATERIALS), str(out / f"{part.name}.json")]
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the running part ends with this process
     chosen = [part for part in PARTS if arguments.only in (None, part.name)]
     outcomes = run_all(chosen, command, arguments.minutes * 60, out)
     print("\n" + summarise(outcomes, out))
