@@ -14,9 +14,11 @@ from gpu_results import MissingError, Results, need_gpu, need_materials, need_to
 from gpu_speed import BATCHES, CAPACITY, DECODED, ENCODED, NEW, PROMPT, ROWS, decode_shape
 from stageline.models.errors import EngineError, StagelineError
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.engines.lowering.onnxruntime import first_line
 
 CONFIG = "config.json"
 """The model's config, which a shape has beside its bundle."""
+DEVICE = "cuda"
 
 
 def torch_beside(materials: Path, results: Results) -> None:
@@ -33,14 +35,14 @@ def torch_beside(materials: Path, results: Results) -> None:
             continue
         config = transformers.AutoConfig.for_model(**json.loads((folders[name] / CONFIG).read_text()))
         kind = transformers.AutoModelForCausalLM if name in DECODED else transformers.AutoModel
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model = kind.from_config(config, dtype=torch.bfloat16).eval()
         measure = _generates if name in DECODED else _encodes
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 measure(torch, model, name, results)
         except Exception as error:  # of any library below; the other shapes are still of use
-            results.add(shape=name, error=f"{type(error).__name__}: {str(error).splitlines()[:1]}", ok=False)
+            results.add(shape=name, error=f"{type(error).__name__}: {first_line(error)}", ok=False)
         del model
         torch.cuda.empty_cache()
 
@@ -48,7 +50,7 @@ def torch_beside(materials: Path, results: Results) -> None:
 def _generates(torch: Any, model: Any, name: str, results: Results) -> None:
     for cache in (None, "static"):  # transformers compiles decoding with a static cache on a GPU
         for rows in ROWS:
-            ids = torch.randint(3, model.config.vocab_size, (rows, PROMPT), device="cuda")
+            ids = torch.randint(3, model.config.vocab_size, (rows, PROMPT), device=DEVICE)
 
             def seconds(new: int, ids: Any = ids, cache: str | None = cache) -> float:
                 options = {} if cache is None else {"cache_implementation": cache}
@@ -61,20 +63,18 @@ def _generates(torch: Any, model: Any, name: str, results: Results) -> None:
                 torch.cuda.synchronize()
                 return perf_counter() - began
 
-            seconds(NEW)  # compiles
-            seconds(NEW)
+            for new in (NEW, NEW // 2, NEW):  # compiles for each size of the cache
+                seconds(new)
             step_s = (seconds(NEW) - seconds(NEW // 2)) / (NEW - NEW // 2)
             results.add(shape=name, by="transformers, " + ("compiled" if cache else "eager"), rows=rows,
                         tokens_per_s=rows / step_s, step_ms=step_s * 1e3)  # fmt: skip
 
 
 def _encodes(torch: Any, model: Any, name: str, results: Results) -> None:
-    for by, run in (
-        ("torch, eager", model),
-        ("torch, compiled", torch.compile(model, mode="max-autotune-no-cudagraphs")),
-    ):
-        for rows, length in BATCHES:
-            ids = torch.randint(3, model.config.vocab_size, (rows, length), device="cuda")
+    compiled = torch.compile(model)
+    for by, run, batches in (("torch, eager", model, BATCHES), ("torch, compiled", compiled, BATCHES[:1])):
+        for rows, length in batches:
+            ids = torch.randint(3, model.config.vocab_size, (rows, length), device=DEVICE)
 
             def call(run: Callable[..., Any] = run, ids: Any = ids) -> float:
                 began = perf_counter()
