@@ -5,7 +5,7 @@
 Each part is a process of its own with a time limit of its own, and writes its figures as they come: a part that hangs
 or dies costs only itself. FOLDER then has NAME.json and NAME.log of each part, and summary.json and summary.md, which
 are written again after each. docs/gpu.md says what is measured, and how to run it on a machine without a package index.
-Exits with 1 if a part failed.
+Exits with 1 if a part failed, ran out of time, or found what is not ok.
 """
 
 import argparse
@@ -63,10 +63,14 @@ class Outcome:
     figures: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def wrong(self) -> int:
+        """How many of its figures are beyond their bounds."""
+        return sum(row.get("ok") is False for row in self.figures)
+
+    @property
     def line(self) -> str:
         """One line for people."""
-        wrong = sum(row.get("ok") is False for row in self.figures)
-        found = f"{len(self.figures)} figures" + (f", {wrong} NOT OK" if wrong else "")
+        found = f"{len(self.figures)} figures" + (f", {self.wrong} NOT OK" if self.wrong else "")
         return f"{self.name}: {self.state} in {self.seconds:.1f} s, {found}" + (f": {self.why}" if self.why else "")
 
 
@@ -129,7 +133,12 @@ def summarise(outcomes: Sequence[Outcome], out: Path) -> str:
             lines.append(f"- and {len(outcome.figures) - _ROWS_SHOWN} more, in {outcome.name}.json")
         lines += [""] if outcome.figures else []
     if shares:
-        lines += ["## Shares of what was measured of this GPU", "", *(f"- {_row(row)}" for row in shares), ""]
+        lines += [
+            "## Shares of what this GPU can do, and hops between stages",
+            "",
+            *(f"- {_row(row)}" for row in shares),
+            "",
+        ]
     text = "\n".join(lines)
     _write(out / "summary.md", text)
     return text
@@ -137,14 +146,20 @@ def summarise(outcomes: Sequence[Outcome], out: Path) -> str:
 
 def shares_of(figures: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The share of the measured bandwidth of memory that decoding reaches, and of the measured rate of matrix products
-    that encoders reach."""
+    that encoders reach; and what each further stage on the same GPU adds to a step of decoding (`hop_us`)."""
     copies = [row["gb_per_s"] for row in figures.get("driver", ()) if row.get("copy") == "on the device"]
     products = [row["tflop_per_s"] for row in figures.get("rates", ()) if row.get("type") == "bfloat16"]
     found: list[dict[str, Any]] = []
-    for row in figures.get("decode", ()):
-        if copies and "gb_per_s" in row:
-            kept = {name: row[name] for name in ("shape", "stages", "rows")}
-            found.append({**kept, "share_of_bandwidth": round(row["gb_per_s"] / max(copies), 3)})
+    decoded = [row for row in figures.get("decode", ()) if "step_ms" in row]
+    alone = {(row["shape"], row["rows"]): row["step_ms"] for row in decoded if row["stages"] == 1}
+    for row in decoded:
+        kept = {name: row[name] for name in ("shape", "stages", "rows")}
+        if copies:
+            kept["share_of_bandwidth"] = round(row["gb_per_s"] / max(copies), 3)
+        if row["stages"] > 1 and (row["shape"], row["rows"]) in alone:
+            more_ms = row["step_ms"] - alone[row["shape"], row["rows"]]
+            kept["hop_us"] = round(more_ms / (row["stages"] - 1) * 1e3, 1)
+        found.append(kept)
     for row in figures.get("encode", ()):
         if products and "tflop_per_s" in row:
             kept = {name: row[name] for name in ("shape", "stages", "rows", "length")}
@@ -206,7 +221,7 @@ def main() -> None:
     chosen = [part for part in PARTS if arguments.only in (None, part.name)]
     outcomes = run_all(chosen, command, arguments.minutes * 60, out)
     print("\n" + summarise(outcomes, out))
-    sys.exit(any(outcome.state in ("failed", "out of time") for outcome in outcomes))
+    sys.exit(any(outcome.state in ("failed", "out of time") or outcome.wrong for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -69,13 +69,20 @@ def test_parts_for_which_no_time_is_left_are_not_begun(tmp_path: Path, monkeypat
 def test_shares_are_of_what_was_measured() -> None:
     figures = {
         "driver": [{"copy": "on the device", "gb_per_s": 2000.0}, {"copy": "pinned, to the device", "gb_per_s": 50.0}],
-        "decode": [{"shape": "s", "stages": 1, "rows": 8, "gb_per_s": 1500.0}, {"shape": "s", "error": "refused"}],
+        "decode": [
+            {"shape": "s", "stages": 1, "rows": 8, "gb_per_s": 1500.0, "step_ms": 1.0},
+            {"shape": "s", "stages": 4, "rows": 8, "gb_per_s": 1400.0, "step_ms": 1.06},
+            {"shape": "s", "error": "refused", "ok": False},
+        ],
         "rates": [{"type": "bfloat16", "tflop_per_s": 500.0}],
         "encode": [{"shape": "e", "stages": 1, "rows": 8, "length": 128, "tflop_per_s": 250.0}],
     }
-    decode, encode = gpu_proof.shares_of(figures)
-    assert (decode["share_of_bandwidth"], encode["share_of_bf16_rate"]) == (0.75, 0.5)
-    assert gpu_proof.shares_of({**figures, "driver": [], "rates": []}) == []
+    one, four, encode = gpu_proof.shares_of(figures)
+    assert (one["share_of_bandwidth"], four["share_of_bandwidth"], encode["share_of_bf16_rate"]) == (0.75, 0.7, 0.5)
+    assert "hop_us" not in one
+    assert four["hop_us"] == 20.0
+    without = gpu_proof.shares_of({**figures, "driver": [], "rates": []})
+    assert without == [{"shape": "s", "stages": 1, "rows": 8}, {"shape": "s", "stages": 4, "rows": 8, "hop_us": 20.0}]
 
 
 @pytest.mark.parametrize("arguments", [["--only", "everything"], ["--minutes", "0"], []])
