@@ -11,6 +11,7 @@ from stageline.runtime.engines.base import (
     Device,
     Engine,
     EngineFactory,
+    Sampler,
     StageFile,
     Value,
     WeightDtype,
@@ -25,12 +26,14 @@ __all__ = [
     "Device",
     "Engine",
     "EngineFactory",
+    "Sampler",
     "StageFile",
     "Value",
     "WeightDtype",
     "default_device",
     "engine_factory",
     "engine_on",
+    "open_sampler",
 ]
 
 
@@ -91,3 +94,16 @@ def engine_factory(name: str) -> EngineFactory:
     if name not in ENGINES:
         raise EngineError(f"unknown engine {name!r}; known engines: {', '.join(sorted(ENGINES))}")
     return ENGINES[name]()
+
+
+def open_sampler(vocabulary: int, device: Device) -> Sampler | None:
+    """What draws tokens on a device, on the thread that will use it. None: the host draws them, as for all CPUs, and
+    where ONNX Runtime has no CUDA."""
+    if device.name == "cpu":
+        return None
+    from stageline.runtime.engines.cuda_sampler import CudaSampler
+
+    try:
+        return CudaSampler(device, vocabulary)
+    except (EngineError, ImportError):
+        return None

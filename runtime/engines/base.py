@@ -10,7 +10,18 @@ from stageline.runtime.devices.base import Array, Device, Value
 
 CacheDtype = Literal["float32", "float16"]
 WeightDtype = Literal["int4", "int8"]
-__all__ = ["Array", "CacheDtype", "CacheSize", "Device", "Engine", "EngineFactory", "StageFile", "Value", "WeightDtype"]
+__all__ = [
+    "Array",
+    "CacheDtype",
+    "CacheSize",
+    "Device",
+    "Engine",
+    "EngineFactory",
+    "Sampler",
+    "StageFile",
+    "Value",
+    "WeightDtype",
+]
 
 
 class Engine(Protocol):
@@ -92,6 +103,26 @@ class CacheSize:
     slots: int
     capacity: int
     dtype: CacheDtype | None = None
+
+
+class Sampler(Protocol):
+    """Draws tokens where the last stage has its logits. It belongs to the thread of that stage's engine."""
+
+    def draw(self, logits: Value, settings: Array) -> tuple[Value, Value]:
+        """The next token of each row, and whether the device could draw it, before they are computed.
+
+        Args:
+            logits: float32 [rows, 1, vocabulary].
+            settings: float32 [rows, 6], the columns of `lowering.draw_graph.SETTINGS`.
+
+        Returns:
+            int64 [rows, 1], the tokens, and int64 [rows, 2], the tokens with their status (`lowering.draw_graph`).
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what it holds. May be called again."""
+        ...
 
 
 class EngineFactory(Protocol):

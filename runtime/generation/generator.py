@@ -13,7 +13,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
@@ -21,8 +21,10 @@ from time import perf_counter
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.admission import Admission
-from stageline.runtime.bundle.manifest import CACHED_INPUTS, ROW_LENGTHS
+from stageline.runtime.bundle.manifest import CACHED_INPUTS, INPUT_IDS, ROW_LENGTHS
+from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines import Array, CacheSize, Engine, Value
+from stageline.runtime.engines.lowering.draw_graph import DONE, SETTINGS
 from stageline.runtime.generation.changeover import Changeover
 from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, Delta, GenerationRequest
@@ -36,6 +38,8 @@ from stageline.runtime.stages.recorder import Kind
 from stageline.runtime.stages.route import Hop
 from stageline.runtime.stages.trip import Trip
 
+_DRAWN = "drawn"  # in place of the logits, what the device has drawn from them
+
 
 @dataclass(eq=False)
 class _Flight(Trip):
@@ -48,14 +52,28 @@ class _Flight(Trip):
 
     visits_all = True
 
+    lane: Lane = field(init=False)  # where it is
     step: Step
     requests: tuple[int, ...]
     """The number of each row's."""
     done: Callable[["_Flight"], None]
+    issued: Callable[["_Flight"], None]
+    """Called on the last stage's thread when the device has the step, drawing included, and has not done it yet."""
+    settings: Array | None = None
+    """float32 [slots, 6]: the last stage's device draws the tokens (see `Sampler`)."""
     logits: Array | None = None
-    """float32 [slots, picks, vocabulary], once the step has left the last stage."""
+    """float32 [slots, picks, vocabulary], once the step has left the last stage, unless the device draws."""
+    drawn: Array | None = None
+    """int64 [slots, 2], the tokens and their status, if it does."""
+    token: Value | None = None
+    """int64 [slots, 1]: the same tokens on the device."""
+    undrawn: Value | None = None
+    """The logits on the device."""
+    void: set[Continuation] = field(default_factory=set)
+    """Those that got another token than the one that this step, which was issued ahead, computes for them."""
 
     def visit(self, lane: Lane, engine: Engine) -> None:
+        self.lane = lane
         if self.step.copies:
             began = perf_counter()
             for copy in self.step.copies:
@@ -63,7 +81,14 @@ class _Flight(Trip):
             lane.copied(began, self)
 
     def run(self, engine: Engine, fetch: Sequence[str]) -> Mapping[str, Value]:
-        return engine.step(self.values, fetch, self.step.first_slot)
+        values = engine.step(self.values, fetch, self.step.first_slot)
+        if self.settings is None or "logits" not in fetch:
+            return values
+        assert self.lane.sampler is not None
+        self.undrawn = values["logits"]
+        self.token, drawn = self.lane.sampler.draw(self.undrawn, self.settings)
+        self.issued(self)
+        return {_DRAWN: drawn}
 
     def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
         return self.step.kind, len(self.step.rows), self.step.length, tuple(dict.fromkeys(self.requests))
@@ -75,7 +100,7 @@ class _Flight(Trip):
 
     def landed(self, lane: Lane, outcome: dict[str, Array] | EngineError) -> None:
         if not isinstance(outcome, EngineError):
-            self.logits = outcome.get("logits")
+            self.logits, self.drawn = outcome.get("logits"), outcome.get(_DRAWN)
         self.done(self)
 
 
@@ -90,6 +115,7 @@ class Generator:
         `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests."""
         self.text_model, self.capacity = text_model, cache.capacity
         self._lanes, self._hops = lanes, tuple(hops)
+        self._decoding: dict[int, list[_Flight]] = {}  # of each group, in the order in which they were issued
         groups = min(lanes.places, cache.slots)
         chunk = min(chunk, cache.capacity)
         self._scheduler = Scheduler(
@@ -240,7 +266,8 @@ class Generator:
                 drawn = sum(len(choice.drawn) for choice in job.choices)
                 self._end(job, DeadlineError(f"not finished within {deadline_s} s ({drawn} tokens were drawn)"))
 
-    def _send(self, step: Step) -> None:
+    def _send(self, step: Step, before: _Flight | None = None) -> None:
+        """`before`: the running step that draws the tokens which this one computes."""
         now = perf_counter()
         ids = np.zeros((step.slot_count, step.length), np.int64)
         past, new, whole = np.zeros((3, step.slot_count), np.int64)
@@ -248,7 +275,8 @@ class Generator:
         requests = []
         for row in step.rows:
             place = row.slot - step.first_slot
-            ids[place, : row.count] = row.continuation.tokens[row.start : row.start + row.count]
+            if before is None:
+                ids[place, : row.count] = row.continuation.tokens[row.start : row.start + row.count]
             past[place], new[place], whole[place] = row.start, row.count, row.row_length
             if row.last:
                 picks[place] = row.count - 1
@@ -259,9 +287,53 @@ class Generator:
                 self._meter.queue_s.append(now - job.submitted_at)
         values: dict[str, Value] = dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True))
         values[ROW_LENGTHS] = whole
+        if before is not None:
+            assert before.token is not None
+            values[INPUT_IDS] = before.token
+        hops, settings = self._hops, self._device_settings(step, ahead=before is not None)
+        if settings is not None:
+            hops = (*hops[:-1], replace(hops[-1], keep=frozenset({_DRAWN})))
+        flight = _Flight(
+            self._lanes, hops, values, step.number, step, tuple(requests), self._landed, self._issued, settings
+        )
+        if step.kind == "decode":
+            self._decoding.setdefault(step.group, []).append(flight)
         self._in_flight += 1
         self._meter.sent(now)
-        _Flight(self._lanes, self._hops, values, step.number, step, tuple(requests), self._landed).start()
+        flight.start()
+
+    def _device_settings(self, step: Step, ahead: bool) -> Array | None:
+        """The settings with which the last stage's device draws all tokens of a step; None if the host must draw."""
+        if not self._lanes.draws(self._hops[-1].stage):
+            return None
+        settings = np.zeros((step.slot_count, len(SETTINGS)), np.float32)
+        settings[:] = 1, 0, 1, 0, 0, 1  # greedy, where nobody asks
+        chosen = list(chosen_rows(step))
+        for place, row in chosen:
+            found = self._choices[row.continuation].row.device_settings(int(ahead))
+            if found is None:
+                return None
+            settings[place] = found
+        return settings if chosen else None
+
+    def _issued(self, flight: _Flight) -> None:
+        """On the last stage's thread."""
+        self._events.put(partial(self._go_ahead, flight))
+
+    def _go_ahead(self, flight: _Flight) -> None:
+        """Issue the step after a running one, whose tokens the device draws and hands on by itself."""
+        if flight.token is None or self._closing or not self._changeover.issues_steps:
+            return
+        if self._decoding.get(flight.step.group, [])[-1:] != [flight]:
+            return
+        step = self._scheduler.ahead(flight.step, self._needs_another)
+        if step is not None:
+            self._send(step, flight)
+
+    def _needs_another(self, continuation: Continuation) -> bool:
+        """Whether a continuation goes on after the token that is being drawn, as far as that can be known."""
+        choice = self._choices[continuation]
+        return len(choice.drawn) + 1 < choice.max_tokens and choice.row.device_settings(1) is not None
 
     def _landed(self, flight: _Flight) -> None:
         """On the last stage's thread."""
@@ -271,33 +343,65 @@ class Generator:
         """A step has left the last stage."""
         self._in_flight -= 1
         step, now = flight.step, perf_counter()
+        running = self._decoding.get(step.group, [])
+        if flight in running:
+            running.remove(flight)
         self._meter.done(step, self._in_flight, now)
         if flight.error is not None:
             for continuation in self._scheduler.failed(step):
                 self._fail(continuation, flight.error)
             return
         self._scheduler.done(step)
-        wanted = [(place, row.continuation) for place, row in chosen_rows(step) if not row.continuation.ended]
-        if not wanted:
-            return
-        assert flight.logits is not None
-        logits = flight.logits[:, 0]
-        if len(wanted) < len(logits):
-            logits = logits[[place for place, _ in wanted]]
-        choices = [self._choices[continuation] for _, continuation in wanted]
+        wanted = {
+            place: self._choices[row.continuation]
+            for place, row in chosen_rows(step)
+            if not row.continuation.ended and row.continuation not in flight.void
+        }
+        try:
+            results = self._tokens(flight, wanted)
+        except EngineError as error:
+            results = dict.fromkeys(wanted, error)
         pieces: dict[Generation, list[Delta]] = {}
-        for choice, result in zip(choices, sample(logits, [choice.row for choice in choices]), strict=True):
+        choices = list(wanted.values())
+        for choice, result in zip(choices, results.values(), strict=True):
             if choice.continuation.ended:
                 continue  # a choice beside it has failed
             if isinstance(result, EngineError):
                 self._fail(choice.continuation, result)
             else:
                 pieces.setdefault(choice.job.generation, []).append(self._add(choice, result, now))
+                if running and choice.continuation in running[-1].void:
+                    self._scheduler.take_back(choice.continuation)
         for generation, new in pieces.items():
             generation.push(new)
         for job in {choice.job for choice in choices}:
             if job.generation in self._jobs and all(choice.finish_reason for choice in job.choices):
                 self._end(job, job.completion(now))
+        if running:
+            self._go_ahead(running[-1])
+
+    def _tokens(self, flight: _Flight, wanted: Mapping[int, RunningChoice]) -> dict[int, Drawn | EngineError]:
+        """The token of each of `wanted`, by its place in the step: as the device drew it, or drawn here."""
+        results: dict[int, Drawn | EngineError] = {}
+        logits = flight.logits
+        if flight.drawn is not None:
+            for place, choice in wanted.items():
+                token, status = flight.drawn[place].tolist()
+                if status == DONE:
+                    choice.row.record_drawn(token)
+                    results[place] = Drawn(token)
+            if len(results) < len(wanted):
+                assert flight.undrawn is not None
+                logits = on_host({"logits": flight.undrawn}, ["logits"])["logits"]
+        left = [place for place in wanted if place not in results]
+        if left:
+            assert logits is not None
+            rows = logits[:, 0] if len(left) == len(logits) else logits[left, 0]  # no copy if all are wanted
+            results |= zip(left, sample(rows, [wanted[place].row for place in left]), strict=True)
+        if flight.drawn is not None:
+            for ahead in self._decoding.get(flight.step.group, []):  # it has computed with the device's tokens
+                ahead.void |= {wanted[place].continuation for place in left}
+        return {place: results[place] for place in wanted}
 
     def _add(self, choice: RunningChoice, drawn: Drawn, now: float) -> Delta:
         job = choice.job
@@ -305,6 +409,7 @@ class Generator:
         if choice.number == 0:
             self._meter.token(job.token_times[-1] if job.token_times else None, now, job.submitted_at)
             job.token_times.append(now)
+        self._scheduler.learn(choice.continuation)
         job.first_token_at = job.first_token_at or now
         self._meter.generated_tokens += 1
         if choice.finish_reason is not None:

@@ -4,12 +4,14 @@ What a row draws depends on its own logits, settings and generator alone, never 
 no feature does not pay for it: a batch that is greedy throughout costs one argmax.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
+from stageline.runtime.engines.lowering.draw_graph import CANDIDATES
 from stageline.runtime.generation.processors import Processors
 from stageline.runtime.generation.request import TokenLogprob
 from stageline.runtime.generation.settings import Settings
@@ -41,12 +43,25 @@ class Row:
         """Tokens drawn so far."""
         seed = settings.seed
         self._generator = np.random.default_rng(None if seed is None else seed + choice)
+        self._uniform: deque[float] = deque()  # of the next tokens, as far as they were asked for
         self.processors = Processors(settings, vocabulary, prompt, end_ids)
 
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the next token is the raw logits' argmax."""
         return self.settings.temperature == 0 and self.processors.idle
+
+    def device_settings(self, ahead: int) -> tuple[float, ...] | None:
+        """What a `Sampler` needs to draw the token `ahead` tokens after the next (see `lowering.draw_graph.SETTINGS`).
+
+        None if only the host can, for penalties, bans and log probabilities."""
+        settings = self.settings
+        if not self.processors.idle or settings.logprobs is not None or settings.top_k > CANDIDATES:
+            return None
+        if settings.temperature == 0:
+            return 1.0, 0.0, 1.0, 0.0, 0.0, 1.0
+        cuts = float(settings.top_k), settings.top_p, settings.min_p
+        return 1 / settings.temperature, *cuts, self._uniform_ahead(ahead), 0.0
 
     def choose(self, logits: NDArray[np.float32]) -> int | None:
         """The next token from the row's logits [vocabulary], which are not changed. None if no token is left."""
@@ -61,7 +76,7 @@ class Row:
         ids, weights = weigh(scores, self.settings)
         cumulated = np.cumsum(weights)
         total = cumulated[-1]
-        place = np.searchsorted(cumulated, self._generator.random() * total, side="right")
+        place = np.searchsorted(cumulated, self._take_uniform() * total, side="right")
         last = np.searchsorted(cumulated, total)  # the last token that weighs anything, should the product round up
         return int(ids[min(place, last)])
 
@@ -69,6 +84,23 @@ class Row:
         """Take the token for drawn."""
         self.drawn += 1
         self.processors.record(token)
+
+    def record_drawn(self, token: int) -> None:
+        """Take a token that a device has drawn, by `device_settings`."""
+        if self.settings.temperature != 0:
+            self._take_uniform()
+        self.record(token)
+
+    def _take_uniform(self) -> float:
+        number = self._uniform_ahead(0)
+        self._uniform.popleft()
+        return number
+
+    def _uniform_ahead(self, ahead: int) -> float:
+        """The uniform number that decides the next token, or the one `ahead` tokens later."""
+        while len(self._uniform) <= ahead:
+            self._uniform.append(self._generator.random())
+        return self._uniform[ahead]
 
 
 def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | EngineError]:

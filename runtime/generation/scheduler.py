@@ -6,9 +6,10 @@ A continuation and its slot:
        └──────────────────┴───────────cancelled or failed──────────┘
 
 The slots of a group are a contiguous range, so that a step's rows are a range of the cache and nothing is copied. Each
-group has at most one running decode step, which holds all its decoding rows; with a group for each stage, every stage
-has a group to work on while another's tokens are chosen. Prefill goes in chunks, as many at a time as there are stages,
-so that a long prompt stalls the others for a chunk at most. Steps are done in the order they were issued, at every
+group has at most one running decode step, which holds all its decoding rows; with a group for each place that computes,
+every place has a group to work on while another's tokens are chosen. Where the device itself draws the tokens, a second
+step of the same rows may be issued ahead. Prefill goes in chunks, as many at a time as there are places, so that a long
+prompt stalls the others for a chunk at most. Steps are done in the order they were issued, at every
 stage: what a slot holds "once the issued steps are done" is therefore known here, at once.
 
     slot.tokens[:slot.count]  what the slot's cache holds then; kept after its continuation ends, for prompts that begin
@@ -18,14 +19,15 @@ stage: what a slot holds "once the issued steps are done" is therefore known her
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from stageline.runtime.bundle.manifest import RowScaling
 
+_UNKNOWN = -1  # a token that the host has not seen: like none of a prompt
 MIN_SHARED = 16  # tokens: a shorter common beginning is not worth a copy
 
 
@@ -135,7 +137,7 @@ class Scheduler:
             Slot(number, _group_of(number, self.groups, self.slot_count), *np.zeros((3, self.capacity), np.int64))
             for number in range(self.slot_count)
         ]
-        self._decoding = [False] * self.groups  # a decode step of the group is running
+        self._decoding = [0] * self.groups  # decode steps of the group that are running
         self._prefilling = 0
         self._clock = 0
         self._steps = 0
@@ -167,7 +169,7 @@ class Scheduler:
         `forget`: no continuation runs, and they hold nothing any more."""
         assert not self._prefilling
         assert not any(self._decoding)
-        self.groups, self.prefills, self._decoding, self._turn = groups, prefills, [False] * groups, 0
+        self.groups, self.prefills, self._decoding, self._turn = groups, prefills, [0] * groups, 0
         for slot in self.slots:
             slot.group = _group_of(slot.number, groups, self.slot_count)
             if forget:
@@ -184,10 +186,41 @@ class Scheduler:
         self._turn = (self._turn + 1) % self.groups
         return step
 
+    def ahead(self, step: Step, goes_on: Callable[[Continuation], bool]) -> Step | None:
+        """The step after a running decode step, for tokens that the device draws in that and the host has not seen.
+
+        It has the same range of slots, and the rows that `goes_on` says will need another token. None where others of
+        the group wait for their step, another one is running already, or keys depend on what is not known.
+        """
+        if step.kind != "decode" or self._decoding[step.group] != 1 or self.scaling is not None:
+            return None
+        live = [row.continuation for row in step.rows if not row.continuation.ended]
+        if any(slot.continuation not in live for slot in self._decodable(step.group)):
+            return None
+        chosen = [continuation.slot for continuation in live if continuation.slot is not None and goes_on(continuation)]
+        if not chosen:
+            return None
+        self._decoding[step.group] += 1
+        rows = [self._issue(slot, 1, last=True) for slot in sorted(chosen, key=lambda slot: slot.number)]
+        issued = self._step("decode", step.group, rows, 1)
+        return replace(issued, first_slot=step.first_slot, slot_count=step.slot_count)
+
+    def learn(self, continuation: Continuation) -> None:
+        """The last of a continuation's tokens is known now; a step that was issued ahead may compute it already."""
+        slot, place = continuation.slot, len(continuation.tokens) - 1
+        if slot is not None and place < slot.count:
+            slot.tokens[place] = continuation.tokens[place]
+
+    def take_back(self, continuation: Continuation) -> None:
+        """The last of a continuation's tokens is another than that of the step ahead: it will be computed again."""
+        slot = continuation.slot
+        if slot is not None:
+            slot.count = continuation.computed = min(slot.count, len(continuation.tokens) - 1)
+
     def done(self, step: Step) -> None:
         """The step has left the last stage, or failed."""
         if step.kind == "decode":
-            self._decoding[step.group] = False
+            self._decoding[step.group] -= 1
         else:
             self._prefilling -= 1
 
@@ -278,18 +311,22 @@ class Scheduler:
         for group in (*range(self._turn, self.groups), *range(self._turn)):
             if self._decoding[group]:
                 continue
-            rows = [
-                self._issue(slot, 1, last=True)
-                for slot in self.slots
-                if slot.group == group
-                and slot.continuation is not None
-                and slot.continuation.prompt_issued
-                and slot.continuation.computed < len(slot.continuation.tokens)
-            ]
+            rows = [self._issue(slot, 1, last=True) for slot in self._decodable(group)]
             if rows:
-                self._decoding[group] = True
+                self._decoding[group] += 1
                 return self._step("decode", group, rows, 1)
         return None
+
+    def _decodable(self, group: int) -> list[Slot]:
+        """The slots of a group whose last token waits for its step."""
+        return [
+            slot
+            for slot in self.slots
+            if slot.group == group
+            and slot.continuation is not None
+            and slot.continuation.prompt_issued
+            and slot.continuation.computed < len(slot.continuation.tokens)
+        ]
 
     def _prefill(self) -> Step | None:
         if self._prefilling >= self.prefills:
@@ -349,7 +386,8 @@ class Scheduler:
         assert continuation is not None
         start = slot.count
         row_length = max(continuation.prefill_length, start + count)
-        slot.tokens[start : start + count] = continuation.tokens[start : start + count]
+        known = continuation.tokens[start : start + count]
+        slot.tokens[start : start + count] = known or _UNKNOWN
         slot.made_by[start : start + count] = self._steps + 1
         slot.made_for[start : start + count] = self._kind(row_length)
         slot.count = continuation.computed = start + count

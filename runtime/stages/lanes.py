@@ -21,7 +21,7 @@ import numpy as np
 from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import Array, Device, HostCopy, Value
 from stageline.runtime.devices.cpu import CpuDevice
-from stageline.runtime.engines import Engine
+from stageline.runtime.engines import Engine, Sampler
 from stageline.runtime.stages.recorder import RUN_KINDS, Kind, Recordable, Recorder
 
 Answer = TypeVar("Answer")
@@ -34,6 +34,8 @@ class PipelineStage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     open: Callable[[Device], Engine]
+    open_sampler: Callable[[Device], Sampler | None] | None = None
+    """For the stage that computes logits."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Lane:
     recorder: Recorder | None = None
     max_rows: int | None = None
     """`Engine.max_rows`, once it is open."""
+    sampler: Sampler | None = None
+    """Draws tokens on the stage's device, once it is open, if it can."""
 
     def ran(self, began_s: float, work: Recordable) -> None:
         """The engine ran, from `began_s` (of `perf_counter`) until now."""
@@ -192,6 +196,8 @@ class Worker:
             for lane in self.lanes:
                 engines.append((lane, lane.stage.open(lane.device)))
                 lane.max_rows = engines[-1][1].max_rows
+                if lane.stage.open_sampler is not None:
+                    lane.sampler = lane.stage.open_sampler(lane.device)
         except BaseException as error:
             self.opened.set_exception(error)
         else:
@@ -204,6 +210,8 @@ class Worker:
         for lane, engine in engines:
             lane.lander.close()
             engine.close()
+            if lane.sampler is not None:
+                lane.sampler.close()
         self._ended()
 
 
@@ -264,6 +272,10 @@ class Lanes:
     def max_rows(self) -> int | None:
         """The largest batch that all engines take; None: any."""
         return min((lane.max_rows for lane in self._lanes if lane.max_rows is not None), default=None)
+
+    def draws(self, stage: int) -> bool:
+        """Whether a stage's device draws tokens."""
+        return self._lanes[stage].sampler is not None
 
     @property
     def places(self) -> int:

@@ -15,7 +15,7 @@ from stageline.runtime.bundle.manifest import Stage
 from stageline.runtime.bundle.recut import plan_stages
 from stageline.runtime.bundle.stitch import stitch
 from stageline.runtime.devices import spread
-from stageline.runtime.engines import CacheSize, StageFile, default_device, engine_factory, engine_on
+from stageline.runtime.engines import CacheSize, StageFile, default_device, engine_factory, engine_on, open_sampler
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.stages.lanes import PipelineStage
 
@@ -94,10 +94,13 @@ class Opener:
     def _stage(self, number: int, stage: Stage, file: Path, device: str) -> PipelineStage:
         opening = StageFile(number, file, self.bundle.path, stage.caches)
         factory = engine_factory(engine_on(self.options.engine, device))
+        logits = next((spec for spec in stage.outputs if spec.name == "logits"), None)
+        generates = self.cache is not None and logits is not None
         return PipelineStage(
             tuple(spec.name for spec in stage.inputs),
             tuple(spec.name for spec in stage.outputs),
             partial(factory, opening, cache=self.cache, quantise=self.options.quantise),
+            partial(open_sampler, int(logits.shape[-1])) if logits is not None and generates else None,
         )
 
 

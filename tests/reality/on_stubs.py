@@ -23,7 +23,7 @@ from stageline.runtime.engines.lowering.onnxruntime import lowered_for_cuda
 from stageline.runtime.pipeline import Pipeline
 
 COUNTED, TOKENS = 10, 40
-NEW = {"cuStreamBeginCapture_v2", "cuMemHostAlloc", "cuMemAlloc_v2", "cudaMalloc"}
+NEW = {"kernel", "cuStreamBeginCapture_v2", "cuMemHostAlloc", "cuMemAlloc_v2", "cudaMalloc"}
 
 
 def on_cpu(bundle: Bundle) -> dict[str, int]:

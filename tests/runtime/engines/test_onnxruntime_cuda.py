@@ -15,8 +15,12 @@ from fake_cuda import FakeDriver
 from llamas import THREE_BLOCKS
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle.recut import recut
+from stageline.runtime.engines.lowering import draw_graph
+from stageline.runtime.generation import sampling
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
+from stageline.runtime.generation.scheduler import Step
 from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.stages import opening
 
 SECONDS = 60
 PROMPTS = [[5, 8, 13], list(range(3, 40)), [7], [5, 8, 13, 21], list(range(60, 90))]
@@ -92,6 +96,61 @@ def test_batches_are_those_of_the_cpu(devices: list[str], decoder: Path, monkeyp
             found = future.result(SECONDS)["logits"]
             np.testing.assert_allclose(found[mask != 0], wanted[mask != 0], atol=0.05)
     assert driver.live_blocks == 0
+
+
+MIXED = [
+    Sampling(max_tokens=14),
+    Sampling(max_tokens=9, temperature=1.0, seed=3),
+    Sampling(max_tokens=14, temperature=0.8, top_k=5, seed=4),
+    Sampling(max_tokens=11, temperature=1.2, top_p=0.9, seed=5),
+    Sampling(max_tokens=14, temperature=0.9, min_p=0.1, seed=6),
+    Sampling(max_tokens=6, temperature=1.0, seed=7, logprobs=2),
+    Sampling(max_tokens=12, repetition_penalty=1.3),
+    Sampling(max_tokens=14, stop_token_ids=(60, 16, 94, 12)),
+]
+
+
+@pytest.mark.parametrize("candidates", [128, 4])
+def test_tokens_that_the_device_draws_are_those_that_the_host_draws(
+    candidates: int, decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked for beside it, and where the device's candidates do not reach: then a step that was issued
+    ahead had a wrong token, and is made again."""
+    begin = on_gpus(monkeypatch, FakeDriver(seed=11))
+    found: dict[bool, list[tuple[int, ...]]] = {}
+    for module in (draw_graph, sampling):
+        monkeypatch.setattr(module, "CANDIDATES", candidates)
+    for draws in (True, False):
+        with monkeypatch.context() as patch:
+            if not draws:
+                patch.setattr(opening, "open_sampler", lambda vocabulary, device: None)
+            with begin(decoder, slots=4) as pipeline:
+                requests = [GenerationRequest(tuple(PROMPTS[n % 5]), one) for n, one in enumerate(MIXED * 2)]
+                found[draws] = [tokens_of(future) for future in [pipeline.submit(request) for request in requests]]
+    assert found[True] == found[False]
+
+
+def test_a_step_is_issued_before_the_host_has_read_the_last_one(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after is enqueued while the tokens are on their way. A text takes as many steps as it has tokens, and
+    one more if it ended while that was under way."""
+    with on_gpus(monkeypatch, FakeDriver())(decoder) as pipeline:
+        generator, ahead = pipeline._generator, []
+        send = generator._send
+
+        def noted(step: Step, before: Any = None) -> None:
+            ahead.append(before is not None)
+            send(step, before)
+
+        monkeypatch.setattr(generator, "_send", noted)
+        whole = tokens_of(pipeline.generate([3, 4, 5], max_tokens=30).future)
+        assert len(ahead) == 30
+        assert sum(ahead) >= 20
+        ahead.clear()
+        place = max(whole.index(token) for token in whole)
+        ended = tokens_of(pipeline.generate([3, 4, 5], max_tokens=30, stop_token_ids=[whole[place]]).future)
+        assert ended == whole[: place + 1]
+        assert len(ahead) in (place + 1, place + 2)
+        assert tokens_of(pipeline.generate([3, 4, 5], max_tokens=30).future) == whole
 
 
 def test_an_encoder_runs_on_a_gpu(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

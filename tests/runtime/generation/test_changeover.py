@@ -36,6 +36,10 @@ class FakeLanes:
     def __len__(self) -> int:
         return len(self.engines)
 
+    @property
+    def places(self) -> int:
+        return len(self.engines)
+
     def ask(self, stage: int, question: Callable[[Engine], Any]) -> "Future[Any]":
         answer: Future[Any] = Future()
         try:
