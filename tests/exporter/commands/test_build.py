@@ -20,11 +20,12 @@ def test_engines_are_built_listed_and_kept(
     arguments = ["build", str(bundle), "--target", "portable", "--stripped", "--length", "16"]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["stage", "target", "precision", "size", "build", "s", "engine"]
+    assert lines[0].split() == ["stage", "target", "precision", "size", "build", "s", "memory", "engine"]
     assert [line.split()[:3] for line in lines[1:]] == [["0", "portable", "bf16"], ["1", "portable", "bf16"]]
     assert main([*arguments, "--json"]) == 0
     message = json.loads(capsys.readouterr().out)
     assert [engine["built"] for engine in message["engines"]] == [False, False]
+    assert all(engine["peak_bytes"] > 50e6 for engine in message["engines"])
     assert all(
         (bundle / engine["plan"]["path"]).stat().st_size == engine["plan"]["size_bytes"]
         for engine in message["engines"]
