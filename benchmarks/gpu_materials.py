@@ -30,7 +30,7 @@ from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.engines import Array
 from stageline.runtime.pipeline import Pipeline
 
-ROWS, LENGTH, PROMPTS, NEW, POSITIONS = 5, 33, 8, 24, 512
+ROWS, LENGTH, PROMPTS, NEW, NEAR, POSITIONS = 5, 33, 8, 24, 5, 512
 ENCODERS: dict[str, tuple[Any, ...]] = {
     "bert-float32": ("bert", "BertModel", "float32"),
     "bert-float16": ("bert", "BertModel", "float16"),
@@ -98,17 +98,20 @@ def make_decoder(folder: Path, *case: Any) -> None:
 
 
 def tokens_of(bundle: Bundle) -> list[dict[str, Any]]:
-    """The greedy tokens of prompts, and by how much each logit is above the next likeliest."""
+    """The greedy tokens of prompts; at each place also the likeliest, and how far their logits are below the first's."""
     rng = np.random.default_rng(1)
     vocabulary = bundle.manifest.vocabulary or 3
     prompts = [rng.integers(3, vocabulary, 1 + 6 * n).tolist() for n in range(PROMPTS)]
     with Pipeline.open(bundle.path, slots=SLOTS, capacity=CAPACITY, prefill_chunk=CHUNK) as pipeline:
-        running = [pipeline.generate(prompt, max_tokens=NEW, logprobs=2) for prompt in prompts]
+        running = [pipeline.generate(prompt, max_tokens=NEW, logprobs=NEAR) for prompt in prompts]
         choices = [one.result(120).choices[0] for one in running]
-    margins = [[entry.top[0][1] - entry.top[1][1] for entry in choice.logprobs] for choice in choices]
     return [
-        {"prompt": prompt, "tokens": list(choice.token_ids), "margins": margin}
-        for prompt, choice, margin in zip(prompts, choices, margins, strict=True)
+        {
+            "prompt": prompt,
+            "tokens": list(choice.token_ids),
+            "near": [[[token, entry.top[0][1] - one] for token, one in entry.top] for entry in choice.logprobs],
+        }
+        for prompt, choice in zip(prompts, choices, strict=True)
     ]
 
 
