@@ -98,7 +98,7 @@ def make_decoder(folder: Path, *case: Any) -> None:
 
 
 def tokens_of(bundle: Bundle) -> list[dict[str, Any]]:
-    """The greedy tokens of prompts; at each place also the likeliest, and how far their logits are below the first's."""
+    """The greedy tokens of prompts; at each place also the likeliest, and how far they are below the first."""
     rng = np.random.default_rng(1)
     vocabulary = bundle.manifest.vocabulary or 3
     prompts = [rng.integers(3, vocabulary, 1 + 6 * n).tolist() for n in range(PROMPTS)]
