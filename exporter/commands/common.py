@@ -1,6 +1,7 @@
 """What several commands share: their arguments and options, how a result is printed, progress, missing packages."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -68,8 +69,17 @@ class UsageError(typer.TyperException):
 
 
 def print_result(as_json: bool, data: Any, text: str) -> None:
-    """Print a command's result on stdout: `data` as one JSON document, or `text`."""
-    print(json.dumps(data, indent=2) if as_json else text)
+    """Print a command's result on stdout: `data` as one JSON document, or `text`. JSON has no infinity and no NaN: they
+    are null."""
+    print(json.dumps(_finite(data), indent=2) if as_json else text)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def workload(manifest: Manifest, micro_batch: int, length: int | None, slots: int, capacity: int | None) -> Workload:

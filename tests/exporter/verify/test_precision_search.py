@@ -59,7 +59,7 @@ def overflowing(made_once: Callable[..., Path]) -> Path:
 
 def search(bundle: Path, precision: str, capsys: pytest.CaptureFixture[str]) -> Any:
     assert main(["verify", str(bundle), "--find-precision", "--precision", precision, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # JSON has no Infinity
 
 
 def test_a_planted_overflow_is_found_and_the_stage_then_passes(
@@ -72,6 +72,7 @@ def test_a_planted_overflow_is_found_and_the_stage_then_passes(
     assert found["stages"][0]["first"] is None
     assert found["stages"][0]["nodes"] == []
     assert found["stages"][1]["first"]["value"] == "2/linear_5"
+    assert found["stages"][1]["first"]["max_error"] is None
     nodes = found["stages"][1]["nodes"]
     assert PLANTED in nodes
     assert {name.split("/")[0] for name in nodes} == {"2"}
