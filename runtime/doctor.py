@@ -1,11 +1,14 @@
 """What this machine has for Stageline, and the command that installs what it lacks. `diagnose` never fails.
 
-Versions come from the packages' metadata and GPUs from NVML, so nothing heavy is imported and no CUDA context is made.
+Versions come from the packages' metadata and GPUs from NVML, so nothing heavy is imported and no CUDA context is made:
+whether ONNX Runtime starts on a GPU is tried in another process.
 """
 
 import importlib
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +20,8 @@ from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.devices.cuda.driver import too_old
 from stageline.runtime.engines.tensorrt.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX
 from stageline.runtime.engines.tensorrt.targets import PORTABLE, RTX_TARGETS
+
+_START_S = 60  # CUDA's first start on a machine takes seconds
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def diagnose() -> Diagnosis:
         _engines(capabilities),
         tuple(_extras()),
         tuple(_checkpoints()),
-        (*problems, *_clashes(driver)),
+        (*problems, *_clashes(driver), *(_cuda_provider() if gpus else ())),
     )
 
 
@@ -169,6 +174,20 @@ def _clashes(driver: NvidiaDriver) -> Iterator[str]:
     on_gpus = _version("onnxruntime-gpu") or any(flavour.installed for flavour in FLAVOURS.values())
     if driver.version and on_gpus and not _version("cuda-bindings"):
         yield 'a driver and an engine for GPUs are installed, but not CUDA for Python: pip install "stageline[gpu]"'
+
+
+def _cuda_provider() -> Iterator[str]:
+    """Why ONNX Runtime does not start on the first GPU. A process of its own tries it, which CUDA may take along."""
+    if not _version("onnxruntime-gpu"):
+        return
+    command = [sys.executable, "-m", "stageline.runtime.engines.cuda_provider"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_START_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        yield f"ONNX Runtime did not start CUDA within {_START_S} s"
+        return
+    if done.returncode:
+        yield (done.stderr.strip().splitlines() or [f"ONNX Runtime's CUDA ended with {done.returncode}"])[-1]
 
 
 def _extras() -> Iterator[Extra]:

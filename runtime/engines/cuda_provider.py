@@ -1,5 +1,6 @@
 """Starting ONNX Runtime's CUDA provider: which versions will do, where CUDA's libraries lie, and what it lacks."""
 
+import sys
 import threading
 from functools import cache
 from typing import Any
@@ -49,8 +50,8 @@ def _preload() -> str:
     import onnxruntime as ort
 
     said: list[str] = []
-    # A warning about plugins for every session, and what is printed of libraries, would be in the way of our output.
-    ort.set_default_logger_severity(3)
+    # What it logs and prints (of plugins for every session, of libraries) is said below, or is no news.
+    ort.set_default_logger_severity(4)
     ort.print = lambda *words: said.append(" ".join(map(str, words)))
     try:
         ort.preload_dlls()
@@ -77,3 +78,22 @@ def _nothing() -> bytes:
     graph = ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 21}, name="nothing")
     proto: bytes = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     return proto
+
+
+def start(ordinal: int = 0) -> None:
+    """Start the provider on a GPU. EngineError, with the reason, if that fails."""
+    ort = cuda_runtime()
+    try:
+        session = ort.InferenceSession(_nothing(), providers=[(PROVIDER, {"device_id": str(ordinal)})])
+        why = None if PROVIDER in session.get_providers() else why_not_started(ordinal)
+    except Exception as error:  # the backend's exceptions have no common base
+        why = " ".join(str(error).split())
+    if why is not None:
+        raise EngineError(f"ONNX Runtime could not start CUDA on cuda:{ordinal}: {why}")
+
+
+if __name__ == "__main__":  # in a process of its own, which CUDA may take along
+    try:
+        start()
+    except EngineError as error:
+        sys.exit(str(error))

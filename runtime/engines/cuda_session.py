@@ -268,8 +268,7 @@ def _opened(device: CudaDevice, name: str, graph: bytes, folder: Path | None) ->
     except Exception as error:  # the backend's exceptions have no common base
         raise EngineError(f"{name} did not open: {first_line(error)}") from error
     if PROVIDER not in session.get_providers():
-        why = why_not_started(device.gpu.ordinal)
-        raise EngineError(f"ONNX Runtime could not start CUDA on {device.name}: {why}")
+        raise EngineError(f"ONNX Runtime could not start CUDA on {device.name}: {why_not_started(device.gpu.ordinal)}")
     return session
 
 

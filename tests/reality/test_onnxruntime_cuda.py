@@ -105,3 +105,37 @@ def test_every_architecture_is_placed_on_the_gpu(looked_at: Callable[..., list[d
             wrong.append(str(error))
     assert not wrong, "\n".join(wrong)
     assert len(kept) >= 30
+
+
+def start(environment: dict[str, str], **changes: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "stageline.runtime.engines.cuda_provider"]
+    return subprocess.run(command, env={**environment, **changes}, capture_output=True, text=True, check=False)
+
+
+def test_the_provider_starts_or_names_the_library_that_it_lacks(environment: dict[str, str], tmp_path: Path) -> None:
+    assert start(environment).returncode == 0
+    for library in Path(environment["LD_LIBRARY_PATH"]).glob("*.so.*"):
+        if library.name != "libcublas.so.13":
+            (tmp_path / library.name).symlink_to(library)
+    lacking = start(environment, LD_LIBRARY_PATH=str(tmp_path))
+    assert lacking.returncode == 1
+    assert lacking.stdout == ""
+    assert lacking.stderr.startswith("ONNX Runtime could not start CUDA on cuda:0: Failed to load libcublas.so.13")
+    assert lacking.stderr.count("\n") == 1
+
+
+def test_cuda_is_found_where_pip_puts_it(environment: dict[str, str], tmp_path: Path) -> None:
+    onnxruntime, *others = environment["PYTHONPATH"].split(os.pathsep)
+    (tmp_path / "onnxruntime").symlink_to(Path(onnxruntime) / "onnxruntime")
+    for folder, names in (("cu13", ("cublas", "cudart", "curand")), ("cudnn", ("cudnn",))):
+        made = tmp_path / "nvidia" / folder / "lib"
+        made.mkdir(parents=True)
+        for library in Path(environment["LD_LIBRARY_PATH"]).glob("*.so.*"):
+            if any(name in library.name for name in names):
+                (made / library.name).symlink_to(library)
+    driver = tmp_path / "driver"
+    driver.mkdir()
+    (driver / "libcuda.so.1").symlink_to(Path(environment["LD_LIBRARY_PATH"]) / "libcuda.so.1")
+    path = os.pathsep.join([str(tmp_path), *others])
+    done = start(environment, PYTHONPATH=path, LD_LIBRARY_PATH=str(driver))
+    assert done.returncode == 0, done.stderr

@@ -153,3 +153,11 @@ def test_nothing_heavy_is_imported() -> None:
     code = f"import sys; from stageline.runtime.doctor import diagnose; diagnose(); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_onnxruntime_that_does_not_start_on_the_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here onnxruntime has no CUDA: that is what the process which tries it says."""
+    monkeypatch.setattr(doctor, "_version", lambda *packages: "1.31.1" if "onnxruntime-gpu" in packages else None)
+    assert list(doctor._cuda_provider()) == [
+        'this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then pip install "stageline[gpu]"'
+    ]
