@@ -13,7 +13,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
@@ -23,9 +23,10 @@ from stageline.models.errors import DeadlineError, EngineError, RequestError, St
 from stageline.runtime.admission import Admission
 from stageline.runtime.bundle.manifest import CACHED_INPUTS, INPUT_IDS, ROW_LENGTHS
 from stageline.runtime.devices.base import on_host
-from stageline.runtime.engines import Array, CacheSize, Engine, Value
+from stageline.runtime.engines import Array, CacheSize, Value
 from stageline.runtime.engines.lowering.draw_graph import DONE, SETTINGS
 from stageline.runtime.generation.changeover import Changeover
+from stageline.runtime.generation.flight import DRAWN, Flight, engine_error
 from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, Delta, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
@@ -33,75 +34,8 @@ from stageline.runtime.generation.sampling import Drawn, sample
 from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
-from stageline.runtime.stages.lanes import Lane, Lanes, StageStats
-from stageline.runtime.stages.recorder import Kind
+from stageline.runtime.stages.lanes import Lanes, StageStats
 from stageline.runtime.stages.route import Hop
-from stageline.runtime.stages.trip import Trip
-
-_DRAWN = "drawn"  # in place of the logits, what the device has drawn from them
-
-
-@dataclass(eq=False)
-class _Flight(Trip):
-    """A step on its way through the stages, from the model's inputs to its logits.
-
-    Inputs: `input_ids` int64 [slots, length], `past_lengths` and `new_lengths` int64 [slots], `logits_at` int64
-    [slots, picks]: where logits are wanted, 0 or 1 pick in each row; `row_lengths` int64 [slots]. After a failure only
-    its copies of cache rows are made, for other steps need them.
-    """
-
-    visits_all = True
-
-    lane: Lane = field(init=False)  # where it is
-    step: Step
-    requests: tuple[int, ...]
-    """The number of each row's."""
-    done: Callable[["_Flight"], None]
-    issued: Callable[["_Flight"], None]
-    """Called on the last stage's thread when the device has the step, drawing included, and has not done it yet."""
-    settings: Array | None = None
-    """float32 [slots, 6]: the last stage's device draws the tokens (see `Sampler`)."""
-    logits: Array | None = None
-    """float32 [slots, picks, vocabulary], once the step has left the last stage, unless the device draws."""
-    drawn: Array | None = None
-    """int64 [slots, 2], the tokens and their status, if it does."""
-    token: Value | None = None
-    """int64 [slots, 1]: the same tokens on the device."""
-    undrawn: Value | None = None
-    """The logits on the device."""
-    void: set[Continuation] = field(default_factory=set)
-    """Those that got another token than the one that this step, which was issued ahead, computes for them."""
-
-    def visit(self, lane: Lane, engine: Engine) -> None:
-        self.lane = lane
-        if self.step.copies:
-            began = perf_counter()
-            for copy in self.step.copies:
-                engine.copy_slot(copy.source, copy.target, copy.tokens)
-            lane.copied(began, self)
-
-    def run(self, engine: Engine, fetch: Sequence[str]) -> Mapping[str, Value]:
-        values = engine.step(self.values, fetch, self.step.first_slot)
-        if self.settings is None or "logits" not in fetch:
-            return values
-        assert self.lane.sampler is not None
-        self.undrawn = values["logits"]
-        self.token, drawn = self.lane.sampler.draw(self.undrawn, self.settings)
-        self.issued(self)
-        return {_DRAWN: drawn}
-
-    def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
-        return self.step.kind, len(self.step.rows), self.step.length, tuple(dict.fromkeys(self.requests))
-
-    def failure(self, lane: Lane, error: BaseException) -> EngineError:
-        if isinstance(error, EngineError):
-            return error
-        return _engine_error(f"stage {lane.number} failed in step {self.number}", error)
-
-    def landed(self, lane: Lane, outcome: dict[str, Array] | EngineError) -> None:
-        if not isinstance(outcome, EngineError):
-            self.logits, self.drawn = outcome.get("logits"), outcome.get(_DRAWN)
-        self.done(self)
 
 
 class Generator:
@@ -115,7 +49,7 @@ class Generator:
         `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests."""
         self.text_model, self.capacity = text_model, cache.capacity
         self._lanes, self._hops = lanes, tuple(hops)
-        self._decoding: dict[int, list[_Flight]] = {}  # of each group, in the order in which they were issued
+        self._decoding: dict[int, list[Flight]] = {}  # of each group, in the order in which they were issued
         groups = min(lanes.places, cache.slots)
         chunk = min(chunk, cache.capacity)
         self._scheduler = Scheduler(
@@ -201,7 +135,7 @@ class Generator:
         try:
             self._take_events()
         except BaseException as error:  # a bug, of ours or of an engine: nobody shall wait for ever
-            self._give_up(_engine_error("the generator failed", error))
+            self._give_up(engine_error("the generator failed", error))
         self._changeover.drop(RequestError("the pipeline was closed before its stages were switched"))
         self._stopped.set_result(None)
 
@@ -266,7 +200,7 @@ class Generator:
                 drawn = sum(len(choice.drawn) for choice in job.choices)
                 self._end(job, DeadlineError(f"not finished within {deadline_s} s ({drawn} tokens were drawn)"))
 
-    def _send(self, step: Step, before: _Flight | None = None) -> None:
+    def _send(self, step: Step, before: Flight | None = None) -> None:
         """`before`: the running step that draws the tokens which this one computes."""
         now = perf_counter()
         ids = np.zeros((step.slot_count, step.length), np.int64)
@@ -292,8 +226,8 @@ class Generator:
             values[INPUT_IDS] = before.token
         hops, settings = self._hops, self._device_settings(step, ahead=before is not None)
         if settings is not None:
-            hops = (*hops[:-1], replace(hops[-1], keep=frozenset({_DRAWN})))
-        flight = _Flight(
+            hops = (*hops[:-1], replace(hops[-1], keep=frozenset({DRAWN})))
+        flight = Flight(
             self._lanes, hops, values, step.number, step, tuple(requests), self._landed, self._issued, settings
         )
         if step.kind == "decode":
@@ -316,11 +250,11 @@ class Generator:
             settings[place] = found
         return settings if chosen else None
 
-    def _issued(self, flight: _Flight) -> None:
+    def _issued(self, flight: Flight) -> None:
         """On the last stage's thread."""
         self._events.put(partial(self._go_ahead, flight))
 
-    def _go_ahead(self, flight: _Flight) -> None:
+    def _go_ahead(self, flight: Flight) -> None:
         """Issue the step after a running one, whose tokens the device draws and hands on by itself."""
         if flight.token is None or self._closing or not self._changeover.issues_steps:
             return
@@ -335,11 +269,11 @@ class Generator:
         choice = self._choices[continuation]
         return len(choice.drawn) + 1 < choice.max_tokens and choice.row.device_settings(1) is not None
 
-    def _landed(self, flight: _Flight) -> None:
+    def _landed(self, flight: Flight) -> None:
         """On the last stage's thread."""
         self._events.put(partial(self._drawn, flight))
 
-    def _drawn(self, flight: _Flight) -> None:
+    def _drawn(self, flight: Flight) -> None:
         """A step has left the last stage."""
         self._in_flight -= 1
         step, now = flight.step, perf_counter()
@@ -380,7 +314,7 @@ class Generator:
         if running:
             self._go_ahead(running[-1])
 
-    def _tokens(self, flight: _Flight, wanted: Mapping[int, RunningChoice]) -> dict[int, Drawn | EngineError]:
+    def _tokens(self, flight: Flight, wanted: Mapping[int, RunningChoice]) -> dict[int, Drawn | EngineError]:
         """The token of each of `wanted`, by its place in the step: as the device drew it, or drawn here."""
         results: dict[int, Drawn | EngineError] = {}
         logits = flight.logits
@@ -459,11 +393,3 @@ class Generator:
         self._closing = True
         for job in list(self._jobs.values()):
             self._end(job, RequestError("the pipeline was closed before this request was finished"))
-
-
-def _engine_error(what: str, error: BaseException) -> EngineError:
-    """The submitters' error for something unforeseen: its first line, and the thing itself as the cause."""
-    line = str(error).strip().split("\n", 1)[0]
-    failure = EngineError(f"{what}: {type(error).__name__}: {line}")
-    failure.__cause__ = error
-    return failure
