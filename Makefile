@@ -67,7 +67,7 @@ types: $(VENV)/stamp view
 pytest: checkpoints
 	@rm -rf .cache/parity
 	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 2 --dist loadfile
-	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m reality -n 2 --dist loadfile
+	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest tests/reality -n 2 --dist loadfile
 	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
 
 docs: $(VENV)/stamp view

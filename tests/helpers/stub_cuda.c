@@ -20,9 +20,9 @@ static __thread Handle current;
 #define REFUSE_IF(condition) if (condition) return INVALID_VALUE
 
 typedef struct { float *x, *y, a, b; unsigned count; } Kernel;
-static Kernel captured[64];
-static int captures = -1; /* how many are captured; -1: none is under way */
-static Handle capturing;
+static __thread Kernel captured[64];
+static __thread int captures = -1; /* how many are captured; -1: none is under way */
+static __thread Handle capturing;
 __thread int stub_capturing; /* 1: this thread captures; 2: and has made a call that ends it (stub_cudart.c) */
 
 static Result made(Handle *handle, uintptr_t kind) { static int count; *handle = (Handle)(kind + ++count); return SUCCESS; }
@@ -41,24 +41,20 @@ Result cuDevicePrimaryCtxRelease_v2(int device) { return SUCCESS; }
 Result cuCtxSetCurrent(Handle context) { current = context; return SUCCESS; }
 Result cuCtxGetCurrent(Handle *context) { *context = current; return SUCCESS; }
 
-static void *memory(size_t size) { /* zeros: garbage might be no numbers */
-  size = (size + 255) / 256 * 256;
-  return memset(aligned_alloc(256, size + 256), 0, size);
-}
 Result cuMemAlloc_v2(Address *address, size_t size) { CALLED;
   NEEDS_CONTEXT;
   if (size > 1ull << 40) return OUT_OF_MEMORY;
   *address = (Address)memory(size);
   return SUCCESS;
 }
-Result cuMemFree_v2(Address address) { NEEDS_CONTEXT; free((void *)address); return SUCCESS; }
+Result cuMemFree_v2(Address address) { NEEDS_CONTEXT; release((void *)address); return SUCCESS; }
 Result cuMemHostAlloc(void **address, size_t size, unsigned flags) { CALLED;
   NEEDS_CONTEXT;
   REFUSE_IF(flags != 1); /* portable */
   *address = memory(size);
   return SUCCESS;
 }
-Result cuMemFreeHost(void *address) { NEEDS_CONTEXT; free(address); return SUCCESS; }
+Result cuMemFreeHost(void *address) { NEEDS_CONTEXT; release(address); return SUCCESS; }
 
 Result cuStreamCreate(Handle *stream, unsigned flags) { NEEDS_CONTEXT; REFUSE_IF(flags != 1); return made(stream, 0x50000); }
 Result cuStreamDestroy_v2(Handle stream) { NEEDS_CONTEXT; REFUSE_IF(!stream); return SUCCESS; }
@@ -158,7 +154,7 @@ Result cuStreamBeginCapture_v2(Handle stream, int mode) { CALLED;
   stub_capturing = 1;
   return SUCCESS;
 }
-static int graph_size;
+static __thread int graph_size;
 Result cuStreamEndCapture(Handle stream, Handle *graph) {
   NEEDS_CONTEXT;
   REFUSE_IF(stream != capturing);

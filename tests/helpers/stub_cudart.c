@@ -18,10 +18,6 @@ static int refused(void) {
 }
 #define NOT_IN_CAPTURE do { if (refused()) { COUNT("refused in a capture"); return cudaErrorStreamCaptureUnsupported; } } while (0)
 
-static void *memory(size_t size) { /* zeros: garbage might be no numbers */
-  size = (size + 512) / 256 * 256;
-  return memset(aligned_alloc(256, size), 0, size);
-}
 static void *handle(void) { static char *last = (char *)0x5000; return last += 16; }
 
 cudaError_t cudaGetDeviceCount(int *count) { *count = 2; return 0; }
@@ -65,11 +61,11 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr which, int de
 
 cudaError_t cudaMalloc(void **to, size_t size) { NOT_IN_CAPTURE; CALLED; *to = memory(size); return 0; }
 cudaError_t cudaMallocFromPoolAsync(void **to, size_t size, cudaMemPool_t pool, cudaStream_t stream) { CALLED; *to = memory(size); return 0; }
-cudaError_t cudaFree(void *what) { NOT_IN_CAPTURE; CALLED; free(what); return 0; }
-cudaError_t cudaFreeAsync(void *what, cudaStream_t stream) { CALLED; free(what); return 0; }
+cudaError_t cudaFree(void *what) { NOT_IN_CAPTURE; CALLED; release(what); return 0; }
+cudaError_t cudaFreeAsync(void *what, cudaStream_t stream) { CALLED; release(what); return 0; }
 cudaError_t cudaHostAlloc(void **to, size_t size, unsigned flags) { NOT_IN_CAPTURE; CALLED; *to = memory(size); return 0; }
 cudaError_t cudaMallocHost(void **to, size_t size) { NOT_IN_CAPTURE; CALLED; *to = memory(size); return 0; }
-cudaError_t cudaFreeHost(void *what) { NOT_IN_CAPTURE; CALLED; free(what); return 0; }
+cudaError_t cudaFreeHost(void *what) { NOT_IN_CAPTURE; CALLED; release(what); return 0; }
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) { *available = 79ull << 30; *total = 80ull << 30; return 0; }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { NOT_IN_CAPTURE; CALLED; return 0; }
 cudaError_t cudaDeviceSynchronize(void) { NOT_IN_CAPTURE; CALLED; return 0; }

@@ -62,7 +62,7 @@ def per(count: int, before: Counter[str]) -> dict[str, float]:
     return {name: calls / count for name, calls in (cuda_stubs.calls() - before).items()}
 
 
-def looked_at(path: Path, stages: int) -> dict[str, Any]:
+def looked_at(path: Path, stages: int, counts_steps: bool) -> dict[str, Any]:
     bundle = Bundle.open(path)
     found: dict[str, Any] = {"stages": stages, "on_cpu": on_cpu(bundle)}
     with Pipeline.open(path, engine="onnxruntime-cuda", devices=["cuda:0"]) as pipeline:
@@ -82,13 +82,16 @@ def looked_at(path: Path, stages: int) -> dict[str, Any]:
         if bundle.manifest.cached:
             texts = [[3 + n, 4, 5] for n in range(8)]
 
-            def generate() -> None:
+            def generate(tokens: int) -> None:
                 steps = pipeline.stats().stages[0].amounts["decode"].runs
-                for future in [pipeline.generate(text, max_tokens=TOKENS) for text in texts]:
+                for future in [pipeline.generate(text, max_tokens=tokens) for text in texts]:
                     future.result(60)
                 found["decode_steps"] = pipeline.stats().stages[0].amounts["decode"].runs - steps
 
-            found["generation"] = warm(generate, 1)
+            if counts_steps:
+                found["generation"] = warm(lambda: generate(TOKENS), 1)
+            else:
+                generate(3)
     return found
 
 
@@ -105,12 +108,13 @@ def warm(work: Callable[[], object], count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Arguments: PATH:STAGES of each bundle."""
+    """Arguments: `steps`, if the steps of generation are to be counted, and PATH:STAGES of each bundle."""
     open_gpus([(0, 0)], (0,))[0].close()
-    for argument in sys.argv[1:]:
+    counts_steps = sys.argv[1] == "steps"
+    for argument in sys.argv[1 + counts_steps :]:
         path, _, stages = argument.rpartition(":")
         try:
-            found = looked_at(Path(path), int(stages))
+            found = looked_at(Path(path), int(stages), counts_steps)
         except Exception as error:  # said of this bundle, and the others are looked at
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"bundle": argument, **found}), flush=True)

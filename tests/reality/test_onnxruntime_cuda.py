@@ -46,7 +46,7 @@ def looked_at(environment: dict[str, str]) -> Callable[..., list[dict[str, Any]]
         command = [sys.executable, str(HERE / "on_stubs.py"), *bundles]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         found = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(found) == len(bundles), done.stdout + done.stderr
+        assert len(found) == len([one for one in bundles if one != "steps"]), done.stdout + done.stderr
         return found
 
     return look
@@ -67,7 +67,7 @@ def test_one_step_a_token_and_one_wait_a_step_whatever_the_number_of_stages(
     looked_at: Callable[..., list[dict[str, Any]]], export_once: Callable[..., Path]
 ) -> None:
     bundle = export_once(THREE_BLOCKS)
-    for stages, found in zip((1, 2, 3), looked_at(*(f"{bundle}:{n}" for n in (1, 2, 3))), strict=True):
+    for stages, found in zip((1, 2, 3), looked_at("steps", *(f"{bundle}:{n}" for n in (1, 2, 3))), strict=True):
         check(found)
         tokens = 40
         assert found["decode_steps"] == tokens - 1, found  # of 8 requests, the first token is of the prompt
