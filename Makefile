@@ -8,7 +8,7 @@ export STAGELINE_CHECKPOINTS := $(CURDIR)/$(CHECKPOINTS)
 BRIEF := --seconds 2 --repeats 2 --warm-up 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint types pytest docs docs-reference view checkpoints bench clean
+.PHONY: help demo test check lint types reference pytest docs docs-reference view checkpoints bench clean
 
 help:
 	@echo 'make demo            fetch two real models, export each to two stages, run and measure them'
@@ -45,7 +45,9 @@ demo: checkpoints
 	@echo '    $(BIN)/stageline dashboard'
 	@echo
 
-test: lint types pytest
+test: lint
+	@$(MAKE) --no-print-directory -j 2 types reference
+	@$(MAKE) --no-print-directory pytest STAGELINE_REFERENCE=$(CURDIR)/.cache/reference
 
 check: lint types
 
@@ -62,12 +64,17 @@ types: $(VENV)/stamp view
 	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
 	$(BIN)/mypy benchmarks examples docs/generate.py
 
+# The reference checkpoints' bundles, for the tests: made while mypy, which is one thread, has the other core.
+reference: checkpoints
+	@rm -rf .cache/reference
+	@for name in minilm smollm2; do $(BIN)/stageline export $(CHECKPOINTS)/$$name -o .cache/reference/$$name || exit 1; done
+
 # A file's tests run in one process: what they share is made once. (pytest 9.2 loses the groups of pytest-xdist 3.8.)
 # Times against theory get three goes, for the machine may be shared: what our figures get wrong is wrong every time.
 pytest: checkpoints
 	@rm -rf .cache/parity
 	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 2 --dist loadfile
-	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest tests/reality -n 2 --dist loadfile
+	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest tests/reality -n 2 --dist worksteal
 	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
 
 docs: $(VENV)/stamp view

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,9 @@ def link_reference_bundle(made_once: MadeOnce) -> Callable[[str, Path], Path]:
         checkpoint = default_root() / name
         if not checkpoint.is_dir():
             pytest.skip(f"{name} is not here: stageline models fetch {name}")
-        made = made_once(name, lambda folder: export(checkpoint, folder))
+        there = Path(os.environ.get("STAGELINE_REFERENCE", "nowhere")) / name  # make test exports them beside mypy
+        make = partial(shutil.copytree, there) if there.is_dir() else partial(export, checkpoint)
+        made = made_once(name, make)
         return Path(shutil.copytree(made, folder, copy_function=os.link))
 
     return link

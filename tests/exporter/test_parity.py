@@ -1,9 +1,11 @@
 """Every architecture, cut at 1 stage, 2 stages and one block a stage, gives what torch gives (eager, float32).
 
-Their weights are bfloat16, with which both sides compute in float32; those of FLOAT32 are float32.
+Their weights are bfloat16, with which both sides compute in float32; those of FLOAT32 are float32. STAGELINE_DTYPE
+chooses one for all.
 
 Those with windows, sinks, attention of their own or no KV cache do so in test_cached.py."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,7 @@ def test_buffers_that_the_checkpoint_holds_are_taken_from_it(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_stages_give_what_torch_gives(name: str, tmp_path: Path) -> None:
     model_type, values, saved_as = ARCHITECTURES[name]
-    dtype = "float32" if name in FLOAT32 else "bfloat16"
+    dtype = os.environ.get("STAGELINE_DTYPE") or ("float32" if name in FLOAT32 else "bfloat16")
     checkpoint = synthesize(tmp_path / "checkpoint", model_type, values, saved_as, dtype)
     bundle = export(checkpoint, tmp_path / "bundle")
     assert bundle.manifest.trace.startswith("stamped"), bundle.manifest.trace

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from fake_cuda import FakeDriver
-from llamas import THREE_BLOCKS
+from llamas import THREE_BLOCKS, TIED
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines.lowering import draw_graph
@@ -151,6 +151,15 @@ def test_a_step_is_issued_before_the_host_has_read_the_last_one(decoder: Path, m
         assert ended == whole[: place + 1]
         assert len(ahead) in (place + 1, place + 2)
         assert tokens_of(pipeline.generate([3, 4, 5], max_tokens=30).future) == whole
+
+
+def test_quantised_stages_are_cut_anew_on_gpus(
+    export_once: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_gpus(monkeypatch, FakeDriver())(export_once(TIED), quantise="int4") as pipeline:
+        whole = tokens_of(pipeline.generate([3, 4, 5], max_tokens=12).future)
+        pipeline.recut(2)
+        assert tokens_of(pipeline.generate([3, 4, 5], max_tokens=12).future) == whole
 
 
 def test_an_encoder_runs_on_a_gpu(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
