@@ -29,19 +29,19 @@ def cuda_runtime() -> Any:
     return ort
 
 
-def why_not_started(ordinal: int) -> str:
-    """Why a session fell back to the CPU, in one line: the libraries that did not load, or what the provider says."""
-    import onnxruntime as ort
-
-    with _lock:
-        missing = _preload()
-    if missing:
-        return missing
+def why_not_started(ordinal: int) -> str | None:
+    """Why the provider does not start on a GPU, in one line: the libraries that did not load, or what it says itself.
+    None if it does start."""
+    ort = cuda_runtime()
+    why = "its CUDA provider gives no reason"
     try:
-        ort.InferenceSession(_nothing(), providers=[(PROVIDER, {"device_id": str(ordinal)})])
+        session = ort.InferenceSession(_nothing(), providers=[(PROVIDER, {"device_id": str(ordinal)})])
+        if PROVIDER in session.get_providers():
+            return None
     except Exception as error:  # the backend's exceptions have no common base
-        return " ".join(str(error).split())
-    return "its CUDA provider gives no reason"
+        why = " ".join(str(error).split())
+    with _lock:
+        return _preload() or why
 
 
 @cache
@@ -82,12 +82,7 @@ def _nothing() -> bytes:
 
 def start(ordinal: int = 0) -> None:
     """Start the provider on a GPU. EngineError, with the reason, if that fails."""
-    ort = cuda_runtime()
-    try:
-        session = ort.InferenceSession(_nothing(), providers=[(PROVIDER, {"device_id": str(ordinal)})])
-        why = None if PROVIDER in session.get_providers() else why_not_started(ordinal)
-    except Exception as error:  # the backend's exceptions have no common base
-        why = " ".join(str(error).split())
+    why = why_not_started(ordinal)
     if why is not None:
         raise EngineError(f"ONNX Runtime could not start CUDA on cuda:{ordinal}: {why}")
 
