@@ -28,7 +28,7 @@ class EmulatedStage:
         model = ir.from_proto(onnx.ModelProto.FromString(lowered.proto))
         for name, weight in lowered.weights.items():
             model.graph.initializers[name].const_value = ir.tensor(weight.read(), dtype=weight.dtype, name=name)
-        _round(model, values)
+        round_halves(model, values)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         # Otherwise products of quantised weights are fused into operators that also quantise activations.
@@ -68,7 +68,7 @@ def _shapes(cache: CacheSpec, rows: int, capacity: int) -> list[tuple[int, int, 
     return [(rows, cache.heads, capacity, size) for size in (cache.key_size, cache.value_size)]
 
 
-def _round(model: ir.Model, values: Sequence[str]) -> None:
+def round_halves(model: ir.Model, values: Sequence[str]) -> None:
     """Let every operator compute in float32, and round values that are float16 or bfloat16."""
     graph = model.graph
     halves = [(node, value, value.dtype) for node in graph for value in node.outputs if value.dtype in HALVES]

@@ -15,7 +15,7 @@ import onnxruntime as ort
 import paged_attention
 import pytest
 from fake_cuda import FakeDriver
-from stageline.runtime.builder import emulate
+from stageline.runtime.builder.emulate import round_halves
 from stageline.runtime.engines import cuda_provider
 
 _SESSION = ort.InferenceSession
@@ -46,7 +46,7 @@ class Session:
         model = ir.from_proto(onnx.ModelProto.FromString(graph))
         self._inputs, self._outputs = (list(map(_Value, of)) for of in (model.graph.inputs, model.graph.outputs))
         paged_attention.expand(model)
-        emulate._round(model, ())
+        round_halves(model, ())
         proto = ir.to_proto(model).SerializeToString()
         self._session = _SESSION(proto, options, providers=["CPUExecutionProvider"])
         self._wanted = {value.name for value in self._session.get_inputs()}
