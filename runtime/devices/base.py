@@ -65,7 +65,8 @@ class Device(Protocol):
         ...
 
     def busy_s(self) -> float | None:
-        """Seconds that the device has computed by its own clock; None if the worker's time is the device's."""
+        """Seconds that the device has computed by its own clock, of which stages at work at the same time on one GPU
+        have equal parts; None if the worker's time is the device's."""
         ...
 
     def close(self) -> None:

@@ -54,8 +54,8 @@ class Amount:
 @dataclass(frozen=True)
 class StageStats:
     """What one stage did since the pipeline opened. `utilisation` is busy time over wall time, 0 to 1; `copy_s`, of
-    copies between engines and cache rows, is not part of it. On a GPU `busy_s` is the device's own time, `cores` are
-    those that feed it."""
+    copies between engines and cache rows, is not part of it. On a GPU `busy_s` is the device's own time (see
+    `Device.busy_s`), `cores` are those that feed it."""
 
     device: str
     cores: tuple[int, ...]

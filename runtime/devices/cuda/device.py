@@ -1,7 +1,6 @@
 """The device of one stage on a GPU: a stream that computes, a stream that reads back, and their clock."""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,9 +27,7 @@ class CudaDevice:
         self._closed: Callable[[], None] | None = closed
         gpu.make_current()
         self.stream, self.reading = gpu.driver.new_stream(), gpu.driver.new_stream()
-        self._lock = threading.Lock()  # guards the next two lines
-        self._spans: deque[tuple[Event, Event]] = deque()
-        self._busy_s = 0.0
+        self._meter = gpu.clock.new_meter()
 
     def start_worker(self, name: str, work: Callable[[], None]) -> threading.Thread:
         """See `Device.start_worker`. The thread may use any of `cores`: it enqueues and does not compute."""
@@ -74,19 +71,16 @@ class CudaDevice:
 
     def computed(self, began: Event, ended: Event) -> None:
         """Count the time between two events, once they have happened."""
-        with self._lock:
-            self._spans.append((began, ended))
-            self._count()
+        self.gpu.clock.computed(self._meter, began, ended)
 
     def busy_s(self) -> float:
         """See `Device.busy_s`."""
         try:
             self.gpu.make_current()
-            with self._lock:
-                self._count()
+            self.gpu.clock.count()
         except (CudaError, EngineError):
             pass  # lost: keep what was counted
-        return self._busy_s
+        return self._meter.busy_s
 
     def failed(self, error: CudaError) -> EngineError:
         """The error that callers see in place of `error`."""
@@ -108,11 +102,7 @@ class CudaDevice:
 
     def destroy(self) -> None:
         """Destroy the streams. Nobody uses this device any more."""
+        self.gpu.clock.remove(self._meter)
         self.gpu.make_current()
         for stream in (self.stream, self.reading):
             self.gpu.driver.destroy_stream(stream)
-
-    def _count(self) -> None:
-        while self._spans and self._spans[0][1].done():
-            began, ended = self._spans.popleft()
-            self._busy_s += ended.seconds_since(began)

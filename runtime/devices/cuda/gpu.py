@@ -1,4 +1,4 @@
-"""One GPU: its context, its memory and events, the GPUs it can access, and whether it is lost.
+"""One GPU: its context, its memory, events and clock, the GPUs it can access, and whether it is lost.
 
 A process has one `Gpu` for each GPU, shared by its pipelines, so that caches can move from one to another.
 """
@@ -7,6 +7,7 @@ import threading
 from functools import partial
 
 from stageline.models.errors import EngineError
+from stageline.runtime.devices.cuda.clock import Clock
 from stageline.runtime.devices.cuda.driver import CudaError, Driver
 from stageline.runtime.devices.cuda.events import Event, Events
 from stageline.runtime.devices.cuda.pools import Pool
@@ -20,6 +21,7 @@ class Gpu:
         self.driver, self.ordinal = driver, ordinal
         self.context = driver.retain(ordinal)
         self._events = Events(driver)
+        self.clock = Clock()
         self.memory = Pool(driver.allocate, driver.free)
         self.pinned = Pool(driver.allocate_host, driver.free_host)
         self._lock = threading.Lock()  # guards `_reaches`
