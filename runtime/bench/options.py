@@ -1,5 +1,7 @@
 """From a user's options to a run that can begin: loads, bounds, lengths, arrivals, the bundle."""
 
+import hashlib
+import json
 import math
 import re
 import secrets
@@ -12,6 +14,7 @@ from stageline.runtime.bench.environment import here
 from stageline.runtime.bench.inputs import Lengths
 from stageline.runtime.bench.records import Layout, Load, Run, RunSettings, Scenario, Slo
 from stageline.runtime.bundle.folder import MANIFEST, Bundle, file_sha256
+from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.devices import spread
 from stageline.runtime.devices.cpu import allowed_cores, share_cores
 from stageline.runtime.engines import default_device, engine_factory
@@ -90,6 +93,17 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
+def checkpoint_digest(manifest: Manifest) -> str:
+    """A SHA-256 that bundles of one checkpoint share, however they are cut: of its architecture, task and weights. An
+    export in another dtype has other weights."""
+    weights = sorted(
+        (entry.sha256 or entry.header_sha256 or "", entry.size_bytes)
+        for entry in manifest.files
+        if entry.path in manifest.weight_files
+    )
+    return hashlib.sha256(json.dumps([manifest.architecture, manifest.task, weights]).encode()).hexdigest()
+
+
 def new_run(bundle: Bundle, settings: RunSettings, run_id: str | None = None, name: str | None = None) -> Run:
     """A run of this bundle on this machine that begins now.
 
@@ -118,4 +132,5 @@ def new_run(bundle: Bundle, settings: RunSettings, run_id: str | None = None, na
             tuple(f"cpu:{','.join(map(str, next(shares)))}" if own == "cpu" else own for own in names),
         ),
         here(),
+        checkpoint=checkpoint_digest(manifest),
     )

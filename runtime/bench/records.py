@@ -118,6 +118,11 @@ class Figure:
         bounds = interval(values)
         return cls(unit, better, tuple(values), float(np.mean(values)), *(bounds or (None, None)))
 
+    @property
+    def spread(self) -> float | None:
+        """Half the interval as a share of the mean: 0.05 is ±5 %; None where it is not known."""
+        return None if self.high is None or not self.mean else (self.high - self.mean) / abs(self.mean)
+
 
 @dataclass(frozen=True)
 class StageUsage:
@@ -180,6 +185,9 @@ class Headline:
     tokens_per_s: float | None
     latency_p50_s: float | None
     latency_p99_s: float | None
+    requests: int | None = None
+    spread: float | None = None
+    """Half the 95 % interval of requests/s, as a share of it."""
 
     @classmethod
     def of(cls, measurement: Measurement) -> Self:
@@ -187,7 +195,13 @@ class Headline:
         names = ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s")
         found = [measurement.figures.get(name) for name in names]
         values = [None if figure is None else figure.mean for figure in found]
-        return cls(measurement.contender, str(measurement.load), *values)
+        return cls(
+            measurement.contender,
+            str(measurement.load),
+            *values,
+            requests=measurement.requests,
+            spread=found[0].spread if found[0] else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -204,11 +218,13 @@ class RunLine:
     error: str | None
     progress: Progress
     headlines: tuple[Headline, ...]
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with all its measurements. `bundle_digest`: SHA-256 of the manifest, which pins every file."""
+    """A run with all its measurements. `bundle_digest`: SHA-256 of the manifest, which pins every file. `checkpoint`:
+    what all cuts of one model share (`options.checkpoint_digest`); "" in runs of before it was kept."""
 
     id: str
     name: str
@@ -226,6 +242,7 @@ class Run:
     finished: float | None = None
     progress: Progress = Progress()
     measurements: tuple[Measurement, ...] = ()
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True)

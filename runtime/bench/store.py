@@ -307,7 +307,7 @@ class Store:
         return number
 
     def _line(self, row: Sequence[Any]) -> RunLine:
-        run_id, name, created, finished, bundle, digest, status, error, progress, headlines, seen = row
+        run_id, name, created, finished, bundle, digest, status, error, progress, headlines, seen, checkpoint = row
         if status == "running" and time.time() - seen > LOST_AFTER_S:
             status, error, finished = (
                 "failed",
@@ -316,7 +316,7 @@ class Store:
             )
         return RunLine(
             run_id, name, created, finished, bundle, digest, status, error,
-            self._valid(_PROGRESS, progress), self._valid(_HEADLINES, headlines),
+            self._valid(_PROGRESS, progress), self._valid(_HEADLINES, headlines), checkpoint or "",
         )  # fmt: skip
 
     def _blobs(self, run_id: str, measurement: int, kind: str) -> list[bytes]:
@@ -413,7 +413,10 @@ class Store:
             raise StoreError(f"store {self.path} {_FAILURES[sqlite3.SQLITE_FULL] if full else reason}") from error
 
 
-_LINE = "id, name, created, finished, bundle, bundle_digest, status, error, progress, headlines, seen"
+_LINE = (
+    "id, name, created, finished, bundle, bundle_digest, status, error, progress, headlines, seen, "
+    "CASE WHEN json_valid(data) THEN json_extract(data, '$.checkpoint') END"
+)
 _FAILURES = {
     sqlite3.SQLITE_BUSY: f"is locked by another program for more than {_BUSY_S:g} s; end that program, or try again",
     sqlite3.SQLITE_LOCKED: f"is locked by another program for more than {_BUSY_S:g} s; end that program, or try again",
