@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import pydantic
 import typer
 from stageline.exporter.commands import bench_show, common, hub
+from stageline.exporter.commands.bench_judge import compare_command
 from stageline.models.errors import RequestError, StagelineError
 from stageline.runtime.bench import files, options
-from stageline.runtime.bench.compare import JUDGED, compare
 from stageline.runtime.bench.records import OURS, Progress, Run, RunSettings
 from stageline.runtime.bench.store import Store
 from stageline.runtime.bundle.folder import Bundle
@@ -188,36 +188,7 @@ def show_command(
     common.print_result(as_json, _plain(done), bench_show.run(done))
 
 
-@app.command("compare")
-def compare_command(
-    before: Annotated[str, typer.Argument(metavar="A", help="The run to compare with.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="The run to judge.")],
-    threshold: Annotated[float, typer.Option(min=0, help="Percent worse that does not count as a regression.")] = 5.0,
-    figure: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Judge this figure (repeatable).")] = None,
-    store: common.StoreOption = None,
-    as_json: common.JsonOption = False,
-) -> None:
-    """Show what changed from run A to run B, and how surely; exit with 1 if B regressed.
-
-    A figure regressed if it is worse by more than the threshold and the 95 % confidence interval of the difference
-    (Welch's t over the repeats) excludes zero.
-
-    Example: stageline bench compare latest~1 latest --threshold 5
-    """
-    from stageline.runtime.bench.figures import MEANINGS
-
-    for name in figure or ():
-        if name not in MEANINGS:
-            raise typer.BadParameter(f"unknown figure {name!r}; known: {', '.join(MEANINGS)}", param_hint="--figure")
-    found = Store(store)
-    changes = compare(found.run(found.find(before)), found.run(found.find(after)), threshold / 100, figure or JUDGED)
-    worse = [change for change in changes if change.verdict == "regressed"]
-    verdict = f"{len(worse)} of {len(changes)} figures regressed by more than {threshold:g} %"
-    plain = [{**asdict(change), "sure": change.sure, "verdict": change.verdict} for change in changes]
-    common.print_result(
-        as_json, {"changes": plain, "regressed": len(worse)}, f"{bench_show.changes(changes)}\n{verdict}"
-    )
-    raise typer.Exit(1 if worse else 0)
+app.command("compare")(compare_command)
 
 
 @app.command("export")

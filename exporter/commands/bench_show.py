@@ -1,124 +1,131 @@
-"""The tables that `stageline bench` prints: runs, measurements and changes."""
+"""The tables that `stageline bench` prints: runs, measurements and changes, as wide as the terminal, in its colours."""
 
-import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
-from stageline.exporter.commands.show import table
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from stageline.runtime import words
-from stageline.runtime.bench.compare import FigureChange
-from stageline.runtime.bench.records import Figure, Measurement, Run, RunLine
+from stageline.runtime.bench.compare import FigureChange, missing
+from stageline.runtime.bench.records import OURS, Measurement, Run, RunLine
+from stageline.runtime.report import wording
+from stageline.runtime.report.statements import against
 
-_COLUMNS = {
-    "requests_per_s": "requests/s",
-    "samples_per_s": "samples/s",
-    "tokens_per_s": "tokens/s",
-    "goodput_per_s": "in SLO/s",
-    "latency_p50_s": "p50",
-    "latency_p90_s": "p90",
-    "latency_p99_s": "p99",
-    "latency_max_s": "max",
-    "ttft_p50_s": "TTFT p50",
-    "ttft_p99_s": "TTFT p99",
-    "tpot_p50_s": "TPOT p50",
-    "tpot_p99_s": "TPOT p99",
-    "bubble_ratio": "bubble",
-    "energy_per_token_j": "J/token",
-}
+_PIPED = 100
+"""Columns where stdout is no terminal."""
+_STYLES = {"better": "green", "worse": "bold red", "undecided": "yellow", "same": "dim"}
 
 
 def run(found: Run) -> str:
-    """A run: where and how it was measured, and its results."""
+    """A run: where and how it was measured, and its results, a table for each load."""
     settings, place = found.settings, found.environment
     stages = " + ".join(map(str, found.plan.blocks))
     head = [
-        f"{found.id}  {found.name}  {found.status}{f': {found.error}' if found.error else ''}",
-        f"{found.bundle} ({found.model}, {found.task}, {found.dtype}), "
-        f"blocks {stages} on {' '.join(found.plan.devices)}, {settings.pipeline.engine}"
-        f"{f' {settings.pipeline.quantise}' if settings.pipeline.quantise else ''}",
-        f"{settings.inputs}, {settings.output_tokens or 'no'} new tokens; {settings.repeats} repeats of "
-        f"{settings.seconds:g} s; ± is the 95 % confidence interval (Student's t over the repeats)",
-        f"{place.machine}, {place.cores} cores, {words.size(place.memory_bytes)}"
-        f"{f', {place.gpu}' if place.gpu else ''}; commit {place.commit or 'unknown'}",
+        Text(f"{found.id}  {found.name}  {found.status}{f': {found.error}' if found.error else ''}", "bold"),
+        Text(
+            f"{found.bundle} ({found.model}, {found.task}, {found.dtype}), blocks {stages} on "
+            f"{' '.join(found.plan.devices)}, {settings.pipeline.engine}"
+            f"{f' {settings.pipeline.quantise}' if settings.pipeline.quantise else ''}"
+        ),
+        Text(
+            f"{settings.inputs}, {settings.output_tokens or 'no'} new tokens; {settings.repeats} repeats of "
+            f"{settings.seconds:g} s; ± is the 95 % confidence interval (Student's t over the repeats)"
+        ),
+        Text(
+            f"{place.machine}, {place.cores} cores, {words.size(place.memory_bytes)}"
+            f"{f', {place.gpu}' if place.gpu else ''}; commit {place.commit or 'unknown'}"
+        ),
     ]
     by_load: dict[str, list[Measurement]] = {}
     for measurement in found.measurements:
         by_load.setdefault(str(measurement.load), []).append(measurement)
-    blocks = [f"{load}\n{measurements(measured)}" for load, measured in by_load.items()]
+    for load, measured in by_load.items():
+        head += ["", *_load(load, measured), *(Text(one.text) for one in against(found, load))]
     notes = list(dict.fromkeys(note for m in found.measurements for note in m.notes))
-    return "\n\n".join(["\n".join(head), *blocks, *(["\n".join(notes)] if notes else [])])
+    return _drawn(*head, *(["", Text("\n".join(notes))] if notes else []))
 
 
-def measurements(measured: Sequence[Measurement]) -> str:
-    """The contenders under one load, and their stages, if any."""
-    names = [name for name in _COLUMNS if any(name in one.figures for one in measured)]
-    rows = [[one.contender, *(_figure(one.figures.get(name)) for name in names)] for one in measured]
-    lines = [table(["", *(_COLUMNS[name] for name in names)], rows)]
+def _load(load: str, measured: Sequence[Measurement]) -> list[Any]:
+    """The contenders under one load, and the stages of those that have them."""
+    counts = ", ".join(f"{one.contender} {words.counted(one.requests, 'request')}" for one in measured)
+    drawn: list[Any] = [Text.assemble((load, "bold"), f": {counts}")]
+    names = [name for name in wording.KEY_FIGURES if any(name in one.figures for one in measured)]
+    columns = _table(["", *(one.contender for one in measured)], right=range(1, 1 + len(measured)))
+    for name in names:
+        columns.add_row(wording.label(name), *(wording.said(one, name, unit="_per_s" not in name) for one in measured))
+    drawn.append(columns)
+    why = dict.fromkeys(reason for one in measured for name in names if (reason := missing(one, name)))
+    drawn += [Text(f"- {reason}", "dim") for reason in why]
     for one in measured:
         for stage in one.stages:
-            whole = stage.busy_s + stage.copy_s + stage.idle_s or math.inf
-            lines.append(
-                f"  {one.contender}, stage {stage.stage} ({stage.blocks} blocks, {stage.device}): {stage.runs} runs, "
-                f"busy {stage.busy_s / whole:.0%}, copying {stage.copy_s / whole:.1%}, idle {stage.idle_s / whole:.0%}"
+            whole = stage.busy_s + stage.copy_s + stage.idle_s or 1.0
+            drawn.append(
+                Text(
+                    f"  {one.contender}, stage {stage.stage} ({words.counted(stage.blocks, 'block')}, {stage.device}): "
+                    f"{words.counted(stage.runs, 'run')}, busy {stage.busy_s / whole:.0%}, copying "
+                    f"{stage.copy_s / whole:.1%}, idle {stage.idle_s / whole:.0%}"
+                )
             )
-        others = [
-            f"{name} {_figure(one.figures[key])}"
-            for key, name in {"hop_overhead_s": "hop", "queue_depth": "queue", "host_memory_bytes": "memory",
-                              "device_memory_bytes": "GPU memory", "power_w": "power"}.items()
-            if key in one.figures
-        ]  # fmt: skip
-        if others:
-            lines.append(f"  {one.contender}: {', '.join(others)}")
-    return "\n".join(lines)
+    return drawn
 
 
 def runs(lines: Sequence[RunLine]) -> str:
-    """A list of runs, each with its first measurement."""
-    rows = []
+    """A list of runs, each with the load where our pipeline answers most requests/s."""
+    columns = _table(["run", "made (UTC)", "status", "bundle", "load", "requests/s", "p50", "of"], right=(5, 6, 7))
     for line in lines:
-        first = line.headlines[0] if line.headlines else None
-        rows.append(
-            [
-                line.id,
-                datetime.fromtimestamp(line.created, UTC).strftime("%Y-%m-%d %H:%M"),
-                line.status if line.status != "running" else f"running {line.progress.share:.0%}",
-                line.bundle,
-                "-" if first is None else first.load,
-                "-" if first is None or first.requests_per_s is None else f"{first.requests_per_s:.4g}",
-                "-" if first is None or first.latency_p50_s is None else words.seconds(first.latency_p50_s),
-                "-" if first is None or first.latency_p99_s is None else words.seconds(first.latency_p99_s),
-            ]
+        best = max(
+            (one for one in line.headlines if one.contender == OURS and one.requests_per_s is not None),
+            key=lambda one: one.requests_per_s or 0.0,
+            default=None,
         )
-    return table(["run", "made (UTC)", "status", "bundle", "load", "requests/s", "p50", "p99"], rows)
+        columns.add_row(
+            line.id,
+            datetime.fromtimestamp(line.created, UTC).strftime("%m-%d %H:%M"),
+            line.status if line.status != "running" else f"running {line.progress.share:.0%}",
+            Path(line.bundle).name,
+            "-" if best is None else best.load,
+            "-"
+            if best is None
+            else f"{words.figure(best.requests_per_s or 0.0)} {wording.doubt(best.spread)}".rstrip(),
+            "-" if best is None or best.latency_p50_s is None else words.seconds(best.latency_p50_s),
+            "-" if best is None or best.requests is None else f"{best.requests:,}",
+        )
+    return _drawn(columns)
 
 
 def changes(found: Sequence[FigureChange]) -> str:
-    """A comparison, one figure per line."""
-    rows = [
-        [
-            change.contender,
-            change.load,
-            change.figure,
-            _figure(change.before),
-            _figure(change.after),
-            f"{change.change:+.1%}",
-            "one repeat" if change.low is None or change.high is None else f"{change.low:+.1%} to {change.high:+.1%}",
-            change.verdict,
-        ]
-        for change in found
-    ]
-    return table(["contender", "load", "figure", "before", "after", "change", "95 % confidence", ""], rows)
+    """A comparison: a table for each contender and load, the verdict first."""
+    by_key: dict[str, list[FigureChange]] = {}
+    for one in found:
+        by_key.setdefault(f"{one.contender}, {one.load}", []).append(one)
+    drawn: list[Any] = []
+    for key, ones in by_key.items():
+        columns = _table(["", "", "before", "after", "after is", "95 % confidence"], right=(2, 3, 4))
+        for one in ones:
+            verdict = Text(one.verdict, _STYLES[one.verdict])
+            before, after = (wording.with_doubt(side, unit=one.before.unit == "s") for side in (one.before, one.after))
+            interval = wording.certainty(one).removeprefix("95 %: ")
+            columns.add_row(verdict, wording.label(one.figure), before, after, wording.change(one), interval)
+        drawn += [Text(key, "bold"), columns]
+    return _drawn(*drawn)
 
 
-def _figure(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    if figure.unit == "s":
-        shown = words.seconds(figure.mean)
-    elif figure.unit == "bytes":
-        shown = words.size(figure.mean)
-    else:
-        shown = f"{figure.mean:.4g}"
-    if figure.high is None or not figure.mean:
-        return shown
-    return f"{shown} ±{(figure.high - figure.mean) / abs(figure.mean):.0%}"
+def _table(head: Sequence[str], right: Sequence[int]) -> Table:
+    columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for place, name in enumerate(head):
+        columns.add_column(name, justify="right" if place in right else "left", overflow="fold")
+    return columns
+
+
+def _drawn(*parts: Any) -> str:
+    """What rich makes of these, for stdout: colours and the width are the terminal's; a pipe gets plain text."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_PIPED, color_system=None)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part, soft_wrap=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

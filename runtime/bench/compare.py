@@ -18,7 +18,7 @@ from typing import Literal
 from stageline.models.errors import RequestError
 from stageline.runtime import words
 from stageline.runtime.bench.confidence import CONFIDENCE, Ratio, chance, requests_needed, together
-from stageline.runtime.bench.records import Figure, Measurement, Run, RunLine
+from stageline.runtime.bench.records import OURS, Figure, Measurement, Run, RunLine
 
 Verdict = Literal["better", "worse", "same", "undecided"]
 MARGIN = 0.05
@@ -82,6 +82,17 @@ def compare(before: Run, after: Run, margin: float = MARGIN, names: Sequence[str
     judged = [change for change in found if change.doubt is None and change.chance is not None]
     raised = dict(zip(map(id, judged), together([change.chance or 0.0 for change in judged]), strict=True))
     return [replace(change, chance=raised.get(id(change), change.chance)) for change in found]
+
+
+def overall(changes: Sequence[FigureChange], contender: str = OURS) -> Verdict:
+    """One verdict on a contender: worse if any figure is; else better if any is; the same if all figures whose sample
+    is large enough are; else undecided."""
+    found = [change.verdict for change in changes if change.contender == contender and change.doubt is None]
+    decided: tuple[Verdict, Verdict] = ("worse", "better")
+    for verdict in decided:
+        if verdict in found:
+            return verdict
+    return "same" if set(found) == {"same"} else "undecided"
 
 
 def incomparable(before: Run, after: Run) -> str | None:

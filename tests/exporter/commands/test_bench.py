@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def test_a_run_is_measured_printed_and_kept(
     printed = capsys.readouterr()
     (line,) = store.runs()
     assert line.id in printed.out
-    assert "stage 1 (1 blocks, cpu:" in printed.out
+    assert "stage 1 (1 block, cpu:" in printed.out
     assert "100% done" in printed.err
     run = store.run(line.id)
     assert (run.status, run.progress.share, run.plan.blocks) == ("done", 1.0, (2, 1))
@@ -153,41 +154,96 @@ def test_a_contender_that_does_not_open_ends_the_run_as_failed(
 def run_of(run_id: str, created: float, speeds: tuple[float, ...], template: Run) -> Run:
     figures = {
         "requests_per_s": Figure.of("requests/s", "higher", speeds),
-        "latency_p99_s": Figure.of("s", "lower", [1 / speed for speed in speeds]),
+        "latency_p50_s": Figure.of("s", "lower", [1 / speed for speed in speeds]),
+        "latency_p99_s": Figure.of("s", "lower", [9 / speed for speed in speeds]),
     }
-    return replace(
-        template, id=run_id, created=created, measurements=(replace(template.measurements[0], figures=figures),)
-    )
+    measurement = replace(template.measurements[0], requests=240, figures=figures)
+    return replace(template, id=run_id, created=created, measurements=(measurement,))
 
 
 @pytest.fixture
 def three(store: Store, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a, b (10 % slower than a, surely) and c (as a, except for noise), made from a measured one."""
+    """Runs a, b (20 % slower than a, surely) and c (as a, except for noise), made from a measured one."""
     assert main(["bench", str(tiny_bundle), *QUICK, "--repeats", "1", "--scenario", "Offline", "--run-id", "real"]) == 0
     template = store.run("real")
-    for number, (run_id, speeds) in enumerate({"a": (100, 101, 99), "b": (90, 91, 89), "c": (80, 101, 99)}.items()):
+    for number, (run_id, speeds) in enumerate({"a": (100, 101, 99), "b": (80, 81, 79), "c": (80, 101, 99)}.items()):
         store.put(run_of(run_id, template.created + 1 + number, tuple(map(float, speeds)), template))
     capsys.readouterr()
     return template
 
 
-def test_compare_exits_with_1_on_a_sure_regression_alone(
+def test_compare_exits_with_1_only_if_the_pipeline_is_surely_worse(
     three: Run, store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "compare", "a", "b"]) == 1
     printed = capsys.readouterr().out
-    assert "-10.0%" in printed
-    assert "2 of 2 figures regressed by more than 5 %" in printed
+    assert "0.800 times" in printed
+    assert "worse: of 3 figures of the pipeline 2 worse, 1 undecided (margin 5 %)" in printed
+    assert "p99 needs 100 requests in each repeat, not 80" in printed
     assert main(["bench", "compare", "b", "a"]) == 0
-    assert "improved" in capsys.readouterr().out
-    assert main(["bench", "compare", "a", "b", "--threshold", "15"]) == 0
+    assert "better: of" in capsys.readouterr().out
+    assert main(["bench", "compare", "a", "b", "--margin", "30"]) == 0
+    assert "same: of" in capsys.readouterr().out
     assert main(["bench", "compare", "a", "c"]) == 0  # 7 % slower on average, but that may be noise
-    capsys.readouterr()
+    assert "undecided: of" in capsys.readouterr().out
     found = document(capsys, "compare", "latest~2", "latest", "--figure", "requests_per_s")
     (change,) = found["changes"]
-    assert change["change"] == pytest.approx(-0.0667, abs=1e-3)
-    assert change["low"] < 0 < change["high"]
-    assert (change["sure"], change["verdict"]) == (False, "same")
+    assert change["ratio"]["value"] == pytest.approx((80 / 100 * 101 / 101 * 99 / 99) ** (1 / 3), rel=1e-3)
+    assert change["ratio"]["low"] < 1 < change["ratio"]["high"]
+    assert (found["verdict"], change["verdict"]) == ("undecided", "undecided")
+
+
+def test_a_slower_baseline_is_no_regression_but_a_hint(
+    three: Run, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = (store.run(name).measurements[0] for name in ("a", "b"))
+    for name, measurement in (("alike", ours), ("drifted", theirs)):
+        peer = replace(measurement, contender="onnxruntime")
+        store.put(replace(store.run("a"), id=name, measurements=(ours, peer)))
+    assert main(["bench", "compare", "alike", "drifted"]) == 0
+    printed = capsys.readouterr().out
+    assert "same: of 3 figures of the pipeline" in printed
+    assert "onnxruntime, which is no part of Stageline, is worse: was the machine as free?" in printed
+
+
+def test_compare_refuses_other_models_and_loads_with_the_reason(
+    three: Run, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.put(replace(store.run("a"), id="other", checkpoint="0" * 64, bundle="bundles/encoder"))
+    assert "cannot be compared: they measured different models, tiny-bundle" in refusal(capsys, "compare", "a", "other")
+    assert main(["bench", "compare", "a", "other"]) == 1
+    store.put(replace(store.run("a"), id="rows", settings=replace(three.settings, rows=4)))
+    assert "different loads (texts per request: 1, and 4)" in refusal(capsys, "compare", "a", "rows")
+
+
+def test_runs_of_other_cuts_are_of_one_model(tiny_bundle: Path, store: Store, tmp_path: Path) -> None:
+    assert main(["recut", str(tiny_bundle), "--stages", "3", "-o", str(tmp_path / "cut")]) == 0
+    for bundle in (tiny_bundle, tmp_path / "cut"):
+        assert main(["bench", str(bundle), *QUICK, "--repeats", "1", "--scenario", "Offline"]) == 0
+    one, other = store.runs()
+    assert one.checkpoint == other.checkpoint != ""
+    assert one.bundle_digest != other.bundle_digest
+
+
+def test_tables_fit_the_terminal_and_say_their_doubt(
+    three: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (("list",), ("show", "a"), ("compare", "a", "a")):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        assert main(["bench", *arguments]) == 0
+        coloured = capsys.readouterr().out
+        assert "\x1b[" in coloured
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+        assert max(map(len, plain.splitlines())) <= 80
+        monkeypatch.delenv("FORCE_COLOR")
+        assert main(["bench", *arguments]) == 0
+        assert "\x1b[" not in capsys.readouterr().out
+    assert main(["bench", "show", "a"]) == 0
+    shown = capsys.readouterr().out
+    assert "stageline 240 requests" in shown
+    assert re.search(r"requests/s +100 ±2 %", shown)
+    assert re.search(r"latency p99 +-", shown)
 
 
 def test_list_and_show(three: Run, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
