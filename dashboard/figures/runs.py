@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from stageline.runtime import words
-from stageline.runtime.bench.compare import FigureChange, compare
-from stageline.runtime.bench.confidence import difference
+from stageline.runtime.bench.compare import FigureChange, change_of, compare, same_model
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo
+from stageline.runtime.report import wording
+from stageline.runtime.report.wording import KEY_FIGURES
+from stageline.runtime.report.wording import label as figure_label
 
 SWEEPS = ("Concurrency", "Rate")
 PERCENTILES = ("p50", "p90", "p95", "p99")
@@ -24,13 +26,13 @@ def by_bundle(lines: Iterable[RunLine]) -> dict[str, list[RunLine]]:
 
 
 def earlier(lines: Iterable[RunLine], line: RunLine) -> RunLine | None:
-    """The newest earlier complete run of the same bundle that shares a load with this one."""
+    """The newest earlier complete run of the same model that shares a load with this one."""
     mine = {(one.contender, one.load) for one in line.headlines}
     return next(
         (
             one
             for one in lines
-            if one.bundle == line.bundle
+            if same_model(one, line)
             and one.created < line.created
             and one.status == "done"
             and mine & {(headline.contender, headline.load) for headline in one.headlines}
@@ -125,8 +127,8 @@ def cards(run: Run, before: Run | None) -> list[Card]:
         same = _same(before, measurement)
         old = same.figures.get(figure_name) if same else None
         change = words.change(figure.mean / old.mean - 1) if old and old.mean else None
-        bounds = difference(old.values, figure.values) if old else None
-        sure = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+        sure = same is not None and old is not None and change_of(same, measurement, figure_name).verdict in (
+            "better", "worse")  # fmt: skip
         about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}{_spread(figure, text)}"
         found.append(Card(name, text(figure.mean), change, sure, figure.better, about))
     return found
@@ -217,52 +219,6 @@ def stage_rows(measurement: Measurement) -> list[dict[str, Any]]:
     return rows
 
 
-KEY_FIGURES = (
-    "requests_per_s",
-    "tokens_per_s",
-    "goodput_per_s",
-    "latency_p50_s",
-    "latency_p99_s",
-    "ttft_p50_s",
-    "ttft_p99_s",
-    "tpot_p50_s",
-    "tpot_p99_s",
-    "failed_share",
-    "bubble_ratio",
-    "hop_overhead_s",
-    "queue_depth",
-    "host_memory_bytes",
-    "device_memory_bytes",
-    "power_w",
-    "energy_per_token_j",
-)
-"""The figures that comparisons show, in this order."""
-
-
-def figure_text(figure: Figure) -> str:
-    """The mean of a figure as text, with its unit."""
-    value = figure.mean
-    if not math.isfinite(value):
-        return "-"
-    if figure.unit == "s":
-        return words.seconds(value)
-    if figure.unit == "bytes":
-        return words.size(value)
-    if figure.unit == "":
-        return words.share(value)
-    return f"{words.figure(value)} {figure.unit}"
-
-
-def figure_label(name: str) -> str:
-    """requests_per_s -> requests throughput; latency_p99_s -> latency p99; ttft_p50_s -> TTFT p50."""
-    bare = name.removesuffix("_bytes").removesuffix("_j").removesuffix("_w")
-    bare = bare if bare.endswith("_per_s") else bare.removesuffix("_s")
-    text = bare.replace("_per_s", " throughput").replace("_", " ")
-    for word in ("ttft", "tpot", "itl"):
-        text = text.replace(word, word.upper())
-    return text
-
-
 def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> list[FigureChange]:
     """Changes of the key figures of one contender under one load, as in `stageline bench compare`."""
     one, other = (replace(run, measurements=(measurement_of(run, key)[1],)) for run in (before, after))
@@ -270,22 +226,18 @@ def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> 
 
 
 def change_table(found: Sequence[FigureChange]) -> list[dict[str, str]]:
-    """Rows of a table: the change with its 95 % interval, and the verdict."""
+    """Rows of a table: the verdict, how many times the figure is, and how sure that is."""
     return [
         {
+            "verdict": one.verdict,
             "figure": figure_label(one.figure),
-            "before": figure_text(one.before),
-            "after": figure_text(one.after),
-            "change": words.change(one.change),
-            "95 % confidence": _between(one),
-            "verdict": one.verdict if one.sure is not None else f"{one.verdict}, not sure: too few repeats",
+            "after is": wording.change(one),
+            "95 % confidence": wording.certainty(one).removeprefix("95 %: "),
+            "before": wording.with_doubt(one.before),
+            "after": wording.with_doubt(one.after),
         }
         for one in found
     ]
-
-
-def _between(one: FigureChange) -> str:
-    return "-" if one.low is None or one.high is None else f"{words.change(one.low)} to {words.change(one.high)}"
 
 
 def differences(before: Run, after: Run) -> list[str]:

@@ -19,6 +19,7 @@ from stageline.dashboard.views.recorded import (
     spread_of,
 )
 from stageline.runtime import words
+from stageline.runtime.bench.compare import incomparable
 from stageline.runtime.bench.records import Measurement, Run, RunLine
 
 _MAX_RUNS = 6
@@ -75,17 +76,21 @@ def _names(runs: list[Run]) -> list[str]:
 
 def _figures(runs: list[Run], key: tuple[str, str], names: list[str]) -> None:
     threshold = st.number_input(
-        "Threshold (%): smaller changes are ignored", 0.0, 100.0, 5.0, 1.0, key="threshold", width=340
+        "Margin (%): changes within it are none", 0.0, 100.0, 5.0, 1.0, key="threshold", width=340
     )
     for number, run in enumerate(runs[1:], start=1):
         st.subheader(f"{names[0]} → {names[number]}", anchor=False)
+        reason = incomparable(runs[0], run)
+        if reason is not None:
+            st.info(f"Not compared: {reason}.", icon=":material/compare:")
+            continue
         found = results.changes(runs[0], run, key, threshold / 100)
-        worse = [results.figure_label(one.figure) for one in found if one.verdict == "regressed"]
-        better = [results.figure_label(one.figure) for one in found if one.verdict == "improved"]
+        worse = [results.figure_label(one.figure) for one in found if one.verdict == "worse"]
+        better = [results.figure_label(one.figure) for one in found if one.verdict == "better"]
         if worse:
-            st.warning(f"Regressed: {', '.join(worse)}.", icon=":material/trending_down:")
+            st.warning(f"Worse: {', '.join(worse)}.", icon=":material/trending_down:")
         if better:
-            st.success(f"Improved: {', '.join(better)}.", icon=":material/trending_up:")
+            st.success(f"Better: {', '.join(better)}.", icon=":material/trending_up:")
         st.dataframe(results.change_table(found), hide_index=True, key=f"changes {number}", height="content")
         differences_caption(runs[0], run)
 

@@ -95,7 +95,9 @@ class Ratio:
         logs = [[math.log(value) for value in side] for side in (theirs, ours)]
         bounds = difference(*logs)
         centre = math.exp(float(np.mean(logs[1])) - float(np.mean(logs[0])))
-        return cls(centre, *(map(_factor, bounds) if bounds else (None, None)), chance(*logs))
+        if bounds is None:
+            return cls(centre)
+        return cls(centre, _factor(bounds[0]), _factor(bounds[1]), chance(*logs))
 
 
 def _factor(log: float) -> float:
@@ -132,4 +134,4 @@ def _inside(angle: float, freedom: float) -> float:
 def _density(angle: float, freedom: float) -> float:
     """How fast that share grows with the angle: by cos(angle)^(freedom - 1), for t = sqrt(freedom) tan(angle)."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    return 2 * scale * math.cos(angle) ** (freedom - 1)
+    return 2 * scale * float(math.cos(angle) ** (freedom - 1))

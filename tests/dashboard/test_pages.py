@@ -146,7 +146,7 @@ def test_compare_names_what_differs_and_exits_with_no_exception(filled_store: Pa
     app = page("compare", runs=f"{store.find('latest~1')},{store.find('latest')}")
     assert not app.exception
     table = app.dataframe[0].value
-    assert {"requests throughput", "latency p99", "TTFT p50"} <= set(table["figure"])
+    assert {"requests/s", "latency p99", "TTFT p50"} <= set(table["figure"])
     app = page("compare", runs=store.find("latest"))
     assert "Choose two runs" in words(app)
 

@@ -33,7 +33,7 @@ def test_no_file_beside_the_script_is_called_like_a_library() -> None:
     [
         (results.figure_label("latency_p99_s"), "latency p99"),
         (results.figure_label("ttft_p50_s"), "TTFT p50"),
-        (results.figure_label("requests_per_s"), "requests throughput"),
+        (results.figure_label("requests_per_s"), "requests/s"),
         (results.figure_label("host_memory_bytes"), "host memory"),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_run_before_is_one_that_can_be_compared(filled_store: Path) -> None:
     lines = store.runs()
     assert results.earlier(lines, lines[0]) == lines[1]
     assert results.earlier(lines, lines[1]) is None
-    other = dataclasses.replace(lines[1], bundle="another")
+    other = dataclasses.replace(lines[1], bundle="another", checkpoint="f" * 64)
     assert results.earlier([lines[0], other], lines[0]) is None
 
 
