@@ -14,6 +14,7 @@ from stageline.runtime.report.wording import KEY_FIGURES
 from stageline.runtime.report.wording import label as figure_label
 
 SWEEPS = ("Concurrency", "Rate")
+figure_label, figure_text = wording.label, wording.value
 PERCENTILES = ("p50", "p90", "p95", "p99")
 
 

@@ -23,7 +23,7 @@ def run(found: Run) -> str:
     """A run: where and how it was measured, and its results, a table for each load."""
     settings, place = found.settings, found.environment
     stages = " + ".join(map(str, found.plan.blocks))
-    head = [
+    head: list[Any] = [
         Text(f"{found.id}  {found.name}  {found.status}{f': {found.error}' if found.error else ''}", "bold"),
         Text(
             f"{found.bundle} ({found.model}, {found.task}, {found.dtype}), blocks {stages} on "

@@ -194,14 +194,10 @@ class Headline:
         """The headline of a measurement."""
         names = ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s")
         found = [measurement.figures.get(name) for name in names]
-        values = [None if figure is None else figure.mean for figure in found]
-        return cls(
-            measurement.contender,
-            str(measurement.load),
-            *values,
-            requests=measurement.requests,
-            spread=found[0].spread if found[0] else None,
-        )
+        speed, tokens, median, slowest = (None if figure is None else figure.mean for figure in found)
+        spread = found[0].spread if found[0] else None
+        load, count = str(measurement.load), measurement.requests
+        return cls(measurement.contender, load, speed, tokens, median, slowest, count, spread)
 
 
 @dataclass(frozen=True)
