@@ -11,7 +11,6 @@ from stageline.runtime.bench.compare import FigureChange, change_of, compare, sa
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo
 from stageline.runtime.report import wording
 from stageline.runtime.report.wording import KEY_FIGURES
-from stageline.runtime.report.wording import label as figure_label
 
 SWEEPS = ("Concurrency", "Rate")
 figure_label, figure_text = wording.label, wording.value
