@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from llamas import THREE_BLOCKS
 from stageline.models.errors import EngineError
 from stageline.runtime.bundle.folder import Bundle, file_entry
+from stageline.runtime.bundle.recut import recut
 from stageline.runtime.devices import cuda
 from stageline.runtime.devices.cuda import open_gpus
 from stageline.runtime.engines.base import CacheSize, StageFile
@@ -173,6 +174,30 @@ def test_stages_on_one_gpu_hand_on_without_a_copy(decoder: Path, install: Instal
             if driver.count_of("launch") == 2 * 50:
                 break
         assert driver.count_of("launch") == 2 * 50  # each stage, each step: one graph
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_eight_texts_take_one_step_a_token_whatever_the_number_of_stages(
+    stages: int, export_once: Callable[..., Path], tmp_path: Path, install: Install
+) -> None:
+    """Stages that share a GPU share the batch, and the host waits once a step."""
+    bundle = Path(shutil.copytree(export_once({**THREE_BLOCKS, "num_hidden_layers": 4}), tmp_path / "bundle"))
+    recut(bundle, stages)
+    fake_tensorrt.build(bundle, LOAD)
+    driver, tokens = FakeDriver(), 30
+    install(driver)
+    with opened(bundle, slots=8, devices=["cuda:0"] * stages) as pipeline:
+        driver.calls.clear()
+        texts = [pipeline.generate([3 + n, 4, 5], max_tokens=tokens) for n in range(8)]
+        assert all(len(text.result(SECONDS).choices[0].token_ids) == tokens for text in texts)
+        amounts = [stage.amounts for stage in pipeline.stats().stages]
+        assert driver.count_of("copy", "copy_peer", "synchronize") == 0
+    prompts, steps = (amounts[0][kind].runs for kind in ("prefill", "decode"))
+    assert prompts <= 8
+    assert tokens - 1 <= steps < tokens - 1 + 8  # the last texts may begin some steps after the first
+    assert all(of["decode"].runs == steps for of in amounts)
+    assert driver.count_of("synchronize_event") == driver.count_of("download") == steps + prompts
+    assert driver.count_of("upload") == (steps + prompts) * stages
 
 
 def test_rows_that_nobody_computed_are_not_read_in_place(decoder: Path, install: Install) -> None:
