@@ -6,6 +6,7 @@ _LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
+ONE_BLOCK = {**_LLAMA, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
 THREE_BLOCKS = {**_LLAMA, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 99, "initializer_range": 0.5}
 SIX_BLOCKS = {
     **_LLAMA, "intermediate_size": 48, "num_hidden_layers": 6, "vocab_size": 300, "initializer_range": 0.3,

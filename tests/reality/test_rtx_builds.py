@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from llamas import ONE_BLOCK
 from stageline.runtime.builder import network
 from stageline.runtime.builder.profiles import narrowed, profiles_of
 from stageline.runtime.bundle.folder import Bundle
@@ -23,17 +24,6 @@ pytestmark = [
     pytest.mark.skipif(not TENSORRT_RTX.installed, reason="tensorrt-rtx is not installed"),
 ]
 LOAD = Workload(micro_batch=2, length=8, slots=2, capacity=16)
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-}
 CAPABILITIES_AT = 32
 """The byte of a plan that has a bit for each compute capability it runs on: sm80, 86, 89, 120, 121 are bits 1 to 5."""
 
@@ -49,7 +39,7 @@ CAPABILITIES_AT = 32
     ],
 )
 def test_a_generator_builds(dtype: str, precision: Precision, target: str, export_once: Callable[..., Path]) -> None:
-    bundle = Bundle.open(export_once(LLAMA, dtype=dtype))
+    bundle = Bundle.open(export_once(ONE_BLOCK, dtype=dtype))
     (stage,) = bundle.manifest.stages
     trt = TENSORRT_RTX.load()
     lowered = lower(StageFile(0, bundle.path / stage.file, bundle.path, stage.caches), precision, 16, stripped=False)

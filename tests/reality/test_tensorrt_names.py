@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ import pytest
 from stageline.runtime.engines.tensorrt.flavour import TENSORRT, TENSORRT_RTX
 from stageline.runtime.engines.tensorrt.targets import RTX_TARGETS
 from tensorrt_calls import BY_NAME, DATA_CENTRE_ONLY, ROOT, RTX_BY_NAME, RTX_ONLY, Use, uses
+from wheels import unpacked
 
 pytestmark = [pytest.mark.reality, pytest.mark.slow]
 
-CACHE = ROOT / ".cache" / "reality"
 STUB = ROOT / "tests" / "helpers" / "stub_nvinfer.c"
 PACKAGES = {"tensorrt": "tensorrt-cu13-bindings", "tensorrt-rtx": "tensorrt-rtx-cu13-bindings"}
 LIBRARIES = {
@@ -76,23 +75,8 @@ print(json.dumps({"version": trt.__version__, "docs": docs}))
 
 
 def bindings(flavour: str, version: str) -> Path:
-    """The unpacked wheel of a version (`10.15.*`; empty: the newest), from the cache or through pip."""
-    wanted = PACKAGES[flavour] + (f"=={version}" if version else "")
-    wheels = CACHE / "wheels" / re.sub(r"\W+", "-", wanted)
-    found = list(wheels.glob("*.whl")) if version else []
-    if not found:
-        shutil.rmtree(wheels, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), wanted]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"pip cannot download {wanted}: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
-        found = list(wheels.glob("*.whl"))
-    folder = CACHE / "unpacked" / found[0].stem
-    if not folder.is_dir():
-        with zipfile.ZipFile(found[0]) as wheel:
-            wheel.extractall(aside := folder.with_suffix(f".{os.getpid()}"))
-        aside.rename(folder)
-    return folder
+    """The unpacked wheel of a version (`10.15.*`; empty: the newest)."""
+    return unpacked(PACKAGES[flavour] + (f"=={version}" if version else ""))
 
 
 def look(flavour: str, folder: Path, libraries: Path) -> dict[str, str | None]:
@@ -100,8 +84,9 @@ def look(flavour: str, folder: Path, libraries: Path) -> dict[str, str | None]:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no C compiler")
-    # tensorrt_cu13_bindings-10.15.1.29-cp311-...; TensorRT-RTX's libraries are all .so.1
-    major = re.split(r"[-.]", folder.name)[1]
+    # tensorrt_cu13_bindings-10.15.1.29.dist-info; TensorRT-RTX's libraries are all .so.1
+    (about,) = folder.glob("*.dist-info")
+    major = re.split(r"[-.]", about.name)[1]
     for name in LIBRARIES[flavour]:
         library = name.format(major=major)
         command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(libraries / library), str(STUB)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llamas import ONE_BLOCK
 from stageline.exporter.commands.cli import main
 from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
@@ -35,17 +36,6 @@ BERT = {
     "vocab_size": 50,
     "max_position_embeddings": 16,
 }
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-}
 needs_rtx = pytest.mark.skipif(not TENSORRT_RTX.installed, reason="tensorrt-rtx is not installed")
 
 
@@ -57,7 +47,7 @@ def stage_of(bundle: Bundle) -> StageFile:
 @needs_rtx
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["encoder", "generator"])
+@pytest.mark.parametrize("config", [BERT, ONE_BLOCK], ids=["encoder", "generator"])
 def test_every_precision_multiplies_in_its_type(
     config: dict[str, object], dtype: str, export_once: Callable[..., Path]
 ) -> None:
@@ -90,7 +80,7 @@ def test_an_encoder_in_half_precision_builds(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_lowered_checkpoint_gives_what_transformers_gives_in_float32(dtype: str, tmp_path: Path) -> None:
-    synthesize(LLAMA, tmp_path / "checkpoint", seed=4, dtype=dtype)
+    synthesize(ONE_BLOCK, tmp_path / "checkpoint", seed=4, dtype=dtype)
     bundle = export(tmp_path / "checkpoint", tmp_path / "bundle")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32).eval()
     tokens = np.random.default_rng(3).integers(3, 50, (3, 12))
@@ -107,7 +97,7 @@ def test_a_lowered_checkpoint_gives_what_transformers_gives_in_float32(dtype: st
 def test_a_bfloat16_bundle_is_verified_in_bfloat16_unless_another_is_asked_for(
     export_once: Callable[..., Path],
 ) -> None:
-    path = export_once(LLAMA, dtype="bfloat16")
+    path = export_once(ONE_BLOCK, dtype="bfloat16")
     done = verify_emulated(path, None, layers=False, seed=1, progress=lambda step: None)
     assert {(c.precision, c.tolerance) for c in done} == {("bf16", 6e-2)}
     done = verify_emulated(path, "int8", layers=False, seed=1, progress=lambda step: None)
@@ -121,7 +111,7 @@ def test_a_bfloat16_bundle_is_verified_in_bfloat16_unless_another_is_asked_for(
 def test_a_value_beyond_float16_stops_a_build_in_it_and_bf16_keeps_it(
     stripped: bool, export_once: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = shutil.copytree(export_once(LLAMA, dtype="bfloat16"), tmp_path / "bundle")
+    path = shutil.copytree(export_once(ONE_BLOCK, dtype="bfloat16"), tmp_path / "bundle")
     name = "model.layers.0.mlp.up_proj.weight"
     bundle = Bundle.open(path)
     entry, manifest = bundle.tensors[name], bundle.manifest
@@ -143,6 +133,6 @@ def test_a_value_beyond_float16_stops_a_build_in_it_and_bf16_keeps_it(
 
 @needs_rtx
 def test_turing_computes_no_bfloat16_and_so_no_quantised_bfloat16_bundle(export_once: Callable[..., Path]) -> None:
-    bundle = Bundle.open(export_once(LLAMA, dtype="bfloat16"))
+    bundle = Bundle.open(export_once(ONE_BLOCK, dtype="bfloat16"))
     with pytest.raises(EngineError, match=r"sm75 .Turing. does not compute in bf16; choose --precision fp16"):
         build(bundle, [WantedEngine(TENSORRT_RTX, "sm75", "int8")], LOAD, Options())

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import fake_onnxruntime
 import numpy as np
-import onnx_ir as ir
 import pytest
+from attention_stage import CAPACITY, KINDS, SLOTS, Kind, attention_stage
 from fake_cuda import FakeDriver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice
 from stageline.runtime.devices.cuda import open_gpus
@@ -24,94 +23,17 @@ from stageline.runtime.engines import (
     CacheSize,
     Device,
     Engine,
-    StageFile,
     engine_factory,
     onnxruntime,
 )
 
-SLOTS, CAPACITY = 4, 24
 Opened = Callable[..., Engine]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of attention, its heads and sizes."""
-
-    heads: int
-    kv_heads: int
-    key_size: int
-    value_size: int
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-
-    @property
-    def scale(self) -> float:
-        return 1.3 / self.key_size**0.5  # not what an engine takes by itself
-
-
-KINDS = {
-    "multi-head": Kind(4, 4, 8, 8),
-    "grouped": Kind(4, 2, 16, 16),
-    "multi-query": Kind(6, 1, 8, 8),
-    "odd sizes": Kind(4, 2, 10, 10),
-    "narrow values": Kind(4, 2, 24, 13),
-    "wide values": Kind(2, 2, 6, 16),
-    "window": Kind(4, 2, 8, 8, window=3),
-    "window of one": Kind(4, 2, 8, 8, window=1),
-    "softcap": Kind(4, 2, 8, 8, softcap=1.5),
-    "sinks": Kind(4, 2, 8, 8, sinks=True),
-    "all of them": Kind(6, 2, 12, 9, window=4, softcap=2.0, sinks=True),
-}
-
-
-def graph_of(kind: Kind) -> ir.Model:
-    """A stage of two cache attentions on inputs of their own, with one set of row lengths."""
-
-    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-
-    past, new = (value(name, ir.DataType.INT64, "batch") for name in ("past_lengths", "new_lengths"))
-    inputs, nodes, outputs, initializers = [past, new], [], [], []
-    for layer in range(2):
-        query = value(f"q{layer}", ir.DataType.FLOAT, "batch", kind.heads, "length", kind.key_size)
-        key = value(f"k{layer}", ir.DataType.FLOAT, "batch", kind.kv_heads, "length", kind.key_size)
-        values = value(f"v{layer}", ir.DataType.FLOAT, "batch", kind.kv_heads, "length", kind.value_size)
-        inputs += [query, key, values]
-        given_inputs = [query, key, values, past, new]
-        if kind.sinks:
-            sink = value(f"sinks{layer}", ir.DataType.FLOAT, kind.heads)
-            sink.const_value = ir.tensor(sinks_of(kind, layer), name=sink.name)
-            initializers.append(sink)
-            given_inputs.append(sink)
-        attributes: dict[str, float | int | str] = {"scale": kind.scale, "cache": f"layer{layer}"}
-        if kind.window is not None:
-            attributes["window"] = kind.window
-        if kind.softcap is not None:
-            attributes["softcap"] = kind.softcap
-        output = value(f"y{layer}", ir.DataType.FLOAT, "batch", "length", kind.heads, kind.value_size)
-        nodes.append(ir.node("CacheAttention", given_inputs, attributes, domain="stageline", outputs=[output]))
-        outputs.append(output)
-    graph = ir.Graph(
-        inputs, outputs, nodes=nodes, initializers=initializers, opset_imports={"": 23, "stageline": 1}, name="stage"
-    )
-    return ir.Model(graph, ir_version=10)
-
-
-def sinks_of(kind: Kind, layer: int) -> Array:
-    return np.random.default_rng(layer).normal(0, 2, kind.heads).astype(np.float32)
-
-
 def opened(folder: Path, kind: Kind, dtype: CacheDtype | None = "float32", device: Device | None = None) -> Engine:
-    file = folder / "stage.onnx"
-    ir.save(graph_of(kind), Path(file))
-    caches = tuple(
-        CacheSpec(name=f"layer{n}", heads=kind.kv_heads, key_size=kind.key_size, value_size=kind.value_size)
-        for n in range(2)
-    )
     size = None if dtype is None else CacheSize(SLOTS, CAPACITY, dtype)
     name = "onnxruntime" if device is None else "onnxruntime-cuda"
-    return engine_factory(name)(StageFile(0, file, folder, caches), device or CpuDevice((0,)), size)
+    return engine_factory(name)(attention_stage(kind, folder), device or CpuDevice((0,)), size)
 
 
 @dataclass(frozen=True)
@@ -144,13 +66,13 @@ def attend(kind: Kind, layer: int, query: Array, key: Array, value: Array) -> Ar
     result = np.zeros((len(query), kind.heads, kind.value_size))
     first = len(key) - len(query)
     for place in range(len(query)):
-        begin = 0 if kind.window is None else max(0, first + place + 1 - kind.window)
+        begin = 0 if kind.window is None else max(0, first + place + 1 - (kind.window + layer))
         seen = slice(begin, first + place + 1)
         for head in range(kind.heads):
             scores = key[seen, head // group].astype(np.float64) @ query[place, head] * kind.scale
             if kind.softcap is not None:
                 scores = kind.softcap * np.tanh(scores / kind.softcap)
-            against = [*scores, sinks_of(kind, layer)[head]] if kind.sinks else scores
+            against = [*scores, kind.sinks_of(layer)[head]] if kind.sinks else scores
             weights = np.exp(scores - np.max(against)) / np.exp(against - np.max(against)).sum()
             result[place, head] = weights @ value[seen, head // group]
     return result
@@ -173,11 +95,7 @@ class Rows:
     def made(self, rows: int, length: int) -> dict[str, Array]:
         kind, inputs = self.kind, {}
         for layer in range(2):
-            for name, heads, size in (
-                ("q", kind.heads, kind.key_size),
-                ("k", kind.kv_heads, kind.key_size),
-                ("v", kind.kv_heads, kind.value_size),
-            ):
+            for name, (heads, size) in kind.shapes.items():
                 inputs[f"{name}{layer}"] = self.rng.standard_normal((rows, heads, length, size)).astype(np.float32) * 2
         return inputs
 

@@ -1,89 +1,19 @@
 """Cache attention lowered for TensorRT, run by ONNX Runtime, against the engine that its definition is checked with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
+from attention_stage import CAPACITY, KINDS, SLOTS, Kind, attention_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.runtime.builder.emulate import EmulatedStage
-from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.devices.cpu import CpuDevice
-from stageline.runtime.engines import Array, CacheSize, Engine, StageFile, engine_factory
+from stageline.runtime.engines import Array, CacheSize, Engine, engine_factory
 from stageline.runtime.engines.tensorrt.lower import Precision, lower
 
-SLOTS, CAPACITY = 4, 24
 Pair = tuple[Engine, EmulatedStage]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of attention."""
-
-    heads: int
-    kv_heads: int
-    key_size: int
-    value_size: int
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-
-
-KINDS = {
-    "multi-head": Kind(4, 4, 8, 8),
-    "grouped": Kind(4, 2, 16, 16),
-    "multi-query": Kind(6, 1, 8, 8),
-    "odd sizes": Kind(4, 2, 10, 10),
-    "narrow values": Kind(4, 2, 24, 13),
-    "window": Kind(4, 2, 8, 8, window=3),
-    "window of one": Kind(4, 2, 8, 8, window=1),
-    "softcap": Kind(4, 2, 8, 8, softcap=1.5),
-    "sinks": Kind(4, 2, 8, 8, sinks=True),
-    "all of them": Kind(6, 2, 12, 9, window=4, softcap=2.0, sinks=True),
-}
-
-
-def graph_of(kind: Kind, folder: Path) -> StageFile:
-    """A stage of two cache attentions, the second one's window another, on inputs of their own."""
-
-    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-
-    inputs = [value(name, ir.DataType.INT64, "batch") for name in ("past_lengths", "new_lengths")]
-    nodes, outputs, initializers = [], [], []
-    for layer in range(2):
-        shapes = {"q": (kind.heads, kind.key_size), "k": (kind.kv_heads, kind.key_size)}
-        shapes["v"] = (kind.kv_heads, kind.value_size)
-        made = [
-            value(f"{name}{layer}", ir.DataType.FLOAT, "batch", heads, "length", size)
-            for name, (heads, size) in shapes.items()
-        ]
-        read = [*made, *inputs[:2]]
-        inputs += made
-        if kind.sinks:
-            sink = value(f"sinks{layer}", ir.DataType.FLOAT, kind.heads)
-            array = np.random.default_rng(layer).normal(0, 2, kind.heads).astype(np.float32)
-            sink.const_value = ir.tensor(array, name=sink.name)
-            initializers.append(sink)
-            read.append(sink)
-        attributes: dict[str, float | int | str] = {"scale": 1.3 / kind.key_size**0.5, "cache": f"layer{layer}"}
-        if kind.window is not None:
-            attributes["window"] = kind.window + layer
-        if kind.softcap is not None:
-            attributes["softcap"] = kind.softcap
-        output = value(f"y{layer}", ir.DataType.FLOAT, "batch", "length", kind.heads, kind.value_size)
-        nodes.append(ir.node("CacheAttention", read, attributes, domain="stageline", outputs=[output]))
-        outputs.append(output)
-    opsets = {"": 23, "stageline": 1}
-    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=opsets, name="stage")
-    ir.save(ir.Model(graph, ir_version=10), folder / "stage.onnx")
-    sizes = {"heads": kind.kv_heads, "key_size": kind.key_size, "value_size": kind.value_size}
-    caches = tuple(CacheSpec(name=f"layer{n}", **sizes) for n in range(2))
-    return StageFile(0, folder / "stage.onnx", folder, caches)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +22,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind, Precisio
 
     @cache
     def pair(kind: Kind, precision: Precision) -> Pair:
-        stage = graph_of(kind, tmp_path_factory.mktemp("stage"))
+        stage = attention_stage(kind, tmp_path_factory.mktemp("stage"))
         engine = engine_factory("onnxruntime")(stage, CpuDevice((0,)), CacheSize(SLOTS, CAPACITY, "float32"))
         lowered = lower(stage, precision, CAPACITY, stripped=False)
         return engine, EmulatedStage(lowered, SLOTS, CAPACITY)
@@ -108,9 +38,7 @@ def step(
     length = max(counts) + padding
     inputs: dict[str, Array] = {}
     for layer in range(2):
-        shapes = {"q": (kind.heads, kind.key_size), "k": (kind.kv_heads, kind.key_size)}
-        shapes["v"] = (kind.kv_heads, kind.value_size)
-        for name, (heads, size) in shapes.items():
+        for name, (heads, size) in kind.shapes.items():
             array = rng.standard_normal((len(counts), heads, length, size)).astype(np.float32)
             for row, count in enumerate(counts):
                 array[row, :, count:] = np.nan
