@@ -26,7 +26,8 @@ from stageline.runtime.bench.client import Client
 from stageline.runtime.bench.confidence import interval
 from stageline.runtime.bench.contenders import PipelineContender, RequestOutcome
 from stageline.runtime.bench.energy import Meters, host_memory_bytes
-from stageline.runtime.bench.inputs import Item, Lengths, make_items
+from stageline.runtime.bench.inputs import Item, Maker, Shape
+from stageline.runtime.bench.lengths import Lengths
 from stageline.runtime.bench.monitor import PERIOD_S, Monitor
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
@@ -126,7 +127,8 @@ def main() -> None:
     options = parser.parse_args()
     with Pipeline.open(options.bundle, queue=256) as pipeline:
         new = NEW if pipeline.capacity else None
-        items, _ = make_items(pipeline.bundle, Lengths(32, 32), 1, new, pipeline.capacity, 0)
+        shape = Shape(output_tokens=None if new is None else Lengths(new, new))
+        items, _ = Maker(pipeline.bundle, shape, pipeline.capacity, 0).items(Lengths(32, 32))
         contender = PipelineContender("stageline", pipeline)
         seen: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
         order = random.Random(0)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,11 +13,17 @@ from stageline.runtime import words
 from stageline.runtime.bench.compare import FigureChange, missing
 from stageline.runtime.bench.records import OURS, Measurement, Run, RunLine
 from stageline.runtime.report import wording
+from stageline.runtime.report.limits import limits
 from stageline.runtime.report.statements import against
 
 _PIPED = 100
 """Columns where stdout is no terminal."""
 _STYLES = {"better": "green", "worse": "bold red", "undecided": "yellow", "same": "dim"}
+
+
+def plain(found: Run) -> Any:
+    """A run as one JSON document holds it."""
+    return pydantic.TypeAdapter(Run).dump_python(found, mode="json")
 
 
 def run(found: Run) -> str:
@@ -42,6 +49,7 @@ def run(found: Run) -> str:
     by_load: dict[str, list[Measurement]] = {}
     for measurement in found.measurements:
         by_load.setdefault(str(measurement.load), []).append(measurement)
+    head += [Text(line) for line in limits(found)]
     for load, measured in by_load.items():
         head += ["", *_load(load, measured), *(Text(one.text) for one in against(found, load))]
     notes = list(dict.fromkeys(note for m in found.measurements for note in m.notes))

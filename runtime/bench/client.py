@@ -2,26 +2,31 @@
 
 In an open loop the arrivals are fixed beforehand: a contender that stalls does not delay them, and the latency of a
 request that was sent late includes the wait (no coordinated omission). In a closed loop the intended arrival of a
-request is the end of the one before it.
+request is the end of the one before it. A later turn of a conversation arrives when its delay after the answer is over.
 """
 
-from collections.abc import Sequence
+import heapq
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import cycle
+from itertools import count, cycle
 from queue import Empty, SimpleQueue
 from threading import Event
 from time import perf_counter
 
 import numpy as np
-from stageline.runtime.bench.contenders import Contender, RequestOutcome
+from stageline.runtime.bench.contenders import Contender, FailedRequestError, RequestOutcome
 from stageline.runtime.bench.inputs import Item
-from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Requests
+from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Failures, Requests
 
 DRAIN_S = 30.0
 """Requests unanswered this long after the last arrival (or twice the repeat's time, if longer) are cancelled."""
+UNANSWERED = "no answer in time"
+"""The kind of `Failures` of requests that were cancelled after the drain."""
 _POLL_S = 0.1
 _GIVE_UP_AFTER = 10  # failures in a row
 _MAX_GAPS = 1_000_000
@@ -35,6 +40,7 @@ class DriveResult:
     ended_at: float = 0.0
     requests: Requests = field(default_factory=lambda: Requests.join([]))
     gaps_s: list[float] = field(default_factory=list)
+    failures: tuple[Failures, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -43,102 +49,109 @@ class DriveResult:
 
 
 class Client:
-    """Drives one contender, as often as asked. `items` are sent in order, round and round.
+    """Drives one contender, as often as asked. `items`, which may begin conversations, are sent in order, round and
+    round.
 
     `stop` ends a drive early: no more requests are sent, unfinished ones are cancelled.
     """
 
     def __init__(self, contender: Contender, items: Sequence[Item], stop: Event) -> None:
-        self._contender, self._items, self._stop = contender, cycle(items), stop
+        self.contender, self._items, self.stop = contender, cycle(items), stop
         self.answered = 0
         """Requests answered so far; other threads may read it."""
 
     def closed_loop(self, concurrency: int, seconds: float, repeat: int = 0) -> DriveResult:
-        """Keep `concurrency` requests unfinished for `seconds`, then wait for the last answers."""
-        drive = _Drive(self, repeat)
-        end = drive.began_at + seconds
+        """Keep `concurrency` conversations unfinished for `seconds`, then wait for the last answers."""
+        drive = _Drive(self, repeat, self._items, closed_s=seconds)
         for _ in range(concurrency):
-            drive.send(drive.began_at)
-        while (left := end - perf_counter()) > 0 and not self._stop.is_set():
-            ended_at = drive.take(left)
-            if ended_at is not None and ended_at < end:
-                drive.send(ended_at)
-        return drive.finish(0.0 if self._stop.is_set() else _drain_s(seconds))
+            drive.expect(drive.began_at, drive.next_item())
+        drive.advance(drive.began_at + seconds)
+        return drive.finish(_drain_s(seconds))
 
-    def open_loop(self, arrivals_s: Sequence[float], repeat: int = 0) -> DriveResult:
-        """Send a request at each of these times (seconds from now, ascending), whatever happens to earlier ones."""
-        drive = _Drive(self, repeat)
-        for arrival_s in arrivals_s:
-            due = drive.began_at + arrival_s
-            while (left := due - perf_counter()) > 0 and not self._stop.is_set():
-                drive.take(left)
-            if self._stop.is_set():
-                break
-            drive.send(due)
-            while drive.take(0.0) is not None:
-                pass
-        return drive.finish(0.0 if self._stop.is_set() else _drain_s(arrivals_s[-1] if len(arrivals_s) else 0.0))
+    def open_loop(
+        self,
+        arrivals_s: Sequence[float],
+        repeat: int = 0,
+        ceiling: int | None = None,
+        items: Sequence[Item] = (),
+    ) -> DriveResult:
+        """Begin a conversation at each of these times (seconds from now, ascending), whatever happens to earlier ones.
+
+        `ceiling`: requests that may be unfinished at a time; the others wait. `items`, if any, replace the client's,
+        from the first one on.
+        """
+        drive = _Drive(self, repeat, cycle(items) if items else self._items, ceiling)
+        for at in arrivals_s:
+            drive.expect(drive.began_at + at, drive.next_item())
+        last = arrivals_s[-1] if len(arrivals_s) else 0.0
+        drive.advance(drive.began_at + last)
+        return drive.finish(_drain_s(last))
 
 
 class _Drive:
-    """A drive in progress. Everything except the futures' callbacks runs on the caller's thread."""
+    """A drive in progress. Everything except the futures' callbacks runs on the caller's thread.
 
-    def __init__(self, client: Client, repeat: int) -> None:
-        self._client, self._repeat = client, repeat
-        self._ended: SimpleQueue[tuple[int, Future[RequestOutcome], float]] = SimpleQueue()
+    A request is due (its time has not come), then waiting (for a place below the ceiling), then sent and unfinished.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        repeat: int,
+        items: Iterator[Item],
+        ceiling: int | None = None,
+        closed_s: float | None = None,
+    ) -> None:
+        """`closed_s`: in a closed loop, how long the end of a conversation begins another one."""
+        self._client, self._repeat, self._items, self._ceiling = client, repeat, items, ceiling or math.inf
+        self._due: list[tuple[float, int, Item]] = []  # a heap; the number keeps the order of equal times
+        self._waiting: deque[tuple[float, Item]] = deque()
+        self._unfinished: dict[int, tuple[Future[RequestOutcome], Item]] = {}
+        self._numbers = count()
+        self._ended: SimpleQueue[tuple[int, float]] = SimpleQueue()
         self._rows = np.zeros((1024, 7))  # intended, sent, first token, end, tokens in, tokens out, status
-        self._futures: dict[int, Future[RequestOutcome]] = {}
         self._sent = 0
-        self._failures = 0
+        self._failures: dict[str, Failures] = {}
+        self._in_a_row = 0
         self._gaps: list[float] = []
         self.began_at = perf_counter()
+        self._closes_at = None if closed_s is None else self.began_at + closed_s
 
-    def send(self, intended_at: float) -> None:
-        item = next(self._client._items)
-        number, self._sent = self._sent, self._sent + 1
-        if number == len(self._rows):
-            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-        sent_at = perf_counter()
-        self._rows[number] = intended_at, sent_at, np.nan, np.nan, item.tokens_in, 0, CANCELLED
-        future = self._client._contender.submit(item)
-        self._futures[number] = future
-        future.add_done_callback(partial(self._note, number))
+    def next_item(self) -> Item:
+        """The first turn of the next conversation."""
+        return next(self._items)
 
-    def take(self, timeout_s: float) -> float | None:
-        """Record a request that has ended, and return when; None if none ends in time or the client is stopped."""
-        try:
-            number, future, at = self._next(timeout_s)
-        except Empty:
-            return None
-        del self._futures[number]
-        row = self._rows[number]
-        if future.cancelled():
-            row[3] = at
-        elif (error := future.exception()) is not None:
-            row[3], row[6] = at, FAILED
-            self._failures += 1
-            if self._failures >= _GIVE_UP_AFTER:
-                self.finish(0.0)
-                raise error
-        else:
-            outcome = future.result()
-            at = outcome.done_at
-            first = np.nan if outcome.first_token_at is None else outcome.first_token_at
-            row[2:4], row[5:7] = (first, at), (outcome.tokens_out, ANSWERED)
-            if len(self._gaps) < _MAX_GAPS:
-                self._gaps.extend(outcome.gaps_s)
-            self._failures = 0
-            self._client.answered += 1
-        return at
+    def expect(self, at: float, item: Item) -> None:
+        """Send this request at that time, unless a closed loop is over by then."""
+        if self._closes_at is None or at < self._closes_at:
+            heapq.heappush(self._due, (at, next(self._numbers), item))
+
+    def advance(self, until: float) -> None:
+        """Send what is due and note what ends, until that time, or until nothing is left to do, or `stop`."""
+        while not self._client.stop.is_set():
+            now = perf_counter()
+            while self._due and self._due[0][0] <= now:
+                at, _, item = heapq.heappop(self._due)
+                self._waiting.append((at, item))
+            while self._waiting and len(self._unfinished) < self._ceiling and not self._client.stop.is_set():
+                self._send(*self._waiting.popleft())
+                while self._take(0.0):
+                    pass
+            if now >= until or not (self._due or self._waiting or self._unfinished):
+                return
+            self._take(min(until, self._due[0][0] if self._due else math.inf) - perf_counter())
 
     def finish(self, drain_s: float) -> DriveResult:
-        """Wait for unfinished requests, cancel those that remain, and return the result."""
-        deadline = perf_counter() + drain_s
-        while self._futures and not self._client._stop.is_set() and (left := deadline - perf_counter()) > 0:
-            self.take(left)
-        for future in list(self._futures.values()):
+        """Wait for unfinished requests and the turns after them, cancel those that remain, and return the result."""
+        self.advance(perf_counter() + drain_s)
+        if not self._client.stop.is_set():
+            for at, item in self._waiting:  # the ceiling left them no place
+                self._rows[self._new_row()] = at, perf_counter(), np.nan, perf_counter(), item.tokens_in, 0, CANCELLED
+            for _ in range(len(self._waiting) + len(self._unfinished)):
+                name = self._client.contender.name
+                self._fail(UNANSWERED, f"{name} did not answer within {drain_s:g} s of the last arrival")
+        for number, (future, _) in list(self._unfinished.items()):
             future.cancel()
-        for number in self._futures:
             self._rows[number, 3] = perf_counter()
         rows = self._rows[: self._sent]
         times = rows[:, :4] - rows[:, :1]
@@ -153,20 +166,72 @@ class _Drive:
             rows[:, 6].astype(np.uint8),
         )
         ended_at = float(rows[:, 3].max()) if self._sent else self.began_at
-        return DriveResult(self.began_at, ended_at, requests, self._gaps)
+        return DriveResult(self.began_at, ended_at, requests, self._gaps, tuple(self._failures.values()))
 
-    def _next(self, timeout_s: float) -> tuple[int, "Future[RequestOutcome]", float]:
+    def _new_row(self) -> int:
+        number, self._sent = self._sent, self._sent + 1
+        if number == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        return number
+
+    def _send(self, intended_at: float, item: Item) -> None:
+        number, sent_at = self._new_row(), perf_counter()
+        self._rows[number] = intended_at, sent_at, np.nan, np.nan, item.tokens_in, 0, CANCELLED
+        future = self._client.contender.submit(item)
+        self._unfinished[number] = future, item
+        future.add_done_callback(partial(self._note, number))
+
+    def _take(self, timeout_s: float) -> bool:
+        """Record a request that has ended, and expect what follows it; False if none ends in time or at `stop`."""
+        try:
+            number, at = self._next(timeout_s)
+        except Empty:
+            return False
+        future, item = self._unfinished.pop(number)
+        row = self._rows[number]
+        then = None
+        if future.cancelled():
+            row[3] = at
+        elif (error := future.exception()) is not None:
+            row[3], row[6] = at, FAILED
+            self._fail(error.kind if isinstance(error, FailedRequestError) else type(error).__name__, str(error))
+            self._in_a_row += not (isinstance(error, FailedRequestError) and error.shed)
+            if self._in_a_row >= _GIVE_UP_AFTER:
+                self._due.clear()
+                self._waiting.clear()
+                self.finish(0.0)
+                raise error
+        else:
+            outcome, then = future.result(), item.then
+            at = outcome.done_at
+            first = np.nan if outcome.first_token_at is None else outcome.first_token_at
+            row[2:4], row[5:7] = (first, at), (outcome.tokens_out, ANSWERED)
+            if len(self._gaps) < _MAX_GAPS:
+                self._gaps.extend(outcome.gaps_s)
+            self._in_a_row = 0
+            self._client.answered += 1
+        if then is not None:
+            self.expect(at + item.delay_s, then)
+        elif self._closes_at is not None:
+            self.expect(at, self.next_item())
+        return True
+
+    def _fail(self, kind: str, message: str) -> None:
+        known = self._failures.get(kind, Failures(kind, 0, message[:300]))
+        self._failures[kind] = replace(known, count=known.count + 1)
+
+    def _next(self, timeout_s: float) -> tuple[int, float]:
         """The next request that has ended; checks `stop` while it waits."""
         deadline = perf_counter() + timeout_s
         while True:
             left = min(_POLL_S, deadline - perf_counter())
             with suppress(Empty):
                 return self._ended.get(timeout=left) if left > 0 else self._ended.get_nowait()
-            if self._client._stop.is_set() or perf_counter() >= deadline:
+            if self._client.stop.is_set() or perf_counter() >= deadline:
                 raise Empty
 
     def _note(self, number: int, future: "Future[RequestOutcome]") -> None:
-        self._ended.put((number, future, perf_counter()))
+        self._ended.put((number, perf_counter()))
 
 
 def _drain_s(seconds: float) -> float:

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import Protocol, TypeVar
 
-from stageline.models.errors import EngineError
+from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
@@ -29,6 +29,19 @@ class RequestOutcome:
     tokens_out: int = 0
     first_token_at: float | None = None
     gaps_s: tuple[float, ...] = ()
+
+
+class FailedRequestError(RequestError):
+    """A request that failed in a known way: "status 429", "timeout", "disconnected", ..., as its `kind` says."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    @property
+    def shed(self) -> bool:
+        """Whether the service answered that it has too much to do, which says nothing of the next request."""
+        return self.kind in ("status 429", "status 503")
 
 
 class Contender(Protocol):

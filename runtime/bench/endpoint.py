@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stageline.models.errors import RequestError
-from stageline.runtime.bench.contenders import RequestOutcome
+from stageline.runtime.bench.contenders import FailedRequestError, RequestOutcome
 from stageline.runtime.bench.inputs import Item
 from stageline.runtime.pipeline import Pipeline
 
@@ -102,17 +102,21 @@ class Endpoint:
                     break
                 chunk = json.loads(data)
                 if "error" in chunk:
-                    raise RequestError(f"{self.name} failed in mid stream: {_error_message(chunk)}")
+                    raise FailedRequestError(
+                        "error in mid stream", f"{self.name} failed in mid stream: {_error_message(chunk)}"
+                    )
                 tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
                 if chunk.get("choices") and chunk["choices"][0].get("text"):
                     times.append(perf_counter())
             response.read()
         except (OSError, HTTPException, ValueError) as error:
             self._drop()
-            raise RequestError(f"{self.name} broke off in mid stream ({error})") from error
+            raise FailedRequestError(_kind(error), f"{self.name} broke off in mid stream ({error})") from error
         if not done:
             self._drop()
-            raise RequestError(f"{self.name} broke off in mid stream: its stream ended without [DONE]")
+            raise FailedRequestError(
+                "disconnected", f"{self.name} broke off in mid stream: its stream ended without [DONE]"
+            )
         ended = perf_counter()
         gaps = tuple(after - before for before, after in pairwise(times))
         return RequestOutcome(ended, tokens or len(times), times[0] if times else ended, gaps)
@@ -122,7 +126,7 @@ class Endpoint:
             answer = json.loads(self._send(method, path, body).read())
         except (OSError, HTTPException, ValueError) as error:
             self._drop()
-            raise RequestError(f"{self.name}{path} did not answer in JSON ({error})") from error
+            raise FailedRequestError(_kind(error), f"{self.name}{path} did not answer in JSON ({error})") from error
         if not isinstance(answer, dict):
             raise RequestError(f"{self.name}{path} does not answer as OpenAI's API does")
         return answer
@@ -140,7 +144,9 @@ class Endpoint:
             except (OSError, HTTPException) as error:
                 self._drop()
                 if fresh or self._closed:
-                    raise RequestError(f"{self.name} cannot be reached ({error}); is it running?") from error
+                    raise FailedRequestError(
+                        _kind(error), f"{self.name} cannot be reached ({error}); is it running?"
+                    ) from error
         assert response is not None
         if response.status != 200:
             text = response.read()
@@ -148,7 +154,9 @@ class Endpoint:
                 message = _error_message(json.loads(text))
             except ValueError:
                 message = text[:200].decode(errors="replace")
-            raise RequestError(f"{self.name}{path} answers {response.status}: {message}")
+            raise FailedRequestError(
+                f"status {response.status}", f"{self.name}{path} answers {response.status}: {message}"
+            )
         return response
 
     def _connection(self, fresh: bool) -> HTTPConnection:
@@ -165,6 +173,15 @@ class Endpoint:
             found.close()
             self._open.discard(found)
             self._local.connection = None
+
+
+def _kind(error: Exception) -> str:
+    """What kind of failure an exception of a connection is."""
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, ConnectionRefusedError):
+        return "connection refused"
+    return "invalid answer" if isinstance(error, ValueError) else "disconnected"
 
 
 def _error_message(answer: Any) -> str:

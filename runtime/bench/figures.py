@@ -31,6 +31,7 @@ MEANINGS: dict[str, tuple[str, Better, str]] = {
     "tokens_in_per_s": ("tokens/s", "higher", "tokens read"),
     "tokens_out_per_s": ("tokens/s", "higher", "tokens drawn"),
     "goodput_per_s": ("requests/s", "higher", "requests answered within the SLO"),
+    "slo_share": ("", "higher", "share of all requests that were answered within the SLO"),
     **{
         f"{name}_{which}_s": ("s", "lower", f"{meaning}: {which}")
         for name, meaning in _TIMES.items()
@@ -87,8 +88,9 @@ def of_requests(answers: DriveResult, rows: int, slo: Slo) -> dict[str, float]:
     }
     if generates:
         found["tokens_out_per_s"] = tokens_out / seconds
-    if slo != Slo():
-        found["goodput_per_s"] = int((good & within(requests, slo)).sum()) / seconds
+    if slo.bounded:
+        kept = int((good & within(requests, slo)).sum())
+        found["goodput_per_s"], found["slo_share"] = kept / seconds, kept / asked if asked else 0.0
     times = {
         "latency": requests.latency_s[good],
         "ttft": requests.first_token_s[good],

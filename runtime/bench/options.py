@@ -7,11 +7,10 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 from stageline.models.errors import RequestError
 from stageline.runtime.bench.environment import here
-from stageline.runtime.bench.inputs import Lengths
 from stageline.runtime.bench.records import Layout, Load, Run, RunSettings, Scenario, Slo
 from stageline.runtime.bundle.folder import MANIFEST, Bundle, file_sha256
 from stageline.runtime.bundle.manifest import Manifest
@@ -20,7 +19,8 @@ from stageline.runtime.devices.cpu import allowed_cores, share_cores
 from stageline.runtime.engines import default_device, engine_factory
 
 MLPERF: tuple[Scenario, ...] = ("SingleStream", "Offline", "Server")
-_SLO = re.compile(r"(latency|ttft|tpot)=([0-9.]+)(ms|s)")
+_SLO = re.compile(r"(?:(latency|ttft|tpot)=([0-9.]+)(ms|s))|share=([0-9.]+)%")
+_BOUNDS = "ttft=200ms,tpot=50ms,latency=2s,share=99%"
 
 
 def loads(
@@ -29,8 +29,12 @@ def loads(
     concurrencies: Sequence[int],
     rates: Sequence[float],
     recorded: bool,
+    at_rates: Load,
 ) -> tuple[Load, ...]:
-    """The loads of a run (default: MLPerf's three). RequestError for an invalid one."""
+    """The loads of a run (default: MLPerf's three). `at_rates`: the pattern and ceiling of the open loops.
+
+    RequestError for an invalid one.
+    """
     found: list[Load] = []
     for name in scenarios:
         known = next((scenario for scenario in MLPERF if scenario.lower() == name.strip().lower()), None)
@@ -44,48 +48,33 @@ def loads(
     for rate in (*rates, *([] if server_rate is None else [server_rate])):
         if not 0 < rate < math.inf:
             raise RequestError(f"rate {rate:g} is not above 0; give requests per second like 5,10,20")
-    found += [Load("Rate", rate_per_s=rate) for rate in rates]
+    found += [replace(at_rates, rate_per_s=rate) for rate in rates]
     if recorded:
-        found.append(Load("Recorded"))
+        found.append(Load("Recorded", ceiling=at_rates.ceiling))
     return tuple(dict.fromkeys(found)) or tuple(Load(scenario) for scenario in MLPERF)
 
 
 def slo(text: str) -> Slo:
-    """Parse bounds like `ttft=200ms,tpot=50ms,latency=2s`. RequestError for anything else."""
+    """Parse bounds like `ttft=200ms,tpot=50ms,latency=2s,share=99%`. RequestError for anything else."""
     bounds: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _SLO.fullmatch(part)
         try:
             assert match is not None
-            value = float(match[2]) / (1000 if match[3] == "ms" else 1)
+            if match[4]:
+                name, value = "share", float(match[4]) / 100
+                assert value < 1
+            else:
+                name, value = f"{match[1]}_s", float(match[2]) / (1000 if match[3] == "ms" else 1)
             assert value > 0
         except (AssertionError, ValueError):
-            raise RequestError(f"{part!r} is not a bound; give some of ttft=200ms,tpot=50ms,latency=2s") from None
-        bounds[f"{match[1]}_s"] = value
+            raise RequestError(f"{part!r} is not a bound; give some of {_BOUNDS}") from None
+        if name in bounds:
+            raise RequestError(f"{part!r} is a second bound of its kind; give one")
+        bounds[name] = value
+    if list(bounds) == ["share"]:
+        raise RequestError(f"{text!r} says which share must keep bounds, but no bound; add some of {_BOUNDS}")
     return Slo(**bounds)
-
-
-def lengths(text: str) -> Lengths:
-    """Parse `64` or `16-128`. RequestError for anything else."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= low <= high:
-        raise RequestError(f"{text!r} is not a length; give tokens like 64, or a range like 16-128")
-    return Lengths(low, high)
-
-
-def arrivals(file: Path) -> list[float]:
-    """Recorded arrivals, sorted, the first at 0. `file` has seconds, one per line; RequestError otherwise."""
-    try:
-        times = [float(line) for line in file.read_text(encoding="utf-8").split()]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(
-            f"arrivals {file} cannot be read ({reason}); give a file of seconds, one per line"
-        ) from error
-    if not times or not all(map(math.isfinite, times)):
-        raise RequestError(f"arrivals {file} holds no times; give a file of seconds, one per line")
-    return sorted(at - min(times) for at in times)
 
 
 def new_id() -> str:

@@ -18,7 +18,7 @@ from stageline.runtime.stages.recorder import RequestSpan, Span
 
 Scenario = Literal["SingleStream", "Offline", "Server", "Concurrency", "Rate", "Recorded"]
 """MLPerf's three: one request after the other, all at once, Poisson arrivals. Then a closed loop of N requests at a
-time, Poisson arrivals of a sweep, and arrivals from a file."""
+time, arrivals at a rate, and arrivals from a file."""
 Status = Literal["running", "done", "failed", "cancelled"]
 OURS = "stageline"
 """The contender that is the bundle's own pipeline."""
@@ -32,31 +32,50 @@ ANSWERED, FAILED, CANCELLED = 0, 1, 2
 
 @dataclass(frozen=True)
 class Load:
-    """What a contender is asked to do: `concurrency` requests at a time (closed loop), or `rate_per_s` (open loop)."""
+    """What a contender is asked to do: `concurrency` requests at a time (closed loop), or `rate_per_s` (open loop).
+
+    `pattern`: how requests arrive at that rate (`arrivals.pattern`). `ceiling`: how many an open loop leaves unfinished
+    at a time; those that arrive meanwhile wait in the load generator, which counts as latency. None: no ceiling.
+    """
 
     scenario: Scenario
     concurrency: int | None = None
     rate_per_s: float | None = None
+    pattern: str = "poisson"
+    ceiling: int | None = None
 
     def __str__(self) -> str:
         if self.scenario == "Concurrency":
             return f"{self.concurrency} at a time"
-        return self.scenario if self.rate_per_s is None else f"{self.scenario} {self.rate_per_s:g}/s"
+        rate = "" if self.rate_per_s is None else f" {self.rate_per_s:g}/s"
+        pattern = "" if self.pattern == "poisson" else f" {self.pattern}"
+        return f"{self.scenario}{rate}{pattern}{f', at most {self.ceiling} at a time' if self.ceiling else ''}"
 
 
 @dataclass(frozen=True)
 class Slo:
-    """Bounds that a request must keep to count for goodput; None: no bound."""
+    """Bounds that a request must keep to count for goodput (None: no bound), and the share of all requests that must
+    keep them for a load to hold the SLO."""
 
     latency_s: float | None = None
     ttft_s: float | None = None
     tpot_s: float | None = None
+    share: float = 0.9
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is any bound."""
+        return any(bound is not None for bound in (self.latency_s, self.ttft_s, self.tpot_s))
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """How a run measures. `inputs` describes the requests in words, `rows` is the number of texts in each,
-    `output_tokens` how many each draws (None: the model does not generate)."""
+    `output_tokens` how many each draws (None: the model does not generate).
+
+    `sweep`: of a run whose loads are searched (`sweep.Sweep`), with at most `repeats` of each: what its rates have in
+    common. `loads` is then empty.
+    """
 
     loads: tuple[Load, ...]
     repeats: int
@@ -69,6 +88,7 @@ class RunSettings:
     slo: Slo
     baselines: tuple[str, ...]
     pipeline: PipelineOptions
+    sweep: Load | None = None
 
 
 def _with_pipeline(data: Any) -> Any:
@@ -151,9 +171,18 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Failures:
+    """Requests that failed in one way. `kind`: "status 429", "timeout", ...; `sample`: the message of the first."""
+
+    kind: str
+    count: int
+    sample: str
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One contender under one load. `ladders`: "latency_s", and "ttft_s" and "tpot_s" if it generates, at each
-    percentile of LADDER over all repeats. `notes` say what is absent, and why."""
+    percentile of LADDER over all repeats. `notes` say what is absent, and why. `failures`: the most frequent first."""
 
     contender: str
     load: Load
@@ -164,6 +193,7 @@ class Measurement:
     stages: tuple[StageUsage, ...] = ()
     series: Series = Series()
     notes: tuple[str, ...] = ()
+    failures: tuple[Failures, ...] = ()
 
 
 @dataclass(frozen=True)

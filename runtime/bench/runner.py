@@ -4,7 +4,6 @@ Contenders take turns within a load (A B A B ...), because machines drift. All a
 speed in the warm-up sets the number of Offline requests, and the rate of a Server load that names none.
 """
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from time import perf_counter
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench import figures
+from stageline.runtime.bench.arrivals import arrive
 from stageline.runtime.bench.client import Client, DriveResult
 from stageline.runtime.bench.contenders import Contender
 from stageline.runtime.bench.energy import Meters
@@ -22,6 +22,7 @@ from stageline.runtime.bench.monitor import Monitor, series
 from stageline.runtime.bench.records import (
     ANSWERED,
     OURS,
+    Failures,
     Load,
     Measurement,
     Progress,
@@ -32,9 +33,9 @@ from stageline.runtime.bench.records import (
     ladder,
 )
 from stageline.runtime.bench.store import Store
+from stageline.runtime.bench.sweep import Listed, Loads, Sweep
 from stageline.runtime.stages.lanes import StageStats
 from stageline.runtime.stages.recorder import Recorder
-from stageline.runtime.workload import poisson
 
 SERVER_SHARE = 0.7
 """The rate of a Server load that names none, as a share of the first contender's speed in the warm-up."""
@@ -44,20 +45,28 @@ _BEAT_S = 1.0
 Openers = Mapping[str, Callable[[], Contender]]
 
 
+@dataclass(frozen=True)
+class Recording:
+    """Arrivals of a Recorded load, in seconds, ascending, and the requests that arrive (none: those of other loads)."""
+
+    times_s: Sequence[float] = ()
+    items: Sequence[Item] = ()
+
+
 def bench(
     run: Run,
     store: Store,
     openers: Openers,
     items: Sequence[Item],
     *,
-    arrivals_s: Sequence[float] = (),
+    recording: Recording = Recording(),
     stop: threading.Event | None = None,
     follow: Callable[[Progress], None] = lambda progress: None,
     recorded: Callable[[Recorder], None] = lambda recorder: None,
 ) -> Run:
     """Carry out `run`, which is in the store already (`Store.begin`), and return it as stored at its end.
 
-    `arrivals_s` are for a Recorded load. `stop` or `Store.cancel` ends the run early as cancelled. A failing contender
+    `recording` is for a Recorded load. `stop` or `Store.cancel` ends the run early as cancelled. A failing contender
     ends it as failed, and its error is raised. Both keep what was measured. `recorded` receives the recorder of each
     load, `follow` the progress.
     """
@@ -65,7 +74,7 @@ def bench(
     state = _State(run, store, stop, follow)
     try:
         with _Beating(state):
-            _measure(run, state, openers, items, arrivals_s, recorded)
+            _measure(run, state, openers, items, recording, recorded)
     except BaseException as error:
         with suppress(StagelineError):  # a store that failed already
             state.finish(str(error) if isinstance(error, StagelineError) else f"{type(error).__name__}: {error}")
@@ -91,7 +100,7 @@ class _State:
 
     def at(self, step: str, live: Mapping[str, float]) -> None:
         """Report the current step; `live`: its latest figures."""
-        self.progress = Progress(self.done / self.total, step, dict(live))
+        self.progress = Progress(min(0.99, self.done / self.total), step, dict(live))
         self.follow(self.progress)
 
     def beat(self) -> None:
@@ -145,6 +154,7 @@ class _Lap:
 
     contender: Contender
     client: Client
+    speed: float  # requests per second in the warm-up
     began_at: float
     recorder: Recorder | None
     answers: list[DriveResult] = field(default_factory=list)
@@ -158,18 +168,19 @@ def _measure(
     state: _State,
     openers: Openers,
     items: Sequence[Item],
-    arrivals_s: Sequence[float],
+    recording: Recording,
     recorded: Callable[[Recorder], None],
 ) -> None:
     settings, meters = run.settings, Meters()
     contenders: list[Contender] = []
-    state.total = len(openers) * (1 + len(settings.loads) * settings.repeats)
     try:
         for name, opener in openers.items():
             if state.stop.is_set():
                 return
             state.at(f"opening {name}", {})
             contenders.append(opener())
+        loads = _loads(run, [contender.name for contender in contenders])
+        state.total = len(contenders) * (1 + loads.expected)
         clients = [Client(contender, items, state.stop) for contender in contenders]
         speeds: list[float] = []
         for contender, client in zip(contenders, clients, strict=True):
@@ -178,17 +189,24 @@ def _measure(
                 _warm_up(client, settings.warm_up_s, settings.pipeline.slots if settings.output_tokens else 4)
             )
             state.done += 1
-        for load in settings.loads:
+        for asked in loads:
             if state.stop.is_set():
                 return
+            load = asked
             if load.scenario == "Server" and load.rate_per_s is None:
-                load = Load("Server", rate_per_s=float(f"{SERVER_SHARE * speeds[0]:.3g}"))
-            laps = [_lap(contender, client) for contender, client in zip(contenders, clients, strict=True)]
+                load = replace(load, rate_per_s=float(f"{SERVER_SHARE * speeds[0]:.3g}"))
+            laps = [
+                _lap(contender, client, speed)
+                for contender, client, speed in zip(contenders, clients, speeds, strict=True)
+            ]
             try:
-                for repeat in range(settings.repeats):
-                    for lap, speed in zip(laps, speeds, strict=True):
+                while pending := [lap for lap in laps if loads.again(asked, lap.contender.name)]:
+                    for lap in pending:
+                        if state.stop.is_set():
+                            return
+                        _repeat(lap, load, run, state, meters, recording)
                         if not state.stop.is_set():
-                            _repeat(lap, load, repeat, speed, run, state, meters, arrivals_s)
+                            loads.measured(asked, lap.contender.name, len(lap.answers[-1].requests), lap.figures[-1])
             finally:
                 for lap in laps:
                     if lap.answers:
@@ -199,35 +217,34 @@ def _measure(
         meters.close()
 
 
+def _loads(run: Run, contenders: Sequence[str]) -> Loads:
+    settings = run.settings
+    if settings.sweep is None:
+        return Listed(settings)
+    return Sweep(contenders, settings.sweep, settings.slo, settings.repeats)
+
+
 def _warm_up(client: Client, seconds: float, concurrency: int) -> float:
     """Requests per second that the contender answers, `concurrency` at a time."""
     answers = client.closed_loop(concurrency, seconds)
     return float((answers.requests.status == ANSWERED).sum()) / answers.seconds if answers.seconds else 0.0
 
 
-def _lap(contender: Contender, client: Client) -> _Lap:
+def _lap(contender: Contender, client: Client, speed: float) -> _Lap:
     recorder = Recorder(MAX_SPANS) if contender.name == OURS and contender.pipeline is not None else None
-    return _Lap(contender, client, perf_counter(), recorder)
+    return _Lap(contender, client, speed, perf_counter(), recorder)
 
 
-def _repeat(
-    lap: _Lap,
-    load: Load,
-    repeat: int,
-    speed: float,
-    run: Run,
-    state: _State,
-    meters: Meters,
-    arrivals_s: Sequence[float],
-) -> None:
+def _repeat(lap: _Lap, load: Load, run: Run, state: _State, meters: Meters, recording: Recording) -> None:
     settings, pipeline = run.settings, lap.contender.pipeline
     live = _live(lap.figures[-1]) if lap.figures else {}
-    state.at(f"{lap.contender.name}: {load}, repeat {repeat + 1} of {settings.repeats}", live)
+    most = f"{'at most ' if settings.sweep else ''}{settings.repeats}"
+    state.at(f"{lap.contender.name}: {load}, repeat {len(lap.answers) + 1} of {most}", live)
     if pipeline is not None:
         pipeline.record(lap.recorder)
     with Monitor(lap.contender, lap.client, meters, lap.began_at) as monitor:
         state.driven = lap.client, lap.client.answered, perf_counter()
-        answers = _drive(lap.client, load, repeat, speed, run, arrivals_s)
+        answers = _drive(lap, load, run, recording)
         state.driven = None
     if pipeline is not None:
         pipeline.record(None)
@@ -259,17 +276,17 @@ def _live(found: Mapping[str, float]) -> dict[str, float]:
     return {name: found[name] for name in names if name in found}
 
 
-def _drive(client: Client, load: Load, repeat: int, speed: float, run: Run, arrivals_s: Sequence[float]) -> DriveResult:
-    seconds, seed = run.settings.seconds, run.settings.seed
+def _drive(lap: _Lap, load: Load, run: Run, recording: Recording) -> DriveResult:
+    client, repeat, seconds = lap.client, len(lap.answers), run.settings.seconds
     if load.scenario in ("SingleStream", "Concurrency"):
         return client.closed_loop(load.concurrency or 1, seconds, repeat)
     if load.scenario == "Offline":
-        return client.open_loop([0.0] * max(1, round(speed * seconds)), repeat)
+        return client.open_loop([0.0] * max(1, round(lap.speed * seconds)), repeat)
     if load.scenario == "Recorded":
-        return client.open_loop(arrivals_s, repeat)
+        return client.open_loop(recording.times_s, repeat, load.ceiling, recording.items)
     assert load.rate_per_s is not None
-    count = max(1, math.ceil(load.rate_per_s * seconds))
-    return client.open_loop(poisson(load.rate_per_s, count, seed + repeat), repeat)
+    times_s = arrive(load.pattern, load.rate_per_s, seconds, run.settings.seed + repeat)
+    return client.open_loop(times_s, repeat, load.ceiling)
 
 
 def _store(
@@ -291,8 +308,11 @@ def _store(
     notes = list(meters.notes)
     if lap.contender.pipeline is None:
         notes.append("no figures of stages, queue and bubbles: not a pipeline in this process")
-    if (requests.status != ANSWERED).any():
-        notes.append(f"{int((~good).sum())} of {len(requests)} requests were not answered")
+    failures = _together(lap.answers)
+    if not good.all():
+        ways = "; ".join(f"{one.count} {one.kind}, such as: {one.sample}" for one in failures)
+        name = lap.contender.name
+        notes.append(f"{name}, {load}: {int((~good).sum())} of {len(requests)} requests were not answered: {ways}")
     measurement = Measurement(
         lap.contender.name,
         load,
@@ -303,10 +323,20 @@ def _store(
         _stage_figures(lap, run, seconds),
         series(lap.samples),
         tuple(notes),
+        failures,
     )
     state.store.add(run.id, measurement, requests, _timeline(lap))
     if lap.recorder is not None:
         recorded(lap.recorder)
+
+
+def _together(answers: Sequence[DriveResult]) -> tuple[Failures, ...]:
+    """The failures of all repeats, counted by kind, the most frequent first."""
+    counts: dict[str, Failures] = {}
+    for failures in (one for answer in answers for one in answer.failures):
+        known = counts.get(failures.kind)
+        counts[failures.kind] = replace(known, count=known.count + failures.count) if known else failures
+    return tuple(sorted(counts.values(), key=lambda one: -one.count))
 
 
 def _stage_figures(lap: _Lap, run: Run, seconds: float) -> tuple[StageUsage, ...]:

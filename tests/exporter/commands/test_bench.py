@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from stageline.exporter.commands.cli import main
-from stageline.runtime.bench.records import Figure, Run
+from stageline.runtime.bench.capacity import capacities
+from stageline.runtime.bench.records import ANSWERED, Figure, Requests, Run
 from stageline.runtime.bench.store import Store
 
 QUICK = ("--seconds", "0.2", "--warm-up", "0.1", "--lengths", "2-8")
@@ -111,6 +112,67 @@ def test_the_same_run_is_not_made_twice(tiny_bundle: Path, store: Store, capsys:
     assert main(["bench", *map(str, asked)]) == 0
     assert "run mine is in" in refusal(capsys, *asked)
     assert len(store.runs()) == 1
+
+
+def test_a_sweep_is_a_run_whose_statements_follow_from_its_requests(
+    tiny_bundle: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--sweep", "--slo", "latency=60s,share=99%", "--baseline", "onnxruntime", "--repeats", "2")
+    assert main(["bench", str(tiny_bundle), *QUICK, *asked]) == 0
+    printed = capsys.readouterr().out
+    run = store.run(store.find("latest"))
+    assert run.status == "done"
+    assert run.settings.loads == ()
+    for one in capacities(run.measurements, run.settings.slo):
+        mine = [(n, m) for n, m in enumerate(run.measurements) if m.contender == one.contender]
+        closed = {m.load.concurrency: m for _, m in mine if m.load.scenario == "Concurrency"}
+        assert list(closed) == [2**n for n in range(len(closed))]
+        shares = {}
+        for number, measurement in mine:
+            requests = store.requests(run.id, number)
+            kept = (requests.status == ANSWERED) & (requests.latency_s <= 60)
+            by_repeat = [kept[requests.repeat == repeat].mean() for repeat in np.unique(requests.repeat)]
+            assert measurement.figures["slo_share"].values == pytest.approx(by_repeat)
+            if measurement.load.rate_per_s is not None:
+                shares[measurement.load.rate_per_s] = float(np.mean(by_repeat))
+        assert one.best is not None
+        assert one.best.rate_per_s == max(shares)
+        assert all(share >= 0.99 for share in shares.values())
+        assert f"{one.contender}: knee {one.knee}" in printed
+        assert f"{one.best} holds the SLO for 99 % of requests" in printed
+
+
+def test_workloads_ask_for_what_they_say(
+    llama: tuple[Path, Path], store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"from": "human", "value": "a cat"}, {"from": "gpt", "value": "sat"}] * 2
+    rows = [{"prompt": "a dog", "output_tokens": 3}, {"conversations": talk}]
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+    trace = [{"timestamp": 10 * n, "input_length": 2 + n, "output_length": 1 + n} for n in range(3)]
+    (tmp_path / "trace").write_text("\n".join(map(json.dumps, trace)))
+    quick = ("--seconds", "0.2", "--warm-up", "0.1", "--repeats", "1")
+
+    def requests(*asked: str | Path) -> tuple[str, Requests]:
+        run = document(capsys, llama[1], *quick, *asked)
+        return run["settings"]["inputs"], store.requests(run["id"], 0)
+
+    said, found = requests("--concurrency", "1", "--workload", tmp_path / "rows")
+    assert said == "2 of 2 conversations of rows"
+    assert {3, 1} == set(found.tokens_out.tolist())
+    assert {4, 7} == set(found.tokens_in.tolist())  # two words and two special tokens, then five words
+    _, found = requests("--arrivals", tmp_path / "trace", "--time-scale", "0.001")
+    assert found.tokens_in.tolist() == [2, 3, 4]
+    assert found.tokens_out.tolist() == [1, 2, 3]
+    assert found.intended_s.tolist() == pytest.approx([0.0, 0.01, 0.02])
+    asked = ("--lengths", "2-3", "--new-tokens", "1-2", "--turns", "2", "--prefixes", "2x3", "--turn-delay", "0.01")
+    said, found = requests("--rate", "40", "--pattern", "constant", "--max-concurrency", "2", *asked)
+    assert said == (
+        "2 to 3 random tokens after one of 2 prefixes of 3 tokens, 2 turns with 0.01 s between, 1 to 2 tokens drawn"
+    )
+    assert len(found) == 16
+    assert {5, 6} >= set(np.sort(found.tokens_in)[:8].tolist())
+    assert {8, 9, 10, 11} >= set(np.sort(found.tokens_in)[8:].tolist())
+    assert {1, 2} == set(found.tokens_out.tolist())
 
 
 @pytest.mark.slow
@@ -294,7 +356,18 @@ def test_a_deleted_run_is_gone(three: Run, store: Store) -> None:
         (("BUNDLE", "--slo", "ttft=0s"), "'ttft=0s' is not a bound"),
         (("BUNDLE", "--lengths", "8-2"), "'8-2' is not a length"),
         (("BUNDLE", "--lengths", "64"), "64 tokens are asked for, at most 16 fit"),
-        (("BUNDLE", "--lengths", "4", "--texts", "x"), "give --texts or --lengths, not both"),
+        (("BUNDLE", "--lengths", "4", "--texts", "x"), "give one of --texts, --lengths and --workload"),
+        (("BUNDLE", "--pattern", "weekly"), "'weekly' is not a pattern of arrivals; give one of poisson, constant"),
+        (("BUNDLE", "--max-concurrency", "0"), "Invalid value for '--max-concurrency'"),
+        (("BUNDLE", "--sweep", "--rate", "3"), "a sweep chooses its loads; leave out other loads"),
+        (("BUNDLE", "--slo", "share=99%"), "'share=99%' says which share must keep bounds, but no bound"),
+        (("BUNDLE", "--slo", "latency=1s,share=100%"), "'share=100%' is not a bound"),
+        (("BUNDLE", "--slo", "latency=1s,latency=2s"), "'latency=2s' is a second bound of its kind"),
+        (("BUNDLE", "--workload", "nowhere.jsonl"), "workload nowhere.jsonl cannot be read"),
+        (("BUNDLE", "--workload", "x", "--turns", "2"), "a workload has its own prefixes and turns"),
+        (("BUNDLE", "--turns", "2"), "--turns is for bundles that generate"),
+        (("BUNDLE", "--prefixes", "2x4"), "--prefixes is for bundles that generate"),
+        (("BUNDLE", "--prefixes", "2by4"), "'2by4' is not prefixes; give their number and length"),
         (("BUNDLE", "--texts", "nowhere.txt"), "texts nowhere.txt cannot be read (No such file or directory)"),
         (("BUNDLE", "--arrivals", "nowhere.txt"), "arrivals nowhere.txt cannot be read"),
         (("BUNDLE", "--new-tokens", "4"), "--new-tokens is for bundles that generate"),

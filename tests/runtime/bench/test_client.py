@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Event
 from time import perf_counter
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from stageline.runtime.bench import client as module
 from stageline.runtime.bench.client import Client
-from stageline.runtime.bench.contenders import RequestOutcome
+from stageline.runtime.bench.contenders import FailedRequestError, RequestOutcome
 from stageline.runtime.bench.inputs import Item
-from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED
+from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Failures
 
 ITEM = Item((), ((1, 2, 3),), {}, 2)
 
@@ -95,3 +96,81 @@ def test_stop_ends_a_drive_and_cancels_what_is_unfinished() -> None:
     result = Client(Scripted(lambda number, future: None), [ITEM], stop).open_loop([0.0, 60.0])
     assert perf_counter() - began < 10
     assert result.requests.status.tolist() == [CANCELLED]
+
+
+def test_a_ceiling_holds_requests_back_and_their_wait_counts_as_latency() -> None:
+    unfinished, peak = [0], [0]
+
+    def later(number: int, future: "Future[RequestOutcome]") -> None:
+        unfinished[0] += 1
+        peak[0] = max(peak[0], unfinished[0])
+
+        def end() -> None:
+            unfinished[0] -= 1
+            answer(number, future)
+
+        threading.Timer(0.02, end).start()
+
+    result = Client(Scripted(later), [ITEM], Event()).open_loop([0.0] * 9, ceiling=3)
+    assert peak == [3]
+    assert set(result.requests.status) == {ANSWERED}
+    assert (result.requests.intended_s == 0).all()
+    assert np.sort(result.requests.latency_s)[[0, 3, 6]] == pytest.approx([0.02, 0.04, 0.06], abs=0.015)
+
+
+def test_what_a_ceiling_never_lets_through_counts_as_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DRAIN_S", 0.05)
+    result = Client(Scripted(lambda number, future: None), [ITEM], Event()).open_loop([0.0] * 5, ceiling=2)
+    assert result.requests.status.tolist() == [CANCELLED] * 5
+    (failures,) = result.failures
+    assert (failures.kind, failures.count) == (module.UNANSWERED, 5)
+    assert "scripted did not answer within 0.05 s" in failures.sample
+
+
+TALK = replace(ITEM, then=replace(ITEM, rows=((1,) * 5,), delay_s=0.03, then=replace(ITEM, rows=((1,) * 7,))))
+
+
+def test_the_turns_of_a_conversation_follow_each_other_after_their_delay() -> None:
+    result = Client(Scripted(answer), [TALK], Event()).open_loop([0.0])
+    assert result.requests.tokens_in.tolist() == [3, 5, 7]
+    ends = result.requests.intended_s + result.requests.latency_s
+    assert result.requests.intended_s[1:] == pytest.approx(ends[:2] + [0.03, 0.0], abs=1e-3)
+
+
+def test_a_closed_loop_begins_another_conversation_when_one_has_ended() -> None:
+    result = Client(Scripted(answer), [TALK], Event()).closed_loop(1, 0.2)
+    asked = result.requests.tokens_in.tolist()
+    assert asked[:6] == [3, 5, 7, 3, 5, 7]
+    assert (np.diff(result.requests.intended_s) >= 0).all()
+    assert result.requests.intended_s.max() < 0.2
+
+
+def test_a_conversation_ends_with_the_turn_that_fails() -> None:
+    contender = Scripted(lambda number, future: future.set_exception(ValueError("odd")))
+    result = Client(contender, [TALK], Event()).open_loop([0.0, 0.0])
+    assert result.requests.status.tolist() == [FAILED, FAILED]
+
+
+def test_failures_are_counted_by_kind_with_the_first_message() -> None:
+    def fail(number: int, future: "Future[RequestOutcome]") -> None:
+        if number % 4 == 3:
+            answer(number, future)
+        else:
+            kind = "timeout" if number % 4 else "status 500"
+            future.set_exception(FailedRequestError(kind, f"request {number}"))
+
+    result = Client(Scripted(fail), [ITEM], Event()).open_loop([0.0] * 40)
+    assert result.failures == (Failures("status 500", 10, "request 0"), Failures("timeout", 20, "request 1"))
+
+
+def test_a_service_that_sheds_load_does_not_end_the_run() -> None:
+    contender = Scripted(lambda number, future: future.set_exception(FailedRequestError("status 429", "busy")))
+    result = Client(contender, [ITEM], Event()).open_loop([0.0] * 40)
+    assert result.failures == (Failures("status 429", 40, "busy"),)
+
+
+def test_given_items_begin_with_the_first_in_each_drive() -> None:
+    items = [replace(ITEM, rows=((1,) * n,)) for n in (4, 5, 6)]
+    client = Client(Scripted(answer), [ITEM], Event())
+    for _ in range(2):
+        assert client.open_loop([0.0] * 4, items=items).requests.tokens_in.tolist() == [4, 5, 6, 4]

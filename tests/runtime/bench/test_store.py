@@ -338,3 +338,5 @@ def test_the_store_lies_in_the_users_data_folder(tmp_path: Path, monkeypatch: py
 def test_loads_read_as_people_say_them() -> None:
     loads = [Load("SingleStream"), Load("Offline"), Load("Server", rate_per_s=2.5), Load("Concurrency", concurrency=8)]
     assert list(map(str, loads)) == ["SingleStream", "Offline", "Server 2.5/s", "8 at a time"]
+    bursts = Load("Rate", rate_per_s=8.0, pattern="bursts:4", ceiling=16)
+    assert str(bursts) == "Rate 8/s bursts:4, at most 16 at a time"

@@ -1,0 +1,106 @@
+"""What a contender can carry: the knee of its curve and the largest rate within the SLO, from stored measurements."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from stageline.runtime.bench.confidence import CONFIDENCE, interval
+from stageline.runtime.bench.records import Load, Measurement, Slo
+
+FAILING = 0.1
+"""A load of which a larger share fails is beyond what the contender carries."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What one contender can carry, in requests/s.
+
+    `knee`: of the closed loops, the load with the largest throughput over mean latency, Kleinrock's power ("Power and
+    deterministic rules of thumb", 1979). Where stages of fixed times take turns, that is the number of requests that
+    just keeps the slowest one busy. None if there are fewer than two closed loops. `climbing`: no larger closed loop
+    was measured, so the true knee may lie beyond. `peak_per_s`: the largest throughput of a closed loop.
+
+    `best`: the largest rate that holds the SLO: of all requests, failed ones included, at least the SLO's share was
+    answered within its bounds. `sure`: whether that holds with 95 % confidence. `over_per_s`: the smallest larger rate
+    that was measured and does not. None: no such measurement.
+    """
+
+    contender: str
+    knee: Load | None = None
+    climbing: bool = False
+    peak_per_s: float | None = None
+    best: Load | None = None
+    sure: bool = False
+    over_per_s: float | None = None
+
+
+def capacities(measurements: Sequence[Measurement], slo: Slo) -> tuple[Capacity, ...]:
+    """The capacity of each contender, in the order of the measurements."""
+    names = dict.fromkeys(one.contender for one in measurements)
+    return tuple(_capacity(name, [one for one in measurements if one.contender == name], slo) for name in names)
+
+
+def _capacity(contender: str, measured: Sequence[Measurement], slo: Slo) -> Capacity:
+    closed = sorted(
+        (
+            one
+            for one in measured
+            if one.load.scenario in ("SingleStream", "Concurrency") and _mean(one, "failed_share") <= FAILING
+        ),
+        key=lambda one: one.load.concurrency or 1,
+    )
+    knee = max(closed, key=_power) if len({one.load.concurrency or 1 for one in closed}) > 1 else None
+    peak = max((_mean(one, "requests_per_s") for one in closed), default=None)
+    best, over = None, None
+    for one in sorted(rates(measured), key=lambda one: one.load.rate_per_s or 0.0):
+        holds, _ = held(one.figures["slo_share"].values, one.requests, slo.share)
+        if not holds:
+            over = one.load.rate_per_s
+            break
+        best = one
+    return Capacity(
+        contender,
+        None if knee is None else knee.load,
+        knee is not None and knee is closed[-1],
+        peak,
+        None if best is None else best.load,
+        best is not None and held(best.figures["slo_share"].values, best.requests, slo.share)[1],
+        over,
+    )
+
+
+def rates(measured: Iterable[Measurement]) -> list[Measurement]:
+    """Those at a rate, with the share of requests that kept the SLO."""
+    return [one for one in measured if one.load.rate_per_s is not None and "slo_share" in one.figures]
+
+
+def held(shares: Sequence[float], requests: int, bound: float) -> tuple[bool, bool]:
+    """Whether the mean share of requests that kept the SLO is at least `bound`, and whether that is sure.
+
+    Sure is what the 95 % confidence interval over the repeats says (Student's t: requests of one repeat depend on each
+    other, repeats do not). To be sure that a share is above the bound, the `requests` must also be so many that a
+    contender just below it would hardly have all of them within: bound^requests <= 5 %.
+    """
+    above = settled(shares, bound)
+    holds = float(np.mean(shares)) >= bound
+    enough = bound**requests <= 1 - CONFIDENCE
+    return holds, above is not None and above == holds and (enough or not holds)
+
+
+def settled(values: Sequence[float], bound: float) -> bool | None:
+    """Whether the mean of independent repeats is above `bound`, if its 95 % confidence interval says so; else None."""
+    bounds = interval(values)
+    if bounds is None or bounds[0] <= bound <= bounds[1]:
+        return None
+    return bounds[0] > bound
+
+
+def _mean(one: Measurement, figure: str) -> float:
+    found = one.figures.get(figure)
+    return math.nan if found is None else found.mean
+
+
+def _power(one: Measurement) -> float:
+    latency = _mean(one, "latency_mean_s")
+    return _mean(one, "requests_per_s") / latency if latency > 0 else -math.inf
