@@ -211,7 +211,7 @@ class _Drive:
             self._in_a_row = 0
             self._client.answered += 1
         if then is not None:
-            self.expect(at + item.delay_s, then)
+            self.expect(at + then.delay_s, then)
         elif self._closes_at is not None:
             self.expect(at, self.next_item())
         return True

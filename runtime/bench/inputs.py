@@ -29,7 +29,7 @@ class Item:
     """One request: rows of tokens, or only `inputs` if the model reads no tokens.
 
     `texts` is empty if the tokens are random. `output_tokens`: how many to draw; None: the model does not generate.
-    `then`: the next turn of the same conversation, sent `delay_s` after the answer to this one.
+    `then`: the next turn of the same conversation, which waits for the answer to this one and its own `delay_s`.
     """
 
     texts: tuple[str, ...]
