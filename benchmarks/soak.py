@@ -180,7 +180,7 @@ def main() -> int:
     with service(options.bundle, options.clients) as (url, process_id):
         tally, memory = asyncio.run(watched(url, process_id, options))
         deadline = time.monotonic() + 5
-        while (end := metrics(url))['stageline_slots_running{model="model"}'] and time.monotonic() < deadline:
+        while (end := metrics(url))['stageline_num_requests_running{model="model"}'] and time.monotonic() < deadline:
             time.sleep(0.1)
     outcome = {
         o: int(end[f'stageline_requests_total{{model="model",outcome="{o}"}}']) for o in ("done", "failed", "cancelled")
@@ -195,12 +195,16 @@ def main() -> int:
         **{f"requests {name}": count for name, count in sorted(tally.outcomes.items())},
         "requests lost": tally.outcomes["lost"],
         **{f"service: {name}": count for name, count in outcome.items()},
-        "slots running at the end": int(end['stageline_slots_running{model="model"}']),
-        "waiting at the end": int(end['stageline_queue_waiting{model="model"}']),
-        "tokens/s": round(end['stageline_generated_tokens_total{model="model"}'] / options.seconds, 1),
+        "slots running at the end": int(end['stageline_num_requests_running{model="model"}']),
+        "waiting at the end": int(end['stageline_num_requests_waiting{model="model"}']),
+        "tokens/s": round(end['stageline_generation_tokens_total{model="model"}'] / options.seconds, 1),
         "answer p50, s": round(percentiles[0], 2),
         "answer p99, s": round(percentiles[2], 2),
-        "ttft p50, s (service)": round(end['stageline_ttft_seconds{model="model",quantile="0.5"}'], 2),
+        "ttft mean, s (service)": round(
+            end['stageline_time_to_first_token_seconds_sum{model="model"}']
+            / end['stageline_time_to_first_token_seconds_count{model="model"}'],
+            2,
+        ),
         "memory after a tenth, MiB": round(early, 1),
         "memory at the end, MiB": round(late, 1),
         "memory max, MiB": round(max(memory), 1),

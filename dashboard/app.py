@@ -1,4 +1,4 @@
-"""The script that Streamlit runs: the pages and their navigation."""
+"""The script that Streamlit runs: the login, if there is one, the pages and their navigation."""
 
 from pathlib import Path
 
@@ -19,7 +19,17 @@ SECTIONS = {
     "Measure": ["run", "live"],
     "Model": ["plan", "environment"],
 }
+_HERE = Path(__file__).parent
 
-st.set_page_config(page_title="Stageline", page_icon=str(Path(__file__).with_name("icon.png")), layout="wide")
+# Twice: the icon before the pages, which would else load theirs from another machine, and the title once it is known.
+st.set_page_config(page_title="Stageline", page_icon=str(_HERE / "icon.png"), layout="wide")
+chosen = st.navigation({name: [PAGES[page] for page in pages] for name, pages in SECTIONS.items()}, expanded=True)
+st.set_page_config(page_title=f"{chosen.title} - Stageline")
+st.html(_HERE / "page.css")
+st.logo(str(_HERE / "logo.svg"), size="large", icon_image=str(_HERE / "icon.png"))
+if st.secrets.load_if_toml_exists() and "auth" in st.secrets and not st.user.is_logged_in:
+    st.title("Stageline", anchor=False)
+    st.button("Log in", on_click=st.login, type="primary", key="login")
+    st.stop()
 st.session_state["pages"] = PAGES  # for page links
-st.navigation({name: [PAGES[page] for page in pages] for name, pages in SECTIONS.items()}, expanded=True).run()
+chosen.run()

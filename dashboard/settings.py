@@ -1,4 +1,4 @@
-"""The dashboard's options: the store, and where to look for bundles."""
+"""The dashboard's options: the store, where to look for bundles, and what its visitors may do."""
 
 import functools
 import sys
@@ -7,15 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from stageline.dashboard.addresses import allowed_address
 from stageline.runtime.bundle.folder import MANIFEST
 
 
 @dataclass(frozen=True)
 class DashboardSettings:
-    """`store` None: the user's default store. `bundles`: bundles, or folders of bundles."""
+    """`store` None: the user's default store. `bundles`: bundles, or folders of bundles. `services`: addresses on other
+    machines that the pages may read and send requests to. `read_only`: pages start and stop nothing."""
 
     store: Path | None
     bundles: tuple[Path, ...]
+    services: tuple[str, ...] = ()
+    read_only: bool = False
 
     @classmethod
     def given(cls) -> "DashboardSettings":
@@ -23,13 +27,27 @@ class DashboardSettings:
         return _parsed(tuple(sys.argv[1:]), Path.cwd())
 
 
+def add_options(parser: ArgumentParser) -> None:
+    """The options of the command line that are settings; `__main__` has further ones."""
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--bundles", type=Path, action="append", default=[])
+    parser.add_argument("--service", type=allowed_address, action="append", default=[])
+    parser.add_argument("--read-only", action="store_true")
+
+
 @functools.lru_cache(maxsize=1)
 def _parsed(arguments: tuple[str, ...], here: Path) -> DashboardSettings:
     parser = ArgumentParser()
-    parser.add_argument("--store", type=Path)
-    parser.add_argument("--bundles", type=Path, action="append")
+    add_options(parser)
     known, _ = parser.parse_known_args(arguments)
-    return DashboardSettings(known.store, tuple(known.bundles or [here / "bundles", here]))
+    return DashboardSettings(
+        known.store, tuple(known.bundles or default_places(here)), tuple(known.service), known.read_only
+    )
+
+
+def default_places(here: Path) -> list[Path]:
+    """Where bundles are looked for if nothing is said."""
+    return [here / "bundles", here]
 
 
 def as_typed(path: Path | str) -> str:

@@ -37,6 +37,7 @@ from stageline.runtime.scores import scores
 from stageline.runtime.stages.lanes import PipelineStage, StageStats
 from stageline.runtime.stages.opening import Opener, StageSet
 from stageline.runtime.stages.recorder import Recorder
+from stageline.runtime.times import Histogram
 
 if TYPE_CHECKING:
     from stageline.runtime.generation.chat_template import ChatTemplate
@@ -48,7 +49,8 @@ __all__ = ["Pipeline", "PipelineOptions", "PipelineStage", "PipelineStats", "Sta
 @dataclass(frozen=True)
 class PipelineStats:
     """What a pipeline did since it opened. `in_flight` counts unfinished batches, those `queued` (no stage has started
-    on them) included; `generation` is None for a model that does not generate.
+    on them) included; `latency` are the times of those that are done, from submission; `generation` is None for a model
+    that does not generate.
 
     `layers` are the blocks of each stage of the current cut, `last_changeover` is the last of `changeovers` to other
     stages; `rebalance` is None if nobody watches the stages.
@@ -61,6 +63,7 @@ class PipelineStats:
     cancelled: int
     in_flight: int
     queued: int
+    latency: Histogram
     generation: GenerationStats | None = None
     layers: tuple[int, ...] = ()
     changeovers: int = 0
@@ -313,6 +316,7 @@ class Pipeline:
             batches.cancelled,
             batches.in_flight,
             batches.queued,
+            batches.latency,
             executor.generator.stats(stages) if executor.generator else None,
             executor.cut.layers,
             executor.changeovers,

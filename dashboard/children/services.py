@@ -6,15 +6,19 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stageline.dashboard.addresses import OPENER
 from stageline.dashboard.children.command import stageline
 from stageline.models.errors import StagelineError
 
 _START_S, _STOP_S = 120.0, 10.0
+_BUSY = (429, 503)  # answers after which another try makes sense
+_MESSAGE_BYTES = 4096
 _TEXT = "The pipeline is cut into stages, and each stage runs on a device of its own while the others do the same."
 
 
@@ -92,14 +96,20 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 
 class Traffic:
-    """Requests to a service for `seconds`, from `streams` threads that each send one request after the other."""
+    """Requests to a service for `seconds`, from `streams` threads that each send one request after the other. It ends
+    early where the service refuses them: `refusal` then says why, in a line."""
 
-    def __init__(self, url: str, model: str, generates: bool, streams: int, seconds: float) -> None:
+    def __init__(
+        self, address: str, model: str, generates: bool, streams: int, seconds: float, api_key: str = ""
+    ) -> None:
         self.until = time.monotonic() + seconds
+        self.refusal: str | None = None
         path, body = (
             ("completions", {"prompt": _TEXT, "max_tokens": 32}) if generates else ("embeddings", {"input": _TEXT})
         )
-        self._url, self._body = f"{url.rstrip('/')}/v1/{path}", {"model": model, **body}
+        self._url, self._body = f"{address}/v1/{path}", {"model": model, **body}
+        self._headers = {"content-type": "application/json"}
+        self._headers |= {"authorization": f"Bearer {api_key}"} if api_key else {}
         for _ in range(streams):
             threading.Thread(target=self._send, name="load", daemon=True).start()
 
@@ -114,9 +124,22 @@ class Traffic:
     def _send(self) -> None:
         data: Any = json.dumps(self._body).encode()
         while self.left_s():
-            request = urllib.request.Request(self._url, data, {"content-type": "application/json"})
+            request = urllib.request.Request(self._url, data, self._headers)
             try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
+                with OPENER.open(request, timeout=60) as answer:
                     answer.read()
+            except urllib.error.HTTPError as error:
+                if error.code not in _BUSY:
+                    self.refusal = f"the service refused the request with status {error.code}: {_said(error)}"
+                    self.stop()
+                time.sleep(0.5)
             except (OSError, ValueError):
                 time.sleep(0.5)  # the page shows that the service is gone
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The message of OpenAI's error document, or else the status in words."""
+    try:
+        return str(json.loads(error.read(_MESSAGE_BYTES))["error"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(error.reason)

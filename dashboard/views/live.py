@@ -5,23 +5,48 @@ from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
-from stageline.dashboard.charts.live import lines
+from stageline.dashboard.addresses import service_address
+from stageline.dashboard.charts import live as charts
 from stageline.dashboard.children.services import Services, Traffic
 from stageline.dashboard.figures import live
 from stageline.dashboard.settings import DashboardSettings, find_bundles
-from stageline.dashboard.views.common import empty, guarded, labels, page
+from stageline.dashboard.views.address import keep, start
+from stageline.dashboard.views.common import empty, labels, page
+from stageline.models.errors import StagelineError
 from stageline.runtime import words
 
 _REFRESH_S = 2.0
-_URL = "http://127.0.0.1:8000"
+_ADDRESS = "http://127.0.0.1:8000"
+_RANGE = "5 min"
+_STREAMS, _SECONDS = 4, 60.0  # of the requests that the page sends
 
 
-@page("Live", "A running pipeline over the last minutes, read from the metrics of `stageline serve`.")
+@page("Live", "A running service over the last minutes, read from the metrics of `stageline serve`.")
 def show() -> None:
     """Draw the page."""
-    _own_services()
-    url = st.text_input("Service", key="url", placeholder=_URL, bind="query-params") or _URL
-    _watched(url)
+    settings = DashboardSettings.given()
+    if not settings.read_only:
+        _own_services(settings)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        typed = _typed()
+        st.text_input(
+            "API key", type="password", key="api key", width=180, autocomplete="off",
+            help="Only for the requests that this page sends; metrics need none. It stays in this browser's session.",
+        )  # fmt: skip
+        start("range", "range", list(live.RANGES), _RANGE)
+        range_name = str(st.segmented_control("Range", list(live.RANGES), required=True, key="range"))
+        keep("range", range_name, _RANGE)
+    address = service_address(typed or _ADDRESS, settings.services)
+    _watched(address, float(live.RANGES[range_name]))
+
+
+def _typed() -> str:
+    """The box of the address, which buttons set as well."""
+    if "url" not in st.session_state:
+        st.session_state["url"] = st.query_params.get("url", "")
+    typed = st.text_input("Service", key="url", placeholder=_ADDRESS, width=320)
+    keep("url", typed)
+    return typed
 
 
 @st.cache_resource
@@ -30,8 +55,8 @@ def _services() -> Services:
 
 
 @st.cache_resource(max_entries=16)
-def _watcher(url: str) -> live.Watcher:
-    return live.Watcher(url)
+def _watcher(address: str) -> live.Watcher:
+    return live.Watcher(address)
 
 
 @st.cache_resource
@@ -39,150 +64,130 @@ def _traffic() -> dict[str, Traffic]:
     return {}
 
 
-def _own_services() -> None:
-    """Start and stop services of this dashboard."""
-    bundles = labels(find_bundles(DashboardSettings.given().bundles))
-    running = _services().running()
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        if bundles:
-            chosen = st.selectbox("Start a pipeline here", list(bundles), key="serve", width=260)
-            if st.button("Start", type="primary", icon=":material/play_arrow:", key="start"):
-                guarded(lambda: _start(bundles[str(chosen)]))
-        for service in running:
-            if st.button(f"Stop {service.bundle.name}", icon=":material/stop:", key=f"stop {service.url}"):
-                _services().stop(service.bundle)
-                st.rerun()
+def _own_services(settings: DashboardSettings) -> None:
+    """Start, watch and stop services of this dashboard."""
+    bundles = labels(find_bundles(settings.bundles))
+    if bundles:
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            chosen = st.selectbox("Serve a bundle", list(bundles), key="serve", width=320)
+            # A callback: the text of the address's box may only be set before it is drawn.
+            st.button(
+                "Start", type="primary", icon=":material/play_arrow:", key="start",
+                on_click=_start, args=(bundles[str(chosen)],),
+            )  # fmt: skip
+    failure = st.session_state.pop("live failure", None)
+    if failure:
+        st.error(failure, icon=":material/error:")
+    for service in _services().running():
+        with st.container(horizontal=True, vertical_alignment="center", key=f"service {service.url}"):
+            st.markdown(f"**{service.bundle.name}** at `{service.url}`", width="content")
+            st.button("Watch", icon=":material/visibility:", key=f"watch {service.url}", on_click=_watch,
+                      args=(service.url,))  # fmt: skip
+            st.button(f"Stop {service.bundle.name}", icon=":material/stop:", key=f"stop {service.url}",
+                      on_click=_services().stop, args=(service.bundle,))  # fmt: skip
 
 
 def _start(bundle: Path) -> None:
-    with st.spinner(f"Opening {bundle.name}"):
-        service = _services().start(bundle)
-    st.query_params["url"] = service.url
-    st.rerun()
+    try:
+        _watch(_services().start(bundle).url)
+    except (StagelineError, OSError) as error:
+        st.session_state["live failure"] = str(error)
+
+
+def _watch(address: str) -> None:
+    st.session_state["url"] = address
 
 
 @st.fragment(run_every=_REFRESH_S)
-def _watched(url: str) -> None:
-    samples, error = _watcher(url).look()
+def _watched(address: str, range_s: float) -> None:
+    samples, error = _watcher(address).look()
     if not samples:
         empty(
             "No service to watch yet",
-            f"{str(error)[:1].upper()}{str(error)[1:]}. Start a pipeline above, or serve a bundle:",
+            f"{str(error)[:1].upper()}{str(error)[1:]}. Start one above, or serve a bundle in a terminal:",
             ["stageline serve bundles/smollm2"],
         )
         return
-    if error:
-        since = words.clock(samples[-1].at_s)
-        st.warning(
-            f"{error}. These figures are from {since}; they update when the service is back.",
-            icon=":material/cloud_off:",
-        )
     names = live.models(samples[-1])
     model = names[0]
     if len(names) > 1:
-        model = str(st.segmented_control("Model", names, default=names[0], required=True, key="model"))
-    _headlines(samples, model)
-    if not error:
-        _sending(url, model, live.generates(samples[-1], model))
-    _charts(samples, model)
+        start("model", "model", names, names[0])
+        model = str(st.segmented_control("Model", names, required=True, key="model"))
+        keep("model", model, names[0])
+    stale = None
+    if error:
+        stale = time.strftime("%H:%M:%S UTC", time.gmtime(samples[-1].at_s))
+        st.warning(
+            f"{error[:1].upper()}{error[1:]}. What follows is of {stale}, and goes on when the service is back.",
+            icon=":material/cloud_off:",
+        )
+    _cards(live.latest(samples, model), stale)
+    if not error and not DashboardSettings.given().read_only:
+        _sending(address, model, live.generates(samples[-1], model))
+    now_s = time.time() if stale is None else samples[-1].at_s
+    found = live.panels(live.thinned(samples, range_s, now_s), model)
+    rows = list(live.panel_rows(found, range_s, now_s))
+    st.vega_lite_chart(
+        charts.panels(rows, found), width="stretch", key=f"live {address} {model}",
+        alt=f"{model} at {address} over the last {range_s / 60:.0f} minutes. The cards above have the latest values.",
+    )  # fmt: skip
+    st.caption(
+        "Times are your browser's. A percentile's point is of what ended in the 30 s before it: p50 needs 2 requests, "
+        "p90 10, p99 100."
+    )
 
 
-def _headlines(samples: list[live.Sample], model: str) -> None:
-    now = live.latest(samples, model)
+def _cards(now: live.Now, stale: str | None) -> None:
+    """The cards; `stale`: the time they are of, if the service is gone."""
+
+    def card(label: str, value: float | None, shown: Callable[[float], str], about: str, few: bool = False) -> None:
+        if value is not None or few:
+            st.metric(
+                label, "-" if value is None else shown(value), f"at {stale}" if stale else None, delta_color="off",
+                delta_arrow="off", border=True, help=about, height="stretch",
+            )  # fmt: skip
+
     generates = now.slots is not None
-    with st.container(horizontal=True):
-        _metric("Throughput", now.throughput_per_s, lambda v: words.rate(v, "tokens" if generates else "requests"))
+    with st.grid(min_column_width=136, gap="xsmall"):
+        unit = "tokens" if generates else "requests"
+        card(f"{unit.capitalize()}/s", now.throughput_per_s, words.figure, f"Throughput: {unit} per second.")
+        card("Latency p50", now.latency_p50_s, words.seconds, "From request to end. Needs 2 requests.", True)
+        card("Latency p99", now.latency_p99_s, words.seconds, "From request to end. Needs 100 requests.", True)
         if generates:
-            _metric("TTFT p50", now.ttft_p50_s, words.seconds, "Time to first token of the latest requests.")
-            _metric("TPOT p50", now.tpot_p50_s, words.seconds, "Time per output token after the first.")
-            _metric("Queue", now.waiting, lambda v: f"{v:.0f}", "Requests waiting for a slot.")
-            _metric("Slots", now.running, lambda v: f"{v:.0f} of {now.slots:.0f}", "Requests running.")
-        _metric("Memory", now.memory_bytes, words.size, "Resident memory of the service's process.")
-        _metric("Device memory", now.device_memory_bytes, words.size, "Used on the GPUs of this machine.")
-        _metric("Power", now.power_w, lambda v: f"{v:.0f} W", "Power of this machine, as far as it has counters.")
-        _metric("CPU cores", now.cores, lambda v: f"{v:.2f}", "Cores busy on average: CPU seconds per second.")
+            card("TTFT p50", now.ttft_p50_s, words.seconds, "Time to first token. Needs 2 requests.", True)
+            card("TPOT p50", now.tpot_p50_s, words.seconds, "Time per output token after the first.", True)
+            card("Queue p50", now.queue_p50_s, words.seconds, "From request to the first step.", True)
+        card("Errors", now.errors, lambda v: f"{v:.0f}", "Requests that failed or were refused (HTTP 4xx and 5xx).")
+        if generates:
+            card("Waiting", now.waiting, lambda v: f"{v:.0f}", "Sequences that wait for a slot, now.")
+            card("Slots", now.running, lambda v: f"{v:.0f} of {now.slots:.0f}", "Sequences being generated, now.")
+            card("KV cache", now.cache_usage, words.share, "Share of the cache that running sequences fill, now.")
+        card("Memory", now.memory_bytes, words.size, "Resident memory of the service's process, now.")
+        card("Device memory", now.device_memory_bytes, words.size, "Used on the GPUs of this machine, now.")
+        card("Power", now.power_w, lambda v: f"{v:.0f} W", "Power of this machine, as far as it has counters.")
+        card("CPU cores", now.cores, lambda v: f"{v:.2f}", "Cores busy on average: CPU seconds per second.")
+    st.caption(
+        f"Rates and percentiles are of the {'last' if stale is None else 'same'} {now.over_s:.0f} s, in which "
+        f"{words.counted(round(now.ended), 'request')} ended. A dash: too few for that figure."
+    )
 
 
-def _metric(label: str, value: float | None, shown: Callable[[float], str], about: str | None = None) -> None:
-    if value is not None:
-        st.metric(label, shown(value), border=True, help=about, height="stretch")
-
-
-def _sending(url: str, model: str, generates: bool) -> None:
+def _sending(address: str, model: str, generates: bool) -> None:
     """Send requests, so that there is something to see."""
-    traffic = _traffic().get(url)
+    traffic = _traffic().get(address)
     with st.container(horizontal=True, vertical_alignment="center"):
         if traffic is not None and traffic.left_s():
             st.caption(f"Sending requests for {traffic.left_s():.0f} s more.")
-            if st.button("Stop sending", key="stop sending"):
-                traffic.stop()
-        elif st.button(
-            "Send requests for a minute", icon=":material/send:", key="send", help="From 4 streams at once."
-        ):
-            _traffic()[url] = Traffic(url, model, generates, 4, 60.0)
+            st.button("Stop sending", key="stop sending", on_click=traffic.stop)
+            return
+        st.button(
+            "Send requests for a minute", icon=":material/send:", key="send", on_click=_send,
+            args=(address, model, generates), help=f"From {_STREAMS} streams at once.",
+        )  # fmt: skip
+    if traffic is not None and traffic.refusal is not None:
+        st.error(f"{traffic.refusal[:1].upper()}{traffic.refusal[1:]}", icon=":material/key_off:")
 
 
-def _charts(samples: list[live.Sample], model: str) -> None:
-    last, now_s = samples[-1], time.time()
-    generates = live.generates(last, model)
-    left, right = st.columns(2, gap="medium")
-    with left:
-        if generates:
-            parts = [("generated", "generated_tokens"), ("prompts", "prompt_tokens")]
-            found = [
-                (name, live.smoothed(live.rates(samples, f"stageline_{metric}_total", model=model)))
-                for name, metric in parts
-            ]
-            _chart("Throughput", "tokens/s", found, now_s)
-        else:
-            done = live.rates(samples, "stageline_requests_total", model=model, outcome="done")
-            _chart("Throughput", "requests/s", [("requests", live.smoothed(done))], now_s)
-    with right:
-        found = [
-            (
-                f"stage {n}",
-                live.smoothed(live.rates(samples, "stageline_stage_busy_seconds_total", model=model, stage=n)),
-            )
-            for n in live.stages(last, model)
-        ]
-        percent = [(name, [(at, 100 * min(1.0, v)) for at, v in points]) for name, points in found]
-        _chart("Utilisation", "busy time of each stage (%)", percent, now_s, 100.0)
-    if not generates:
-        return
-    left, right = st.columns(2, gap="medium")
-    with left:
-        _chart("Time to first token", "TTFT (ms)", _percentiles(samples, "ttft", model), now_s)
-    with right:
-        _chart("Time per output token", "TPOT (ms)", _percentiles(samples, "tpot", model), now_s)
-    left, right = st.columns(2, gap="medium")
-    with left:
-        found = [
-            ("running", live.series(samples, "stageline_slots_running", model=model)),
-            ("waiting", live.series(samples, "stageline_queue_waiting", model=model)),
-        ]
-        _chart("Slots and queue", "requests", found, now_s)
-    with right:
-        memory = [(at, v / 1e6) for at, v in live.series(samples, "process_resident_memory_bytes")]
-        _chart("Memory", "of the process (MB)", [("memory", memory)], now_s)
-
-
-def _percentiles(samples: list[live.Sample], name: str, model: str) -> list[tuple[str, list[tuple[float, float]]]]:
-    return [
-        (
-            f"p{quantile.removeprefix('0.').ljust(2, '0')}",
-            [
-                (at, v * 1e3)
-                for at, v in live.series(samples, f"stageline_{name}_seconds", model=model, quantile=quantile)
-            ],
-        )
-        for quantile in ("0.5", "0.9", "0.99")
-    ]
-
-
-def _chart(
-    head: str, unit: str, found: list[tuple[str, list[tuple[float, float]]]], now_s: float, top: float | None = None
-) -> None:
-    st.markdown(f"**{head}**")
-    rows = live.rows(found, now_s) or [{"ago_s": 0.0, "value": 0.0, "line": found[0][0]}]
-    chart = lines(rows, unit, [name for name, _ in found], top)
-    st.vega_lite_chart(chart, width="stretch", key=f"live {head}")
+def _send(address: str, model: str, generates: bool) -> None:
+    key = str(st.session_state.get("api key", ""))
+    _traffic()[address] = Traffic(address, model, generates, _STREAMS, _SECONDS, key)

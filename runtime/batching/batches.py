@@ -37,6 +37,7 @@ from stageline.runtime.stages.lanes import Lane, Lanes, PipelineStage
 from stageline.runtime.stages.recorder import Kind
 from stageline.runtime.stages.route import Hop, route
 from stageline.runtime.stages.trip import Trip
+from stageline.runtime.times import Histogram, TimeCounter
 
 WINDOW = 2  # micro-batches a stage: one that runs and one that is next
 
@@ -44,13 +45,14 @@ WINDOW = 2  # micro-batches a stage: one that runs and one that is next
 @dataclass(frozen=True)
 class BatchStats:
     """What became of the requests. `in_flight` counts unfinished ones, those `queued` (no stage has started on them)
-    included."""
+    included. `latency`: the times of those that are done, from submission."""
 
     done: int
     failed: int  # engine errors, and requests that `close` cut off
     cancelled: int
     in_flight: int
     queued: int
+    latency: Histogram
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +142,7 @@ class Batches:
         self._lock = threading.Lock()  # guards the rest, and the tracks
         self._unsettled: dict[Future[dict[str, Array]], _Request] = {}
         self._done = self._failed = self._cancelled = 0
+        self._latencies = TimeCounter()
         self._closed = False
         self._request_numbers, self._batch_numbers = itertools.count(), itertools.count()
 
@@ -172,7 +175,9 @@ class Batches:
         """A snapshot of the counters."""
         with self._lock:
             queued = sum(not request.started for request in self._unsettled.values())
-            return BatchStats(self._done, self._failed, self._cancelled, len(self._unsettled), queued)
+            return BatchStats(
+                self._done, self._failed, self._cancelled, len(self._unsettled), queued, self._latencies.histogram()
+            )
 
     def close(self) -> None:
         """Fail what is unfinished with RequestError. The lanes are closed afterwards. May be called again."""
@@ -262,7 +267,9 @@ class Batches:
             alive = future.set_running_or_notify_cancel()
             self._cancelled += not alive
             self._failed += alive and isinstance(end, StagelineError)
-            self._done += alive and not isinstance(end, StagelineError)
+            if alive and not isinstance(end, StagelineError):
+                self._done += 1
+                self._latencies.add(perf_counter() - request.submitted_s)
             track = request.track
             track.unsettled -= 1
             last = track.left is not None and not track.unsettled

@@ -161,6 +161,7 @@ class Generator:
                     self._send(step)
             self._meter.waiting = len(self._scheduler.waiting) + len(self._changeover.held)
             self._meter.running = self._scheduler.running
+            self._meter.cache_usage = self._scheduler.cache_usage
             self._meter.host_s += perf_counter() - began
 
     def _arrived(self, job: Job) -> None:
@@ -218,7 +219,7 @@ class Generator:
             requests.append(job.number)
             if job.started_at is None:
                 job.started_at = now
-                self._meter.queue_s.append(now - job.submitted_at)
+                self._meter.started(now - job.submitted_at)
         values: dict[str, Value] = dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True))
         values[ROW_LENGTHS] = whole
         if before is not None:

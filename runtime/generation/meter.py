@@ -8,6 +8,7 @@ import numpy as np
 from stageline.runtime.generation.request import Completion
 from stageline.runtime.generation.scheduler import Step
 from stageline.runtime.stages.lanes import StageStats
+from stageline.runtime.times import Histogram, TimeCounter
 
 _KEPT = 10_000  # the latest times, of which percentiles are taken
 
@@ -32,16 +33,29 @@ class Percentiles:
 
 
 @dataclass(frozen=True)
+class GenerationTimes:
+    """All times since the pipeline opened: of whole requests (`latency`), in the queue, to the first token, and per
+    token after it."""
+
+    latency: Histogram
+    queue: Histogram
+    ttft: Histogram
+    tpot: Histogram
+
+
+@dataclass(frozen=True)
 class GenerationStats:
     """What generation did since the pipeline opened.
 
-    `host_s` is the time of the driver's thread (scheduling, sampling, detokenising). `bubble_ratio` is the share of
-    stage time that was idle while steps were running: 1 - busy time / (stages x `active_s`).
+    `cache_usage` is the share of the KV cache that running sequences fill, 0 to 1. `host_s` is the time of the driver's
+    thread (scheduling, sampling, detokenising). `bubble_ratio` is the share of stage time that was idle while steps
+    were running: 1 - busy time / (stages x `active_s`).
     """
 
     slots: int
     running: int
     waiting: int
+    cache_usage: float
     done: int
     failed: int
     cancelled: int
@@ -56,6 +70,7 @@ class GenerationStats:
     queue_s: Percentiles
     ttft_s: Percentiles
     tpot_s: Percentiles
+    times: GenerationTimes
 
 
 class Meter:
@@ -64,6 +79,7 @@ class Meter:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.running = self.waiting = 0
+        self.cache_usage = 0.0
         self.finished = self.failed = self.cancelled = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.steps = {"prefill": 0, "decode": 0}
@@ -71,6 +87,7 @@ class Meter:
         self.queue_s: deque[float] = deque(maxlen=_KEPT)
         self.ttft_s: deque[float] = deque(maxlen=_KEPT)
         self.tpot_s: deque[float] = deque(maxlen=_KEPT)
+        self._latencies, self._queued, self._first, self._later = (TimeCounter() for _ in range(4))
         self._active_since: float | None = None
         self._earlier_busy_s = self._earlier_stage_s = self._earlier_active_s = 0.0
 
@@ -92,18 +109,26 @@ class Meter:
             self.active_s += now - self._active_since
         self._active_since = now if in_flight else None
 
+    def started(self, queue_s: float) -> None:
+        """The first step that works on a request was sent."""
+        self.queue_s.append(queue_s)
+        self._queued.add(queue_s)
+
     def token(self, before: float | None, now: float, submitted_at: float) -> None:
         """A token of a request's first choice came; `before` is when the one before it did."""
         if before is None:
             self.ttft_s.append(now - submitted_at)
+            self._first.add(now - submitted_at)
         else:
             self.tpot_s.append(now - before)
+            self._later.add(now - before)
 
     def completed(self, completion: Completion) -> None:
         """A request has ended well."""
         self.finished += 1
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
+        self._latencies.add(completion.total_s)
 
     def stats(self, stages: Sequence[StageStats]) -> GenerationStats:
         """A snapshot."""
@@ -114,6 +139,7 @@ class Meter:
             self.slots,
             self.running,
             self.waiting,
+            self.cache_usage,
             self.finished,
             self.failed,
             self.cancelled,
@@ -128,4 +154,7 @@ class Meter:
             Percentiles.of(list(self.queue_s)),
             Percentiles.of(list(self.ttft_s)),
             Percentiles.of(list(self.tpot_s)),
+            GenerationTimes(
+                self._latencies.histogram(), self._queued.histogram(), self._first.histogram(), self._later.histogram()
+            ),
         )

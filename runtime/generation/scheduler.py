@@ -242,6 +242,12 @@ class Scheduler:
         """Slots in use."""
         return sum(slot.continuation is not None for slot in self.slots)
 
+    @property
+    def cache_usage(self) -> float:
+        """The share of the caches' places that continuations in slots fill, 0 to 1."""
+        filled = sum(slot.count for slot in self.slots if slot.continuation is not None)
+        return filled / (self.slot_count * self.capacity)
+
     # Admission.
 
     def _admit(self) -> None:

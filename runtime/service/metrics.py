@@ -1,14 +1,21 @@
-"""/metrics: the pipelines' stats and the service's responses in Prometheus' text format."""
+"""/metrics: the pipelines' stats and the service's responses in Prometheus' text format.
 
+Where vLLM reports the same thing, its name follows our prefix: a board for vLLM works once `vllm:` is `stageline_` and
+its label `model_name` is `model`.
+"""
+
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from stageline.runtime.generation.meter import GenerationStats
+from prometheus_client.utils import floatToGoString
+from stageline.runtime.generation.meter import GenerationStats, GenerationTimes
 from stageline.runtime.pipeline import PipelineStats
 from stageline.runtime.service.limits import OPEN_TO_ALL, route_of
 from stageline.runtime.service.model import Model
+from stageline.runtime.times import BOUNDS_S, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ROUTES = OPEN_TO_ALL | {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"}
@@ -77,34 +84,42 @@ class ServiceCollector(Collector):
             for model, s in generation:
                 counter.add_metric([model], value(s))
             yield counter
-        for name, help_text in _TIMES.items():
-            times = GaugeMetricFamily(f"stageline_{name}_seconds", help_text, labels=["model", "quantile"])
-            for model, s in generation:
-                percentiles = getattr(s, f"{name}_s")
-                for quantile in ("50", "90", "99"):
-                    times.add_metric([model, f"0.{quantile.rstrip('0')}"], getattr(percentiles, f"p{quantile}"))
-            yield times
+        latencies = {model: s.generation.times.latency if s.generation else s.latency for model, s in stats}
+        yield _times("e2e_request_latency", "From submission to the end of a request.", latencies)
+        for name, (help_text, times) in _TIMES.items():
+            yield _times(name, help_text, {model: times(s.times) for model, s in generation})
 
 
 _GAUGES: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
     "slots": ("Sequences that can be generated at a time.", lambda s: s.slots),
-    "slots_running": ("Sequences being generated.", lambda s: s.running),
-    "queue_waiting": ("Sequences that wait for a slot.", lambda s: s.waiting),
+    "num_requests_running": ("Sequences being generated.", lambda s: s.running),
+    "num_requests_waiting": ("Sequences that wait for a slot.", lambda s: s.waiting),
+    "kv_cache_usage_perc": ("Share of the KV cache that running sequences fill, 0 to 1.", lambda s: s.cache_usage),
     "bubble_ratio": ("Share of stage time that was idle while steps were running.", lambda s: s.bubble_ratio),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
     "prompt_tokens": ("Prompt tokens of finished requests.", lambda s: s.prompt_tokens),
     "cached_tokens": ("Prompt tokens found in the cache.", lambda s: s.cached_tokens),
-    "generated_tokens": ("Generated tokens.", lambda s: s.generated_tokens),
+    "generation_tokens": ("Generated tokens.", lambda s: s.generated_tokens),
     "prefill_steps": ("Steps that read prompts.", lambda s: s.prefill_steps),
     "decode_steps": ("Steps that generate one token per running sequence.", lambda s: s.decode_steps),
     "host_seconds": ("Time of the thread that schedules and samples.", lambda s: s.host_s),
 }
-_TIMES = {
-    "queue": "Time from submission to the first step, latest requests.",
-    "ttft": "Time to first token, latest requests.",
-    "tpot": "Time per output token after the first, latest tokens.",
+_TIMES: dict[str, tuple[str, Callable[[GenerationTimes], Histogram]]] = {
+    "request_queue_time": ("From submission to the first step.", lambda t: t.queue),
+    "time_to_first_token": ("From submission to the first token.", lambda t: t.ttft),
+    "inter_token_latency": ("Between the tokens of a request.", lambda t: t.tpot),
 }
+
+
+def _times(name: str, help_text: str, found: Mapping[str, Histogram]) -> Metric:
+    """A histogram in seconds, by model."""
+    family = HistogramMetricFamily(f"stageline_{name}_seconds", help_text, labels=["model"])
+    for model, times in found.items():
+        below = itertools.accumulate(times.counts)
+        buckets = list(zip([*map(floatToGoString, BOUNDS_S), "+Inf"], below, strict=True))
+        family.add_metric([model], buckets, times.total_s)
+    return family
 
 
 def _requests(stats: Sequence[tuple[str, PipelineStats]]) -> Metric:
@@ -122,16 +137,18 @@ def _stages(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]:
     labels = ["model", "stage"]
     utilisation = GaugeMetricFamily("stageline_stage_utilisation", "Busy time over wall time, 0 to 1.", labels=labels)
     busy = CounterMetricFamily("stageline_stage_busy_seconds", "Time in the engine.", labels=labels)
+    copy = CounterMetricFamily("stageline_stage_copy_seconds", "Time of copies into the stage.", labels=labels)
     runs = CounterMetricFamily("stageline_stage_runs", "Runs of the engine.", labels=labels)
     blocks = GaugeMetricFamily("stageline_stage_blocks", "Blocks of the model in the stage.", labels=labels)
     for name, s in stats:
         for number, stage in enumerate(s.stages):
             utilisation.add_metric([name, str(number)], stage.utilisation)
             busy.add_metric([name, str(number)], stage.busy_s)
+            copy.add_metric([name, str(number)], stage.copy_s)
             runs.add_metric([name, str(number)], stage.runs)
         for number, layers in enumerate(s.layers):
             blocks.add_metric([name, str(number)], layers)
-    yield from (utilisation, busy, runs, blocks)
+    yield from (utilisation, busy, copy, runs, blocks)
 
 
 def _switches(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]:

@@ -258,28 +258,59 @@ def test_benchmark_is_cancelled_from_the_page(window: Callable[..., Window], sto
     opened.check()
 
 
-def test_live_shows_a_service_and_reports_when_it_is_gone(window: Callable[..., Window], bundles: Path) -> None:
-    command = stageline("serve", str(bundles / "llama"), "--port", "0")
+def test_live_starts_watches_and_stops_a_service(window: Callable[..., Window], browser: Any) -> None:
+    opened, other = window(), window(NARROW, "dark")
+    opened.open("/live", "Live")
+    opened.page.get_by_role("button", name="Start").click()
+    opened.await_text("Tokens/s")
+    (address,) = re.findall(r"llama at (http://127.0.0.1:\d+)", opened.text())
+    assert opened.page.get_by_label("Service", exact=True).input_value() == address
+    opened.page.get_by_role("button", name="Send requests for a minute").click()
+    opened.await_text("Sending requests for")
+    opened.page.wait_for_function("() => /Tokens\\/s\\s+[0-9,.]*[1-9]/.test(document.body.innerText)", timeout=30_000)
+    opened.page.locator(CHART).first.wait_for()
+    drawn = opened.page.query_selector_all(CHART)
+    opened.page.wait_for_timeout(4500)  # two readings
+    assert all(one.evaluate("one => one.isConnected") for one in drawn), "charts are drawn again instead of moved on"
+    opened.page.get_by_role("button", name="Stop sending").click()
+    opened.page.get_by_role("button", name="Send requests for a minute").wait_for()
+    opened.page.get_by_text("1 min", exact=True).click()
+    opened.page.wait_for_function("() => location.search.includes('range=')")
+    opened.page.reload()  # the address holds the service and the range
+    opened.await_text("Tokens/s")
+    other.open("/live", "Live")  # a second browser sees the service, and can watch it
+    other.await_text("No service to watch yet")
+    other.page.get_by_role("button", name="Watch").click()
+    other.await_text("Tokens/s")
+    other.page.get_by_role("button", name="Stop llama").click()
+    opened.await_text("Nothing answers at")
+    opened.await_text("UTC, and goes on when the service is back")
+    assert re.search(r"at \d\d:\d\d:\d\d UTC", opened.text())  # on the cards
+    opened.check()
+    other.check()
+
+
+def test_live_says_what_a_service_with_a_key_says(window: Callable[..., Window], bundles: Path) -> None:
+    command = stageline("serve", str(bundles / "llama"), "--port", "0", "--api-key", "sekret")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().split()[-1]
+        address = process.stdout.readline().split()[-1]
         opened = window()
-        opened.open(f"/live?url={url}", "Live")
-        opened.page.get_by_role("button", name="Send requests for a minute").click()
-        opened.await_text("Sending requests for")
+        opened.open(f"/live?url={address.removeprefix('http://')}", "Live")
+        send = opened.page.get_by_role("button", name="Send requests for a minute")
+        send.click()
+        opened.await_text("The service refused the request with status 401: send the service's API key")
+        opened.page.get_by_label("API key", exact=True).fill("sekret")
+        opened.page.get_by_label("API key", exact=True).press("Enter")
+        send.click()
         opened.page.wait_for_function(
-            "() => /Throughput\\s+[1-9][0-9,.]* tokens\\/s/.test(document.body.innerText)", timeout=30_000
+            "() => /Tokens\\/s\\s+[0-9,.]*[1-9]/.test(document.body.innerText)", timeout=30_000
         )
-        opened.page.locator(CHART).first.wait_for()
-        drawn = opened.page.query_selector_all(CHART)
-        opened.page.wait_for_timeout(4500)  # two readings
-        assert all(one.evaluate("one => one.isConnected") for one in drawn), (
-            "charts are drawn again instead of moved on"
-        )
+        assert "sekret" not in opened.page.url
+        opened.open("/live?url=http://10.255.255.1:8000", "Live")
+        opened.await_text("http://10.255.255.1:8000 is not on this machine")
+        opened.check()
     finally:
         process.kill()
         process.communicate()
-    opened.await_text("nothing answers at")
-    opened.await_text("Utilisation")
-    opened.check()

@@ -37,7 +37,10 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
     planner = plan_figures.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
     answer = planner.cut([1, 2])
     cuts, roof = plan_figures.moved(planner, [1, 2], 0), plan_figures.roofline(planner, answer)
-    lines = live_figures.rows([("a", [(1.0, 2.0)]), ("b", [(2.0, 3.0)])], 2.0)
+    panels = [
+        live_figures.Panel("A", "tokens/s", {"a": [(1.0, 2.0)], "b": [(2.0, 3.0)]}),
+        live_figures.Panel("B", "%", {"a": [(1.0, 2.0)]}, 100.0),
+    ]
     contenders = ["stageline", "onnxruntime"]
     return {
         "curve": lambda: runs.curve(curve, "tokens/s", "p99", None, contenders),
@@ -56,15 +59,18 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
         "cut with the best": lambda: plan.cut_curve(cuts, 1, 2),
         "stages of a plan": lambda: plan.stages(plan_figures.stage_rows(answer)),
         "roofline": lambda: plan.roofline(plan_figures.roof_points(roof), roof.stages),
-        "live": lambda: live.lines(lines, "tokens/s", ["a", "b"]),
-        "live with a top": lambda: live.lines(lines, "busy (%)", ["a"], 100.0),
+        "live": lambda: live.panels(list(live_figures.panel_rows(panels, 60.0, 2.0)), panels),
     }
 
 
 def encodings(spec: Spec) -> Iterator[tuple[Spec, list[dict[str, Any]]]]:
-    """Each encoding with the rows that it draws."""
-    for layer in spec.get("layer", [spec]):
-        yield layer["encoding"], layer.get("data", spec.get("data"))["values"]
+    """Each encoding with the rows that it draws: after a pivot, with the names of its lines as fields."""
+    for view in spec.get("vconcat", [spec]):
+        for layer in view.get("layer", [view]):
+            drawn = layer.get("data", spec.get("data"))["values"]
+            for pivot in (one["pivot"] for one in layer.get("transform", []) if "pivot" in one):
+                drawn = [row | {row[pivot]: 0.0 for row in drawn} for row in drawn]
+            yield layer["encoding"], drawn
 
 
 def test_every_chart_is_valid_vega_lite_and_draws_fields_that_its_rows_have(
@@ -72,7 +78,8 @@ def test_every_chart_is_valid_vega_lite_and_draws_fields_that_its_rows_have(
 ) -> None:
     for name, chart in charts.items():
         spec = chart()
-        (alt.LayerChart if "layer" in spec else alt.Chart).from_dict(spec)  # validates
+        kind = alt.VConcatChart if "vconcat" in spec else alt.LayerChart if "layer" in spec else alt.Chart
+        kind.from_dict(spec)  # validates
         for encoding, drawn in encodings(spec):
             channels = [one for value in encoding.values() for one in (value if isinstance(value, list) else [value])]
             fields = {channel["field"] for channel in channels if "field" in channel}

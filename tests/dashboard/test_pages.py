@@ -195,3 +195,10 @@ def test_a_service_that_is_not_there_is_reported(started_with: StartedWith, tmp_
     app = page("live", url="http://127.0.0.1:9")
     assert not app.exception
     assert "othing answers at http://127.0.0.1:9" in words(app)
+
+
+def test_a_read_only_dashboard_offers_nothing_that_starts_or_stops(
+    bundles: Path, filled_store: Path, started_with: StartedWith
+) -> None:
+    started_with("--bundles", bundles, "--store", filled_store, "--read-only")
+    assert [one.label for one in page("live", url="http://127.0.0.1:9").button] == []

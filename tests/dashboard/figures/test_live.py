@@ -1,4 +1,4 @@
-"""What is read from a service's metrics: rates, gauges, and messages if nothing can be read."""
+"""What the Live page makes of a service's metrics: rates, percentiles, panels, cards; and a watcher's messages."""
 
 import threading
 from collections.abc import Iterator
@@ -6,36 +6,54 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from stageline.dashboard.figures import live
-from stageline.dashboard.figures.live import Sample, Watcher
+from stageline.dashboard.figures.live import Watcher
+from stageline.dashboard.figures.metrics import Sample, parsed, scrape
 from stageline.models.errors import StagelineError
 
 TEXT = """\
-# TYPE stageline_generated_tokens counter
-stageline_generated_tokens_total{{model="m"}} {tokens}
+# TYPE stageline_generation_tokens counter
+stageline_generation_tokens_total{{model="m"}} {tokens}
+# TYPE stageline_http_requests counter
+stageline_http_requests_total{{route="/v1/completions",status="200"}} {tokens}
+stageline_http_requests_total{{route="/v1/completions",status="401"}} {tokens}
 # TYPE stageline_stage_runs counter
 stageline_stage_runs_total{{model="m",stage="0"}} 5.0
 stageline_stage_runs_total{{model="m",stage="10"}} 5.0
 stageline_stage_runs_total{{model="m",stage="2"}} 5.0
 # TYPE stageline_slots gauge
 stageline_slots{{model="m"}} 8.0
-# TYPE stageline_ttft_seconds gauge
-stageline_ttft_seconds{{model="m",quantile="0.5"}} 0.25
+# TYPE stageline_e2e_request_latency_seconds histogram
+stageline_e2e_request_latency_seconds_bucket{{model="m",le="0.1"}} {tokens}
+stageline_e2e_request_latency_seconds_bucket{{model="m",le="0.2"}} {tokens}
+stageline_e2e_request_latency_seconds_bucket{{model="m",le="+Inf"}} {tokens}
+stageline_e2e_request_latency_seconds_count{{model="m"}} {tokens}
+stageline_e2e_request_latency_seconds_sum{{model="m"}} {tokens}
 """
 
 
 def sample(tokens: float, at_s: float) -> Sample:
-    return live.parsed(TEXT.format(tokens=tokens), at_s)
+    return parsed(TEXT.format(tokens=tokens), at_s)
 
 
 def test_rates_are_growth_over_time_and_a_restart_leaves_a_gap() -> None:
     found = [sample(10, 1.0), sample(30, 2.0), sample(5, 3.0), sample(6, 5.0)]
-    assert live.rates(found, "stageline_generated_tokens_total", model="m") == [(2.0, 20.0), (5.0, 0.5)]
+    rates = live.growth(found, lambda one: one.get("stageline_generation_tokens_total", model="m"))
+    assert rates == [(2.0, 20.0), (5.0, 0.5)]
 
 
-def test_headlines_are_of_the_last_seconds() -> None:
-    now = live.latest([sample(100 * n, float(n)) for n in range(10)], "m")
-    assert now.throughput_per_s == pytest.approx(100)
-    assert (now.ttft_p50_s, now.slots, now.waiting) == (0.25, 8.0, None)
+def test_cards_are_all_of_the_same_last_minute() -> None:
+    now = live.latest([sample(100 * n, 10.0 * n) for n in range(10)], "m")
+    assert now.over_s == 60.0
+    assert now.throughput_per_s == pytest.approx(10)
+    assert now.ended == 600
+    assert now.errors == pytest.approx(600)  # the 401s, which the pipeline has never seen
+    assert (now.slots, now.waiting, now.ttft_p50_s) == (8.0, None, None)
+    assert now.latency_p50_s == pytest.approx(0.05)
+
+
+def test_a_percentile_needs_enough_requests() -> None:
+    assert live.latest([sample(0, 0.0), sample(99, 1.0)], "m").latency_p99_s is None
+    assert live.latest([sample(0, 0.0), sample(100, 1.0)], "m").latency_p99_s == pytest.approx(0.099)
 
 
 def test_stages_are_in_order() -> None:
@@ -43,18 +61,44 @@ def test_stages_are_in_order() -> None:
     assert live.models(sample(1, 1.0)) == ["m"]
 
 
-def test_rows_hold_the_last_minutes_only() -> None:
-    rows = live.rows([("a", [(0.0, 1.0), (500.0, 2.0)])], 600.0)
-    assert rows == [{"ago_s": -100.0, "value": 2.0, "line": "a"}]
+def test_any_range_has_about_as_many_points_and_they_stay_where_they_are() -> None:
+    every = [sample(n, float(n)) for n in range(1000)]
+    for range_s in (60.0, 300.0, 900.0):
+        now, later = live.thinned(every[:900], range_s, 899.0), live.thinned(every[:901], range_s, 900.0)
+        assert 60 <= len(now) <= 122
+        assert now[-1].at_s == 899
+        kept = {one.at_s for one in now[1:-1]}
+        assert kept <= {one.at_s for one in later}
+
+
+def test_rows_hold_the_ends_of_the_range_and_nothing_before_it() -> None:
+    panel = live.Panel("A", "s", {"a": [(0.0, 1.0), (500.0, 2.0)]})
+    rows = list(live.panel_rows([panel], 300.0, 600.0))
+    assert [(row["at"], row["line"]) for row in rows] == [(300_000, None), (600_000, None), (500_000, "a")]
+
+
+def test_a_panel_of_times_is_in_one_unit() -> None:
+    def panel(bound: str) -> live.Panel:
+        text = TEXT.replace('le="0.1"', f'le="{bound}"').replace('le="0.2"', 'le="99"')
+        found = live.panels([parsed(text.format(tokens=n), float(n)) for n in (0, 50)], "m")
+        return next(one for one in found if one.title == "End-to-end latency")
+
+    assert (panel("0.1").unit, panel("0.1").lines["p50"]) == ("ms", [(50.0, pytest.approx(50))])
+    assert (panel("4").unit, panel("4").lines["p50"]) == ("s", [(50.0, pytest.approx(2))])
 
 
 @pytest.fixture
 def answering() -> Iterator[tuple[str, ThreadingHTTPServer, list[str]]]:
-    """A server that answers what the list's last entry says."""
+    """A server that answers what the list's last entry says; a line `redirect URL` redirects."""
     answers = [TEXT.format(tokens=1)]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if answers[-1].startswith("redirect "):
+                self.send_response(302)
+                self.send_header("Location", answers[-1].split()[1])
+                self.end_headers()
+                return
             self.send_response(200)
             self.end_headers()
             self.wfile.write(answers[-1].encode())
@@ -87,10 +131,11 @@ def test_another_service_is_reported(text: str, answering: tuple[str, ThreadingH
     url, _, answers = answering
     answers.append(text)
     with pytest.raises(StagelineError, match=r"metrics"):
-        live.scrape(url)
+        scrape(url)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd", "http://"])
-def test_a_wrong_address_is_reported(url: str) -> None:
-    with pytest.raises(StagelineError, match="is not an address"):
-        live.scrape(url)
+def test_a_redirect_is_not_followed(answering: tuple[str, ThreadingHTTPServer, list[str]]) -> None:
+    url, _, answers = answering
+    answers.append("redirect http://169.254.169.254/latest")
+    with pytest.raises(StagelineError, match="answers 302"):
+        scrape(url)

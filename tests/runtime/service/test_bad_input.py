@@ -23,7 +23,7 @@ def _alive_after(service: Any) -> Iterator[None]:
     answer = service.post("completions", model="llama", prompt="a", temperature=0, max_tokens=3)
     assert answer.status_code == 200, answer.text
     assert service.client.get("/health/ready").status_code == 200
-    assert service.metric('stageline_slots_running{model="llama"}') == 0
+    assert service.metric('stageline_num_requests_running{model="llama"}') == 0
 
 
 def refused(answer: httpx.Response, status: int, *message: str) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def test_what_fails_in_a_stage_fails_its_requests_and_no_others(
         for stream in (False, True):
             answer = service.post("completions", model="llama", prompt=f"cat {word}", stream=stream)
             assert refused(answer, 500, message)["code"] == "engine_error"
-        assert service.metric('stageline_slots_running{model="llama"}') == 1, "the other should still run"
+        assert service.metric('stageline_num_requests_running{model="llama"}') == 1, "the other should still run"
         lines = [begun, *filter(None, events)]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == alone

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from stageline.runtime.service.app import create_app
 
 LONG = {"model": "llama", "prompt": "a cat", "min_tokens": 200, "max_tokens": 200}
-RUNNING = 'stageline_slots_running{model="llama"}'
+RUNNING = 'stageline_num_requests_running{model="llama"}'
 
 
 def slow(stage: int, inputs: Any, outputs: Any) -> None:
@@ -53,7 +53,7 @@ def test_who_leaves_before_the_answer_frees_its_slot_or_its_place(serve: Any, st
                 asked = [asyncio.create_task(client.post("/v1/completions", json=LONG)) for _ in range(2)]
                 await asyncio.sleep(0.3)
                 assert await asyncio.to_thread(service.metric, RUNNING) == 1
-                assert await asyncio.to_thread(service.metric, 'stageline_queue_waiting{model="llama"}') == 1
+                assert await asyncio.to_thread(service.metric, 'stageline_num_requests_waiting{model="llama"}') == 1
                 for task in asked:
                     task.cancel()
 

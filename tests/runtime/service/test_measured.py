@@ -59,9 +59,9 @@ def test_an_independent_load_generator_agrees_within_5_percent(serve: Serve, arr
         client.closed_loop(1, 0.3)
         ours, theirs = [], []
         for _ in range(3):  # in turn, since a busy machine drifts
-            counted = running.metric("stageline_generated_tokens_total")
+            counted = running.metric("stageline_generation_tokens_total")
             answers = client.closed_loop(1, 1.2) if arrivals_s is None else client.open_loop(arrivals_s)
-            drawn = running.metric("stageline_generated_tokens_total") - counted
+            drawn = running.metric("stageline_generation_tokens_total") - counted
             assert int(answers.requests.tokens_out.sum()) == drawn == NEW * len(answers.requests)
             latencies = answers.requests.latency_s.tolist()
             ours.append((len(latencies) / answers.seconds, statistics.median(latencies)))

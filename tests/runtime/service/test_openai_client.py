@@ -3,12 +3,15 @@
 import asyncio
 import base64
 import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 CHAT: list[Any] = [{"role": "user", "content": "cat sat on"}]
 PROMPT = "a cat sat"
@@ -241,7 +244,7 @@ def test_metrics_count_what_was_asked(service: Any) -> None:
     def read() -> list[float]:
         return [
             service.metric('stageline_requests_total{model="llama",outcome="done"}'),
-            service.metric('stageline_generated_tokens_total{model="llama"}'),
+            service.metric('stageline_generation_tokens_total{model="llama"}'),
             service.metric('stageline_requests_total{model="bert",outcome="done"}'),
             service.metric('stageline_http_requests_total{route="/v1/completions",status="200"}'),
         ]
@@ -252,9 +255,62 @@ def test_metrics_count_what_was_asked(service: Any) -> None:
     assert service.post("completions", model="llama", prompt="a", max_tokens=5, min_tokens=5).status_code == 200
     assert service.post("embeddings", model="bert", input="a").status_code == 200
     assert np.subtract(read(), before).tolist() == [1, 5, 1, 1]
-    assert service.metric('stageline_slots_running{model="llama"}') == 0
+    assert service.metric('stageline_num_requests_running{model="llama"}') == 0
     assert service.metric('stageline_slots{model="llama"}') == 4
-    assert service.metric('stageline_ttft_seconds{model="llama",quantile="0.5"}') > 0
+    assert 0 <= service.metric('stageline_kv_cache_usage_perc{model="llama"}') <= 1
     assert 0 <= service.metric('stageline_bubble_ratio{model="llama"}') <= 1
     assert service.metric('stageline_stage_busy_seconds_total{model="llama",stage="1"}') > 0
     assert service.metric("process_resident_memory_bytes") > 1e7
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "many"),
+    [
+        ("e2e_request_latency", "llama", 1),
+        ("time_to_first_token", "llama", 1),
+        ("inter_token_latency", "llama", 4),
+        ("request_queue_time", "llama", 1),
+        ("e2e_request_latency", "bert", 1),
+    ],
+)
+def test_times_are_histograms(service: Any, name: str, model: str, many: int) -> None:
+    def read(end: str) -> float:
+        return float(service.metric(f"stageline_{name}_seconds_{end}"))
+
+    def ask() -> None:
+        if model == "bert":
+            service.post("embeddings", model="bert", input="a")
+        else:
+            service.post("completions", model="llama", prompt="a", max_tokens=5, min_tokens=5)
+
+    label = f'model="{model}"'
+    ask()
+    before = [read(f"count{{{label}}}"), read(f"sum{{{label}}}"), read(f'bucket{{le="+Inf",{label}}}')]
+    ask()
+    count, total_s, below = np.subtract(
+        [read(f"count{{{label}}}"), read(f"sum{{{label}}}"), read(f'bucket{{le="+Inf",{label}}}')], before
+    )
+    assert (count, below) == (many, many)
+    assert 0 < total_s < 60
+    assert read(f'bucket{{le="0.0001",{label}}}') <= read(f'bucket{{le="700.0",{label}}}')
+
+
+def test_every_query_of_the_grafana_board_names_a_metric_and_labels_that_are_served(service: Any) -> None:
+    """Grafana draws nothing, without a word, where a name or a label is wrong."""
+    assert service.post("completions", model="llama", prompt="a").status_code == 200
+    served: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(service.client.get("/metrics").text):
+        for one in family.samples:
+            served.setdefault(one.name, {"job", "instance"}).update(one.labels)
+    board = json.loads((Path(__file__).parents[3] / "examples" / "grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    queries += [one["definition"] for one in board["templating"]["list"] if one["type"] == "query"]
+    assert len(queries) > 20
+    for query in queries:
+        names = re.findall(r"(?:stageline|process)_[a-z0-9_]+", query)
+        labels = [one for group in re.findall(r"by \(([^)]*)\)", query) for one in group.split(", ")]
+        labels += re.findall(r"(\w+)=~?\"", query) + re.findall(r"label_values\(\w+, (\w+)\)", query)
+        assert names, query
+        for name in names:
+            assert name in served, query
+            assert set(labels) <= served[name], query
