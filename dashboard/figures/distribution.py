@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from stageline.runtime.bench.confidence import requests_needed
 from stageline.runtime.bench.records import ANSWERED, Requests
 
-_BINS, _SLICES = 60, 80
+_BINS, _SLICES, _A_SLICE = 60, 80, 20  # bins; slices at most; requests in each at least
 Floats = npt.NDArray[np.float64]
 
 
@@ -37,7 +38,7 @@ def histogram(name: str, requests: Requests, edges_s: Floats) -> list[dict[str, 
     counts = np.diff(np.searchsorted(np.sort(latency), edges_s))
     total = max(1, len(latency))
     return [
-        {"run": name, "low_ms": float(low) * 1e3, "high_ms": float(high) * 1e3, "percent": 100 * float(count) / total}
+        {"run": name, "low_s": float(low), "high_s": float(high), "percent": 100 * float(count) / total}
         for low, high, count in zip(edges_s[:-1], edges_s[1:], counts, strict=True)
     ]
 
@@ -52,12 +53,13 @@ def edges(all_requests: Sequence[Requests]) -> Floats:
 
 
 def over_time(name: str, requests: Requests) -> list[dict[str, Any]]:
-    """Median and p99 latency by intended arrival, in slices of a repeat; all repeats are overlaid."""
+    """Median latency by intended arrival, in slices of a repeat, and p99 where a slice has requests enough for it; all
+    repeats are overlaid."""
     good = requests.status == ANSWERED
     at, latency = requests.intended_s[good], requests.latency_s[good]
     if not len(at):
         return []
-    slices = max(1, min(_SLICES, len(at) // 20))
+    slices = max(1, min(_SLICES, len(at) // _A_SLICE))
     low, high = float(at.min()), float(at.max()) + 1e-9
     bounds = np.linspace(low, high, slices + 1)
     place = np.minimum((at - low) * (slices / (high - low)), slices - 1).astype(np.uint8)  # small ones sort fast
@@ -68,8 +70,7 @@ def over_time(name: str, requests: Requests) -> list[dict[str, Any]]:
         if len(part):
             p50, p99 = np.percentile(part, [50, 99]).tolist()
             middle = float(bounds[number] + bounds[number + 1]) / 2
-            rows += [
-                {"run": name, "at_s": middle, "percentile": "p50", "ms": p50 * 1e3},
-                {"run": name, "at_s": middle, "percentile": "p99", "ms": p99 * 1e3},
-            ]
+            rows.append({"run": name, "at_s": middle, "percentile": "p50", "seconds": p50})
+            if len(part) >= requests_needed("latency_p99_s"):
+                rows.append({"run": name, "at_s": middle, "percentile": "p99", "seconds": p99})
     return rows

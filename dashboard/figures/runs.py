@@ -1,28 +1,34 @@
-"""Data of the Overview and Compare pages: headlines, curves, baselines, changes with confidence."""
+"""Data of the Overview and Compare pages: runs by model, headline cards, changes as a matrix of figures and loads."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stageline.runtime import words
-from stageline.runtime.bench.compare import FigureChange, change_of, compare, same_model
-from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run, RunLine, Slo
+from stageline.runtime.bench.compare import FigureChange, missing, same_model
+from stageline.runtime.bench.records import OURS, Measurement, Run, RunLine, Slo
 from stageline.runtime.report import wording
-from stageline.runtime.report.wording import KEY_FIGURES
+from stageline.runtime.report.statements import mean, throughput_name
 
-SWEEPS = ("Concurrency", "Rate")
 figure_label, figure_text = wording.label, wording.value
-PERCENTILES = ("p50", "p90", "p95", "p99")
 
 
-def by_bundle(lines: Iterable[RunLine]) -> dict[str, list[RunLine]]:
-    """Runs by bundle folder, newest first; the bundle with the newest run first."""
-    found: dict[str, list[RunLine]] = {}
+def by_model(lines: Iterable[RunLine]) -> dict[str, list[RunLine]]:
+    """Runs by model, whatever its cut, newest first; the model with the newest run first. The keys name the model: the
+    shortest name of its bundles, told apart by the folder where two models have the same."""
+    groups: list[list[RunLine]] = []
     for line in lines:
-        found.setdefault(line.bundle, []).append(line)
-    return found
+        group = next((group for group in groups if same_model(group[0], line)), None)
+        if group is None:
+            groups.append([line])
+        else:
+            group.append(line)
+    names = [min((short(line.bundle) for line in group), key=len) for group in groups]
+    return {
+        name if names.count(name) == 1 else f"{name} ({Path(group[0].bundle).parent})": group
+        for name, group in zip(names, groups, strict=True)
+    }
 
 
 def earlier(lines: Iterable[RunLine], line: RunLine) -> RunLine | None:
@@ -57,25 +63,47 @@ def label(line: RunLine | Run, now_s: float) -> str:
     return f"{short(line.bundle)}{named}, {words.ago(line.created, now_s)}, {tag(line.id)}"
 
 
-def generates(run: Run) -> bool:
-    """Whether the requests of a run draw tokens."""
-    return run.settings.output_tokens is not None
+@dataclass(frozen=True)
+class Card:
+    """A headline number as text, its doubt, and what it is."""
+
+    label: str
+    value: str
+    doubt: str
+    about: str
 
 
-def throughput_name(run: Run) -> str:
-    """The name of the figure that states a run's throughput."""
-    return "tokens_per_s" if generates(run) else "samples_per_s"
+def cards(run: Run, measurement: Measurement) -> list[Card]:
+    """The headline numbers of one load: throughput first, then latency, then use of time, memory and energy. A
+    percentile that its sample does not carry is a dash, with the reason."""
+    wanted = {
+        "Throughput": throughput_name(run),
+        "Within the SLO": "goodput_per_s",
+        "Latency p50": "latency_p50_s",
+        "Latency p99": "latency_p99_s",
+        "TTFT p50": "ttft_p50_s",
+        "TPOT p50": "tpot_p50_s",
+        "Bubble ratio": "bubble_ratio",
+        "Memory": "host_memory_bytes",
+        "Energy": "energy_per_token_j",
+    }
+    found = []
+    for label, name in wanted.items():
+        figure = measurement.figures.get(name)
+        if figure is None or not math.isfinite(figure.mean):
+            continue
+        lacking = missing(measurement, name)
+        if lacking:
+            found.append(Card(label, "-", f"too few requests: {sample_of(lacking)}", lacking))
+        else:
+            about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}"
+            found.append(Card(label, wording.value(figure), wording.doubt(figure.spread) or "one repeat", about))
+    return found
 
 
-def ours(run: Run) -> list[Measurement]:
-    """The measurements of the bundle's own pipeline."""
-    return [one for one in run.measurements if one.contender == OURS]
-
-
-def mean(measurement: Measurement, name: str) -> float | None:
-    """The mean of a figure; None if it is absent."""
-    figure = measurement.figures.get(name)
-    return None if figure is None or not math.isfinite(figure.mean) else figure.mean
+def sample_of(reason: str) -> str:
+    """p99 needs 100 requests in each repeat, not 6 -> 6."""
+    return reason.rpartition(" ")[2]
 
 
 def fullest(run: Run, contender: str = OURS) -> Measurement | None:
@@ -85,153 +113,23 @@ def fullest(run: Run, contender: str = OURS) -> Measurement | None:
     return max(known, key=lambda one: mean(one, name) or 0.0, default=None)
 
 
-def calmest(run: Run) -> Measurement | None:
-    """Our measurement with the lowest median latency, with one request at a time if that was measured."""
-    alone = [one for one in ours(run) if one.load.scenario == "SingleStream" or one.load.concurrency == 1]
-    known = [one for one in alone or ours(run) if mean(one, "latency_p50_s") is not None]
-    return min(known, key=lambda one: mean(one, "latency_p50_s") or math.inf, default=None)
-
-
-@dataclass(frozen=True)
-class Card:
-    """A headline number as text; its change since the run before, and whether that is sure (its 95 % interval excludes
-    zero); which direction is better; the load."""
-
-    label: str
-    value: str
-    change: str | None
-    sure: bool
-    better: str | None
-    about: str
-
-
-def cards(run: Run, before: Run | None) -> list[Card]:
-    """The headline numbers: throughput first, then latency, then use of time, memory and energy."""
-    full, calm = fullest(run), calmest(run)
-    unit = "tokens" if generates(run) else "texts"
-    wanted: list[tuple[str, Measurement | None, str, Callable[[float], str]]] = [
-        ("Throughput", full, throughput_name(run), lambda v: words.rate(v, unit)),
-        ("Latency p50", calm, "latency_p50_s", words.seconds),
-        ("Latency p99", calm, "latency_p99_s", words.seconds),
-        ("TTFT p50", calm, "ttft_p50_s", words.seconds),
-        ("TPOT p50", calm, "tpot_p50_s", words.seconds),
-        ("Bubble ratio", full, "bubble_ratio", words.share),
-        ("Memory", full, "host_memory_bytes", words.size),
-        ("Energy", full, "energy_per_token_j", lambda v: f"{words.figure(v * 1e3)} mJ/token"),
-    ]
-    found = []
-    for name, measurement, figure_name, text in wanted:
-        figure = measurement.figures.get(figure_name) if measurement else None
-        if measurement is None or figure is None or not math.isfinite(figure.mean):
-            continue
-        same = _same(before, measurement)
-        old = same.figures.get(figure_name) if same else None
-        change = words.change(figure.mean / old.mean - 1) if old and old.mean else None
-        sure = same is not None and old is not None and change_of(same, measurement, figure_name).verdict in (
-            "better", "worse")  # fmt: skip
-        about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}{_spread(figure, text)}"
-        found.append(Card(name, text(figure.mean), change, sure, figure.better, about))
-    return found
-
-
-def _spread(figure: Figure, text: Callable[[float], str]) -> str:
-    if figure.low is None or figure.high is None:
-        return ""
-    return f"; 95 % confidence: {text(max(0.0, figure.low))} to {text(figure.high)}"
-
-
-def _same(run: Run | None, measurement: Measurement) -> Measurement | None:
-    """The measurement in `run` of the same contender under the same load."""
-    key = (measurement.contender, str(measurement.load))
-    return next((one for one in run.measurements if (one.contender, str(one.load)) == key), None) if run else None
-
-
-def curve_rows(run: Run, percentile: str) -> list[dict[str, Any]]:
-    """Throughput and latency of each contender under each load; points with the same `sweep` are joined."""
-    name = throughput_name(run)
-    rows = []
-    for one in run.measurements:
-        x, y = mean(one, name), mean(one, f"latency_{percentile}_s")
-        if x is None or y is None:
-            continue
-        at = one.load.concurrency or one.load.rate_per_s or 0.0
-        rows.append(
-            {
-                "contender": one.contender,
-                "load": str(one.load),
-                "throughput": x,
-                "latency_ms": y * 1e3,
-                "order": at,
-                "sweep": one.load.scenario if one.load.scenario in SWEEPS else None,
-            }
-        )
-    return rows
-
-
-def baseline_rows(run: Run) -> list[dict[str, Any]]:
-    """Each contender's throughput under the load where it is highest and that we share. `ratio`: ours over it; None for
-    ours."""
-    name, own = throughput_name(run), {str(one.load): one for one in ours(run)}
-    rows = []
-    for contender in dict.fromkeys(one.contender for one in run.measurements):
-        shared = [
-            (mean(one, name), one)
-            for one in run.measurements
-            if one.contender == contender and str(one.load) in own and mean(one, name) is not None
-        ]
-        if not shared:
-            continue
-        value, best = max(shared, key=lambda pair: pair[0] or 0.0)
-        mine = mean(own[str(best.load)], name)
-        figure = best.figures[name]
-        rows.append(
-            {
-                "contender": contender,
-                "load": str(best.load),
-                "throughput": value,
-                "low": value if figure.low is None else max(0.0, figure.low),
-                "high": value if figure.high is None else figure.high,
-                "ratio": None if contender == OURS or not mine or not value else mine / value,
-            }
-        )
-    return rows
-
-
-def stage_rows(measurement: Measurement) -> list[dict[str, Any]]:
-    """How each stage spent its time, in percent."""
-    rows = []
-    for stage in measurement.stages:
-        total = (stage.busy_s + stage.copy_s + stage.idle_s) or 1.0
-        for order, (what, seconds) in enumerate(
-            (("computing", stage.busy_s), ("copying in", stage.copy_s), ("waiting", stage.idle_s))
-        ):
-            rows.append(
-                {
-                    "stage": f"stage {stage.stage}",
-                    "device": stage.device,
-                    "blocks": stage.blocks,
-                    "what": what,
-                    "order": order,
-                    "percent": 100 * seconds / total,
-                    "seconds": seconds,
-                }
-            )
-    return rows
-
-
-def changes(before: Run, after: Run, key: tuple[str, str], threshold: float) -> list[FigureChange]:
-    """Changes of the key figures of one contender under one load, as in `stageline bench compare`."""
-    one, other = (replace(run, measurements=(measurement_of(run, key)[1],)) for run in (before, after))
-    return compare(one, other, threshold, KEY_FIGURES)
+def matrix(found: Sequence[FigureChange], contender: str = OURS) -> list[dict[str, str]]:
+    """Figures by loads: how many times the figure is, and the verdict."""
+    rows: dict[str, dict[str, str]] = {}
+    for one in found:
+        if one.contender == contender:
+            row = rows.setdefault(one.figure, {"figure": wording.label(one.figure)})
+            row[one.load] = one.verdict if one.ratio is None else f"{one.verdict}, {wording.change(one)}"
+    return list(rows.values())
 
 
 def change_table(found: Sequence[FigureChange]) -> list[dict[str, str]]:
-    """Rows of a table: the verdict, how many times the figure is, and how sure that is."""
+    """Rows of a table, the verdict first: how many times the figure is, and how sure that is."""
     return [
         {
             "verdict": one.verdict,
-            "figure": figure_label(one.figure),
-            "after is": wording.change(one),
+            "figure": wording.label(one.figure),
+            "is now": wording.change(one),
             "95 % confidence": wording.certainty(one).removeprefix("95 %: "),
             "before": wording.with_doubt(one.before),
             "after": wording.with_doubt(one.after),
@@ -285,40 +183,3 @@ def common_loads(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def measurement_of(run: Run, key: tuple[str, str]) -> tuple[int, Measurement]:
     """The measurement of a contender under a load, with its number in the run."""
     return next((n, one) for n, one in enumerate(run.measurements) if (one.contender, str(one.load)) == key)
-
-
-def ladder_rows(name: str, measurement: Measurement, what: str) -> list[dict[str, Any]]:
-    """A ladder for the chart, as far as at least one request lies beyond. `nines` stretches the slow end: 0 at p0, 1 at
-    p90, 2 at p99, 3 at p99.9."""
-    return [
-        {
-            "run": name,
-            "percentile": percentile,
-            "nines": min(4.0, -math.log10(max(1e-9, 1 - percentile / 100))),
-            "ms": value * 1e3,
-        }
-        for percentile, value in zip(LADDER, measurement.ladders.get(what, ()), strict=False)
-        if math.isfinite(value) and (1 - percentile / 100) * measurement.requests >= 1
-    ]
-
-
-def flat_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """All figures of runs, one row each, for a download."""
-    return [
-        {
-            "run": run.id,
-            "bundle": run.bundle,
-            "created": run.created,
-            "contender": one.contender,
-            "load": str(one.load),
-            "figure": name,
-            "unit": figure.unit,
-            "mean": figure.mean,
-            "low_95": figure.low,
-            "high_95": figure.high,
-            "repeats": len(figure.values),
-        }
-        for run in runs
-        for one in run.measurements
-        for name, figure in one.figures.items()
-    ]

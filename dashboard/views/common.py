@@ -7,6 +7,7 @@ from pathlib import Path
 import streamlit as st
 from stageline.dashboard.settings import DashboardSettings, find_bundles
 from stageline.models.errors import StagelineError
+from stageline.runtime.report.spec import Spec, dressed
 
 
 def page(title: str, purpose: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -33,6 +34,12 @@ def guarded(body: Callable[[], None]) -> None:
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         st.error(named, icon=":material/error:")
+
+
+def draw(spec: Spec, key: str, sentence: str) -> None:
+    """Show a chart in the page's theme; `sentence` tells a screen reader what it shows."""
+    theme = st.context.theme.type or "light"
+    st.vega_lite_chart(dressed(spec, theme, sentence), width="stretch", key=key, alt=sentence)
 
 
 def empty(head: str, text: str, commands: Sequence[str] = ()) -> None:

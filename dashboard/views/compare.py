@@ -1,4 +1,4 @@
-"""The Compare page: runs side by side, with confidence."""
+"""The Compare page: runs side by side, the verdict first, with confidence."""
 
 import csv
 import io
@@ -6,9 +6,8 @@ import json
 import time
 
 import streamlit as st
-from stageline.dashboard.charts import runs as charts
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.views.common import empty, page
+from stageline.dashboard.views.common import draw, empty, page
 from stageline.dashboard.views.recorded import (
     choices,
     differences_caption,
@@ -19,11 +18,14 @@ from stageline.dashboard.views.recorded import (
     spread_of,
 )
 from stageline.runtime import words
-from stageline.runtime.bench.compare import incomparable
+from stageline.runtime.bench.compare import MARGIN, compare, incomparable, overall
 from stageline.runtime.bench.records import Measurement, Run, RunLine
+from stageline.runtime.report import charts, rows, sentences, statements, wording
 
 _MAX_RUNS = 6
-_TIMES = {"latency_s": "latency (ms)", "ttft_s": "TTFT (ms)", "tpot_s": "TPOT (ms)"}
+_TIMES = {"latency_s": "Latency", "ttft_s": "TTFT", "tpot_s": "TPOT"}
+_ICONS = {"worse": ":material/trending_down:", "better": ":material/trending_up:", "same": ":material/equal:",
+          "undecided": ":material/question_mark:"}  # fmt: skip
 
 
 @page("Compare", "Runs side by side: figures with confidence intervals, percentiles, distributions.")
@@ -57,6 +59,7 @@ def show() -> None:
     measured = [results.measurement_of(run, key) for run in runs]
     names = _names(runs)
     _figures(runs, key, names)
+    _curves(runs, names, key)
     _ladders([one for _, one in measured], names)
     _requests(runs, [number for number, _ in measured], names)
     _download(runs)
@@ -75,24 +78,42 @@ def _names(runs: list[Run]) -> list[str]:
 
 
 def _figures(runs: list[Run], key: tuple[str, str], names: list[str]) -> None:
-    threshold = st.number_input(
-        "Margin (%): changes within it are none", 0.0, 100.0, 5.0, 1.0, key="threshold", width=340
-    )
+    percent = st.number_input("Margin (%): changes within it are none", 0.0, 100.0, 100 * MARGIN, 1.0, key="margin",
+                              width=340)  # fmt: skip
     for number, run in enumerate(runs[1:], start=1):
         st.subheader(f"{names[0]} → {names[number]}", anchor=False)
         reason = incomparable(runs[0], run)
         if reason is not None:
             st.info(f"Not compared: {reason}.", icon=":material/compare:")
             continue
-        found = results.changes(runs[0], run, key, threshold / 100)
-        worse = [results.figure_label(one.figure) for one in found if one.verdict == "worse"]
-        better = [results.figure_label(one.figure) for one in found if one.verdict == "better"]
-        if worse:
-            st.warning(f"Worse: {', '.join(worse)}.", icon=":material/trending_down:")
-        if better:
-            st.success(f"Better: {', '.join(better)}.", icon=":material/trending_up:")
-        st.dataframe(results.change_table(found), hide_index=True, key=f"changes {number}", height="content")
+        found = compare(runs[0], run, percent / 100)
+        verdict = overall(found)
+        shown = {"worse": st.warning, "better": st.success}.get(verdict, st.info)
+        named = {one: [c.figure for c in found if c.contender == "stageline" and c.verdict == one] for one in _ICONS}
+        figures = ", ".join(dict.fromkeys(map(wording.label, named[verdict]))) if verdict in ("worse", "better") else ""
+        shown(f"{wording.VERDICTS[verdict]}{f': {figures}' if figures else ''}.", icon=_ICONS[verdict])
+        st.dataframe(results.matrix(found), hide_index=True, key=f"matrix {number}", height="content")
+        st.caption(f"{key[0]}, {key[1]}:")
+        table = results.change_table([one for one in found if (one.contender, one.load) == key])
+        st.dataframe(table, hide_index=True, key=f"changes {number}", height="content")
         differences_caption(runs[0], run)
+
+
+def _curves(runs: list[Run], names: list[str], key: tuple[str, str]) -> None:
+    """Curve over curve: one contender of all runs, each run in its colour."""
+    drawn = [
+        {**row, "contender": name}
+        for run, name in zip(runs, names, strict=True)
+        for row in rows.curve_rows(run, "latency_p50")
+        if row["contender"] == key[0]
+    ]
+    units = {statements.throughput_unit(run) for run in runs}
+    if not drawn or len(units) > 1:
+        return
+    st.subheader("Throughput and latency", anchor=False)
+    unit = units.pop()
+    draw(charts.curve(drawn, unit, "Latency p50", None), "chart-curves", sentences.of_curve(drawn, unit, "Latency p50"))
+    st.caption(f"{key[0]}. Labels are loads; lines through points are 95 % intervals.")
 
 
 def _ladders(measured: list[Measurement], names: list[str]) -> None:
@@ -102,14 +123,14 @@ def _ladders(measured: list[Measurement], names: list[str]) -> None:
     st.subheader("Percentiles", anchor=False)
     what = known[0]
     if len(known) > 1:
-        words_of = {"latency_s": "Latency", "ttft_s": "TTFT", "tpot_s": "TPOT"}
         picked = st.segmented_control(
-            "Time", known, default=what, required=True, format_func=lambda one: words_of[one], key="ladder",
+            "Time", known, default=what, required=True, format_func=lambda one: _TIMES[one], key="ladder",
             label_visibility="collapsed",
         )  # fmt: skip
         what = str(picked or what)
-    rows = [row for name, one in zip(names, measured, strict=True) for row in results.ladder_rows(name, one, what)]
-    st.vega_lite_chart(charts.ladder(rows, _TIMES[what], names), width="stretch", key="chart-ladder")
+    drawn = [row for name, one in zip(names, measured, strict=True) for row in rows.ladder_rows(name, one, what)]
+    named = _TIMES[what]
+    draw(charts.ladder(drawn, named, names), "chart-ladder", sentences.of_lines(drawn, f"{named} by percentile"))
 
 
 def _requests(runs: list[Run], numbers: list[int], names: list[str]) -> None:
@@ -119,19 +140,21 @@ def _requests(runs: list[Run], numbers: list[int], names: list[str]) -> None:
     left, right = st.columns(2, gap="large")
     with left:
         st.subheader("Distribution", anchor=False)
-        st.vega_lite_chart(charts.histogram(found.histogram, names), width="stretch", key="chart-histogram")
+        draw(charts.histogram(found.histogram, names), "chart-histogram",
+             sentences.of_lines(found.histogram, "Shares of requests by latency"))  # fmt: skip
     with right:
         st.subheader("Over time", anchor=False)
-        st.vega_lite_chart(charts.over_time(found.over_time, names), width="stretch", key="chart-over-time")
+        draw(charts.over_time(found.over_time, names), "chart-over-time",
+             sentences.of_lines(found.over_time, "Latency during the measurement"))  # fmt: skip
     st.caption(f"Of {' and '.join(words.counted(count, 'request') for count in found.counts)}.")
 
 
 def _download(runs: list[Run]) -> None:
-    rows = results.flat_rows(runs)
+    flat = rows.flat_rows(runs)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"])
+    writer = csv.DictWriter(text, list(flat[0]) if flat else ["run"])
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(flat)
     stamp = time.strftime("%Y%m%d-%H%M")
     with st.container(horizontal=True):
         st.download_button(
@@ -144,7 +167,7 @@ def _download(runs: list[Run]) -> None:
         )
         st.download_button(
             "Download JSON",
-            json.dumps(rows, indent=1),
+            json.dumps(flat, indent=1),
             f"stageline-{stamp}.json",
             "application/json",
             icon=":material/download:",

@@ -1,23 +1,23 @@
-"""The Overview page: the latest run of each bundle against its baselines and the run before."""
+"""The Overview page: whether the latest run of each model is good, against its baselines and the run before."""
 
 import time
-from typing import Literal
 
 import streamlit as st
-from stageline.dashboard.charts import runs as charts
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import as_typed
-from stageline.dashboard.views.common import page
+from stageline.dashboard.views.common import draw, page
 from stageline.dashboard.views.recorded import RECENT, differences_caption, lines, named_runs, no_runs, run_of
 from stageline.models.errors import StagelineError
 from stageline.runtime import words
-from stageline.runtime.bench.records import OURS, Run, RunLine
+from stageline.runtime.bench.compare import MARGIN, compare, incomparable, overall
+from stageline.runtime.bench.records import OURS, Measurement, Run, RunLine
+from stageline.runtime.report import charts, rows, sentences, statements, wording
 
-_PILLS = 6  # bundles offered side by side; more are in a list
-_THRESHOLD = 0.05  # as for stageline bench compare: smaller changes are ignored
+_PILLS = 6  # models offered side by side; more are in a list
+_TIMES = {"latency": "Latency", "ttft": "TTFT", "tpot": "TPOT"}
 
 
-@page("Overview", "What each bundle's pipeline achieves: throughput and latency first, then where the time goes.")
+@page("Overview", "What each model's pipeline achieves, against its baselines and the run before.")
 def show() -> None:
     """Draw the page."""
     found = lines()
@@ -29,45 +29,59 @@ def show() -> None:
     line = _chosen(measured)
     run = run_of(line.id)
     before = _before(measured, line)
-    _head(run)
-    _cards(run, before)
+    _answer(run)
+    measurement = _load(run)
+    if measurement is not None:
+        _cards(run, measurement)
     left, right = st.columns([3, 2], gap="large")
     with left:
-        _curve(run)
+        _curve(run, before)
     with right:
-        _baselines(run)
-        _stages(run)
+        if measurement is not None:
+            _baselines(run, str(measurement.load))
+            _stages(run, measurement)
+    _loads(run)
+    _pareto(run)
     _changes(run, before)
+    _head(run)
     _all_runs(found)
 
 
 def _running(found: list[RunLine]) -> None:
-    for line in found:
-        if line.status == "running":
-            share, step = line.progress.share, line.progress.step
-            st.info(
-                f"A benchmark of {results.short(line.bundle)} is running: {words.share(share)}, {step}.",
-                icon=":material/hourglass_top:",
-            )
+    if any(line.status == "running" for line in found):
+        _follow()
+
+
+@st.fragment(run_every=2.0)
+def _follow() -> None:
+    """The runs that are running now; the whole page is drawn again once they have ended."""
+    now = [line for line in lines() if line.status == "running"]
+    if not now:
+        st.rerun()
+    for line in now:
+        share, step = words.share(line.progress.share), line.progress.step
+        st.info(f"A benchmark of {results.short(line.bundle)} is running: {share}, {step}.",
+                icon=":material/hourglass_top:")  # fmt: skip
+        st.page_link(st.session_state["pages"]["run"], label="Follow it", icon=":material/play_circle:")
 
 
 def _chosen(measured: list[RunLine]) -> RunLine:
-    """The run named by the query parameter `run`, else the newest of the chosen bundle."""
-    bundles = results.by_bundle(measured)
+    """The run named by the query parameter `run`, else the newest of the chosen model; the address follows."""
+    models = results.by_model(measured)
     wanted = named_runs("run")
     start = next((line for line in measured if line.id in wanted), measured[0])
-    names = {bundle: results.short(bundle) for bundle in bundles}
-    if len(bundles) > 1:
-        key = f"bundle of {start.id}"
-        if len(bundles) <= _PILLS:
+    mine = next(name for name, group in models.items() if start in group)
+    if len(models) > 1:
+        key = f"model of {start.id}"
+        if len(models) <= _PILLS:
             chosen = st.segmented_control(
-                "Bundle", list(bundles), default=start.bundle, required=True, format_func=names.__getitem__, key=key
+                "Model", list(models), default=mine, required=True, key=key, label_visibility="collapsed"
             )
         else:
-            place = list(bundles).index(start.bundle)
-            chosen = st.selectbox("Bundle", list(bundles), place, format_func=names.__getitem__, key=key)
-        if chosen != start.bundle:
-            start = bundles[str(chosen)][0]
+            chosen = st.selectbox("Model", list(models), list(models).index(mine), key=key)
+        if chosen != mine:
+            st.query_params["run"] = models[str(chosen)][0].id
+            st.rerun()
     return start
 
 
@@ -80,81 +94,104 @@ def _before(measured: list[RunLine], line: RunLine) -> Run | None:
         return None
 
 
-def _head(run: Run) -> None:
+def _answer(run: Run) -> None:
+    """The first line: is it good, against what, what holds it back, what to do."""
+    answer = statements.answer(run)
     stages = words.counted(len(run.plan.blocks), "stage")
-    st.subheader(
-        f"{results.short(run.bundle)}: {stages} of {' + '.join(map(str, run.plan.blocks))} blocks", anchor=False
-    )
     endings = {"done": "", "running": " Still running.", "cancelled": " Cancelled before its end."}
     ending = endings.get(run.status, f" Failed: {run.error}.")
-    machine = f"{run.environment.machine}, {words.counted(run.environment.cores, 'CPU core')}"
+    name = f"{results.short(run.bundle)}, {stages}"
+    if answer is None:
+        st.markdown(f"**{name}:** the pipeline itself has no figures in this run.{ending}")
+        return
+    slo = {None: "", True: " within the SLO", False: "; **no load keeps the SLO**"}[answer.kept]
+    parts = [f"**{name}: {answer.throughput}**{slo}, {answer.best.load}.{ending}"]
+    parts.append(answer.against.text if answer.against else "No baseline was measured at this load.")
+    if answer.bottleneck:
+        parts.append(f"Bottleneck: **{answer.bottleneck.text}**.")
+    with st.container(border=True, key="answer"):
+        st.markdown(" ".join([*parts, f"Next: {answer.step}"]))
+
+
+def _load(run: Run) -> Measurement | None:
+    """The load that cards and panels are about: the address's, else the one of the first line."""
+    ours = {str(one.load): one for one in run.measurements if one.contender == OURS}
+    answer = statements.answer(run)
+    if answer is None:
+        return None
+    asked = st.query_params.get("load", "")
+    start = asked if asked in ours else str(answer.best.load)
+    if len(ours) == 1:
+        return ours[start]
+    chosen = st.segmented_control("Load", list(ours), default=start, required=True, key=f"load of {run.id}")
+    st.query_params["load"] = str(chosen)
+    return ours[str(chosen)]
+
+
+def _cards(run: Run, measurement: Measurement) -> None:
+    repeats = max((len(figure.values) for figure in measurement.figures.values()), default=0)
     st.caption(
-        f"Measured {words.ago(run.created, time.time())} ({words.clock(run.created)}), {run.settings.pipeline.engine}, "
-        f"{run.dtype}, {run.settings.inputs}. {machine}."
-        f"{ending} Run `{run.id}`."
+        f"At {measurement.load}: {words.counted(measurement.requests, 'request')} in "
+        f"{words.counted(repeats, 'repeat')}. ± is the 95 % confidence interval over the repeats."
     )
-
-
-def _cards(run: Run, before: Run | None) -> None:
     with st.container(horizontal=True, key="headlines"):
-        for card in results.cards(run, before):
-            colors: dict[str | None, Literal["normal", "inverse", "off"]] = {"higher": "normal", "lower": "inverse"}
-            st.metric(
-                card.label,
-                card.value,
-                card.change,
-                delta_color=colors.get(card.better, "off") if card.sure else "off",
-                help=card.about,
-                border=True,
-                height="stretch",
-            )
-    if before is not None:
-        st.caption(
-            f"Changes since the run before, {words.ago(before.created, time.time())} (`{before.id}`). Grey ones are "
-            "within the variation of the repeats."
-        )
+        for card in results.cards(run, measurement):
+            st.metric(card.label, card.value, card.doubt, delta_color="off", delta_arrow="off", help=card.about,
+                      border=True, height="stretch")  # fmt: skip
 
 
-def _curve(run: Run) -> None:
+def _curve(run: Run, before: Run | None) -> None:
     st.subheader("Throughput and latency", anchor=False)
-    percentile = str(
-        st.segmented_control(
-            "Latency", results.PERCENTILES, default="p99", required=True, key="percentile", label_visibility="collapsed"
-        )
-    )
-    rows = results.curve_rows(run, percentile)
-    if not rows:
+    known = [name for name in _TIMES if any(f"{name}_p50_s" in one.figures for one in run.measurements)]
+    if not known:
         st.caption("No latency was measured in this run.")
         return
-    unit = "tokens/s" if results.generates(run) else "texts/s"
-    slo = run.settings.slo.latency_s
-    contenders = list(dict.fromkeys([OURS, *(row["contender"] for row in rows)]))
-    chart = charts.curve(rows, unit, percentile, None if slo is None else slo * 1e3, contenders)
-    st.vega_lite_chart(chart, width="stretch", key="chart-curve")
-    st.caption("Each point is a load; a line joins the loads of one sweep. Further right and lower is better.")
+    with st.container(horizontal=True):
+        what = str(_pick("Time", known, "latency", _TIMES)) if len(known) > 1 else known[0]
+        percentile = str(_pick("Percentile", rows.PERCENTILES, "p50"))
+    shared = before if before is not None and incomparable(before, run) is None else None
+    drawn, unit = rows.curve_rows(run, f"{what}_{percentile}", shared), statements.throughput_unit(run)
+    for reason in rows.left_out(run, f"{what}_{percentile}"):
+        st.caption(f"Not drawn: {reason}.")
+    if not drawn:
+        return
+    slo, named = run.settings.slo, f"{_TIMES[what]} {percentile}"
+    bound = {"latency": slo.latency_s, "ttft": slo.ttft_s, "tpot": slo.tpot_s}[what]
+    draw(charts.curve(drawn, unit, named, bound), "chart-curve", sentences.of_curve(drawn, unit, named))
+    hollow = " Hollow and dashed: the run before." if shared else ""
+    st.caption(f"Labels are loads; lines through points are 95 % intervals. Further right and lower is better.{hollow}")
 
 
-def _baselines(run: Run) -> None:
-    rows = results.baseline_rows(run)
-    st.subheader("Against the baselines", anchor=False)
-    if len(rows) < 2:
-        st.caption("This run has none. To measure one alongside the pipeline:")
+def _pick(label: str, options: list[str] | tuple[str, ...], default: str, named: dict[str, str] | None = None) -> str:
+    """A choice that the address keeps."""
+    key = label.lower()
+    asked = st.query_params.get(key, default)
+    chosen = st.segmented_control(
+        label, options, default=asked if asked in options else default, required=True, key=key,
+        format_func=lambda one: (named or {}).get(one, one), label_visibility="collapsed",
+    )  # fmt: skip
+    st.query_params[key] = str(chosen)
+    return str(chosen)
+
+
+def _baselines(run: Run, load: str) -> None:
+    drawn = rows.baseline_rows(run, load)
+    st.subheader(f"Against the baselines, {load}", anchor=False)
+    if len(drawn) < 2:
+        st.caption("None was measured at this load. To measure one alongside the pipeline:")
         st.code(f"stageline bench {as_typed(run.bundle)} --baseline onnxruntime", language="bash", wrap_lines=True)
         return
-    unit = "tokens/s" if results.generates(run) else "texts/s"
-    st.vega_lite_chart(charts.baselines(rows, unit), width="stretch", key="chart-baselines")
-    loads = sorted({row["load"] for row in rows})
-    others = [f"{row['ratio']:.2f} times {row['contender']} ({row['load']})" for row in rows if row["ratio"]]
-    st.caption(f"Load: {', '.join(loads)}. This bundle reaches {', '.join(others)}.")
+    unit = statements.throughput_unit(run)
+    draw(charts.baselines(drawn, unit), "chart-baselines", sentences.of_bars(drawn, unit))
+    st.caption(" ".join(one.text for one in statements.against(run, load)))
 
 
-def _stages(run: Run) -> None:
-    full = results.fullest(run)
-    if full is None or not full.stages:
+def _stages(run: Run, measurement: Measurement) -> None:
+    if not measurement.stages:
         return
-    st.subheader("Where the time goes", anchor=False)
-    st.vega_lite_chart(charts.stages(results.stage_rows(full)), width="stretch", key="chart-stages")
-    st.caption(f"Load: {full.load}.")
+    st.subheader(f"Where the time goes, {measurement.load}", anchor=False)
+    drawn = rows.stage_rows(measurement)
+    draw(charts.stages(drawn), "chart-stages", sentences.of_stages(drawn))
     st.page_link(
         st.session_state["pages"]["timeline"],
         label="See its timeline",
@@ -163,24 +200,50 @@ def _stages(run: Run) -> None:
     )
 
 
+def _loads(run: Run) -> None:
+    st.subheader("Every load", anchor=False)
+    st.dataframe(rows.load_rows(run), hide_index=True, key="loads", height="content")
+    if statements.generates(run):
+        st.caption("Prefill: tokens read/s, TTFT. Decode: tokens drawn/s, TPOT. A dash: too few requests for it.")
+
+
+def _pareto(run: Run) -> None:
+    drawn = rows.pareto_rows(run)
+    if len(drawn) < 2:
+        return
+    st.subheader("Speed for one user against speed of the device", anchor=False)
+    draw(charts.pareto(drawn), "chart-pareto", sentences.of_pareto(drawn))
+    st.caption("Labels are loads, and the cost of a million drawn tokens where the device has a price.")
+
+
 def _changes(run: Run, before: Run | None) -> None:
     if before is None:
         return
     st.subheader("What changed since the run before", anchor=False)
-    shared = results.common_loads([before, run])
-    ours = [key for key in shared if key[0] == OURS]
-    if ours:
-        key = (
-            st.selectbox("Load", ours, format_func=lambda one: one[1], key="changed load") if len(ours) > 1 else ours[0]
-        )
-        found = results.changes(before, run, key, _THRESHOLD)
-        st.dataframe(results.change_table(found), hide_index=True, key="changes", height="content")
+    reason = incomparable(before, run)
+    if reason is not None:
+        st.caption(f"Not compared: {reason}.")
+        return
+    found = compare(before, run)
+    st.markdown(f"{wording.VERDICTS[overall(found)]}, margin {MARGIN:.0%}. The pipeline against `{before.id}`, "
+                f"{words.ago(before.created, time.time())}:")  # fmt: skip
+    st.dataframe(results.matrix(found), hide_index=True, key="changes", height="content")
     differences_caption(before, run)
     st.page_link(
         st.session_state["pages"]["compare"],
         label="Compare the two",
         icon=":material/compare_arrows:",
         query_params={"runs": f"{before.id},{run.id}"},
+    )
+
+
+def _head(run: Run) -> None:
+    """How and where the run was made."""
+    machine = f"{run.environment.machine}, {words.counted(run.environment.cores, 'CPU core')}"
+    st.caption(
+        f"Run `{run.id}` of {' + '.join(map(str, run.plan.blocks))} blocks, measured "
+        f"{words.ago(run.created, time.time())} ({words.clock(run.created)}), {run.settings.pipeline.engine}, "
+        f"{run.dtype}, {run.settings.inputs}. {machine}."
     )
 
 

@@ -29,7 +29,12 @@ class Against:
 
 def throughput_name(run: Run) -> str:
     """The figure that states a run's throughput: tokens/s if its model generates, else requests/s."""
-    return "tokens_per_s" if run.settings.output_tokens is not None else "requests_per_s"
+    return "tokens_per_s" if generates(run) else "requests_per_s"
+
+
+def generates(run: Run) -> bool:
+    """Whether the requests of a run draw tokens."""
+    return run.settings.output_tokens is not None
 
 
 def throughput_unit(run: Run) -> str:

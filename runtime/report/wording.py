@@ -28,6 +28,13 @@ KEY_FIGURES = (
     "energy_per_token_j",
 )
 """The figures that tables show, in this order."""
+VERDICTS = {
+    "better": "Better",
+    "worse": "**Worse**",
+    "same": "The same",
+    "undecided": "Undecided: the intervals are too wide, or the samples too small",
+}
+"""Verdicts as the beginning of a sentence."""
 _LABELS = {
     "requests_per_s": "requests/s",
     "samples_per_s": "texts/s",
