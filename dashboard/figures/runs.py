@@ -74,7 +74,7 @@ class Card:
 
 
 def cards(run: Run, measurement: Measurement) -> list[Card]:
-    """The headline numbers of one load: throughput first, then latency, then use of time, memory and energy. A
+    """The headline numbers of one load: throughput first, then latency and use of time. A
     percentile that its sample does not carry is a dash, with the reason."""
     wanted = {
         "Throughput": throughput_name(run),
@@ -84,8 +84,6 @@ def cards(run: Run, measurement: Measurement) -> list[Card]:
         "TTFT p50": "ttft_p50_s",
         "TPOT p50": "tpot_p50_s",
         "Bubble ratio": "bubble_ratio",
-        "Memory": "host_memory_bytes",
-        "Energy": "energy_per_token_j",
     }
     found = []
     for label, name in wanted.items():
@@ -94,16 +92,12 @@ def cards(run: Run, measurement: Measurement) -> list[Card]:
             continue
         lacking = missing(measurement, name)
         if lacking:
-            found.append(Card(label, "-", f"too few requests: {sample_of(lacking)}", lacking))
+            found.append(Card(label, "-", "too few requests", lacking))
         else:
             about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}"
-            found.append(Card(label, wording.value(figure), wording.doubt(figure.spread) or "one repeat", about))
+            alone = "one repeat" if len(figure.values) < 2 else "every repeat"
+            found.append(Card(label, wording.value(figure), wording.doubt(figure.spread) or alone, about))
     return found
-
-
-def sample_of(reason: str) -> str:
-    """p99 needs 100 requests in each repeat, not 6 -> 6."""
-    return reason.rpartition(" ")[2]
 
 
 def fullest(run: Run, contender: str = OURS) -> Measurement | None:
@@ -119,7 +113,8 @@ def matrix(found: Sequence[FigureChange], contender: str = OURS) -> list[dict[st
     for one in found:
         if one.contender == contender:
             row = rows.setdefault(one.figure, {"figure": wording.label(one.figure)})
-            row[one.load] = one.verdict if one.ratio is None else f"{one.verdict}, {wording.change(one)}"
+            times = wording.change(one)
+            row[one.load] = one.verdict if times == "-" else f"{one.verdict}, {times}"
     return list(rows.values())
 
 
@@ -131,8 +126,7 @@ def change_table(found: Sequence[FigureChange]) -> list[dict[str, str]]:
             "figure": wording.label(one.figure),
             "is now": wording.change(one),
             "95 % confidence": wording.certainty(one).removeprefix("95 %: "),
-            "before": wording.with_doubt(one.before),
-            "after": wording.with_doubt(one.after),
+            **dict(zip(("before", "after"), wording.sides(one), strict=True)),
         }
         for one in found
     ]

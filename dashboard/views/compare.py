@@ -112,7 +112,8 @@ def _curves(runs: list[Run], names: list[str], key: tuple[str, str]) -> None:
         return
     st.subheader("Throughput and latency", anchor=False)
     unit = units.pop()
-    draw(charts.curve(drawn, unit, "Latency p50", None), "chart-curves", sentences.of_curve(drawn, unit, "Latency p50"))
+    chart = charts.curve(drawn, unit, "Latency p50", None, names)
+    draw(chart, "chart-curves", sentences.of_curve(drawn, unit, "Latency p50"))
     st.caption(f"{key[0]}. Labels are loads; lines through points are 95 % intervals.")
 
 

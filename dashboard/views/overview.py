@@ -104,13 +104,8 @@ def _answer(run: Run) -> None:
     if answer is None:
         st.markdown(f"**{name}:** the pipeline itself has no figures in this run.{ending}")
         return
-    slo = {None: "", True: " within the SLO", False: "; **no load keeps the SLO**"}[answer.kept]
-    parts = [f"**{name}: {answer.throughput}**{slo}, {answer.best.load}.{ending}"]
-    parts.append(answer.against.text if answer.against else "No baseline was measured at this load.")
-    if answer.bottleneck:
-        parts.append(f"Bottleneck: **{answer.bottleneck.text}**.")
     with st.container(border=True, key="answer"):
-        st.markdown(" ".join([*parts, f"Next: {answer.step}"]))
+        st.markdown(f"**{name}: {answer.achieved}**{ending} {answer.rest} `{answer.command}`")
 
 
 def _load(run: Run) -> Measurement | None:
@@ -123,7 +118,8 @@ def _load(run: Run) -> Measurement | None:
     start = asked if asked in ours else str(answer.best.load)
     if len(ours) == 1:
         return ours[start]
-    chosen = st.segmented_control("Load", list(ours), default=start, required=True, key=f"load of {run.id}")
+    chosen = st.segmented_control("Load", list(ours), default=start, required=True, key=f"load of {run.id}",
+                                  label_visibility="collapsed")  # fmt: skip
     st.query_params["load"] = str(chosen)
     return ours[str(chosen)]
 
@@ -134,7 +130,7 @@ def _cards(run: Run, measurement: Measurement) -> None:
         f"At {measurement.load}: {words.counted(measurement.requests, 'request')} in "
         f"{words.counted(repeats, 'repeat')}. ± is the 95 % confidence interval over the repeats."
     )
-    with st.container(horizontal=True, key="headlines"):
+    with st.grid(min_column_width=140, row_height="content"):
         for card in results.cards(run, measurement):
             st.metric(card.label, card.value, card.doubt, delta_color="off", delta_arrow="off", help=card.about,
                       border=True, height="stretch")  # fmt: skip
@@ -225,8 +221,8 @@ def _changes(run: Run, before: Run | None) -> None:
         st.caption(f"Not compared: {reason}.")
         return
     found = compare(before, run)
-    st.markdown(f"{wording.VERDICTS[overall(found)]}, margin {MARGIN:.0%}. The pipeline against `{before.id}`, "
-                f"{words.ago(before.created, time.time())}:")  # fmt: skip
+    verdict, when = wording.VERDICTS[overall(found)], words.ago(before.created, time.time())
+    st.markdown(f"{verdict}, margin {wording.percent(MARGIN)}. The pipeline against `{before.id}`, {when}:")
     st.dataframe(results.matrix(found), hide_index=True, key="changes", height="content")
     differences_caption(before, run)
     st.page_link(

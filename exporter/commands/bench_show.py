@@ -114,7 +114,7 @@ def changes(found: Sequence[FigureChange]) -> str:
         columns = _table(["", "", "before", "after", "after is", "95 % confidence"], right=(2, 3, 4))
         for one in ones:
             verdict = Text(one.verdict, _STYLES[one.verdict])
-            before, after = (wording.with_doubt(side, unit=one.before.unit == "s") for side in (one.before, one.after))
+            before, after = wording.sides(one)
             interval = wording.certainty(one).removeprefix("95 %: ")
             columns.add_row(verdict, wording.label(one.figure), before, after, wording.change(one), interval)
         drawn += [Text(key, "bold"), columns]

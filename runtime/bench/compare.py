@@ -33,7 +33,8 @@ FEWEST_REQUESTS = 10
 @dataclass(frozen=True)
 class FigureChange:
     """One figure in both runs. `ratio` is after over before; None if a value is zero. `chance`: how often alike figures
-    would differ so much, given how many are compared. `doubt`: why the sample cannot carry a verdict, if so."""
+    would differ so much, given how many are compared. `doubt`: why the sample cannot carry a verdict, if so.
+    `lacking`: why it does not even carry the figure."""
 
     contender: str
     load: str
@@ -44,6 +45,7 @@ class FigureChange:
     margin: float
     chance: float | None = None
     doubt: str | None = None
+    lacking: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -134,17 +136,15 @@ def change_of(before: Measurement, after: Measurement, name: str, margin: float 
     old, new = before.figures[name], after.figures[name]
     ratio = Ratio.between(old.values, new.values)
     likely = ratio.chance if ratio else chance(old.values, new.values)
-    doubt = _doubt(before, after, name)
-    return FigureChange(before.contender, str(before.load), name, old, new, ratio, margin, likely, doubt)
+    lacking = missing(before, name) or missing(after, name)
+    doubt = _doubt(before, after, name) or lacking
+    return FigureChange(before.contender, str(before.load), name, old, new, ratio, margin, likely, doubt, lacking)
 
 
 def _doubt(before: Measurement, after: Measurement, name: str) -> str | None:
     fewest = min(before.requests, after.requests)
     if fewest < FEWEST_REQUESTS:
         return f"{words.counted(fewest, 'request')}; a verdict needs {FEWEST_REQUESTS}"
-    lacking = [why for why in (missing(before, name), missing(after, name)) if why]
-    if lacking:
-        return lacking[0]
     if min(len(before.figures[name].values), len(after.figures[name].values)) < 2:
         return "one repeat has no interval"
     return None

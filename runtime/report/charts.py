@@ -23,15 +23,15 @@ from stageline.runtime.report.spec import (
 _DASHED = [5, 4]
 
 
-def curve(rows: Rows, unit: str, time: str, slo_s: float | None, labelled: bool = True) -> Spec:
+def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[str] = ()) -> Spec:
     """A time (named `time`) over throughput; lower right is better. Each point is a load, with 95 % intervals both
     ways; a line joins the loads of one sweep. Those of the run before are hollow and dashed. The SLO is a dashed line.
 
-    Rows: `report.rows.curve_rows`, times in seconds.
+    Rows: `report.rows.curve_rows`, times in seconds. `runs`: what stands for contenders, if the curves are of runs.
     """
     factor, symbol = time_unit([row["high_s"] for row in rows] + [slo_s or 0.0])
     rows = [{**row, **{name: row[f"{name}_s"] * factor for name in ("time", "low", "high")}} for row in rows]
-    colours = colour_of(list(dict.fromkeys(row["contender"] for row in rows)))
+    colours = dict(zip(runs, RUNS, strict=False)) or colour_of(list(dict.fromkeys(row["contender"] for row in rows)))
     spread = [row[name] for row in rows for name in ("low", "high")] + ([slo_s * factor] if slo_s else [])
     y = spreading("time", f"{time} ({symbol})", spread)
     x = quantity("throughput", title=f"throughput ({unit})", scale=FROM_ZERO)
@@ -75,7 +75,7 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, labelled: bool 
         "mark": {"type": "text", "align": "left", "dx": 7, "dy": -8},
         "encoding": {"x": x, "y": y, "text": category("short")},
     }
-    layers: list[Spec] = [lines, across, upright, points, *([names] if labelled else [])]
+    layers: list[Spec] = [lines, across, upright, points, names]
     if slo_s is not None:
         layers += _bound("y", slo_s * factor, f"SLO {slo_s * factor:g} {symbol}", y)
     return {"data": values(rows), "height": 330, "layer": layers}
@@ -131,7 +131,7 @@ def baselines(rows: Rows, unit: str) -> Spec:
         "encoding": {
             "x": quantity("throughput", title=f"throughput ({unit})"),
             "y": y,
-            "color": coloured("contender", colours, {"disable": True}),
+            "color": coloured("contender", colours, None),
             "tooltip": [
                 category("contender"),
                 category("load"),

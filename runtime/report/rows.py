@@ -84,7 +84,7 @@ def pareto_rows(run: Run) -> list[dict[str, Any]]:
     of a million drawn tokens, in the catalogue's currency, where the device has a price."""
     devices = len({device for device in run.plan.devices if not device.startswith("cpu")}) or 1
     price = _price_per_h(run)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for one in run.measurements:
         tpot, drawn = mean(one, "tpot_p50_s"), mean(one, "tokens_out_per_s")
         if not tpot or not drawn:

@@ -30,7 +30,7 @@ def of_bars(rows: Rows, unit: str) -> str:
 def of_pareto(rows: Rows) -> str:
     """Of `charts.pareto`."""
     shown = "; ".join(
-        f"{row['contender']} at {row['load']}: {words.figure(row['user'])} a user, {words.figure(row['device'])} a device"
+        f"{row['contender']} at {row['load']}: {words.figure(row['user'])} a user, {words.figure(row['device'])} in all"
         for row in rows
     )
     return f"Tokens per second. {shown}."

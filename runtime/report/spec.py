@@ -74,11 +74,10 @@ def colour_of(names: Sequence[str]) -> dict[str, str]:
     return {name: CONTENDERS.get(name) or next(others) for name in names}
 
 
-def coloured(field: str, colours: dict[str, str], legend: Spec | None = None) -> Spec:
-    """A channel of names with these colours."""
-    return category(
-        field, title=None, scale={"domain": list(colours), "range": list(colours.values())}, legend=legend or TOP
-    )
+def coloured(field: str, colours: dict[str, str], legend: Spec | None = TOP) -> Spec:
+    """A channel of names with these colours; `legend` None: no legend."""
+    scale = {"domain": list(colours), "range": list(colours.values())}
+    return category(field, title=None, scale=scale, legend=legend)
 
 
 def dressed(spec: Spec, theme: str = "light", sentence: str = "") -> Spec:

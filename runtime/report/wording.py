@@ -85,8 +85,13 @@ def doubt(spread: float | None) -> str:
 
 
 def with_doubt(figure: Figure, unit: bool = True) -> str:
-    """159 requests/s ±4 %; of one repeat without the interval, which is not known."""
+    """159 requests/s ±4 %; of one repeat, or of zero, without the interval, which is not known."""
     return f"{value(figure, unit)} {doubt(figure.spread)}".rstrip()
+
+
+def percent(share: float) -> str:
+    """0.804 -> 80 %."""
+    return f"{100 * share:.0f} %"
 
 
 def said(measurement: Measurement, name: str, unit: bool = True) -> str:
@@ -115,7 +120,12 @@ def _bound(bound: float) -> str:
 
 def change(found: FigureChange) -> str:
     """How many times the figure is, without the interval: 0.80 times."""
-    return "-" if found.ratio is None else f"{words.figure(found.ratio.value)} times"
+    return "-" if found.ratio is None or found.lacking else f"{words.figure(found.ratio.value)} times"
+
+
+def sides(found: FigureChange) -> tuple[str, str]:
+    """Both figures with their doubt; dashes if a sample does not carry its figure."""
+    return ("-", "-") if found.lacking else (with_doubt(found.before), with_doubt(found.after))
 
 
 def certainty(found: FigureChange) -> str:

@@ -6,8 +6,7 @@ from typing import Any
 
 import altair as alt
 import pytest
-from stageline.dashboard.charts import live, plan, runs, timeline
-from stageline.dashboard.charts.base import Spec
+from stageline.dashboard.charts import live, plan, timeline
 from stageline.dashboard.figures import live as live_figures
 from stageline.dashboard.figures import plan as plan_figures
 from stageline.dashboard.figures import runs as run_figures
@@ -15,6 +14,9 @@ from stageline.dashboard.figures import timeline as timeline_figures
 from stageline.dashboard.figures.distribution import spread
 from stageline.runtime.bench.records import Timeline
 from stageline.runtime.bench.store import Store
+from stageline.runtime.report import charts as runs
+from stageline.runtime.report import rows
+from stageline.runtime.report.spec import Spec, dressed
 from stageline.runtime.stages.recorder import Span
 from stageline.runtime.workload import Workload
 
@@ -26,7 +28,8 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
     run = store.run(store.find("latest"))
     measurement = run_figures.fullest(run)
     assert measurement is not None
-    curve = run_figures.curve_rows(run, "p99")
+    before = store.run(store.find("latest~1"))
+    curve = rows.curve_rows(run, "latency_p50", before)
     requests = spread(["A"], [store.requests(run.id, 0)])
     spans = [Span(stage, "decode", 0, 2e-3 * stage, 2e-3 * stage + 1e-3, 1, 1, (3,)) for stage in (0, 1, 0)]
     spans.append(Span(0, "decode", 1, 5e-3, 6e-3, 1, 1, (3,)))
@@ -41,13 +44,14 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
         live_figures.Panel("A", "tokens/s", {"a": [(1.0, 2.0)], "b": [(2.0, 3.0)]}),
         live_figures.Panel("B", "%", {"a": [(1.0, 2.0)]}, 100.0),
     ]
-    contenders = ["stageline", "onnxruntime"]
     return {
-        "curve": lambda: runs.curve(curve, "tokens/s", "p99", None, contenders),
-        "curve with an SLO": lambda: runs.curve(curve, "tokens/s", "p99", 500.0, contenders),
-        "baselines": lambda: runs.baselines(run_figures.baseline_rows(run), "tokens/s"),
-        "stages of a run": lambda: runs.stages(run_figures.stage_rows(measurement)),
-        "ladder": lambda: runs.ladder(run_figures.ladder_rows("A", measurement, "latency_s"), "latency (ms)", ["A"]),
+        "curve": lambda: runs.curve(curve, "tokens/s", "latency p50", None),
+        "curve with an SLO": lambda: runs.curve(curve, "tokens/s", "latency p50", 0.5),
+        "curve of seconds": lambda: runs.curve(curve, "tokens/s", "latency p50", 5.0),
+        "pareto": lambda: runs.pareto(rows.pareto_rows(run)),
+        "baselines": lambda: runs.baselines(rows.baseline_rows(run, str(measurement.load)), "tokens/s"),
+        "stages of a run": lambda: runs.stages(rows.stage_rows(measurement)),
+        "ladder": lambda: runs.ladder(rows.ladder_rows("A", measurement, "latency_s"), "latency", ["A"]),
         "histogram": lambda: runs.histogram(requests.histogram, ["A"]),
         "over time": lambda: runs.over_time(requests.over_time, ["A"]),
         "gantt": lambda: timeline.gantt(drawn, bubbles, ["stage 0", "stage 1"], (0.0, 8.0)),
@@ -77,12 +81,12 @@ def test_every_chart_is_valid_vega_lite_and_draws_fields_that_its_rows_have(
     charts: dict[str, Callable[[], Spec]],
 ) -> None:
     for name, chart in charts.items():
-        spec = chart()
+        spec = dressed(chart(), "dark", "A sentence.")
         kind = alt.VConcatChart if "vconcat" in spec else alt.LayerChart if "layer" in spec else alt.Chart
         kind.from_dict(spec)  # validates
         for encoding, drawn in encodings(spec):
             channels = [one for value in encoding.values() for one in (value if isinstance(value, list) else [value])]
-            fields = {channel["field"] for channel in channels if "field" in channel}
+            fields = {channel["field"] for channel in channels if isinstance(channel, dict) and "field" in channel}
             assert drawn, f"{name} draws nothing"
             assert fields, name
             assert fields <= set(drawn[0]), name

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from stageline.runtime.bench.store import Store
+from stageline.runtime.report import wording
 from streamlit.testing.v1 import AppTest
 
 APP = Path(__file__).parents[2] / "dashboard" / "app.py"
@@ -41,18 +42,27 @@ def words(app: AppTest) -> str:
     return " ".join(str(block.value) for block in blocks)
 
 
-def test_overview_begins_with_throughput_and_its_units(filled_store: Path, started_with: StartedWith) -> None:
+def test_overview_says_first_whether_it_is_good_and_keeps_to_one_load(
+    filled_store: Path, started_with: StartedWith
+) -> None:
     started_with("--store", filled_store)
     app = overview()
     assert not app.exception
+    first = next(str(one.value) for one in app.markdown if "llama" in str(one.value))
+    assert re.search(r"\*\*llama, 2 stages: [\d,.]+ tokens/s ±.*, \d at a time\.", first)
+    assert re.search(r"Stageline is [\d.]+ times onnxruntime, \d at a time \(95 %: ", first)
+    assert re.search(r"Next: .*: `stageline ", first)
     names = [metric.label for metric in app.metric]
     assert names[0] == "Throughput"
-    assert app.metric[0].value.endswith(" tokens/s")
     assert {"Latency p50", "TTFT p50", "TPOT p50", "Bubble ratio"} <= set(names)
     run = Store(filled_store).run(Store(filled_store).find("latest"))
-    best = max(m.figures["tokens_per_s"].mean for m in run.measurements if m.contender == "stageline")
-    assert float(app.metric[0].value.split()[0].replace(",", "")) == pytest.approx(best, rel=0.006)
-    assert re.search(r"This bundle reaches [\d.]+ times onnxruntime \(\d at a time\)\.", words(app))
+    ours = {str(m.load): m for m in run.measurements if m.contender == "stageline"}
+    for load, measurement in ours.items():
+        app = overview(load=load)
+        shown = {metric.label: metric.value for metric in app.metric}
+        assert f"At {load}: {measurement.requests} requests in 2 repeats" in words(app)
+        for label, figure in (("Throughput", "tokens_per_s"), ("TPOT p50", "tpot_p50_s")):
+            assert shown[label] == wording.value(measurement.figures[figure])
 
 
 def damaged(kind: str, filled: Path, folder: Path) -> Path:
@@ -145,8 +155,11 @@ def test_compare_names_what_differs_and_exits_with_no_exception(filled_store: Pa
     store = Store(filled_store)
     app = page("compare", runs=f"{store.find('latest~1')},{store.find('latest')}")
     assert not app.exception
-    table = app.dataframe[0].value
-    assert {"requests/s", "latency p99", "TTFT p50"} <= set(table["figure"])
+    matrix, table = app.dataframe[0].value, app.dataframe[1].value
+    assert {"requests/s", "latency p50", "TTFT p50"} <= set(matrix["figure"])
+    assert {"1 at a time", "4 at a time"} <= set(matrix)
+    assert next(iter(table)) == "verdict"
+    assert set(table["verdict"]) <= {"better", "worse", "same", "undecided"}
     app = page("compare", runs=store.find("latest"))
     assert "Choose two runs" in words(app)
 

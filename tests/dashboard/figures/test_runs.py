@@ -11,11 +11,13 @@ from stageline.dashboard.figures import distribution
 from stageline.dashboard.figures import plan as figures
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import find_bundles
+from stageline.runtime import words
 from stageline.runtime.bench.records import Requests
 from stageline.runtime.bench.store import Store
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.planning.measure import ranges
 from stageline.runtime.planning.profile import Machine, MachineProfile, Point
+from stageline.runtime.report import rows, statements
 from stageline.runtime.workload import Workload
 
 DASHBOARD = Path(__file__).parents[2] / "dashboard"
@@ -79,8 +81,8 @@ def test_a_million_requests_become_few_rows_that_agree_with_them() -> None:
     good = requests.status == 0
     for row in rows[:10]:
         inside = good & (np.abs(requests.intended_s - row["at_s"]) < 10 / 160)
-        wanted = np.percentile(requests.latency_s[inside], 50 if row["percentile"] == "p50" else 99) * 1e3
-        assert row["ms"] == pytest.approx(wanted, rel=0.02)
+        wanted = np.percentile(requests.latency_s[inside], 50 if row["percentile"] == "p50" else 99)
+        assert row["seconds"] == pytest.approx(wanted, rel=0.02)
 
 
 def test_no_requests_are_no_trouble() -> None:
@@ -94,7 +96,7 @@ def test_a_stall_is_seen_over_time() -> None:
     stalled = requests.latency_s.copy()
     stalled[(requests.intended_s > 4) & (requests.intended_s < 5)] = 9.0
     rows = distribution.over_time("r", dataclasses.replace(requests, latency_s=stalled))
-    hill = [row["at_s"] for row in rows if row["percentile"] == "p50" and row["ms"] > 8000]
+    hill = [row["at_s"] for row in rows if row["percentile"] == "p50" and row["seconds"] > 8]
     assert hill
     assert min(hill) > 3.8
     assert max(hill) < 5.2
@@ -173,12 +175,40 @@ def test_what_differs_between_runs_is_named(filled_store: Path) -> None:
     assert len(found) == 2
 
 
-def test_baselines_are_compared_under_a_load_that_both_have(filled_store: Path) -> None:
+def test_baselines_are_compared_under_the_named_load_in_one_direction(filled_store: Path) -> None:
     store = Store(filled_store)
     run = store.run(store.find("latest"))
-    rows = results.baseline_rows(run)
-    assert [row["contender"] for row in rows] == ["stageline", "onnxruntime"]
-    theirs = next(m for m in run.measurements if m.contender == "onnxruntime" and str(m.load) == rows[1]["load"])
-    ours = next(m for m in run.measurements if m.contender == "stageline" and str(m.load) == rows[1]["load"])
-    times = ours.figures["tokens_per_s"].mean / theirs.figures["tokens_per_s"].mean
-    assert (rows[0]["ratio"], rows[1]["ratio"]) == (None, pytest.approx(times))
+    for load in ("1 at a time", "4 at a time"):
+        drawn = rows.baseline_rows(run, load)
+        assert {row["load"] for row in drawn} == {load}
+        assert drawn[0]["throughput"] >= drawn[1]["throughput"]
+        values = {m.contender: m.figures["tokens_per_s"].values for m in run.measurements if str(m.load) == load}
+        wanted = np.exp(np.mean(np.log(values["stageline"])) - np.mean(np.log(values["onnxruntime"])))
+        ratios = {row["contender"]: row["ratio"] for row in drawn}
+        assert ratios == {"stageline": None, "onnxruntime": pytest.approx(wanted)}
+        (said,) = statements.against(run, load)
+        assert said.text.startswith(f"Stageline is {words.figure(wanted)} times onnxruntime, {load} (95 %: ")
+
+
+def test_headline_cards_are_of_one_load_with_their_doubt(filled_store: Path) -> None:
+    store = Store(filled_store)
+    run = store.run(store.find("latest~1"))
+    measurement = run.measurements[0]
+    few = dataclasses.replace(measurement, requests=12)
+    cards = {card.label: card for card in results.cards(run, few)}
+    assert cards["Throughput"].value == f"{words.figure(measurement.figures['tokens_per_s'].mean)} tokens/s"
+    assert cards["Throughput"].doubt.startswith("±")
+    assert cards["Latency p99"].value == "-"
+    assert cards["Latency p99"].about == "p99 needs 100 requests in each repeat, not 6"
+    assert "Within the SLO" in cards
+    assert all(str(measurement.load) in card.about for card in cards.values() if card.value != "-")
+
+
+def test_cuts_of_one_model_are_one_group_and_equal_names_are_told_apart(filled_store: Path) -> None:
+    line = Store(filled_store).runs()[0]
+    recut = dataclasses.replace(line, bundle="/cache/cuts/llama-3-stages")
+    other = dataclasses.replace(line, bundle="/elsewhere/llama", checkpoint="f" * 64)
+    found = results.by_model([line, recut, other])
+    assert list(found) == [f"llama ({Path(line.bundle).parent})", "llama (/elsewhere)"]
+    assert [len(group) for group in found.values()] == [2, 1]
+    assert list(results.by_model([recut, line])) == ["llama"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import synthetic_runs
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stageline.models.errors import RequestError
 from stageline.runtime.bench.compare import (
@@ -131,6 +131,7 @@ def test_goodput_that_fell_to_zero_is_worse_and_stays_the_same_at_zero() -> None
 positive = st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=6)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(before=positive, after=positive)
 def test_verdicts_are_turned_round_with_the_runs(before: list[float], after: list[float]) -> None:
     def verdict(one: list[float], other: list[float]) -> str:

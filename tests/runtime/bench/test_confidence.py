@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stageline.runtime.bench.confidence import Ratio, difference, interval, requests_needed, t_quantile, together
 
@@ -65,6 +65,7 @@ def test_a_ratio_of_single_or_of_no_values() -> None:
     assert Ratio.between([0.0, 1.0], [1.0, 1.0]) is None
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(1e-9, 1e9), min_size=2, max_size=5), st.lists(st.floats(1e-9, 1e9), min_size=2, max_size=5))
 def test_the_inverse_ratio_has_the_inverse_interval(one: list[float], other: list[float]) -> None:
     there, back = Ratio.between(one, other), Ratio.between(other, one)
