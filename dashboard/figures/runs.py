@@ -77,8 +77,8 @@ def cards(run: Run, measurement: Measurement) -> list[Card]:
     """The headline numbers of one load: throughput first, then latency and use of time. A
     percentile that its sample does not carry is a dash, with the reason."""
     wanted = {
-        "Throughput": throughput_name(run),
-        "Within the SLO": "goodput_per_s",
+        wording.label(throughput_name(run)).capitalize(): throughput_name(run),
+        "Within the SLO/s": "goodput_per_s",
         "Latency p50": "latency_p50_s",
         "Latency p99": "latency_p99_s",
         "TTFT p50": "ttft_p50_s",
@@ -96,7 +96,7 @@ def cards(run: Run, measurement: Measurement) -> list[Card]:
         else:
             about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}"
             alone = "one repeat" if len(figure.values) < 2 else "every repeat"
-            found.append(Card(label, wording.value(figure), wording.doubt(figure.spread) or alone, about))
+            found.append(Card(label, wording.value(figure, unit=False), wording.doubt(figure.spread) or alone, about))
     return found
 
 
@@ -113,8 +113,8 @@ def matrix(found: Sequence[FigureChange], contender: str = OURS) -> list[dict[st
     for one in found:
         if one.contender == contender:
             row = rows.setdefault(one.figure, {"figure": wording.label(one.figure)})
-            times = wording.change(one)
-            row[one.load] = one.verdict if times == "-" else f"{one.verdict}, {times}"
+            times = wording.change(one).removesuffix(" times")
+            row[one.load] = one.verdict if times == "-" else f"{one.verdict} {times}×"
     return list(rows.values())
 
 

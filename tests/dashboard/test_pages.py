@@ -53,7 +53,7 @@ def test_overview_says_first_whether_it_is_good_and_keeps_to_one_load(
     assert re.search(r"Stageline is [\d.]+ times onnxruntime, \d at a time \(95 %: ", first)
     assert re.search(r"Next: .*: `stageline ", first)
     names = [metric.label for metric in app.metric]
-    assert names[0] == "Throughput"
+    assert names[0] == "Tokens/s"
     assert {"Latency p50", "TTFT p50", "TPOT p50", "Bubble ratio"} <= set(names)
     run = Store(filled_store).run(Store(filled_store).find("latest"))
     ours = {str(m.load): m for m in run.measurements if m.contender == "stageline"}
@@ -61,8 +61,8 @@ def test_overview_says_first_whether_it_is_good_and_keeps_to_one_load(
         app = overview(load=load)
         shown = {metric.label: metric.value for metric in app.metric}
         assert f"At {load}: {measurement.requests} requests in 2 repeats" in words(app)
-        for label, figure in (("Throughput", "tokens_per_s"), ("TPOT p50", "tpot_p50_s")):
-            assert shown[label] == wording.value(measurement.figures[figure])
+        for label, figure in (("Tokens/s", "tokens_per_s"), ("TPOT p50", "tpot_p50_s")):
+            assert shown[label] == wording.value(measurement.figures[figure], unit=False)
 
 
 def damaged(kind: str, filled: Path, folder: Path) -> Path:
