@@ -65,8 +65,6 @@ def against(run: Run, load: str) -> list[Against]:
     return [Against(one.contender, load, ratio) for one, ratio in pairs if ratio is not None]
 
 
-WITHIN = 0.9
-"""A load keeps the SLO if at least this share of its requests, failed ones included, kept every bound."""
 _FULL = 0.7
 """A stage that is busy for this share of the time holds the rest up; no schedule keeps one busy all the time."""
 _UNEVEN = 1.15
@@ -118,11 +116,13 @@ class Answer:
 
 
 def slo_share(measurement: Measurement) -> float | None:
-    """The share of all requests that kept every bound; None without bounds."""
+    """The share of all requests, failed ones included, that kept every bound; None without bounds. Runs of before it
+    was kept have it from goodput."""
+    share = mean(measurement, "slo_share")
     goodput, answered = mean(measurement, "goodput_per_s"), mean(measurement, "requests_per_s")
-    if goodput is None or not answered:
-        return None if goodput is None else 0.0
-    return goodput / answered * (1 - (mean(measurement, "failed_share") or 0.0))
+    if share is not None or goodput is None:
+        return share
+    return goodput / answered * (1 - (mean(measurement, "failed_share") or 0.0)) if answered else 0.0
 
 
 def answer(run: Run) -> Answer | None:
@@ -132,7 +132,7 @@ def answer(run: Run) -> Answer | None:
     if not ours:
         return None
     shares = {id(one): slo_share(one) for one in ours}
-    keeping = [one for one in ours if (shares[id(one)] or 0.0) >= WITHIN]
+    keeping = [one for one in ours if (shares[id(one)] or 0.0) >= run.settings.slo.share]
     best = max(keeping or ours, key=lambda one: mean(one, name) or 0.0)
     kept = None if shares[id(best)] is None else bool(keeping)
     peers = against(run, str(best.load))

@@ -153,7 +153,7 @@ def test_overview_opens_a_run_by_its_link(window: Callable[..., Window], store: 
     older = Store(store).find("latest~1")
     opened = window()
     opened.open(f"/?run={older}", "Overview")
-    for text in (f"Run {older}", "llama: 2 stages", "Throughput", "tokens/s"):
+    for text in (f"Run {older}", "llama, 2 stages", "Throughput", "tokens/s"):
         opened.await_text(text)
     opened.open("/?run=nonsense", "Overview")
     opened.await_text("has no run nonsense")
