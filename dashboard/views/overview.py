@@ -106,6 +106,7 @@ def _answer(run: Run) -> None:
         return
     with st.container(border=True, key="answer"):
         st.markdown(f"**{name}: {answer.achieved}**{ending} {answer.rest} `{answer.command}`")
+        st.caption(" ".join(statements.capacity_lines(run)))
 
 
 def _load(run: Run) -> Measurement | None:

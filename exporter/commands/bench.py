@@ -1,4 +1,4 @@
-"""The commands `stageline bench BUNDLE` and `stageline bench list`, `show`, `compare`, `export`, `import`, `delete`."""
+"""The commands `stageline bench BUNDLE` and `stageline bench list`, `show`, `export`, `import`, `delete`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from stageline.exporter.commands import bench_show, common
 from stageline.exporter.commands.bench_judge import compare_command
+from stageline.exporter.commands.bench_report import report_command
 from stageline.exporter.commands.bench_run import run_command
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench import files
@@ -73,6 +74,7 @@ def show_command(
 
 
 app.command("compare")(compare_command)
+app.command("report")(report_command)
 
 
 @app.command("export")

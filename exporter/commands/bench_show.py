@@ -14,7 +14,7 @@ from stageline.runtime.bench.compare import FigureChange, missing
 from stageline.runtime.bench.records import OURS, Measurement, Run, RunLine
 from stageline.runtime.report import wording
 from stageline.runtime.report.limits import limits
-from stageline.runtime.report.statements import against
+from stageline.runtime.report.statements import against, capacity_lines
 
 _PIPED = 100
 """Columns where stdout is no terminal."""
@@ -52,6 +52,7 @@ def run(found: Run) -> str:
     head += [Text(line) for line in limits(found)]
     for load, measured in by_load.items():
         head += ["", *_load(load, measured), *(Text(one.text) for one in against(found, load))]
+    head += [Text(line) for line in ("", *capacity_lines(found))]
     notes = list(dict.fromkeys(note for m in found.measurements for note in m.notes))
     return _drawn(*head, *(["", Text("\n".join(notes))] if notes else []))
 

@@ -3,7 +3,8 @@
 Measurements of one contender under one load are compared figure by figure, by the ratio of after to before and its 95 %
 confidence interval over the repeats (`Ratio`). A figure is
 
-    same       if the whole interval lies within the margin: between 1 / (1 + margin) and 1 + margin
+    same       if the whole interval lies within the margin: between 1 / (1 + margin) and 1 + margin; or if both are one
+               measurement, with the same values
     better,    if the interval leaves out 1, the ratio itself lies beyond the margin, and all that are called so are
     worse      wrong 1 time in 20 between them, however many figures were compared (`together`)
     undecided  otherwise, and wherever the sample is too small to say anything
@@ -52,10 +53,10 @@ class FigureChange:
         """See the module."""
         if self.doubt is not None or self.chance is None:
             return "undecided"
+        if self.before.values == self.after.values:
+            return "same"  # the same measurement
         most = 1 + self.margin
         if self.ratio is None:  # shares and goodput may be zero: of those, any sure change counts
-            if self.chance == 1.0:
-                return "same"
             beyond, more = True, self.after.mean > self.before.mean
         else:
             if 1 / most <= (self.ratio.low or 0.0) and (self.ratio.high or math.inf) <= most:

@@ -21,6 +21,7 @@ from stageline.runtime.report.spec import (
 )
 
 _DASHED = [5, 4]
+_KEYS: Spec = {"orient": "top", "columns": 3}
 
 
 def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[str] = ()) -> Spec:
@@ -35,7 +36,7 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[
     spread = [row[name] for row in rows for name in ("low", "high")] + ([slo_s * factor] if slo_s else [])
     y = spreading("time", f"{time} ({symbol})", spread)
     x = quantity("throughput", title=f"throughput ({unit})", scale=FROM_ZERO)
-    colour = coloured("contender", colours, {"orient": "top", "columns": 3})
+    colour = coloured("contender", colours, _KEYS)
     tips = [
         category("contender"),
         category("run"),
@@ -65,7 +66,7 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[
         "mark": {"type": "point", "size": 70, "opacity": 1, "strokeWidth": 2},
         "encoding": {
             "x": x, "y": y, "color": colour, "tooltip": tips,
-            "shape": category("contender", title=None, sort=list(colours)),
+            "shape": category("contender", title=None, scale={"domain": list(colours)}, legend=_KEYS),
             "fillOpacity": {"condition": {"test": "datum.run == 'this run'", "value": 1}, "value": 0},
             "fill": {**colour, "legend": None},
         },
@@ -98,7 +99,7 @@ def pareto(rows: Rows) -> Spec:
     Rows: `report.rows.pareto_rows`.
     """
     colours = colour_of(list(dict.fromkeys(row["contender"] for row in rows)))
-    colour = coloured("contender", colours, {"orient": "top", "columns": 3})
+    colour = coloured("contender", colours, _KEYS)
     x = quantity("user", title="tokens/s a user (1 / TPOT p50)", scale=FROM_ZERO)
     y = quantity("device", title="tokens/s a device", scale=FROM_ZERO)
     front = {
@@ -110,7 +111,7 @@ def pareto(rows: Rows) -> Spec:
         "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
         "encoding": {
             "x": x, "y": y, "color": colour,
-            "shape": category("contender", title=None, sort=list(colours)),
+            "shape": category("contender", title=None, scale={"domain": list(colours)}, legend=_KEYS),
             "tooltip": [category("contender"), category("load"), quantity("user", format=",.3~g"),
                         quantity("device", format=",.3~g"), category("cost")],
         },

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from stageline.runtime import words
+from stageline.runtime.bench.capacity import capacities
 from stageline.runtime.bench.confidence import Ratio
 from stageline.runtime.bench.records import OURS, Measurement, Run
 from stageline.runtime.report import wording
@@ -140,6 +141,20 @@ def answer(run: Run) -> Answer | None:
     step, command = _next_step(run, best, held, peers)
     throughput = wording.with_doubt(best.figures[name])
     return Answer(best, throughput, kept, peers[0] if peers else None, held, step, command)
+
+
+def capacity_lines(run: Run) -> list[str]:
+    """The knee of each contender, and the largest rate that keeps the SLO, as far as the run has the loads."""
+    found = []
+    for one in capacities(run.measurements, run.settings.slo):
+        if one.knee is not None:
+            beyond = ", the largest that was measured: the knee may lie beyond" if one.climbing else ""
+            found.append(f"The knee of {one.contender} is at {one.knee}{beyond}.")
+        if one.best is not None:
+            sure = "" if one.sure else ", not surely"
+            over = f"; {words.figure(one.over_per_s)}/s does not" if one.over_per_s is not None else ""
+            found.append(f"The largest rate at which {one.contender} keeps the SLO{sure}: {one.best}{over}.")
+    return found
 
 
 def bottleneck(run: Run, measurement: Measurement) -> Bottleneck | None:

@@ -18,6 +18,7 @@ KEY_FIGURES = (
     "ttft_p99_s",
     "tpot_p50_s",
     "tpot_p99_s",
+    "slo_share",
     "failed_share",
     "bubble_ratio",
     "hop_overhead_s",
@@ -30,7 +31,7 @@ KEY_FIGURES = (
 """The figures that tables show, in this order."""
 VERDICTS = {
     "better": "Better",
-    "worse": "**Worse**",
+    "worse": "Worse",
     "same": "The same",
     "undecided": "Undecided: the intervals are too wide, or the samples too small",
 }
@@ -42,6 +43,7 @@ _LABELS = {
     "tokens_in_per_s": "tokens read/s",
     "tokens_out_per_s": "tokens drawn/s",
     "goodput_per_s": "within the SLO/s",
+    "slo_share": "within the SLO",
     "failed_share": "not answered",
     "bubble_ratio": "bubble ratio",
     "hop_overhead_s": "hop overhead",
