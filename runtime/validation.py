@@ -7,6 +7,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stageline.models.errors import BundleError
 
 _LIMIT_BYTES = 256 * 1024**2
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden unexpected_keyword_argument": "is no field that is known here",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "int_type int_parsing int_from_float int_parsing_size": "must be a whole number",
+    "float_type float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be a text",
+    "bool_type bool_parsing": "must be true or false",
+    "list_type tuple_type": "must be a list",
+    "dict_type model_type model_attributes_type dataclass_type": "must be an object",
+    "literal_error enum": "must be {expected}",
+    "value_error": "{error}",
+}
+"""Kinds of pydantic's errors, and our words for them, with the values that pydantic gives."""
 
 
 class Data(BaseModel):
@@ -24,11 +42,16 @@ _Document = TypeVar("_Document", bound=BaseModel)
 
 
 def first_error(error: ValidationError) -> str:
-    """Where the first of pydantic's errors is, what it is, and the value if it is a short one: one line."""
+    """Where the first of pydantic's errors is, what it is, and the value if it is a short one: one line, in our words
+    where the kind of error is a common one."""
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))
+    context = first.get("ctx", {})
+    words = next((words for kinds, words in _WORDS.items() if first["type"] in kinds.split()), "")
+    said = words.format(**context) if words else first["msg"]
     value = repr(first["input"]) if isinstance(first["input"], int | float | str) else ""
-    return (f"{place}: " if place else "") + first["msg"] + (f" (it is {value})" if 0 < len(value) <= 40 else "")
+    shown = 0 < len(value) <= 40 and first["type"] != "value_error"
+    return (f"{place}: " if place else "") + said + (f" (it is {value})" if shown else "")
 
 
 def read_document(kind: type[_Document], file: Path, advice: str) -> _Document:

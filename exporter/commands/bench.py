@@ -20,6 +20,8 @@ _RUN = "run"
 class _DefaultToRun(TyperGroup):
     """`stageline bench BUNDLE ...` means `stageline bench run BUNDLE ...`, unless BUNDLE is a command's name."""
 
+    default = _RUN
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help",):
             args = [_RUN, *args]
@@ -122,12 +124,12 @@ def cancel_command(run: RunArgument, store: common.StoreOption = None) -> None:
 
 
 @app.command("delete")
-def delete_command(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The whole id.")], store: common.StoreOption = None
-) -> None:
+def delete_command(run: RunArgument, store: common.StoreOption = None) -> None:
     """Remove a run and all its requests from the store.
 
     Example: stageline bench delete 20260131-235959-a1b2c3
     """
-    Store(store).delete(run)
-    print(run)
+    found = Store(store)
+    run_id = found.find(run)
+    found.delete(run_id)
+    print(run_id)

@@ -140,6 +140,8 @@ def run_command(
         raise typer.BadParameter("a sweep chooses its loads; leave out other loads", param_hint="--sweep")
     if workload is not None and (prefixes is not None or turns > 1):
         raise typer.BadParameter("a workload has its own prefixes and turns", param_hint="--workload")
+    if timeline is not None and timeline.exists():
+        raise RequestError(f"{timeline} exists already; delete it, or choose another file")
     at_rates = Load("Rate", pattern=pattern_of(pattern), ceiling=max_concurrency)
     asked = options.loads(
         scenario.split(",") if scenario else (),

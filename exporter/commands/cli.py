@@ -4,10 +4,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import takewhile
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from stageline.exporter.commands import (
     bench,
     build,
@@ -22,6 +22,7 @@ from stageline.exporter.commands import (
     verify,
 )
 from stageline.models.errors import StagelineError
+from stageline.runtime.validation import first_error
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -31,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(args=arguments, prog_name="stageline", standalone_mode=False) or 0)
     except typer.TyperException as error:
-        words = list(takewhile(_COMMANDS.__contains__, sys.argv[1:] if arguments is None else arguments))[:1]
-        message = error.format_message().replace("Value error, ", "").rstrip(".")
-        return _failed(f"{message}; see {' '.join(['stageline', *words, '--help'])}", error.exit_code)
+        return _failed(_usage(error, sys.argv[1:] if arguments is None else arguments), error.exit_code)
     except StagelineError as error:
         return _failed(str(error), 1)
     except BrokenPipeError:
@@ -62,7 +61,29 @@ def stageline(
 
 for command in (bundles, verify, eject, run, plan, build, serve, bench, doctor, dashboard, checkpoints):
     command.register(app)
-_COMMANDS = {str(c.name) for c in app.registered_commands} | {str(group.name) for group in app.registered_groups}
+
+
+def _usage(error: typer.TyperException, arguments: Sequence[str]) -> str:
+    """What is wrong with the command line, and the help of the command that was meant. typer checks values with
+    pydantic: its words are replaced by ours."""
+    if isinstance(error, typer.BadParameter) and isinstance(error.__cause__, ValidationError):
+        error.message = first_error(error.__cause__)
+    context = getattr(error, "ctx", None)
+    command = _meant(arguments) if context is None else context.command_path
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _meant(arguments: Sequence[str]) -> str:
+    """The command that the first arguments name."""
+    words, found = ["stageline"], typer.main.get_command(app)
+    for argument in arguments:
+        commands = getattr(found, "commands", {})
+        name = argument if argument in commands else getattr(found, "default", None)
+        if name is None:
+            break
+        words.append(name)
+        found = commands[name]
+    return " ".join(words)
 
 
 def _failed(message: str, status: int) -> int:

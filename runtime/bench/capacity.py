@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from stageline.runtime.bench.confidence import CONFIDENCE, interval
@@ -18,8 +19,9 @@ class Capacity:
 
     `knee`: of the closed loops, the load with the largest throughput over mean latency, Kleinrock's power ("Power and
     deterministic rules of thumb", 1979). Where stages of fixed times take turns, that is the number of requests that
-    just keeps the slowest one busy. None if there are fewer than two closed loops. `climbing`: no larger closed loop
-    was measured, so the true knee may lie beyond. `peak_per_s`: the largest throughput of a closed loop.
+    just keeps the slowest one busy. None unless the closed loops beside it have at most twice and at least half as many
+    at a time, so that it is known to a factor of two. `climbing`: no larger closed loop was measured, so the true knee
+    may lie beyond. `peak_per_s`: the largest throughput of a closed loop.
 
     `best`: the largest rate that holds the SLO: of all requests, failed ones included, at least the SLO's share was
     answered within its bounds. `sure`: whether that holds with 95 % confidence. `over_per_s`: the smallest larger rate
@@ -50,7 +52,7 @@ def _capacity(contender: str, measured: Sequence[Measurement], slo: Slo) -> Capa
         ),
         key=lambda one: one.load.concurrency or 1,
     )
-    knee = max(closed, key=_power) if len({one.load.concurrency or 1 for one in closed}) > 1 else None
+    knee = _knee(closed)
     peak = max((_mean(one, "requests_per_s") for one in closed), default=None)
     best, over = None, None
     for one in sorted(rates(measured), key=lambda one: one.load.rate_per_s or 0.0):
@@ -94,6 +96,15 @@ def settled(values: Sequence[float], bound: float) -> bool | None:
     if bounds is None or bounds[0] <= bound <= bounds[1]:
         return None
     return bounds[0] > bound
+
+
+def _knee(closed: Sequence[Measurement]) -> Measurement | None:
+    """The knee of closed loops in ascending order, if its neighbours are near enough."""
+    if len(closed) < 2:
+        return None
+    place = max(range(len(closed)), key=lambda at: _power(closed[at]))
+    near = [one.load.concurrency or 1 for one in closed[max(0, place - 1) : place + 2]]
+    return closed[place] if all(after <= 2 * before for before, after in pairwise(near)) else None
 
 
 def _mean(one: Measurement, figure: str) -> float:

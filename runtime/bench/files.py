@@ -53,8 +53,11 @@ def read(store: Store, run_id: str) -> ExportedRun:
 
 
 def save(exported: ExportedRun, path: Path) -> None:
-    """Write a run to `path`, in the format of its suffix: aside, then renamed. StagelineError if that fails."""
+    """Write a run to `path`, in the format of its suffix: aside, then renamed. StagelineError if it exists already or
+    cannot be written."""
     writer = _WRITERS[_format(path)]
+    if path.exists():
+        raise StagelineError(f"{path} exists already; delete it, or choose another file")
     aside = path.with_name(f".{path.name}.part")
     try:
         writer(exported, aside)

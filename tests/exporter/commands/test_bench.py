@@ -342,6 +342,20 @@ def test_a_run_is_exported_and_imported_whole(
 def test_a_deleted_run_is_gone(three: Run, store: Store) -> None:
     assert main(["bench", "delete", "b"]) == 0
     assert [line.id for line in store.runs()] == ["c", "a", "real"]
+    assert main(["bench", "delete", "latest"]) == 0
+    assert [line.id for line in store.runs()] == ["a", "real"]
+
+
+def test_no_file_is_overwritten(
+    three: Run, tiny_bundle: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text("precious")
+    refused = f"{file} exists already; delete it, or choose another file"
+    assert refused in refusal(capsys, "export", "real", "-o", file)
+    assert refused in refusal(capsys, tiny_bundle, *QUICK, "--timeline", file)
+    assert file.read_text() == "precious"
+    assert len(store.runs()) == 4
 
 
 @pytest.mark.parametrize(

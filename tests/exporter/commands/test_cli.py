@@ -163,8 +163,14 @@ def test_a_made_up_checkpoint_exports_for_its_task(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recut", "b", "--stages", "0"], "'--stages'"),
-        (["recut", "b", "--stages", "two"], "'--stages'"),
+        (["recut", "b", "--stages", "0"], "Invalid value for '--stages': must be at least 1 (it is '0')"),
+        (["recut", "b", "--stages", "two"], "'--stages': must be a whole number (it is 'two')"),
+        (["bench", "b", "--repeats", "0"], "'--repeats': must be at least 1 (it is '0')"),
+        (["bench", "b", "--lengths", "4", "--texts", "t"], "give one of --texts, --lengths and --workload"),
+        (["bench", "b", "--timeline"], "Option '--timeline' requires an argument"),
+        (["bench", "compare", "a"], "Missing argument 'B'"),
+        (["models", "fetch"], "Missing argument 'NAME'"),
+        (["models", "nope"], "No such command 'nope'"),
         (["recut", "b", "--layers", "2,x"], "'2,x' is not a list of numbers such as 8,7,9"),
         (["recut", "b", "--layers", "2", "--stages", "1"], "not both"),
         (["recut", "b"], "give --stages or --layers"),
@@ -176,8 +182,11 @@ def test_usage_errors_are_one_line(arguments: list[str], message: str, capsys: p
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-    command = "" if arguments == ["nope"] else f"{arguments[0]} "
+    group, name = arguments[0], arguments[1] if len(arguments) > 1 else ""
+    meant = {"nope": "", "bench": f"bench {'run' if name == 'b' else name} ", "models": f"models {name} "}
+    command = "models " if name == "nope" else meant.get(group, f"{group} ")
     assert line.endswith(f"; see stageline {command}--help")
+    assert "nput should" not in line
 
 
 def test_every_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,3 +204,19 @@ def test_whether_a_bound_holds_and_how_surely(
     shares: tuple[float, ...], requests: int, bound: float, expected: tuple[bool, bool]
 ) -> None:
     assert held(shares, requests, bound) == expected
+
+
+def test_a_knee_is_named_only_where_its_neighbours_were_measured() -> None:
+    even = Balanced(4, 0.01, 0.0)
+
+    def knee(*at_a_time: int) -> Load | None:
+        loads = [Load("Concurrency", concurrency=n) for n in at_a_time]
+        measured = [Measurement("stageline", one, 1.0, 9, figures.over_repeats([even.answer(one)[1]])) for one in loads]
+        (found,) = capacities(measured, Slo())
+        return found.knee
+
+    assert knee(1, 2, 4, 8) == Load("Concurrency", concurrency=4)
+    assert knee(8, 4, 2) == Load("Concurrency", concurrency=4)
+    assert knee(1, 4, 8) is None
+    assert knee(1, 4) is None
+    assert knee(4) is None
