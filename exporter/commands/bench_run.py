@@ -17,7 +17,7 @@ from stageline.models.errors import RequestError
 from stageline.runtime.bench import options
 from stageline.runtime.bench.inputs import Prefixes, Shape
 from stageline.runtime.bench.lengths import Lengths
-from stageline.runtime.bench.records import OURS, Load, Progress, Run, RunSettings
+from stageline.runtime.bench.records import OURS, Load, Progress, Quality, Run, RunSettings
 from stageline.runtime.bench.store import Store
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.options import PipelineOptions
@@ -96,6 +96,12 @@ def run_command(
     slo: Annotated[
         str, typer.Option(metavar="BOUNDS", help="Service level: ttft=200ms,tpot=50ms,latency=2s,share=90%.")
     ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Also measure quality on texts, beside the bundle as it is not quantised.")
+    ] = False,
+    check_against: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Measure quality beside this bundle, such as one in float32.")
+    ] = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -185,6 +191,9 @@ def run_command(
     openers = _openers(opened, settings, checkpoint, partial(Endpoint, model=model, api_key=api_key))
     into = Store(store)
     run = options.new_run(opened, settings, run_id, name)
+    if check or check_against is not None:
+        read = read_texts(texts) if texts is not None else built_in_texts()
+        run = replace(run, quality=_quality(opened, pipeline, check_against, read))
     into.begin(run)
     recorders: list[Recorder] = []
     with _stopped_by_signals() as stop, _progress(run) as follow:
@@ -200,6 +209,14 @@ def run_command(
 def _check_alone(names: str, *given: object) -> None:
     if sum(one is not None for one in given) > 1:
         raise typer.BadParameter(f"give one of {names}", param_hint=names.partition(",")[0])
+
+
+def _quality(bundle: Bundle, pipeline: PipelineOptions, against: Path | None, texts: Sequence[str]) -> Quality:
+    from stageline.runtime.bench.quality import Subject, check, reference_of
+
+    reference = reference_of(bundle, pipeline, None if against is None else hub.bundle_of(against))
+    with common.progress_steps() as say:
+        return check(Subject(str(bundle.path), bundle.path, pipeline), reference, texts, say)
 
 
 def _shape(bundle: Bundle, asked: Shape) -> Shape:

@@ -197,6 +197,24 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How good the answers of a run's pipeline are, on `texts` texts of `tokens` tokens.
+
+    `reference`: what they were compared with; None: nothing. Of a model that generates, `perplexity`,
+    `reference_perplexity`, and `agreement`: the share of places where both have the same likeliest next token. Of any
+    other, `cosines`: of its output for each text to the reference's.
+    """
+
+    reference: str | None
+    texts: int
+    tokens: int
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    agreement: float | None = None
+    cosines: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run is: a share from 0 to 1, the current step, and its latest figures."""
 
@@ -269,6 +287,7 @@ class Run:
     progress: Progress = Progress()
     measurements: tuple[Measurement, ...] = ()
     checkpoint: str = ""
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)

@@ -379,6 +379,8 @@ def test_no_file_is_overwritten(
         (("BUNDLE", "--slo", "latency=1s,latency=2s"), "'latency=2s' is a second bound of its kind"),
         (("BUNDLE", "--workload", "nowhere.jsonl"), "workload nowhere.jsonl cannot be read"),
         (("BUNDLE", "--workload", "x", "--turns", "2"), "a workload has its own prefixes and turns"),
+        (("BUNDLE", "--check"), "--check of a model that does not generate needs a reference; give --quantise"),
+        (("BUNDLE", "--check-against", "nowhere"), "no bundle at nowhere"),
         (("BUNDLE", "--turns", "2"), "--turns is for bundles that generate"),
         (("BUNDLE", "--prefixes", "2x4"), "--prefixes is for bundles that generate"),
         (("BUNDLE", "--prefixes", "2by4"), "'2by4' is not prefixes; give their number and length"),
