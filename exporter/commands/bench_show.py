@@ -13,7 +13,6 @@ from stageline.runtime import words
 from stageline.runtime.bench.compare import FigureChange, missing
 from stageline.runtime.bench.records import OURS, Measurement, Run, RunLine
 from stageline.runtime.report import wording
-from stageline.runtime.report.limits import limits
 from stageline.runtime.report.quality import quality
 from stageline.runtime.report.statements import against, capacity_lines
 
@@ -50,7 +49,7 @@ def run(found: Run) -> str:
     by_load: dict[str, list[Measurement]] = {}
     for measurement in found.measurements:
         by_load.setdefault(str(measurement.load), []).append(measurement)
-    head += [Text(line) for line in (*limits(found), *([quality(found.quality)] if found.quality else []))]
+    head += [Text(quality(found.quality))] if found.quality else []
     for load, measured in by_load.items():
         head += ["", *_load(load, measured), *(Text(one.text) for one in against(found, load))]
     head += [Text(line) for line in ("", *capacity_lines(found))]
