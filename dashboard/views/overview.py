@@ -156,7 +156,9 @@ def _curve(run: Run, before: Run | None) -> None:
     bound = {"latency": slo.latency_s, "ttft": slo.ttft_s, "tpot": slo.tpot_s}[what]
     draw(charts.curve(drawn, unit, named, bound), "chart-curve", sentences.of_curve(drawn, unit, named))
     hollow = " Hollow and dashed: the run before." if shared else ""
-    st.caption(f"Labels are loads; lines through points are 95 % intervals. Further right and lower is better.{hollow}")
+    st.caption(
+        f"Labels are loads; lines through points are 95 % intervals, from a tenth of the value on. Further right and lower is better.{hollow}"
+    )
 
 
 def _pick(label: str, options: list[str] | tuple[str, ...], default: str, named: dict[str, str] | None = None) -> str:

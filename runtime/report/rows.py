@@ -8,7 +8,6 @@ from stageline.runtime import words
 from stageline.runtime.bench.compare import missing, sample
 from stageline.runtime.bench.confidence import requests_needed
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run
-from stageline.runtime.planning.device_kinds import catalogue
 from stageline.runtime.report import wording
 from stageline.runtime.report.statements import against, mean, of_load, throughput_name
 
@@ -111,7 +110,11 @@ def pareto_rows(run: Run) -> list[dict[str, Any]]:
 
 def _price_per_h(run: Run) -> float | None:
     """Of the run's GPU, if the planner's catalogue knows it."""
-    name = (run.environment.gpu or "").lower().replace("-", " ").split()
+    if run.environment.gpu is None:
+        return None
+    from stageline.runtime.planning.device_kinds import catalogue  # it imports onnx_ir
+
+    name = run.environment.gpu.lower().replace("-", " ").split()
     found = [kind.price_per_h for key, kind in catalogue().items() if key.lower() in name]
     return found[0] if found else None
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,35 @@ def test_overview_says_first_whether_it_is_good_and_keeps_to_one_load(
         assert f"At {load}: {measurement.requests} requests in 2 repeats" in words(app)
         for label, figure in (("Tokens/s", "tokens_per_s"), ("TPOT p50", "tpot_p50_s")):
             assert shown[label] == wording.value(measurement.figures[figure], unit=False)
+
+
+def test_the_overviews_address_follows_its_choices(
+    filled_store: Path, tmp_path: Path, started_with: StartedWith
+) -> None:
+    store = Store(Path(shutil.copy(filled_store, tmp_path / "bench.sqlite")))
+    newest = store.run(store.find("latest"))
+    other = replace(newest, id="other-model", bundle="bundles/other", checkpoint="f" * 64, created=newest.created - 9e4)
+    store.put(other)
+    started_with("--store", store.path)
+    app = overview()
+    app.button_group(key=f"model of {newest.id}").set_value("other").run()
+    assert app.query_params["run"] in ("other-model", ["other-model"])
+    assert "**other, 2 stages:" in words(app)
+    app = overview(run="other-model", load="1 at a time", time="tpot", percentile="p50")
+    assert "At 1 at a time: " in words(app)
+    assert app.button_group(key="time").value == "tpot"
+
+
+def test_compare_refuses_another_model_and_says_why(
+    filled_store: Path, tmp_path: Path, started_with: StartedWith
+) -> None:
+    store = Store(Path(shutil.copy(filled_store, tmp_path / "bench.sqlite")))
+    newest = store.run(store.find("latest"))
+    store.put(replace(newest, id="other-model", bundle="bundles/other", checkpoint="f" * 64))
+    started_with("--store", store.path)
+    app = page("compare", runs=f"{newest.id},other-model")
+    assert "Not compared: they measured different models, llama (" in messages(app)
+    assert not app.success
 
 
 def damaged(kind: str, filled: Path, folder: Path) -> Path:
