@@ -74,16 +74,15 @@ class Card:
 
 
 def cards(run: Run, measurement: Measurement) -> list[Card]:
-    """The headline numbers of one load: throughput first, then latency and use of time. A
+    """The headline numbers of one load: throughput first, then latency. A
     percentile that its sample does not carry is a dash, with the reason."""
     wanted = {
         wording.label(throughput_name(run)).capitalize(): throughput_name(run),
-        "Within the SLO/s": "goodput_per_s",
+        "In SLO/s": "goodput_per_s",
         "Latency p50": "latency_p50_s",
         "Latency p99": "latency_p99_s",
         "TTFT p50": "ttft_p50_s",
         "TPOT p50": "tpot_p50_s",
-        "Bubble ratio": "bubble_ratio",
     }
     found = []
     for label, name in wanted.items():
@@ -92,7 +91,7 @@ def cards(run: Run, measurement: Measurement) -> list[Card]:
             continue
         lacking = missing(measurement, name)
         if lacking:
-            found.append(Card(label, "-", "too few requests", lacking))
+            found.append(Card(label, "-", "too few", lacking))
         else:
             about = f"{measurement.load}, {words.counted(len(figure.values), 'repeat')}"
             alone = "one repeat" if len(figure.values) < 2 else "every repeat"

@@ -131,7 +131,7 @@ def _cards(run: Run, measurement: Measurement) -> None:
         f"At {measurement.load}: {words.counted(measurement.requests, 'request')} in "
         f"{words.counted(repeats, 'repeat')}. ± is the 95 % confidence interval over the repeats."
     )
-    with st.grid(min_column_width=140, row_height="content"):
+    with st.grid(min_column_width=130, row_height="content"):
         for card in results.cards(run, measurement):
             st.metric(card.label, card.value, card.doubt, delta_color="off", delta_arrow="off", help=card.about,
                       border=True, height="stretch")  # fmt: skip
@@ -157,7 +157,8 @@ def _curve(run: Run, before: Run | None) -> None:
     draw(charts.curve(drawn, unit, named, bound), "chart-curve", sentences.of_curve(drawn, unit, named))
     hollow = " Hollow and dashed: the run before." if shared else ""
     st.caption(
-        f"Labels are loads; lines through points are 95 % intervals, from a tenth of the value on. Further right and lower is better.{hollow}"
+        "Labels are loads; lines through points are 95 % intervals, from a tenth of the value on. Further right and "
+        f"lower is better.{hollow}"
     )
 
 

@@ -55,7 +55,7 @@ def test_overview_says_first_whether_it_is_good_and_keeps_to_one_load(
     assert re.search(r"Next: .*: `stageline ", first)
     names = [metric.label for metric in app.metric]
     assert names[0] == "Tokens/s"
-    assert {"Latency p50", "TTFT p50", "TPOT p50", "Bubble ratio"} <= set(names)
+    assert {"Latency p50", "TTFT p50", "TPOT p50"} <= set(names)
     run = Store(filled_store).run(Store(filled_store).find("latest"))
     ours = {str(m.load): m for m in run.measurements if m.contender == "stageline"}
     for load, measurement in ours.items():

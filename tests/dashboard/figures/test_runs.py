@@ -200,7 +200,7 @@ def test_headline_cards_are_of_one_load_with_their_doubt(filled_store: Path) -> 
     assert cards["Tokens/s"].doubt.startswith("±")
     assert cards["Latency p99"].value == "-"
     assert cards["Latency p99"].about == "p99 needs 100 requests in each repeat, not 6"
-    assert "Within the SLO/s" in cards
+    assert "In SLO/s" in cards
     assert all(str(measurement.load) in card.about for card in cards.values() if card.value != "-")
 
 
