@@ -3,55 +3,17 @@
 import subprocess
 import tempfile
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import IO
 
 from stageline.dashboard.children.command import stageline
+from stageline.dashboard.children.order import Order
 from stageline.models.errors import StagelineError
-from stageline.models.user_cache import user_cache
 from stageline.runtime.bench.options import new_id
 from stageline.runtime.bench.records import RunLine
 from stageline.runtime.bench.store import Store
-from stageline.runtime.bundle.folder import read_manifest
-from stageline.runtime.bundle.recut import recut_copy
-from stageline.runtime.options import PipelineOptions
 
 _NEWEST = 50  # runs searched for a running one
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to measure. Empty texts and tuples leave an option out; `stages` None: the bundle's own stages."""
-
-    bundle: Path
-    stages: int | None = None
-    scenarios: tuple[str, ...] = ()
-    concurrency: str = ""
-    rates: str = ""
-    seconds: float = 5.0
-    repeats: int = 3
-    new_tokens: int | None = None
-    slo: str = ""
-    baselines: tuple[str, ...] = ()
-    checkpoint: str = ""
-    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
-
-    def options(self) -> list[str]:
-        """The options of `stageline bench`."""
-        found = ["--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
-        options = {
-            "--scenario": ",".join(self.scenarios),
-            "--concurrency": self.concurrency.replace(" ", ""),
-            "--rate": self.rates.replace(" ", ""),
-            "--new-tokens": self.new_tokens,
-            "--slo": self.slo.replace(" ", ""),
-            "--checkpoint": self.checkpoint,
-            "--threads": self.pipeline.threads,
-            "--quantise": self.pipeline.quantise,
-        }
-        found += [word for name, value in options.items() if value for word in (name, str(value))]
-        return found + [word for name in self.baselines for word in ("--baseline", name)]
 
 
 @dataclass
@@ -73,12 +35,12 @@ class Launcher:
             other = self._starting() or next((line.id for line in running(store)), None)
             if other:
                 raise StagelineError(f"run {other} is running; wait for its end or cancel it: one at a time")
-            bundle = order.bundle if order.stages is None else cut_copy(order.bundle, order.stages)
+            order.check_ready()
+            order.cut()
             run_id = new_id()
             stderr = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has ended
-            arguments = [str(bundle), *order.options(), "--run-id", run_id, "--store", str(store.path)]
             process = subprocess.Popen(
-                stageline("bench", "run", *arguments, "--name", order.bundle.name),
+                stageline("bench", "run", *order.arguments(), "--run-id", run_id, "--store", str(store.path)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -116,20 +78,3 @@ class Launcher:
 def running(store: Store) -> list[RunLine]:
     """The running runs of the store, whoever started them."""
     return [line for line in store.runs(_NEWEST) if line.status == "running"]
-
-
-def cut_copy(bundle: Path, stages: int) -> Path:
-    """A copy of the bundle in the user's cache, cut into `stages` even stages; the bundle itself if it has as many.
-
-    StagelineError if they do not fit the model; OSError if the cache cannot be written.
-    """
-    if len(read_manifest(bundle).stages) == stages:
-        return bundle
-    folder = user_cache() / "cuts" / f"{bundle.name}-{stages}-stages"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        copy = recut_copy(bundle, Path(scratch) / bundle.name, stages).path
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        copy.rename(folder)
-    return folder

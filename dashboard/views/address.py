@@ -23,3 +23,25 @@ def keep(name: str, chosen: str, default: str = "") -> None:
             st.query_params[name] = chosen
     elif name in st.query_params:
         del st.query_params[name]
+
+
+def restore(name: str, key: str, default: str) -> None:
+    """Give a new text box `key` the address's text `name`, or else the default."""
+    if key not in st.session_state:
+        st.session_state[key] = st.query_params.get(name, default)
+
+
+def restore_number(name: str, key: str, default: float | None, kind: type[int] | type[float]) -> None:
+    """Give a new box of a number `key` the address's number `name`, where it is one, or else the default."""
+    if key not in st.session_state:
+        try:
+            st.session_state[key] = kind(st.query_params[name])
+        except (KeyError, ValueError):
+            st.session_state[key] = default
+
+
+def restore_several(name: str, key: str, options: Sequence[str], default: Sequence[str]) -> None:
+    """Give a new choice of several `key` those of the address's names `name`, between commas, that are options."""
+    if key not in st.session_state:
+        given = st.query_params[name].split(",") if name in st.query_params else default
+        st.session_state[key] = [one for one in given if one in options]

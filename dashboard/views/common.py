@@ -6,6 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 from stageline.dashboard.settings import DashboardSettings, find_bundles
+from stageline.dashboard.views.address import keep
 from stageline.models.errors import StagelineError
 from stageline.runtime.report.spec import Spec, dressed
 
@@ -52,7 +53,8 @@ def empty(head: str, text: str, commands: Sequence[str] = ()) -> None:
 
 
 def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
-    """The bundle chosen on the page or by the query parameter `bundle`; without bundles, None and an empty state."""
+    """The bundle chosen on the page or by the query parameter `bundle`. None, and what to do, where that is
+    not there, or no bundle is."""
     places = (*DashboardSettings.given().bundles, *extra)
     found = find_bundles(places)
     if not found:
@@ -67,7 +69,16 @@ def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
         )
         return None
     names = labels(found)
-    chosen = st.selectbox("Bundle", list(names), key="bundle", bind="query-params")
+    # Never another one in place of the one that is asked for: a benchmark of it would be started without a word.
+    asked = st.session_state.get("bundle") or st.query_params.get("bundle")
+    st.session_state["bundle"] = asked if asked in names else None if asked else next(iter(names))
+    if asked and asked not in names:
+        looked = ", ".join(f"`{place}`" for place in places)
+        st.warning(f"The bundle {asked} is not in {looked} any more. Choose another.", icon=":material/link_off:")
+    chosen = st.selectbox("Bundle", list(names), key="bundle", placeholder="Choose a bundle")
+    if chosen is None:
+        return None
+    keep("bundle", chosen)
     return names[chosen]
 
 

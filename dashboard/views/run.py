@@ -2,17 +2,20 @@
 
 import importlib.util
 import shlex
+import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import streamlit as st
 from stageline.dashboard.children import benchmarks
-from stageline.dashboard.children.benchmarks import Launcher, Order
+from stageline.dashboard.children.benchmarks import Launcher
+from stageline.dashboard.children.order import Order
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.settings import as_typed
+from stageline.dashboard.settings import DashboardSettings
+from stageline.dashboard.views import address
 from stageline.dashboard.views.common import choose_bundle, guarded, page
 from stageline.dashboard.views.recorded import store
-from stageline.models.errors import StagelineError, StoreError
+from stageline.models.errors import StoreError
 from stageline.runtime import words
 from stageline.runtime.bench.figures import MEANINGS
 from stageline.runtime.bench.options import MLPERF
@@ -23,6 +26,14 @@ from stageline.runtime.engines import WeightDtype
 from stageline.runtime.options import PipelineOptions
 
 _REFRESH_S = 1.0
+_PRESETS: dict[str, dict[str, Any]] = {
+    "Quick": {"seconds": 1.0, "repeats": 2, "scenarios": ["SingleStream"], "concurrency": "4", "rates": ""},
+    "Standard": {
+        "seconds": 5.0, "repeats": 3, "scenarios": ["SingleStream", "Offline"], "concurrency": "2,4,8", "rates": "",
+    },
+}  # fmt: skip
+_FIELDS = _PRESETS["Standard"]
+_TOKENS = 32
 
 
 @page(
@@ -32,7 +43,7 @@ _REFRESH_S = 1.0
 def show() -> None:
     """Draw the page."""
     lines = benchmarks.running(store())
-    current = lines[0].id if lines else _launcher().starting()
+    current = lines[0].id if lines else launcher().starting()
     if current:
         _following(current)
     elif "run" in st.query_params:
@@ -41,7 +52,8 @@ def show() -> None:
 
 
 @st.cache_resource
-def _launcher() -> Launcher:
+def launcher() -> Launcher:
+    """What starts benchmarks, for all pages and browsers."""
     return Launcher()
 
 
@@ -49,40 +61,50 @@ def _launcher() -> Launcher:
 def _following(run_id: str) -> None:
     """The progress of a run; when it has ended, the whole page is drawn again."""
     run = _if_begun(run_id)
-    if run is None and _launcher().starting() != run_id:
-        st.query_params["run"] = run_id
-        st.rerun()
-    if run is not None and run.status != "running":
+    if (run is None and launcher().starting() != run_id) or (run is not None and run.status != "running"):
         st.query_params["run"] = run_id
         st.rerun()
     with st.container(border=True, key="progress"):
         share, step = (run.progress.share, run.progress.step) if run else (0.0, "starting")
+        share = min(1.0, max(0.0, share))
         st.subheader(f"Measuring {results.short(run.bundle)}" if run else "Starting", anchor=False)
-        st.progress(min(1.0, max(0.0, share)), text=f"{words.share(share)}: {step}")
+        st.progress(share, text=f"{words.share(share)}: {step}{_clock(run, share)}")
         if run:
             _live(run)
             _so_far(run)
-        if st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
+        if not DashboardSettings.given().read_only and st.button("Cancel", icon=":material/stop_circle:", key="cancel"):
             if run is None or not store().cancel(run_id):
-                _launcher().interrupt(run_id)
+                launcher().interrupt(run_id)
             st.toast("Cancelling. Measurements so far are kept.")
+
+
+def _clock(run: Run | None, share: float) -> str:
+    """How long it has taken, and about how long it will take."""
+    if run is None:
+        return ""
+    passed_s = max(0.0, time.time() - run.created)
+    left = f", about {words.seconds(round(passed_s * (1 - share) / share))} left" if share > 0.05 else ""
+    return f" ({words.seconds(round(passed_s))} so far{left})"
 
 
 def _if_begun(run_id: str) -> Run | None:
     try:
         return store().run(run_id)
     except StoreError:
-        if _launcher().starting() == run_id or _launcher().failure(run_id):
+        if launcher().starting() == run_id or launcher().failure(run_id):
             return None
         raise
 
 
 def _live(run: Run) -> None:
+    """The figures of the load that is measured now; none before its first request has ended."""
     figures = [
-        (name, Figure.of(*MEANINGS[name][:2], [value])) for name, value in run.progress.live.items() if name in MEANINGS
+        (name, Figure.of(*MEANINGS[name][:2], [value]))
+        for name, value in run.progress.live.items()
+        if name in MEANINGS and value > 0
     ]
     if figures:
-        with st.container(horizontal=True):
+        with st.grid(min_column_width=150, gap="xsmall"):
             for name, figure in figures:
                 st.metric(results.figure_label(name), results.figure_text(figure), border=True, height="stretch")
 
@@ -94,7 +116,7 @@ def _so_far(run: Run) -> None:
             "load": str(one.load),
             **{
                 results.figure_label(name): results.figure_text(one.figures[name])
-                for name in ("requests_per_s", "tokens_per_s", "latency_p50_s", "latency_p99_s", "ttft_p50_s")
+                for name in ("requests_per_s", "tokens_per_s", "latency_p50_s", "ttft_p50_s", "requests")
                 if name in one.figures
             },
         }
@@ -105,7 +127,7 @@ def _so_far(run: Run) -> None:
 
 
 def _outcome(run_id: str) -> None:
-    failure = _launcher().failure(run_id)
+    failure = launcher().failure(run_id)
     try:
         run = store().run(run_id)
     except StoreError:
@@ -142,73 +164,118 @@ def _form(busy: bool) -> None:
     bundle = choose_bundle()
     if bundle is None:
         return
-    manifest = read_manifest(bundle)
-    order = _order(bundle, manifest)
-    st.caption("The same in a terminal:")
-    st.code(f"stageline bench {shlex.join([as_typed(bundle), *order.options()])}", language="bash", wrap_lines=True)
+    settings = DashboardSettings.given()
+    order = _order(bundle, read_manifest(bundle))
+    problems = order.problems(settings.services)
+    if problems:
+        st.warning("\n".join(f"- {one[:1].upper()}{one[1:]}" for one in problems), icon=":material/edit:")
+    else:
+        loads, contenders = len(order.loads()), 1 + len(order.baselines)
+        st.caption(
+            f"About {words.seconds(order.seconds_in_all())}: {words.counted(contenders, 'contender')}, each with "
+            f"{words.counted(loads, 'load')} of {order.repeats} × {order.seconds:g} s, a warm-up and its opening. "
+            "The same in a terminal:"
+        )
+        own = ["--store", str(settings.store)] if settings.store else []
+        typed = order.commands()
+        st.code("\n".join(map(shlex.join, [*typed[:-1], [*typed[-1], *own]])), language="bash", wrap_lines=True)
     about = "One at a time: two runs would disturb each other." if busy else None
-    if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=busy, help=about, key="start"):
+    about = "This dashboard is read-only." if settings.read_only else about
+    off = busy or settings.read_only or bool(problems)
+    if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=off, help=about, key="start"):
         guarded(lambda: _start(order))
 
 
 def _start(order: Order) -> None:
-    if not (order.scenarios or order.concurrency or order.rates):
-        raise StagelineError("no load is chosen: pick a scenario, or enter concurrencies or rates")
     with st.spinner("Starting"):
-        st.query_params["run"] = _launcher().start(store(), order)
+        st.query_params["run"] = launcher().start(store(), order)
     st.rerun()
 
 
+def _fill(name: str) -> None:
+    for key, value in _PRESETS[name].items():
+        st.session_state[key] = value
+
+
 def _order(bundle: Path, manifest: Manifest) -> Order:
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown("Fill in", width="content")
+        for name in _PRESETS:
+            st.button(name, key=f"preset {name}", on_click=_fill, args=(name,))
+    pipeline, stages, tokens = _measured(bundle, manifest)
+    seconds, repeats, scenarios, concurrency, rates = _loads()
+    baselines, checkpoint, slo = _beside()
+    return Order(
+        bundle, stages, tuple(scenarios), concurrency, rates, seconds, repeats, tokens, slo, tuple(baselines),
+        checkpoint, pipeline,
+    )  # fmt: skip
+
+
+def _measured(bundle: Path, manifest: Manifest) -> tuple[PipelineOptions, int | None, int | None]:
+    """What is measured: the pipeline's options, its number of stages if not the bundle's, and tokens of a request."""
+    now = len(manifest.stages)
+    plans = {"": f"current: {' + '.join(map(str, manifest.layers))}"}
+    plans |= {str(n): words.counted(n, "stage") for n in range(1, min(8, manifest.blocks) + 1) if n != now}
+    quantised = ["", *get_args(WeightDtype)]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        stages = st.selectbox(
-            "Plan",
-            [0, *(n for n in range(1, min(8, manifest.blocks) + 1) if n != len(manifest.stages))],
-            format_func=lambda n: (
-                f"{n} even stages" if n > 1 else "1 stage" if n else f"current: {' + '.join(map(str, manifest.layers))}"
-            ),
-            key=f"plan of {bundle}",
-            width=230,
-        )
-        quantise = st.selectbox(
-            "Quantise", [None, *get_args(WeightDtype)], format_func=lambda one: one or "no", key="quantise", width=140
-        )
-        threads = st.number_input("Threads", 1, value=None, placeholder="all", key="threads", width=120)
-        seconds = st.number_input("Seconds per repeat", 0.2, 3600.0, 5.0, step=1.0, key="seconds", width=150)
-        repeats = st.number_input(
-            "Repeats", 1, 100, 3, key="repeats", help="Confidence intervals need at least 2.", width=120
-        )
-        tokens = None
-        if manifest.cached:
-            tokens = int(st.number_input("New tokens per request", 1, 4096, 32, key="new tokens", width=170))
-    with st.container(horizontal=True, vertical_alignment="top"):
+        address.start("stages", f"plan of {bundle}", list(plans), "")
+        stages = st.selectbox("Plan", list(plans), format_func=plans.get, key=f"plan of {bundle}", width=230)
+        address.keep("stages", stages)
+        address.start("quantise", "quantise", quantised, "")
+        quantise = st.selectbox("Quantise", quantised, format_func=lambda one: one or "no", key="quantise", width=140)
+        address.keep("quantise", quantise)
+        threads = _number("Threads", "threads", None, int, 120, placeholder="all")
+        tokens = _number("New tokens per request", "new tokens", _TOKENS, int, 170) if manifest.cached else None
+    return PipelineOptions(threads=threads, quantise=quantise or None), int(stages) if stages else None, tokens
+
+
+def _loads() -> tuple[float | None, int | None, list[str], str, str]:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        address.restore_several("scenarios", "scenarios", MLPERF, _FIELDS["scenarios"])
         scenarios = st.pills(
-            "Scenarios", MLPERF, selection_mode="multi", default=["SingleStream", "Offline"], key="scenarios",
+            "Scenarios", MLPERF, selection_mode="multi", key="scenarios",
             help="SingleStream: one request after the other. Offline: all at once. Server: Poisson arrivals.",
         )  # fmt: skip
-        concurrency = st.text_input(
-            "Concurrency sweep",
-            "2,4,8",
-            key="concurrency",
-            help="Closed loops with N requests at a time.",
-            width=180,
-        )
-        rates = st.text_input(
-            "Rate sweep (requests/s)", "", placeholder="5,10,20", key="rates", help="Open loops.", width=180
-        )
-    with st.expander("Baselines and bounds"):
-        known = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
-        checkpoint = st.text_input(
-            "Checkpoint, for torch", "", placeholder="models/checkpoints/minilm", key="checkpoint"
-        )
+        _keep_several("scenarios", scenarios, _FIELDS["scenarios"])
+        concurrency = _text("Concurrency sweep", "concurrency", _FIELDS["concurrency"], 180, "Closed loops.")
+        rates = _text("Rate sweep (requests/s)", "rates", "", 180, "Open loops.", placeholder="5,10,20")
+        seconds = _number("Seconds per repeat", "seconds", _FIELDS["seconds"], float, 150)
+        repeats = _number("Repeats", "repeats", _FIELDS["repeats"], int, 120, help="Intervals need at least 2.")
+    return seconds, repeats, list(scenarios), concurrency, rates
+
+
+def _beside() -> tuple[list[str], str, str]:
+    """Baselines, the checkpoint for torch, and the SLO."""
+    known = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
+    usual = known[:1]
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        checkpoint = _text("Checkpoint, for torch", "checkpoint", "", 260, placeholder="models/checkpoints/minilm")
         known += ["torch", "torch-compile"] if checkpoint else []
+        asked = [*known, *(one for one in st.query_params.get("baselines", "").split(",") if "://" in one)]
+        address.restore_several("baselines", "baselines", asked, usual)
         baselines = st.multiselect(
             "Baselines, measured alternately with the pipeline", known, key="baselines", accept_new_options=True,
-            help="Or the URL of an OpenAI-compatible service.",
+            help="Or the URL of an OpenAI-compatible service.", width=320,
         )  # fmt: skip
-        slo = st.text_input("SLO, for goodput", "", placeholder="latency=2s,ttft=200ms,tpot=50ms", key="slo")
-    return Order(
-        bundle, int(stages) or None, tuple(scenarios), concurrency, rates, float(seconds), int(repeats), tokens, slo,
-        tuple(baselines), checkpoint if {"torch", "torch-compile"} & set(baselines) else "",
-        PipelineOptions(threads=int(threads) if threads else None, quantise=quantise),
-    )  # fmt: skip
+        _keep_several("baselines", baselines, usual)
+        slo = _text("SLO, for goodput", "slo", "", 260, placeholder="latency=2s,ttft=200ms,tpot=50ms")
+    return list(baselines), checkpoint, slo
+
+
+def _text(label: str, key: str, default: str, width: int, help: str | None = None, placeholder: str = "") -> str:
+    address.restore(key, key, default)
+    text = st.text_input(label, key=key, width=width, help=help, placeholder=placeholder)
+    address.keep(key, text, default)
+    return text
+
+
+def _number(label: str, key: str, default: float | None, kind: type[int] | type[float], width: int, **more: Any) -> Any:
+    """A box without bounds: beyond them Streamlit would keep the number of before. `Order.problems` checks it."""
+    address.restore_number(key, key, default, kind)
+    value = st.number_input(label, key=key, width=width, step=1 if kind is int else 1.0, **more)
+    address.keep(key, "" if value is None else f"{value:g}", "" if default is None else f"{default:g}")
+    return value
+
+
+def _keep_several(name: str, chosen: list[str], default: list[str]) -> None:
+    address.keep(name, ",".join(chosen), ",".join(default))

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 from stageline.exporter.commands import common, hub, show
+from stageline.models.errors import BundleError
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.graph import size_bytes
-from stageline.runtime.bundle.recut import recut
+from stageline.runtime.bundle.recut import recut, recut_copy
 
 StagesOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Number of stages; blocks are spread so that costs are even.")
@@ -68,6 +69,10 @@ def recut_command(
     bundle: common.BundleArgument,
     stages: StagesOption = None,
     layers: common.LayersOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="BUNDLE", help="Cut a new copy here; leave the bundle as it is."),
+    ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Write other stages into a bundle, in place. Needs neither the checkpoint nor torch.
@@ -77,7 +82,12 @@ def recut_command(
     cuts = _cuts(stages, layers)
     if cuts is None:
         raise common.UsageError("give --stages or --layers")
-    done = recut(bundle, cuts)
+    if output is None:
+        done = recut(bundle, cuts)
+    elif output.exists():
+        raise BundleError(f"{output} is there already; give another folder, or delete it")
+    else:
+        done = recut_copy(bundle, output, cuts)
     common.print_result(as_json, _description(done), show.bundle(done))
 
 

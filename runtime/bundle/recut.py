@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -89,10 +90,17 @@ def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
 
 
 def recut_copy(path: str | Path, to: str | Path, stages: int | Sequence[int]) -> Bundle:
-    """Like `recut`, on a copy of the bundle in the new folder `to`. Large weights are linked if they can be."""
-    size_bytes = sum(entry.size_bytes for entry in read_manifest(Path(path)).files)
-    place = partial(_place, link=size_bytes > HASH_LIMIT_BYTES)
-    return recut(shutil.copytree(path, to, copy_function=place), stages)
+    """Like `recut`, on a copy of the bundle in the new folder `to`. Large weights are linked if they can be. What fails
+    leaves no folder."""
+    manifest, to = read_manifest(Path(path)), Path(to)
+    check_stages(manifest.blocks, stages)
+    place = partial(_place, link=sum(entry.size_bytes for entry in manifest.files) > HASH_LIMIT_BYTES)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch:
+        made = shutil.copytree(path, Path(scratch) / to.name, copy_function=place)
+        recut(made, stages)
+        made.rename(to)
+    return Bundle.open(to)
 
 
 def _place(source: str, target: str, *, link: bool) -> None:

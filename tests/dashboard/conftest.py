@@ -1,10 +1,12 @@
-"""A tiny bundle that generates, and a store with two real runs of it."""
+"""A tiny bundle that generates, a store with two real runs of it, and what waits for a benchmark."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from stageline.dashboard.children.benchmarks import Launcher
 from stageline.exporter.commands.cli import main
 
 
@@ -35,3 +37,16 @@ def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
         monkeypatch.setattr("sys.argv", ["app.py", *map(str, arguments)])
 
     return given
+
+
+@pytest.fixture
+def ended() -> Callable[[Launcher], None]:
+    """Waits until the benchmark that a launcher started has ended."""
+
+    def wait(launcher: Launcher) -> None:
+        deadline = time.monotonic() + 90.0
+        while launcher.starting():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    return wait

@@ -190,17 +190,10 @@ def test_plan_predicts_another_cut(window: Callable[..., Window]) -> None:
 
 
 def order(opened: Window, seconds: str) -> None:
-    """Ask for a short benchmark of one load."""
-    opened.open("/run?bundle=llama", "Run a benchmark")
-    for label, value in (("Seconds per repeat", seconds), ("Repeats", "2"), ("Concurrency sweep", "2")):
-        field = opened.page.get_by_label(label, exact=True).first
-        field.fill(value)
-        field.press("Enter")
-        opened.settled()
-    for scenario in ("SingleStream", "Offline"):
-        opened.page.get_by_role("button", name=scenario).click()
-        opened.settled()
-    opened.await_text(f"--seconds {seconds} --repeats 2 --concurrency 2")
+    """Ask for a short benchmark of one load: by the address, which holds the whole form."""
+    fields = f"seconds={seconds}&repeats=2&concurrency=2&scenarios=&baselines="
+    opened.open(f"/run?bundle=llama&{fields}", "Run a benchmark")
+    opened.await_text(f"--seconds {seconds} --repeats 2 --concurrency 2 --new-tokens 32 --store")
     opened.page.get_by_role("button", name="Start").click()
 
 
@@ -238,6 +231,7 @@ def test_benchmark_runs_to_its_end_whoever_looks(window: Callable[..., Window], 
     other.page.goto(other.url + "/run?bundle=llama")  # a second browser sees it, and cannot start another
     other.page.get_by_role("button", name="Cancel").wait_for(timeout=40_000)
     assert other.page.get_by_role("button", name="Start", exact=False).last.is_disabled()
+    opened.await_text("so far")
     opened.page.reload()
     opened.await_text("Done: llama")
     assert "2 at a time" in str(Store(store).runs(1)[0].headlines)
@@ -255,6 +249,38 @@ def test_benchmark_is_cancelled_from_the_page(window: Callable[..., Window], sto
     opened.page.get_by_role("button", name="Cancel").click()
     opened.await_text("Cancelled")
     assert Store(store).runs(1)[0].status == "cancelled"
+    opened.check()
+
+
+def test_form_of_a_benchmark_is_checked_and_never_measures_another_bundle(
+    window: Callable[..., Window], bundles: Path, store: Path
+) -> None:
+    before = len(Store(store).runs())
+    opened = window()
+    opened.open("/run?bundle=llama", "Run a benchmark")
+    opened.await_text("--baseline onnxruntime")
+    opened.page.get_by_role("button", name="Quick").click()
+    opened.await_text("--seconds 1 --repeats 2 --scenario SingleStream --concurrency 4")
+    for label, value, said in (
+        ("Seconds per repeat", "0", "Seconds per repeat: 0, give 0.1 to 3600"),
+        ("Concurrency sweep", "abc", "Concurrency 'abc' is not a list of numbers"),
+    ):
+        field = opened.page.get_by_label(label, exact=True).first
+        field.fill(value)
+        field.press("Enter")
+        opened.await_text(said)
+    assert opened.page.get_by_role("button", name="Start").is_disabled()
+    opened.page.reload()  # the address holds what was typed
+    opened.await_text("Concurrency 'abc' is not a list of numbers")
+    opened.page.get_by_role("button", name="Standard").click()
+    opened.await_text("--seconds 5 --repeats 3 --scenario SingleStream,Offline --concurrency 2,4,8")
+    gone = shutil.copytree(bundles / "llama", bundles / "gone")
+    opened.open("/run?bundle=gone", "Run a benchmark")
+    opened.await_text("gone --seconds")
+    shutil.rmtree(gone)
+    opened.page.get_by_role("button", name="Start").click()
+    opened.await_text("The bundle gone is not in")
+    assert len(Store(store).runs()) == before
     opened.check()
 
 

@@ -228,9 +228,9 @@ def test_a_benchmark_without_a_load_is_refused_before_it_starts(
     assert "--scenario SingleStream,Offline --concurrency 2,4,8" in app.code[0].value
     app.button_group(key="scenarios").set_value([]).run()
     app.text_input(key="concurrency").set_value("").run()
-    app.button(key="start").click().run()
-    assert "no load is chosen" in messages(app)
-    assert not (tmp_path / "bench.sqlite").exists()
+    assert "No load is chosen" in messages(app)
+    assert not app.code  # nor is there a command, which would measure all scenarios
+    assert app.button(key="start").disabled
 
 
 def test_a_service_that_is_not_there_is_reported(started_with: StartedWith, tmp_path: Path) -> None:
@@ -245,3 +245,27 @@ def test_a_read_only_dashboard_offers_nothing_that_starts_or_stops(
 ) -> None:
     started_with("--bundles", bundles, "--store", filled_store, "--read-only")
     assert [one.label for one in page("live", url="http://127.0.0.1:9").button] == []
+
+
+@pytest.mark.parametrize("name", ["run", "plan"])
+def test_no_other_bundle_stands_in_for_one_that_is_gone(name: str, bundles: Path, started_with: StartedWith) -> None:
+    started_with("--bundles", bundles)
+    app = page(name, bundle="nope")
+    assert "The bundle nope is not in" in messages(app)
+    assert app.selectbox(key="bundle").value is None
+    assert not app.code
+    assert not app.metric
+    assert app.selectbox(key="bundle").set_value("llama").run().query_params["bundle"] in ("llama", ["llama"])
+
+
+def test_a_benchmark_that_runs_has_a_link_and_goes_when_it_ends(
+    filled_store: Path, tmp_path: Path, started_with: StartedWith
+) -> None:
+    store = Store(Path(shutil.copy(filled_store, tmp_path / "bench.sqlite")))
+    done = store.run(store.find("latest"))
+    store.begin(replace(done, id="later", status="running", created=done.created + 1, measurements=()))
+    started_with("--store", store.path)
+    app = overview()
+    assert "A benchmark of llama is running" in messages(app)
+    store.end("later", "cancelled")
+    assert "is running" not in messages(app.run())

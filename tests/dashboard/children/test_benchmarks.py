@@ -1,26 +1,19 @@
 """Benchmarks started from a page: one at a time, with their errors, on a copy if the cut differs."""
 
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stageline.dashboard.children.benchmarks import Launcher, Order, cut_copy, running
+from stageline.dashboard.children.benchmarks import Launcher, running
+from stageline.dashboard.children.order import Order
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.store import Store
-from stageline.runtime.bundle.folder import Bundle, read_manifest
 
-ENDS_WITHIN_S = 90.0
-
-
-def ended(launcher: Launcher) -> None:
-    deadline = time.monotonic() + ENDS_WITHIN_S
-    while launcher.starting():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+Ended = Callable[[Launcher], None]
 
 
-def test_only_one_runs_at_a_time_and_it_leaves_a_run(bundles: Path, tmp_path: Path) -> None:
+def test_only_one_runs_at_a_time_and_it_leaves_a_run(bundles: Path, tmp_path: Path, ended: Ended) -> None:
     store, launcher = Store(tmp_path / "bench.sqlite"), Launcher()
     order = Order(bundles / "llama", concurrency="1, 2", seconds=0.2, repeats=1, new_tokens=4)
     run_id = launcher.start(store, order)
@@ -42,23 +35,18 @@ def test_one_that_another_process_makes_is_waited_for(filled_store: Path, bundle
         Launcher().start(store, Order(bundles / "llama"))
 
 
-def test_why_one_did_not_begin_is_one_line(tmp_path: Path) -> None:
+def test_why_one_did_not_begin_is_one_line(bundles: Path, tmp_path: Path, ended: Ended) -> None:
     launcher = Launcher()
-    run_id = launcher.start(Store(tmp_path / "bench.sqlite"), Order(tmp_path / "gone"))
+    run_id = launcher.start(Store(tmp_path / "bench.sqlite"), Order(bundles / "llama", concurrency="none"))
     ended(launcher)
     failure = launcher.failure(run_id)
     assert failure is not None
-    assert "no bundle at" in failure
+    assert "none" in failure
     assert "\n" not in failure
 
 
-def test_another_cut_is_measured_on_a_copy(bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = (bundles / "llama" / "manifest.json").read_bytes()
-    assert cut_copy(bundles / "llama", 2) == bundles / "llama"
-    for _ in range(2):  # the second replaces the first
-        copy = cut_copy(bundles / "llama", 3)
-        assert len(Bundle.open(copy).manifest.stages) == 3
-    assert (bundles / "llama" / "manifest.json").read_bytes() == before
-    assert len(read_manifest(bundles / "llama").stages) == 2
-    assert [folder.name for folder in copy.parent.iterdir()] == ["llama-3-stages"]
+def test_a_bundle_that_is_gone_is_not_measured(tmp_path: Path) -> None:
+    launcher = Launcher()
+    with pytest.raises(StagelineError, match="gone is gone; choose another"):
+        launcher.start(Store(tmp_path / "bench.sqlite"), Order(tmp_path / "gone"))
+    assert launcher.starting() is None
