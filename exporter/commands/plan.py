@@ -1,7 +1,8 @@
 """The commands `stageline profile` and `stageline plan`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,11 +13,14 @@ from stageline.exporter.commands.show import table
 from stageline.models.errors import StagelineError
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster
+from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster, unmeasured
+from stageline.runtime.planning.device_kinds import UNMEASURED
 from stageline.runtime.planning.measure import measure
 from stageline.runtime.planning.planner import Answer, Planner, device_names, quantise_for
 from stageline.runtime.planning.problem import Objective
-from stageline.runtime.planning.profile import Machine, MachineProfile, read_profile, write_profile
+from stageline.runtime.planning.profile import Machine, MachineProfile, has_profile, read_profile, write_profile
+from stageline.runtime.planning.profile import command as profile_command_for
 from stageline.runtime.planning.simulate import (
     BatchRequest,
     SimulationResult,
@@ -28,6 +32,7 @@ from stageline.runtime.planning.simulate import (
 from stageline.runtime.workload import Workload, poisson
 
 _CHUNK, _SIMULATED, _SEED = 128, 500, 0
+_BUDGET_S = 45.0  # of profile: for as many passes as fit, of at most three
 ObjectiveName = Literal["throughput", "latency", "cost", "energy"]
 
 
@@ -45,13 +50,15 @@ def profile_command(
 ) -> None:
     """Measure a bundle's parts on this machine, for `stageline plan`.
 
-    The times are stored in the bundle, one profile per machine and --quantise.
+    It takes under a minute for a small model, and one pass through all parts of a large one. The times are stored in
+    the bundle, one profile per machine and --quantise.
 
     Example: stageline profile minilm.bundle
     """
     opened = Bundle.open(bundle)
-    with common.progress_steps() as progress:
-        profile = measure(opened, common.numbers(threads, "--threads", int), progress=progress, quantise=quantise)
+    counts = common.numbers(threads, "--threads", int)
+    with _share_shown() as progress:
+        profile = measure(opened, counts, progress=progress, quantise=quantise, budget_s=_BUDGET_S)
     file = write_profile(opened, profile)
     whole = [point for point in profile.points if (point.first, point.end) == (0, opened.manifest.blocks)]
     rows = [
@@ -65,11 +72,37 @@ def profile_command(
     )
 
 
+@contextmanager
+def _share_shown() -> Iterator[Callable[[float, str], None]]:
+    """Yield a function that shows a share and the current step on stderr: a bar with the time left on a terminal, else
+    a line for each tenth."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    percentage, description = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
+    columns = (BarColumn(), percentage, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), description)
+    with common.progress_bar(*columns) as bar:
+        if bar is None:
+            shown = [-1]
+
+            def line(share: float, step: str) -> None:
+                if int(share * 10) > shown[0]:
+                    shown[0] = int(share * 10)
+                    print(f"{share:4.0%} {step}", file=sys.stderr)
+
+            yield line
+            return
+        task = bar.add_task("opening", total=1.0)
+        yield lambda share, step: bar.update(task, completed=share, description=step)
+
+
 def plan_command(
     bundle: common.BundleArgument,
     devices: Annotated[
         str | None,
-        typer.Option(metavar="D,D,...", help="CPU cores of this machine (cpu:0,cpu:1) or kinds of device (4xL4,H100)."),
+        typer.Option(
+            metavar="D,D,...",
+            help="CPU cores of this machine (cpu:0,cpu:1; default: all) or kinds of device (4xL4,H100).",
+        ),
     ] = None,
     cluster: Annotated[Path | None, typer.Option(metavar="TOML", help="A file of devices and links.")] = None,
     objective: Annotated[ObjectiveName, typer.Option(help="What to optimise.")] = "throughput",
@@ -101,17 +134,19 @@ def plan_command(
 
     Shows which blocks run where and the predicted speed. It does not change the bundle; `stageline recut` does.
 
-    Example: stageline plan minilm.bundle --devices cpu:0,cpu:1 --explain
+    Example: stageline plan minilm.bundle --explain
     """
-    if (devices is None) == (cluster is None):
-        raise common.UsageError("give --devices or --cluster")
+    if devices is not None and cluster is not None:
+        raise common.UsageError("give --devices or --cluster, not both")
     if dtype is not None and quantise is not None:
         raise common.UsageError("give --dtype or --quantise, not both")
     opened = Bundle.open(bundle)
     manifest = opened.manifest
+    devices = devices or (None if cluster is not None else _this_machine())
     found = read_cluster(cluster) if cluster is not None else parse_devices(str(devices))
     weights_dtype = quantise or dtype or ("float32" if found.local else manifest.dtype)
     profile, warning = _profile(opened, found, weights_dtype)
+    found = unmeasured(found) if found.local and profile is None else found
     if profile is not None and devices is not None:
         found = parse_devices(devices, profile.handover_s)
     planner = Planner(
@@ -233,7 +268,20 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
 
 def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[MachineProfile | None, str | None]:
     """The profile of this machine if the plan is for its CPU cores, and a warning if it is not quite the right one."""
-    return read_profile(bundle.path, Machine.here(quantise_for(dtype))) if cluster.local else (None, None)
+    if not cluster.local:
+        return None, None
+    machine = Machine.here(quantise_for(dtype))
+    if not has_profile(bundle.path):
+        return None, (
+            f"this machine is not measured yet: times are of {UNMEASURED}, and may be far off; measure it with: "
+            f"{profile_command_for(bundle.path, machine.quantise)}"
+        )
+    return read_profile(bundle.path, machine)
+
+
+def _this_machine() -> str:
+    """All cores that this process may use, as devices."""
+    return ",".join(f"cpu:{core}" for core in allowed_cores())
 
 
 def _sizes(

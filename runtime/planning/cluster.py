@@ -4,13 +4,13 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pydantic
 from stageline.models.errors import StagelineError
-from stageline.runtime.planning.device_kinds import DeviceKind, Positive, catalogue, device_kind
+from stageline.runtime.planning.device_kinds import DeviceKind, Positive, catalogue, device_kind, usual_cores
 from stageline.runtime.planning.problem import Link
 from stageline.runtime.validation import Data, first_error
 
@@ -93,6 +93,17 @@ def parse_devices(text: str, handover_s: float = 0.0) -> Cluster:
         taken += [name if device is None else f"{key[0]}:{len(taken) + number}" for number in range(count)]
     kinds = tuple(Kind(key[0], devices[key], tuple(names[key]), key[1]) for key in names)
     return Cluster(kinds, tuple(tuple(_near(a, b, handover_s) for b in kinds) for a in kinds))
+
+
+def unmeasured(cluster: Cluster) -> Cluster:
+    """The cluster with this machine's cores as usual ones, for want of a profile."""
+    local = sum(kind.count for kind in cluster.kinds if kind.device is None)
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / max(1, local) / 1e9
+    kinds = tuple(
+        kind if kind.device is not None else replace(kind, device=usual_cores(kind.threads, memory_gb))
+        for kind in cluster.kinds
+    )
+    return replace(cluster, kinds=kinds)
 
 
 def _threads(name: str) -> int:

@@ -1,12 +1,12 @@
 """Measuring a bundle's parts on this machine: small stages in the engine, timed alone and beside each other.
 
 Ranges of blocks are stitched as stages (each kind of block alone, quarters, halves, the whole) and timed for
-micro-batches of several shapes, pinned to one core per thread. The result is the median over the runs, and over three
-passes through all ranges, so that a disturbance of a few seconds does not count. The blocks before a range compute its
-inputs. Between runs as many bytes are read as the rest of the model has weights: in a pipeline those, too, evict a
-stage's weights from the CPU's caches. Then stages of equal length, each on its own cores, are timed one at a time and
-all at once. The slowdown is their contention for what cores share: memory bandwidth, or one physical core behind two
-virtual ones. It is the median of all passes as well.
+micro-batches of several shapes, pinned to one core per thread. The result is the median over the runs and over up to
+three passes, so that a disturbance of a few seconds does not count. The blocks before a range compute its inputs.
+Between runs as many bytes are read as the rest of the model has weights: in a pipeline those, too, evict a stage's
+weights from the CPU's caches. Then stages of equal length, each on its own cores, are timed one at a time and all at
+once. The slowdown is their contention for what cores share: memory bandwidth, or one physical core behind two virtual
+ones. It is the median of all passes as well.
 """
 
 import itertools
@@ -68,12 +68,18 @@ def measure(
     bundle: Bundle,
     threads: Sequence[int] = (1, 2),
     grids: Sequence[Grid] | None = None,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Callable[[float, str], None] = lambda share, step: None,
     passes: int = 3,
     quantise: WeightDtype | None = None,
+    budget_s: float = math.inf,
 ) -> MachineProfile:
     """Time the bundle's parts for each number of threads that this machine has cores for, `passes` times, in engines
-    opened with `quantise`. StagelineError if it has too few cores for all of them."""
+    opened with `quantise`. StagelineError if it has too few cores for all of them.
+
+    One pass is always made. Others are made only if they are likely to end within `budget_s` seconds, and disturbed
+    measurements are repeated only in the first half of them. `progress` gets the share that is done, 0 to 1, and what
+    is next.
+    """
     cores = allowed_cores()
     grids = default_grids(bundle.manifest) if grids is None else grids
     able = [count for count in threads if count <= len(cores)]
@@ -82,17 +88,33 @@ def measure(
     model = _Model.of(bundle, quantise)
     found: dict[tuple[int, ...], list[Point]] = {}
     beside: dict[tuple[int, ...], list[Contention]] = {}
-    for number, count in itertools.product(range(passes), able):
-        for first, end in ranges(bundle, quantise):
-            progress(f"pass {number + 1} of {passes}: {counted(count, 'core')}, blocks {first} to {end - 1}")
-            with _worker(cores[:count]) as worker:
-                submit = partial(worker.submit, _range_points, model, first, end, cores[:count], grids)
-                points, _ = undisturbed(lambda submit=submit: submit().result())  # type: ignore[misc]
-            for point in points:
-                found.setdefault((count, point.batch, point.length, point.past, first, end), []).append(point)
-        progress(f"pass {number + 1} of {passes}: stages on {counted(count, 'core')} each, side by side")
-        for one in _contention(model, count, cores, grids):
-            beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
+    began = perf_counter()
+    retry_until = began + budget_s / 2
+    measured = ranges(bundle, quantise)
+    steps = len(able) * (len(measured) + 1)  # of a pass
+    done = 0
+
+    def fitting() -> int:
+        return _fitting(passes, budget_s, perf_counter() - began, done / steps)
+
+    def at(step: str) -> None:
+        number = done // steps + 1
+        progress(done / steps / max(number, fitting()), f"pass {number}: {step}")
+
+    while done < steps * fitting():
+        for count in able:
+            for first, end in measured:
+                at(f"{counted(count, 'core')}, blocks {first} to {end - 1}")
+                with _worker(cores[:count]) as worker:
+                    submit = partial(worker.submit, _range_points, model, first, end, cores[:count], grids)
+                    points, _ = undisturbed(lambda submit=submit: submit().result(), retry_until)  # type: ignore[misc]
+                for point in points:
+                    found.setdefault((count, point.batch, point.length, point.past, first, end), []).append(point)
+                done += 1
+            at(f"stages on {counted(count, 'core')} each, side by side")
+            for one in _contention(model, count, cores, grids, retry_until):
+                beside.setdefault((count, one.batch, one.length, one.past), []).append(one)
+            done += 1
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
     return MachineProfile(
         machine=Machine.here(quantise),
@@ -104,14 +126,21 @@ def measure(
     )
 
 
+def _fitting(passes: int, budget_s: float, passed_s: float, done: float) -> int:
+    """How many of `passes` fit into the budget if all go on as the `done` ones did (a fraction in the first); at least
+    one."""
+    return max(1, int(min(passes, budget_s * done / passed_s))) if done else passes
+
+
 def _middle(found: Sequence[T], of: Callable[[T], float]) -> T:
     return sorted(found, key=of)[len(found) // 2]
 
 
-def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
+def undisturbed(work: Callable[[], T], retry_until: float = math.inf) -> tuple[T, float]:
     """The result of `work`, and the share of a core that other processes took at the same time.
 
-    Out of up to three tries: the first that is hardly disturbed, or else the least disturbed one.
+    Out of up to three tries, none of which begins again after `retry_until` (perf_counter): the first that is hardly
+    disturbed, or else the least disturbed one.
     """
     best: tuple[T, float] | None = None
     for _ in range(_TRIES):
@@ -120,7 +149,7 @@ def undisturbed(work: Callable[[], T]) -> tuple[T, float]:
         share = (others_cpu_s() - others_s) / (perf_counter() - began)
         if best is None or share < best[1]:
             best = found, share
-        if share < _CALM:
+        if share < _CALM or perf_counter() > retry_until:
             break
     assert best is not None
     return best
@@ -220,7 +249,9 @@ def _range_points(
     return points
 
 
-def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequence[Grid]) -> list[Contention]:
+def _contention(
+    model: _Model, threads: int, cores: Sequence[int], grids: Sequence[Grid], retry_until: float
+) -> list[Contention]:
     """How much longer equal stages on `threads` cores each take when all of them run than when one does."""
     manifest = model.bundle.manifest
     count = min(len(cores) // threads, _MAX_BESIDE, manifest.blocks)
@@ -246,7 +277,7 @@ def _contention(model: _Model, threads: int, cores: Sequence[int], grids: Sequen
                 values.update(worker.submit(run).result())
                 runs.append(run)
             for _ in range(_BESIDE_ROUNDS):
-                longer, _ = undisturbed(partial(_longer, workers, runs, rests))
+                longer, _ = undisturbed(partial(_longer, workers, runs, rests), retry_until)
                 share = max(0.0, longer) / (count - 1)
                 found.append(
                     Contention(threads=threads, batch=shape.batch, length=shape.length, past=shape.past, share=share)

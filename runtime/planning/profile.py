@@ -145,6 +145,11 @@ def command(folder: Path, quantise: WeightDtype | None) -> str:
     return f"stageline profile {folder}" + (f" --quantise {quantise}" if quantise else "")
 
 
+def has_profile(folder: Path) -> bool:
+    """Whether the bundle holds a profile of any machine."""
+    return any((folder / FOLDER).glob("*.json"))
+
+
 def read_profile(folder: Path, machine: Machine) -> tuple[MachineProfile, str | None]:
     """The profile of `machine` in the bundle's folder, or the nearest other one with a warning that names both.
 

@@ -10,6 +10,7 @@ import pytest
 from hasty import hasty_profiles
 from stageline.exporter.commands.cli import main
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.planning.measure import measure
 from stageline.runtime.planning.profile import Grid, Machine, MachineProfile, read_profile, write_profile
 
@@ -150,6 +151,20 @@ def test_how_many_of_which_device_serve_a_rate(tiny_llama: Path, capsys: pytest.
         assert size["report"]["ttft"]["p99"] <= 0.05
 
 
+def test_without_devices_and_without_a_profile_it_plans_for_this_machine_and_says_that_it_guesses(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = shutil.copytree(tiny_llama, tmp_path / "llama", ignore=shutil.ignore_patterns("profiles"))
+    assert main(["plan", str(bundle), "--quantise", "int8", "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert {name for stage in found["stages"] for name in stage["devices"]} <= {f"cpu:{n}" for n in allowed_cores()}
+    assert found["tokens_per_s"] > 0
+    for text in ("is not measured yet", "a roofline of usual CPU cores", f"stageline profile {bundle} --quantise int8"):
+        assert text in found["warning"]
+        assert text in shown.err
+
+
 def test_layers_are_pinned(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = document(capsys, "plan", tiny_llama, "--devices", "3xL4", "--layers", "1,3,2")
     assert message["layers"] == [1, 3, 2]
@@ -158,16 +173,13 @@ def test_layers_are_pinned(tiny_llama: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give --devices or --cluster"),
-        (("--devices", "L4", "--cluster", "c.toml"), "give --devices or --cluster"),
+        (("--devices", "L4", "--cluster", "c.toml"), "give --devices or --cluster, not both"),
         (("--devices", "H1000"), "unknown device 'H1000'; known devices: H100"),
         (("--devices", "L4", "--layers", "2,x"), "'2,x' is not a list of numbers such as 8,7,9"),
         (("--devices", "2xL4", "--layers", "2,5"), "layers 2,5 do not fit: give each stage at least 1 block, 6 in all"),
         (("--devices", "L4", "--layers", "3,3"), "no plan exists"),
         (("--devices", "L4", "--capacity", "4096"), "--capacity is 4096, the model can place 512 tokens; lower it"),
         (("--devices", "L4", "--slots", "100000000", "--dtype", "float16"), "no plan fits: at the best cut"),
-        (("--devices", "cpu:0"), "has no profile of any machine; make one with: stageline profile"),
-        (("--devices", "cpu:0", "--quantise", "int8"), "--quantise int8"),
         (("--devices", "L4", "--quantise", "int4"), "has no rate for int4; known: bfloat16"),
         (("--devices", "L4", "--objective", "beauty"), "'--objective'"),
         (("--devices", "L4", "--dtype", "float16", "--quantise", "int8"), "give --dtype or --quantise, not both"),

@@ -1,6 +1,7 @@
 """Measured stages, and the times of uses derived from them."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from stageline.runtime.engines.base import CacheSize
 from stageline.runtime.planning import measure as measuring
 from stageline.runtime.planning.cost import UseCost, use_costs
 from stageline.runtime.planning.host import driver_times_s
-from stageline.runtime.planning.measure import measure, ranges, undisturbed
+from stageline.runtime.planning.measure import _fitting, measure, ranges, undisturbed
 from stageline.runtime.planning.profile import (
     Contention,
     Grid,
@@ -118,6 +119,24 @@ def test_what_is_measured_is_stored_and_read_back(bundle: Bundle) -> None:
     write_profile(bundle, profile)
     assert read_profile(bundle.path, Machine.here()) == (profile, None)
     assert Bundle.open(bundle.path).manifest == bundle.manifest
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_budget_leaves_out_passes_and_the_share_grows_to_the_end(bundle: Bundle) -> None:
+    shares: list[float] = []
+    steps: list[str] = []
+    measure(bundle, [1], [Grid((1,), (4,))], lambda s, step: (shares.append(s), steps.append(step)), budget_s=1e-6)  # type: ignore[func-returns-value]
+    assert {step.partition(":")[0] for step in steps} == {"pass 1"}
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "passed_s", "done", "fit"),
+    [(math.inf, 99.0, 0.5, 3), (45.0, 10.0, 0.5, 2), (45.0, 10.0, 1.0, 3), (45.0, 60.0, 1.0, 1), (45.0, 0.0, 0.0, 3)],
+)
+def test_as_many_passes_are_made_as_fit(budget_s: float, passed_s: float, done: float, fit: int) -> None:
+    assert _fitting(3, budget_s, passed_s, done) == fit
 
 
 def test_profile_of_another_machine_warns_and_names_both(bundle: Bundle) -> None:
