@@ -85,6 +85,10 @@ def cuts(blocks: int) -> list[list[int]]:
     return [counts for counts in found if min(counts) > 0]
 
 
+def _say(share: float, step: str) -> None:
+    print(f"# {share:.0%} {step}", flush=True)
+
+
 class Reference:
     """The whole model on each core alone: its times show the current speed of the machine."""
 
@@ -138,7 +142,7 @@ class Bench:
         self._reference = Reference(whole.path, self.feed(*REFERENCE))
         if known is None:
             before = self._reference.times_s(REFERENCE_S, REFERENCE_RUNS)
-            self.profile = measure(self.bundle, [threads], None, lambda step: print(f"# {step}", flush=True), passes)
+            self.profile = measure(self.bundle, [threads], None, _say, passes)
             after = self._reference.times_s(REFERENCE_S, REFERENCE_RUNS)
             self._before_s = [(one + other) / 2 for one, other in zip(before, after, strict=True)]
         else:

@@ -3,6 +3,7 @@
 import importlib.util
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -219,7 +220,7 @@ def _measured(bundle: Path, manifest: Manifest) -> tuple[PipelineOptions, int | 
     quantised = ["", *get_args(WeightDtype)]
     with st.container(horizontal=True, vertical_alignment="bottom"):
         address.start("stages", f"plan of {bundle}", list(plans), "")
-        stages = st.selectbox("Plan", list(plans), format_func=plans.get, key=f"plan of {bundle}", width=230)
+        stages = st.selectbox("Plan", list(plans), format_func=plans.__getitem__, key=f"plan of {bundle}", width=230)
         address.keep("stages", stages)
         address.start("quantise", "quantise", quantised, "")
         quantise = st.selectbox("Quantise", quantised, format_func=lambda one: one or "no", key="quantise", width=140)
@@ -277,5 +278,5 @@ def _number(label: str, key: str, default: float | None, kind: type[int] | type[
     return value
 
 
-def _keep_several(name: str, chosen: list[str], default: list[str]) -> None:
+def _keep_several(name: str, chosen: Sequence[str], default: Sequence[str]) -> None:
     address.keep(name, ",".join(chosen), ",".join(default))

@@ -5,8 +5,7 @@ micro-batches of several shapes, pinned to one core per thread. The result is th
 three passes, so that a disturbance of a few seconds does not count. The blocks before a range compute its inputs.
 Between runs as many bytes are read as the rest of the model has weights: in a pipeline those, too, evict a stage's
 weights from the CPU's caches. Then stages of equal length, each on its own cores, are timed one at a time and all at
-once. The slowdown is their contention for what cores share: memory bandwidth, or one physical core behind two virtual
-ones. It is the median of all passes as well.
+once. The slowdown, the median of all passes, is their contention for what cores share (memory bandwidth).
 """
 
 import itertools
@@ -41,7 +40,7 @@ from stageline.runtime.planning.profile import Contention, Grid, Machine, Machin
 from stageline.runtime.words import counted
 from stageline.runtime.workload import Shape
 
-_MIN_RUNS, _MAX_RUNS, _POINT_S = 2, 40, 0.1
+_MIN_RUNS, _MAX_RUNS, _POINT_S, _POINT_WALL_S = 2, 40, 0.1, 0.25  # the last with what happens between runs
 _BESIDE_ROUNDS, _MAX_BESIDE = 3, 4
 _WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter is opened
 _FEW_BLOCKS = 12
@@ -76,9 +75,8 @@ def measure(
     """Time the bundle's parts for each number of threads that this machine has cores for, `passes` times, in engines
     opened with `quantise`. StagelineError if it has too few cores for all of them.
 
-    One pass is always made. Others are made only if they are likely to end within `budget_s` seconds, and disturbed
-    measurements are repeated only in the first half of them. `progress` gets the share that is done, 0 to 1, and what
-    is next.
+    After the first pass others are made only if they are likely to end within `budget_s` seconds, and what is disturbed
+    is repeated only in the first half of them. `progress` gets the share that is done, 0 to 1, and what is next.
     """
     cores = allowed_cores()
     grids = default_grids(bundle.manifest) if grids is None else grids
@@ -127,8 +125,7 @@ def measure(
 
 
 def _fitting(passes: int, budget_s: float, passed_s: float, done: float) -> int:
-    """How many of `passes` fit into the budget if all go on as the `done` ones did (a fraction in the first); at least
-    one."""
+    """How many of `passes` fit into the budget if all take as long as the `done` ones (a fraction at first)."""
     return max(1, int(min(passes, budget_s * done / passed_s))) if done else passes
 
 
@@ -356,7 +353,8 @@ def _rest_of_model(reads: Sequence[int], first: int, end: int) -> Callable[[], o
 def _median_s(run: Callable[[], object], between: Callable[[], object]) -> tuple[float, int]:
     run()
     taken: list[float] = []
-    while len(taken) < _MIN_RUNS or (sum(taken) < _POINT_S and len(taken) < _MAX_RUNS):
+    stop_s = perf_counter() + _POINT_WALL_S
+    while len(taken) < _MIN_RUNS or (sum(taken) < _POINT_S and len(taken) < _MAX_RUNS and perf_counter() < stop_s):
         between()
         began = perf_counter()
         run()
