@@ -141,6 +141,9 @@ class Endpoint:
                 connection.request(method, self._path + path, data, self._headers)
                 response = connection.getresponse()
                 break
+            except TimeoutError as error:  # it may be at work on it: not sent again
+                self._drop()
+                raise FailedRequestError("timeout", f"{self.name}{path} gave no answer in {_TIMEOUT_S:g} s") from error
             except (OSError, HTTPException) as error:
                 self._drop()
                 if fresh or self._closed:
