@@ -142,10 +142,20 @@ def run_command(
     from stageline.runtime.bench.workload_file import read_workload
 
     _check_alone("--texts, --lengths and --workload", texts, lengths, workload)
-    if sweep and (scenario or concurrency or rate or arrivals):
+    if sweep and (scenario or server_rate or concurrency or rate or arrivals):
         raise typer.BadParameter("a sweep chooses its loads; leave out other loads", param_hint="--sweep")
     if workload is not None and (prefixes is not None or turns > 1):
         raise typer.BadParameter("a workload has its own prefixes and turns", param_hint="--workload")
+    at_a_rate = rate is not None or sweep
+    _check_used("--pattern", pattern != "poisson", at_a_rate, "--rate or --sweep")
+    _check_used(
+        "--max-concurrency",
+        max_concurrency is not None,
+        at_a_rate or arrivals is not None,
+        "--rate, --arrivals or --sweep",
+    )
+    _check_used("--time-scale", time_scale != 1.0, arrivals is not None, "--arrivals")
+    _check_used("--turn-delay", turn_delay > 0, turns > 1 or workload is not None, "--turns or --workload")
     if timeline is not None and timeline.exists():
         raise RequestError(f"{timeline} exists already; delete it, or choose another file")
     at_rates = Load("Rate", pattern=pattern_of(pattern), ceiling=max_concurrency)
@@ -173,6 +183,9 @@ def run_command(
     cache = pipeline.cache_size(opened.manifest)
     maker = Maker(opened, shape, cache.capacity if cache else None, seed)
     items, described = maker.items(given)
+    if trace is not None and arrivals is not None:
+        lengths_too = ", with their lengths" if trace.lengths else ""
+        described += f"; Recorded: {len(trace.times_s)} arrivals of {arrivals.name}{lengths_too}"
     recording = Recording(trace.times_s, maker.of_trace(trace.lengths)) if trace else Recording()
     settings = RunSettings(
         () if sweep else asked,
@@ -217,6 +230,11 @@ def _quality(bundle: Bundle, pipeline: PipelineOptions, against: Path | None, te
     reference = reference_of(bundle, pipeline, None if against is None else hub.bundle_of(against))
     with common.progress_steps() as say:
         return check(Subject(str(bundle.path), bundle.path, pipeline), reference, texts, say)
+
+
+def _check_used(name: str, given: bool, used: bool, by: str) -> None:
+    if given and not used:
+        raise typer.BadParameter(f"it changes nothing without {by}; leave it out", param_hint=name)
 
 
 def _shape(bundle: Bundle, asked: Shape) -> Shape:

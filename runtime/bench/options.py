@@ -36,7 +36,7 @@ def loads(
     RequestError for an invalid one.
     """
     found: list[Load] = []
-    for name in scenarios:
+    for name in scenarios or (() if concurrencies or rates or recorded else MLPERF):
         known = next((scenario for scenario in MLPERF if scenario.lower() == name.strip().lower()), None)
         if known is None:
             raise RequestError(f"unknown scenario {name.strip()!r}; known scenarios: {', '.join(MLPERF)}")
@@ -51,7 +51,9 @@ def loads(
     found += [replace(at_rates, rate_per_s=rate) for rate in rates]
     if recorded:
         found.append(Load("Recorded", ceiling=at_rates.ceiling))
-    return tuple(dict.fromkeys(found)) or tuple(Load(scenario) for scenario in MLPERF)
+    if server_rate is not None and not any(load.scenario == "Server" for load in found):
+        raise RequestError(f"server rate {server_rate:g} changes nothing without the scenario Server; leave it out")
+    return tuple(dict.fromkeys(found))
 
 
 def slo(text: str) -> Slo:

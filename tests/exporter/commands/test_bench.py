@@ -161,7 +161,8 @@ def test_workloads_ask_for_what_they_say(
     assert said == "2 of 2 conversations of rows"
     assert {3, 1} == set(found.tokens_out.tolist())
     assert {4, 7} == set(found.tokens_in.tolist())  # two words and two special tokens, then five words
-    _, found = requests("--arrivals", tmp_path / "trace", "--time-scale", "0.001")
+    said, found = requests("--arrivals", tmp_path / "trace", "--time-scale", "0.001")
+    assert said == "32 texts; Recorded: 3 arrivals of trace, with their lengths"
     assert found.tokens_in.tolist() == [2, 3, 4]
     assert found.tokens_out.tolist() == [1, 2, 3]
     assert found.intended_s.tolist() == pytest.approx([0.0, 0.01, 0.02])
@@ -372,7 +373,10 @@ def test_no_file_is_overwritten(
         (("BUNDLE", "--lengths", "8-2"), "'8-2' is not a length"),
         (("BUNDLE", "--lengths", "64"), "64 tokens are asked for, at most 16 fit"),
         (("BUNDLE", "--lengths", "4", "--texts", "x"), "give one of --texts, --lengths and --workload"),
-        (("BUNDLE", "--pattern", "weekly"), "'weekly' is not a pattern of arrivals; give one of poisson, constant"),
+        (
+            ("BUNDLE", "--rate", "1", "--pattern", "weekly"),
+            "'weekly' is not a pattern of arrivals; give one of poisson, constant",
+        ),
         (("BUNDLE", "--max-concurrency", "0"), "Invalid value for '--max-concurrency'"),
         (("BUNDLE", "--sweep", "--rate", "3"), "a sweep chooses its loads; leave out other loads"),
         (("BUNDLE", "--slo", "share=99%"), "'share=99%' says which share must keep bounds, but no bound"),
@@ -380,6 +384,10 @@ def test_no_file_is_overwritten(
         (("BUNDLE", "--slo", "latency=1s,latency=2s"), "'latency=2s' is a second bound of its kind"),
         (("BUNDLE", "--workload", "nowhere.jsonl"), "workload nowhere.jsonl cannot be read"),
         (("BUNDLE", "--workload", "x", "--turns", "2"), "a workload has its own prefixes and turns"),
+        (("BUNDLE", "--pattern", "ramp"), "--pattern: it changes nothing without --rate or --sweep"),
+        (("BUNDLE", "--max-concurrency", "4"), "it changes nothing without --rate, --arrivals or --sweep"),
+        (("BUNDLE", "--time-scale", "2"), "it changes nothing without --arrivals; leave it out"),
+        (("BUNDLE", "--turn-delay", "2"), "it changes nothing without --turns or --workload"),
         (("BUNDLE", "--check"), "--check of a model that does not generate needs a reference; give --quantise"),
         (("BUNDLE", "--check-against", "nowhere"), "no bundle at nowhere"),
         (("BUNDLE", "--turns", "2"), "--turns is for bundles that generate"),
