@@ -47,6 +47,15 @@ def earlier(lines: Iterable[RunLine], line: RunLine) -> RunLine | None:
     )
 
 
+def other_cuts(lines: Iterable[RunLine], line: RunLine) -> list[RunLine]:
+    """The newest complete run of each other bundle of the same model, at most three: its other cuts."""
+    found: dict[str, RunLine] = {}
+    for one in lines:
+        if one.bundle != line.bundle and one.status == "done" and one.headlines and same_model(one, line):
+            found.setdefault(one.bundle, one)
+    return list(found.values())[:3]
+
+
 def short(bundle: str) -> str:
     """The last part of a bundle's path."""
     return Path(bundle).name or bundle

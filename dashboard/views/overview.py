@@ -1,6 +1,7 @@
 """The Overview page: whether the latest run of each model is good, against its baselines and the run before."""
 
 import time
+from contextlib import suppress
 
 import streamlit as st
 from stageline.dashboard.figures import runs as results
@@ -35,7 +36,7 @@ def show() -> None:
         _cards(run, measurement)
     left, right = st.columns([3, 2], gap="large")
     with left:
-        _curve(run, before)
+        _curve(run, before, _cuts(measured, line, run))
     with right:
         if measurement is not None:
             _baselines(run, str(measurement.load))
@@ -137,7 +138,16 @@ def _cards(run: Run, measurement: Measurement) -> None:
                       border=True, height="stretch")  # fmt: skip
 
 
-def _curve(run: Run, before: Run | None) -> None:
+def _cuts(measured: list[RunLine], line: RunLine, run: Run) -> list[Run]:
+    """Runs of the model's other cuts under loads like these, as far as they can be read."""
+    found = []
+    for other in results.other_cuts(measured, line):
+        with suppress(StagelineError):
+            found.append(run_of(other.id))
+    return [cut for cut in found if cut.plan != run.plan and incomparable(cut, run) is None]
+
+
+def _curve(run: Run, before: Run | None, cuts: list[Run]) -> None:
     st.subheader("Throughput and latency", anchor=False)
     known = [name for name in _TIMES if any(f"{name}_p50_s" in one.figures for one in run.measurements)]
     if not known:
@@ -146,8 +156,9 @@ def _curve(run: Run, before: Run | None) -> None:
     with st.container(horizontal=True):
         what = str(_pick("Time", known, "latency", _TIMES)) if len(known) > 1 else known[0]
         percentile = str(_pick("Percentile", rows.PERCENTILES, "p50"))
-    shared = before if before is not None and incomparable(before, run) is None else None
-    drawn, unit = rows.curve_rows(run, f"{what}_{percentile}", shared), statements.throughput_unit(run)
+    drawn_before = before if before is not None and incomparable(before, run) is None and before not in cuts else None
+    drawn = rows.curve_rows(run, f"{what}_{percentile}", drawn_before, cuts)
+    unit = statements.throughput_unit(run)
     for reason in rows.left_out(run, f"{what}_{percentile}"):
         st.caption(f"Not drawn: {reason}.")
     if not drawn:
@@ -155,7 +166,7 @@ def _curve(run: Run, before: Run | None) -> None:
     slo, named = run.settings.slo, f"{_TIMES[what]} {percentile}"
     bound = {"latency": slo.latency_s, "ttft": slo.ttft_s, "tpot": slo.tpot_s}[what]
     draw(charts.curve(drawn, unit, named, bound), "chart-curve", sentences.of_curve(drawn, unit, named))
-    hollow = " Hollow and dashed: the run before." if shared else ""
+    hollow = " Hollow and dashed: the run before." if drawn_before else ""
     st.caption(
         "Labels are loads; lines through points are 95 % intervals, from a tenth of the value on. Further right and "
         f"lower is better.{hollow}"

@@ -16,14 +16,18 @@ TIMES = ("latency", "ttft", "tpot")
 PERCENTILES = ("p50", "p90", "p95", "p99")
 
 
-def curve_rows(run: Run, time: str, before: Run | None = None) -> list[dict[str, Any]]:
+def curve_rows(run: Run, time: str, before: Run | None = None, cuts: Sequence[Run] = ()) -> list[dict[str, Any]]:
     """Throughput and a time ("latency_p99") of each contender under each load, with the 95 % intervals of both; of the
-    run before, our own. Loads whose sample does not carry that percentile are left out. Points with the same `sweep`
-    are joined."""
-    drawn = [(run, "this run", one) for one in run.measurements]
-    drawn += [(before, "run before", one) for one in before.measurements if one.contender == OURS] if before else []
+    run before, and of runs of other `cuts` of the model, our own. Loads whose sample does not carry that percentile are
+    left out. Points with the same `sweep` are joined."""
+    drawn = [(run, "this run", one.contender, one) for one in run.measurements]
+    if before is not None:
+        drawn += [(before, "run before", OURS, one) for one in before.measurements if one.contender == OURS]
+    for cut in cuts:
+        name = f"{OURS}, {words.counted(len(cut.plan.blocks), 'stage')}"
+        drawn += [(cut, "this run", name, one) for one in cut.measurements if one.contender == OURS]
     name, rows = throughput_name(run), []
-    for of, which, one in drawn:
+    for of, which, contender, one in drawn:
         x, y = one.figures.get(name), one.figures.get(f"{time}_s")
         if x is None or y is None or not math.isfinite(y.mean) or missing(one, f"{time}_s"):
             continue
@@ -31,7 +35,7 @@ def curve_rows(run: Run, time: str, before: Run | None = None) -> list[dict[str,
         low, high = bounds(y)
         rows.append(
             {
-                "contender": one.contender,
+                "contender": contender,
                 "run": which,
                 "id": of.id,
                 "load": str(one.load),
@@ -44,7 +48,7 @@ def curve_rows(run: Run, time: str, before: Run | None = None) -> list[dict[str,
                 "low_s": low,
                 "high_s": high,
                 "order": one.load.concurrency or one.load.rate_per_s or 0.0,
-                "sweep": f"{which} {one.load.scenario}" if one.load.scenario in SWEEPS else None,
+                "sweep": f"{which} {contender} {one.load.scenario}" if one.load.scenario in SWEEPS else None,
             }
         )
     return rows

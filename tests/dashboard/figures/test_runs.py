@@ -212,3 +212,17 @@ def test_cuts_of_one_model_are_one_group_and_equal_names_are_told_apart(filled_s
     assert list(found) == [f"llama ({Path(line.bundle).parent})", "llama (/elsewhere)"]
     assert [len(group) for group in found.values()] == [2, 1]
     assert list(results.by_model([recut, line])) == ["llama"]
+
+
+def test_other_cuts_of_a_model_have_curves_of_their_own(filled_store: Path) -> None:
+    store = Store(filled_store)
+    lines = store.runs()
+    recut = dataclasses.replace(lines[1], bundle="/cache/cuts/llama-3-stages")
+    other = dataclasses.replace(lines[1], bundle="/elsewhere/other", checkpoint="f" * 64)
+    assert results.other_cuts([lines[0], recut, other], lines[0]) == [recut]
+    run = store.run(lines[0].id)
+    cut = dataclasses.replace(run, plan=dataclasses.replace(run.plan, blocks=(1, 1, 1)))
+    drawn = rows.curve_rows(run, "latency_p50", None, [cut])
+    assert {row["contender"] for row in drawn} == {"stageline", "onnxruntime", "stageline, 3 stages"}
+    assert {row["sweep"] for row in drawn} == {f"this run {name} Concurrency" for name in
+                                               ("stageline", "onnxruntime", "stageline, 3 stages")}  # fmt: skip
