@@ -192,8 +192,8 @@ def _baselines(run: Run, load: str) -> None:
         st.caption("None was measured at this load. To measure one alongside the pipeline:")
         st.code(f"stageline bench {as_typed(run.bundle)} --baseline onnxruntime", language="bash", wrap_lines=True)
         return
-    unit = statements.throughput_unit(run)
-    draw(charts.baselines(drawn, unit), "chart-baselines", sentences.of_bars(drawn, unit))
+    figure = statements.compared_figure(run, load)
+    draw(charts.baselines(drawn, figure), "chart-baselines", sentences.of_bars(drawn, figure))
     st.caption(" ".join(one.text for one in statements.against(run, load)))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from stageline.runtime.report import wording
 from stageline.runtime.report.spec import (
     COLUMN,
     FROM_ZERO,
@@ -123,21 +124,27 @@ def pareto(rows: Rows) -> Spec:
     return {"data": values(rows), "height": 260, "layer": [front, points, names]}
 
 
-def baselines(rows: Rows, unit: str) -> Spec:
-    """One bar per contender under one load, with its 95 % confidence interval. Rows: `report.rows.baseline_rows`."""
+def baselines(rows: Rows, figure: str) -> Spec:
+    """One bar per contender under one load, with its 95 % confidence interval. Rows: `report.rows.baseline_rows`;
+    `figure` names what they have, in seconds if it is a time."""
+    title = wording.label(figure)
+    if figure.endswith("_s") and not figure.endswith("_per_s"):
+        factor, symbol = time_unit(row["high"] for row in rows)
+        rows = [{**row, **{name: row[name] * factor for name in ("value", "low", "high")}} for row in rows]
+        title = f"{title} ({symbol})"
     colours = colour_of([row["contender"] for row in rows])
     y = category("contender", title=None, sort=list(colours), axis={"labelLimit": 180})
     bars = {
         "mark": {"type": "bar", "cornerRadiusEnd": 3, "height": 20},
         "encoding": {
-            "x": quantity("throughput", title=f"throughput ({unit})"),
+            "x": quantity("value", title=title),
             "y": y,
             "color": coloured("contender", colours, None),
             "tooltip": [
                 category("contender"),
                 category("load"),
-                quantity("throughput", title=f"throughput ({unit})", format=",.3~g"),
-                category("compared", title="stageline is"),
+                category("shown", title=wording.label(figure)),
+                category("compared", title="stageline has"),
             ],
         },
     }

@@ -111,7 +111,8 @@ def _charts(run: Run, name: str, load: str | None) -> list[Block]:
     if load is not None:
         bars = rows.baseline_rows(run, load)
         if len(bars) > 1:
-            drawn.append(_chart(f"{name}-baselines", sentences.of_bars(bars, unit), charts.baselines(bars, unit)))
+            figure = statements.compared_figure(run, load)
+            drawn.append(_chart(f"{name}-baselines", sentences.of_bars(bars, figure), charts.baselines(bars, figure)))
         (ours,) = (one for one in statements.of_load(run, load) if one.contender == OURS)
         if ours.stages:
             time_spent = rows.stage_rows(ours)

@@ -9,7 +9,7 @@ from stageline.runtime.bench.compare import missing, sample
 from stageline.runtime.bench.confidence import requests_needed
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run
 from stageline.runtime.report import wording
-from stageline.runtime.report.statements import against, mean, of_load, throughput_name
+from stageline.runtime.report.statements import against, compared_figure, mean, of_load, throughput_name
 
 SWEEPS = ("Concurrency", "Rate")
 TIMES = ("latency", "ttft", "tpot")
@@ -124,21 +124,24 @@ def _price_per_h(run: Run) -> float | None:
 
 
 def baseline_rows(run: Run, load: str) -> list[dict[str, Any]]:
-    """Each contender's throughput under one load, the fastest first. `ratio`: ours over it; None for ours."""
-    name = throughput_name(run)
+    """What contenders are compared by under one load (`statements.compared_figure`), the best first. `ratio`: ours over
+    it; None for ours."""
+    name = compared_figure(run, load)
     ratios = {one.contender: one.ratio for one in against(run, load)}
     measured = [one for one in of_load(run, load) if mean(one, name) is not None]
+    sign = 1 if name.endswith("_s") and not name.endswith("_per_s") else -1
     rows = []
-    for one in sorted(measured, key=lambda one: -one.figures[name].mean):
+    for one in sorted(measured, key=lambda one: sign * one.figures[name].mean):
         low, high = bounds(one.figures[name])
         ratio = ratios.get(one.contender)
         rows.append(
             {
                 "contender": one.contender,
                 "load": load,
-                "throughput": one.figures[name].mean,
+                "value": one.figures[name].mean,
                 "low": low,
                 "high": high,
+                "shown": wording.with_doubt(one.figures[name]),
                 "ratio": None if ratio is None else ratio.value,
                 "compared": "-" if ratio is None else wording.times(ratio),
             }

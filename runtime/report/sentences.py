@@ -1,6 +1,7 @@
 """A sentence for each chart, for readers who cannot see it: what it shows and its main finding."""
 
 from stageline.runtime import words
+from stageline.runtime.report import wording
 from stageline.runtime.report.spec import Rows
 
 
@@ -21,10 +22,10 @@ def _point(row: dict[str, object], unit: str) -> str:
     return f"{words.figure(throughput)} {unit} in {words.seconds(seconds)} at {row['load']}"
 
 
-def of_bars(rows: Rows, unit: str) -> str:
+def of_bars(rows: Rows, figure: str) -> str:
     """Of `charts.baselines`."""
-    shown = ", ".join(f"{row['contender']} {words.figure(row['throughput'])}" for row in rows)
-    return f"Throughput in {unit} at {rows[0]['load']}: {shown}." if rows else "No throughput was measured."
+    shown = ", ".join(f"{row['contender']} {row['shown']}" for row in rows)
+    return f"{wording.label(figure)} at {rows[0]['load']}: {shown}." if rows else "Nothing was measured."
 
 
 def of_pareto(rows: Rows) -> str:

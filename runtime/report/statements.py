@@ -15,17 +15,29 @@ from stageline.runtime.report import wording
 
 @dataclass(frozen=True)
 class Against:
-    """Our throughput over a baseline's, under one load."""
+    """Ours over a baseline's, under one load: throughput, or median latency where the load sets the rate."""
 
     contender: str
     load: str
+    figure: str
     ratio: Ratio
 
     @property
     def text(self) -> str:
-        """Stageline is 0.51 times onnxruntime, 1 at a time (95 %: 0.45 to 0.58)."""
+        """Stageline is 0.51 times onnxruntime, 1 at a time (95 %: 0.45 to 0.58). Or: has 1.90 times the latency of."""
         value, interval = words.figure(self.ratio.value), wording.between(self.ratio)
-        return f"Stageline is {value} times {self.contender}, {self.load} ({interval})."
+        times = "has {} times the latency of" if self.figure in _LATENCY else "is {} times"
+        return f"Stageline {times.format(value)} {self.contender}, {self.load} ({interval})."
+
+
+_LATENCY = ("latency_p50_s",)
+
+
+def compared_figure(run: Run, load: str) -> str:
+    """What contenders are compared by under this load: throughput; at a given rate, which all that keep up answer,
+    median latency."""
+    open_loop = any(one.load.rate_per_s is not None for one in of_load(run, load))
+    return _LATENCY[0] if open_loop else throughput_name(run)
 
 
 def throughput_name(run: Run) -> str:
@@ -55,15 +67,16 @@ def mean(measurement: Measurement, name: str) -> float | None:
 
 
 def against(run: Run, load: str) -> list[Against]:
-    """How many times each baseline our throughput is under this load, the best baseline first."""
-    name = throughput_name(run)
+    """How many times each baseline we are under this load, the best baseline first."""
+    name = compared_figure(run, load)
     measured = {one.contender: one for one in of_load(run, load) if name in one.figures}
     ours = measured.pop(OURS, None)
     if ours is None:
         return []
-    ranked = sorted(measured.values(), key=lambda one: -one.figures[name].mean)
+    sign = 1 if name in _LATENCY else -1
+    ranked = sorted(measured.values(), key=lambda one: sign * one.figures[name].mean)
     pairs = [(one, Ratio.between(one.figures[name].values, ours.figures[name].values)) for one in ranked]
-    return [Against(one.contender, load, ratio) for one, ratio in pairs if ratio is not None]
+    return [Against(one.contender, load, name, ratio) for one, ratio in pairs if ratio is not None]
 
 
 _FULL = 0.7
@@ -200,7 +213,8 @@ def _next_step(run: Run, best: Measurement, held: Bottleneck | None, peers: list
         )
     if not peers:
         return "measure a baseline beside it", _bench(run, "--baseline onnxruntime")
-    ahead = peers[0].ratio.high is not None and peers[0].ratio.high < 1
+    ratio = peers[0].ratio
+    ahead = (ratio.low or 0) > 1 if peers[0].figure in _LATENCY else (ratio.high or math.inf) < 1
     if ahead and len(run.plan.blocks) > 1 and run.environment.gpu is None:
         return "one stage on all cores may be faster", f"stageline recut {run.bundle} --stages 1"
     if held is None:

@@ -49,7 +49,7 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
         "curve with an SLO": lambda: runs.curve(curve, "tokens/s", "latency p50", 0.5),
         "curve of seconds": lambda: runs.curve(curve, "tokens/s", "latency p50", 5.0),
         "pareto": lambda: runs.pareto(rows.pareto_rows(run)),
-        "baselines": lambda: runs.baselines(rows.baseline_rows(run, str(measurement.load)), "tokens/s"),
+        "baselines": lambda: runs.baselines(rows.baseline_rows(run, str(measurement.load)), "tokens_per_s"),
         "stages of a run": lambda: runs.stages(rows.stage_rows(measurement)),
         "ladder": lambda: runs.ladder(rows.ladder_rows("A", measurement, "latency_s"), "latency", ["A"]),
         "histogram": lambda: runs.histogram(requests.histogram, ["A"]),

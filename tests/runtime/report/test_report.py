@@ -105,6 +105,15 @@ def test_the_reports_statements_are_those_of_its_raw_requests(
         assert shown_s == pytest.approx(float(np.mean(medians)), rel=6e-3)
 
 
+def test_at_a_given_rate_latencies_are_compared_for_all_that_keep_up_answer_it() -> None:
+    run = synthetic_runs.run(1, [Load("Rate", rate_per_s=20.0)])
+    ours, theirs = (one.figures["latency_p50_s"].values for one in run.measurements)
+    (said,) = statements.against(run, "Rate 20/s")
+    wanted = np.exp(np.mean(np.log(ours)) - np.mean(np.log(theirs)))
+    assert said.ratio.value == pytest.approx(wanted)
+    assert said.text.startswith(f"Stageline has {wanted:.3f} times the latency of onnxruntime, Rate 20/s (95 %: ")
+
+
 def test_charts_draw_what_the_raw_requests_say(
     run_and_requests: tuple[Run, dict[tuple[str, str], Requests]],
 ) -> None:
