@@ -62,7 +62,7 @@ view:
 
 types: $(VENV)/stamp view
 	$(BIN)/mypy -p stageline.models -p stageline.runtime -p stageline.exporter -p stageline.dashboard
-	$(BIN)/mypy benchmarks examples docs/generate.py
+	$(BIN)/mypy benchmarks examples docs/generate.py docs/pictures.py
 
 # The reference checkpoints' bundles, for the tests: made while mypy, which is one thread, has the other core.
 reference: checkpoints
