@@ -1,7 +1,7 @@
 """What a contender can carry: the knee of its curve and the largest rate within the SLO, from stored measurements."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,7 +25,8 @@ class Capacity:
 
     `best`: the largest rate that holds the SLO: of all requests, failed ones included, at least the SLO's share was
     answered within its bounds. `sure`: whether that holds with 95 % confidence. `over_per_s`: the smallest larger rate
-    that was measured and does not. None: no such measurement.
+    that was measured and does not. None: no such measurement. `over_alone`: a single request at a time surely does not
+    hold the SLO, so no rate does.
     """
 
     contender: str
@@ -35,6 +36,7 @@ class Capacity:
     best: Load | None = None
     sure: bool = False
     over_per_s: float | None = None
+    over_alone: bool = False
 
 
 def capacities(measurements: Sequence[Measurement], slo: Slo) -> tuple[Capacity, ...]:
@@ -54,22 +56,34 @@ def _capacity(contender: str, measured: Sequence[Measurement], slo: Slo) -> Capa
     )
     knee = _knee(closed)
     peak = max((_mean(one, "requests_per_s") for one in closed), default=None)
-    best, over = None, None
-    for one in sorted(rates(measured), key=lambda one: one.load.rate_per_s or 0.0):
-        holds, _ = held(one.figures["slo_share"].values, one.requests, slo.share)
-        if not holds:
-            over = one.load.rate_per_s
-            break
-        best = one
+    answers = {one.load.rate_per_s or 0.0: (one, *_held(one, slo)) for one in rates(measured)}
+    low, over = bracket({rate: (holds, sure) for rate, (_, holds, sure) in answers.items()})
+    best, _, sure = (None, False, False) if low is None else answers[low]
     return Capacity(
         contender,
         None if knee is None else knee.load,
         knee is not None and knee is closed[-1],
         peak,
         None if best is None else best.load,
-        best is not None and held(best.figures["slo_share"].values, best.requests, slo.share)[1],
+        sure,
         over,
+        any(_held(one, slo) == (False, True) for one in closed if (one.load.concurrency or 1) == 1),
     )
+
+
+def bracket(answers: Mapping[float, tuple[bool, bool]]) -> tuple[float | None, float | None]:
+    """The largest rate that holds, and the smallest larger one that does not (None: no such rate). `answers`: of each
+    rate, whether it holds, and whether that is sure.
+
+    A rate does not count as holding if a smaller one fails, unless that failure is not sure and the rate surely holds:
+    a single slow request fails a small sample.
+    """
+    low, failed, surely = None, False, False
+    for rate, (holds, sure) in sorted(answers.items()):
+        if holds and not surely and (sure or not failed):
+            low = rate
+        failed, surely = failed or not holds, surely or (sure and not holds)
+    return low, min((rate for rate, (holds, _) in answers.items() if not holds and rate > (low or 0.0)), default=None)
 
 
 def rates(measured: Iterable[Measurement]) -> list[Measurement]:
@@ -96,6 +110,11 @@ def settled(values: Sequence[float], bound: float) -> bool | None:
     if bounds is None or bounds[0] <= bound <= bounds[1]:
         return None
     return bounds[0] > bound
+
+
+def _held(one: Measurement, slo: Slo) -> tuple[bool, bool]:
+    share = one.figures.get("slo_share")
+    return (True, False) if share is None else held(share.values, one.requests, slo.share)
 
 
 def _knee(closed: Sequence[Measurement]) -> Measurement | None:

@@ -221,7 +221,7 @@ def _loads(run: Run, contenders: Sequence[str]) -> Loads:
     settings = run.settings
     if settings.sweep is None:
         return Listed(settings)
-    return Sweep(contenders, settings.sweep, settings.slo, settings.repeats)
+    return Sweep(contenders, settings.sweep, settings.slo, settings.repeats, settings.seconds)
 
 
 def _warm_up(client: Client, seconds: float, concurrency: int) -> float:

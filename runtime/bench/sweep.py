@@ -2,7 +2,8 @@
 
 A sweep doubles the requests at a time until no contender's throughput grows any more. Then, for each contender, it
 searches the largest rate within the SLO: from half of its largest throughput down by halves, or up by bisection, until
-the rates that hold and do not hold are within RESOLUTION. Every contender is measured at each load, unless that is more
+the rates that hold and do not hold are within RESOLUTION; not at all for one that surely fails with a single request at
+a time. Every contender is measured at each load, unless that is more
 than SWAMPED times its largest throughput.
 
 Each load asks one question: is the throughput more than GROWN times that of half the load; is the share of requests
@@ -16,7 +17,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
-from stageline.runtime.bench.capacity import FAILING, held, settled
+from stageline.runtime.bench.capacity import FAILING, bracket, held, settled
 from stageline.runtime.bench.records import Load, RunSettings, Slo
 
 GROWN = 1.05
@@ -25,6 +26,7 @@ SWAMPED = 1.25
 LEAST_REPEATS = 2
 MOST_AT_A_TIME = 1024
 _LEAST_SHARE = 1 / 64  # of the largest throughput: the smallest rate that is tried
+_LEAST_REQUESTS = 0.5  # in the seconds of a repeat: of a smaller rate, a repeat would only wait for one request
 
 
 class Loads(Protocol):
@@ -68,9 +70,9 @@ class Listed:
 class Sweep:
     """The loads of a sweep of these contenders; see the top of this file. `at_rates`: what its rates have in common."""
 
-    def __init__(self, contenders: Sequence[str], at_rates: Load, slo: Slo, most_repeats: int) -> None:
+    def __init__(self, contenders: Sequence[str], at_rates: Load, slo: Slo, most_repeats: int, seconds: float) -> None:
         self._contenders, self._slo, self._most = tuple(contenders), slo, max(LEAST_REPEATS, most_repeats)
-        self._at_rates = at_rates
+        self._at_rates, self._seconds = at_rates, seconds
         self.expected = 3 * (6 + (5 * len(self._contenders) if slo.bounded else 0))
         self._seen: dict[tuple[Load, str], list[Mapping[str, float]]] = {}
         self._requests: dict[tuple[Load, str], int] = {}
@@ -105,13 +107,21 @@ class Sweep:
 
     def _rates(self, contender: str) -> Iterator[Load]:
         peak = self._peak(contender)
+        if self._held(Load("Concurrency", concurrency=1), contender) == (False, True):
+            return
         while peak > 0:
-            low, high = self._bracket(contender)
+            low, high = bracket(
+                {
+                    load.rate_per_s: self._held(load, name)
+                    for load, name in self._seen
+                    if name == contender and load.rate_per_s
+                }
+            )
             if high is None:
                 high = peak  # no rate above the largest throughput can be kept up
             if low is None:
                 rate = min(high, peak) / 2
-                if rate < _LEAST_SHARE * peak:
+                if rate < max(_LEAST_SHARE * peak, _LEAST_REQUESTS / self._seconds):
                     return
             elif high / low <= RESOLUTION:
                 return
@@ -123,16 +133,6 @@ class Sweep:
             yield load
             if (load, contender) not in self._seen:
                 return  # the run is being stopped
-
-    def _bracket(self, contender: str) -> tuple[float | None, float | None]:
-        """The largest rate that holds the SLO below the smallest that does not, and that one."""
-        low = None
-        at_rates = [(load.rate_per_s, load) for load, name in self._seen if name == contender and load.rate_per_s]
-        for rate, load in sorted(at_rates, key=lambda one: one[0]):
-            if not self._held(load, contender)[0]:
-                return low, rate
-            low = rate
-        return low, None
 
     def _climbs(self, load: Load, contender: str) -> bool:
         """Whether this many at a time bring more than half as many do."""

@@ -167,6 +167,8 @@ def capacity_lines(run: Run) -> list[str]:
             sure = "" if one.sure else ", not surely"
             over = f"; {words.figure(one.over_per_s)}/s does not" if one.over_per_s is not None else ""
             found.append(f"The largest rate at which {one.contender} keeps the SLO{sure}: {one.best}{over}.")
+        elif one.over_alone:
+            found.append(f"{one.contender} does not keep the SLO, not even with one request at a time.")
         elif one.over_per_s is not None:
             found.append(
                 f"{one.contender} keeps the SLO at no rate measured, down to {words.figure(one.over_per_s)}/s."

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.runtime.bench import figures
-from stageline.runtime.bench.capacity import Capacity, capacities, held, settled
+from stageline.runtime.bench.capacity import Capacity, bracket, capacities, held, settled
 from stageline.runtime.bench.records import Load, Measurement, Slo
 from stageline.runtime.bench.sweep import LEAST_REPEATS, RESOLUTION, Sweep
 
@@ -57,12 +57,13 @@ class Balanced:
     stages: int
     each_s: float
     limit_per_s: float
+    bound_s: float = math.inf
 
     def answer(self, load: Load) -> tuple[int, dict[str, float]]:
         if load.rate_per_s is None:
             at_a_time = load.concurrency or 1
             speed = min(at_a_time, self.stages) / (self.stages * self.each_s)
-            return 1000, times(speed, np.full(1, at_a_time / speed), math.inf)
+            return 1000, times(speed, np.full(1, at_a_time / speed), self.bound_s)
         return 1000, {
             **times(load.rate_per_s, np.ones(1), 2.0),
             "slo_share": float(load.rate_per_s <= self.limit_per_s),
@@ -80,7 +81,7 @@ def times(speed: float, latencies: np.ndarray, bound_s: float) -> dict[str, floa
 
 def swept(contenders: Mapping[str, Queue], slo: Slo, most: int = 6) -> list[Measurement]:
     """Carry out a sweep as the runner does."""
-    sweep, found = Sweep(list(contenders), AT_RATES, slo, most), []
+    sweep, found = Sweep(list(contenders), AT_RATES, slo, most, 1000.0), []
     for load in sweep:
         repeats: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
         requests = dict.fromkeys(contenders, 0)
@@ -140,9 +141,18 @@ def test_contenders_are_measured_at_the_same_loads_and_each_has_its_own_limit() 
     assert min(beyond) > 1.25 * 50
 
 
-def test_a_contender_that_holds_no_rate_has_none_and_the_search_ends() -> None:
-    found = capacity({"stageline": Balanced(1, 0.01, 0.0)}, Slo(latency_s=1e-6))["stageline"]
+def test_a_contender_that_fails_alone_is_asked_for_no_rate() -> None:
+    measured = swept({"stageline": Balanced(1, 0.01, 0.0, 1e-6)}, Slo(latency_s=1e-6))
+    (found,) = capacities(measured, Slo(latency_s=1e-6))
+    assert found.over_alone
     assert found.best is None
+    assert [one.load.concurrency for one in measured] == [1, 2]
+
+
+def test_a_contender_that_holds_no_rate_has_none_and_the_search_ends() -> None:
+    found = capacity({"stageline": Balanced(1, 0.01, 0.0)}, Slo(latency_s=1.0))["stageline"]
+    assert found.best is None
+    assert not found.over_alone
     assert found.over_per_s is not None
     assert found.over_per_s < 100 / 16
 
@@ -220,3 +230,31 @@ def test_a_knee_is_named_only_where_its_neighbours_were_measured() -> None:
     assert knee(1, 4, 8) is None
     assert knee(1, 4) is None
     assert knee(4) is None
+
+
+def test_a_repeat_does_not_wait_for_a_single_request() -> None:
+    sweep = Sweep(["slow"], AT_RATES, Slo(latency_s=60.0), 2, seconds=2.0)
+    queue, rates = Balanced(1, 1.0, 0.0), []
+    for load in sweep:
+        rates += [load.rate_per_s] if load.rate_per_s else []
+        while sweep.again(load, "slow"):
+            sweep.measured(load, "slow", *queue.answer(load))
+    assert rates == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({}, (None, None)),
+        ({1.0: (True, True), 2.0: (True, False), 4.0: (False, True)}, (2.0, 4.0)),
+        ({1.0: (False, True)}, (None, 1.0)),
+        ({4.0: (False, False), 1.0: (False, False), 2.0: (True, True)}, (2.0, 4.0)),  # a slow request at 1/s
+        ({1.0: (False, False), 2.0: (True, False)}, (None, 1.0)),
+        ({1.0: (False, True), 2.0: (True, True)}, (None, 1.0)),
+        ({1.0: (True, True), 2.0: (False, False), 3.0: (True, True)}, (3.0, None)),
+    ],
+)
+def test_one_unlucky_sample_does_not_hide_what_surely_holds(
+    answers: dict[float, tuple[bool, bool]], expected: tuple[float | None, float | None]
+) -> None:
+    assert bracket(answers) == expected
