@@ -10,6 +10,7 @@ from stageline.runtime import words
 from stageline.runtime.bench.compare import MARGIN, FigureChange, compare, incomparable, missing, overall
 from stageline.runtime.bench.records import OURS, Run, Slo
 from stageline.runtime.report import charts, rows, sentences, statements, wording
+from stageline.runtime.report.quality import quality
 from stageline.runtime.report.spec import Spec, dressed
 
 WIDTH = 680
@@ -78,6 +79,7 @@ def _of_run(run: Run, name: str) -> list[Block]:
     if answer is not None:
         blocks.append(Paragraph(f"{answer.achieved} {answer.rest}", answer.command))
     blocks += [Paragraph(text) for text in statements.capacity_lines(run)]
+    blocks += [Paragraph(quality(run.quality))] if run.quality else []
     gpu = f", {place.gpu}" if place.gpu else ""
     engine = " ".join(filter(None, (settings.pipeline.engine, settings.pipeline.quantise)))
     blocks.append(

@@ -20,4 +20,4 @@ def quality(found: Quality) -> str:
         parts.append(f"cosine to the reference {mean:.4f} on average, {min(found.cosines):.4f} at least")
     size = f"{words.counted(found.texts, 'text')}, {found.tokens:,} tokens"
     reference = f". Reference: {found.reference}" if found.reference else ""
-    return f"Quality on {size}: {'; '.join(parts)}{reference}"
+    return f"Quality on {size}: {'; '.join(parts)}{reference}."

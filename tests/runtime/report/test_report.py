@@ -10,7 +10,18 @@ import synthetic_runs
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench import figures
 from stageline.runtime.bench.client import DriveResult
-from stageline.runtime.bench.records import ANSWERED, OURS, Load, Measurement, Requests, Run, Slo, StageUsage, ladder
+from stageline.runtime.bench.records import (
+    ANSWERED,
+    OURS,
+    Load,
+    Measurement,
+    Quality,
+    Requests,
+    Run,
+    Slo,
+    StageUsage,
+    ladder,
+)
 from stageline.runtime.report import statements
 from stageline.runtime.report.document import Chart, document
 from stageline.runtime.report.formats import html, markdown, save
@@ -173,3 +184,13 @@ def test_the_bottleneck_is_the_most_occupied_of_stages_and_links_or_what_is_left
     assert held((3.0, 0.1, 6.9), (3.0, 0.1, 6.9), in_flight=16.0) == "host"
     assert held((9.0, 0.1, 0.9), host_memory_bytes=0.95e9) == "memory"
     assert statements.bottleneck(run, replace(template, stages=())) is None
+
+
+def test_what_a_quantised_bundle_loses_stands_in_the_report(
+    run_and_requests: tuple[Run, dict[tuple[str, str], Requests]],
+) -> None:
+    run = replace(run_and_requests[0], quality=Quality("the float32 bundle", 32, 989, 90.77, 66.91, 0.558))
+    assert (
+        "Quality on 32 texts, 989 tokens: perplexity 90.77, 1.36 times the reference's 66.91; the same next token as "
+        "the reference at 55.8 % of places. Reference: the float32 bundle."
+    ) in markdown(document([run]), "report")
