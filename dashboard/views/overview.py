@@ -112,7 +112,8 @@ def _answer(run: Run) -> None:
 
 def _load(run: Run) -> Measurement | None:
     """The load that cards and panels are about: the address's, else the one of the first line."""
-    ours = {str(one.load): one for one in run.measurements if one.contender == OURS}
+    by_name = {str(one.load): one for one in run.measurements if one.contender == OURS}
+    ours = {load: by_name[load] for load in statements.loads(run, OURS)}
     answer = statements.answer(run)
     if answer is None:
         return None
@@ -168,7 +169,7 @@ def _curve(run: Run, before: Run | None, cuts: list[Run]) -> None:
     draw(charts.curve(drawn, unit, named, bound), "chart-curve", sentences.of_curve(drawn, unit, named))
     hollow = " Hollow and dashed: the run before." if drawn_before else ""
     st.caption(
-        "Labels are loads; lines through points are 95 % intervals, from a tenth of the value on. Further right and "
+        "Labels are loads; lines through points are 95 % intervals, cut at the plot's edge. Further right and "
         f"lower is better.{hollow}"
     )
 

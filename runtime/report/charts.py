@@ -22,6 +22,7 @@ from stageline.runtime.report.spec import (
 )
 
 _DASHED = [5, 4]
+_CROWDED = 20  # points from which only ours are labelled
 _KEYS: Spec = {"orient": "top", "columns": 3}
 
 
@@ -31,12 +32,13 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[
 
     Rows: `report.rows.curve_rows`, times in seconds. `runs`: what stands for contenders, if the curves are of runs.
     """
-    factor, symbol = time_unit([row["high_s"] for row in rows] + [slo_s or 0.0])
+    factor, symbol = time_unit([row["time_s"] for row in rows] + [slo_s or 0.0])
     rows = [{**row, **{name: row[f"{name}_s"] * factor for name in ("time", "low", "high")}} for row in rows]
     colours = dict(zip(runs, RUNS, strict=False)) or colour_of(list(dict.fromkeys(row["contender"] for row in rows)))
-    spread = [row[name] for row in rows for name in ("low", "high")] + ([slo_s * factor] if slo_s else [])
-    y = spreading("time", f"{time} ({symbol})", spread)
-    x = quantity("throughput", title=f"throughput ({unit})", scale=FROM_ZERO)
+    # The axes are made for the points: an interval that nobody knows would shrink them into a corner.
+    y = spreading("time", f"{time} ({symbol})", [row["time"] for row in rows] + ([slo_s * factor] if slo_s else []))
+    right = 1.2 * max((row["throughput"] for row in rows), default=1.0)
+    x = quantity("throughput", title=f"throughput ({unit})", scale={"domain": [0, right], "nice": True})
     colour = coloured("contender", colours, _KEYS)
     tips = [
         category("contender"),
@@ -56,11 +58,11 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[
         },
     }  # fmt: skip
     across = {
-        "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.7},
-        "encoding": {"x": quantity("least"), "x2": {"field": "most"}, "y": y, "color": colour},
+        "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.7, "clip": True},
+        "encoding": {"x": {**x, "field": "least"}, "x2": {"field": "most"}, "y": y, "color": colour},
     }
     upright = {
-        "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.7},
+        "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.7, "clip": True},
         "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour},
     }
     points = {
@@ -72,8 +74,9 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[
             "fill": {**colour, "legend": None},
         },
     }  # fmt: skip
+    crowded = f" && datum.contender == '{next(iter(colours))}'" if len(rows) > _CROWDED and not runs else ""
     names = {
-        "transform": [{"filter": "datum.run == 'this run'"}],
+        "transform": [{"filter": f"datum.run == 'this run'{crowded}"}],
         "mark": {"type": "text", "align": "left", "dx": 7, "dy": -8},
         "encoding": {"x": x, "y": y, "text": category("short")},
     }

@@ -92,7 +92,7 @@ def _of_run(run: Run, name: str) -> list[Block]:
         )
     )
     blocks += _charts(run, name, str(answer.best.load) if answer else None)
-    for load in dict.fromkeys(str(one.load) for one in run.measurements):
+    for load in statements.loads(run):
         blocks += _of_load(run, load)
     notes = list(dict.fromkeys(note for one in run.measurements for note in one.notes))
     return [*blocks, *map(Paragraph, notes)]

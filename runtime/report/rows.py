@@ -9,7 +9,7 @@ from stageline.runtime.bench.compare import missing, sample
 from stageline.runtime.bench.confidence import requests_needed
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run
 from stageline.runtime.report import wording
-from stageline.runtime.report.statements import against, compared_figure, mean, of_load, throughput_name
+from stageline.runtime.report.statements import against, compared_figure, loads, mean, of_load, throughput_name
 
 SWEEPS = ("Concurrency", "Rate")
 TIMES = ("latency", "ttft", "tpot")
@@ -192,7 +192,7 @@ def load_rows(run: Run, contender: str = OURS) -> list[dict[str, str]]:
     names = ["requests_per_s", "goodput_per_s", "latency_p50_s", "latency_p99_s"]
     if run.settings.output_tokens is not None:
         names += ["tokens_in_per_s", "ttft_p50_s", "tokens_out_per_s", "tpot_p50_s"]
-    measured = [one for one in run.measurements if one.contender == contender]
+    measured = [one for load in loads(run, contender) for one in of_load(run, load) if one.contender == contender]
     known = [name for name in names if any(name in one.figures for one in measured)]
     return [
         {

@@ -55,6 +55,16 @@ def throughput_unit(run: Run) -> str:
     return wording.label(throughput_name(run))
 
 
+def loads(run: Run, contender: str | None = None) -> list[str]:
+    """The loads of a run (of one contender), those of a kind from the smallest to the largest."""
+    found = {str(one.load): one.load for one in run.measurements if contender in (None, one.contender)}
+    kinds = list(dict.fromkeys(load.scenario for load in found.values()))
+    return sorted(
+        found,
+        key=lambda name: (kinds.index(found[name].scenario), found[name].concurrency or found[name].rate_per_s or 0),
+    )
+
+
 def of_load(run: Run, load: str) -> list[Measurement]:
     """All contenders under one load."""
     return [one for one in run.measurements if str(one.load) == load]
