@@ -26,7 +26,7 @@ PAGES = {
 }
 WIDE, NARROW = (1280, 800), (390, 844)
 SHAPES = {"": (WIDE, "light"), "-dark": (WIDE, "dark"), "-phone": (NARROW, "light"), "-dark-phone": (NARROW, "dark")}
-TALLEST = 2600
+TALLEST = {WIDE: 1200, NARROW: 2600}
 """Pictures end here, in pixels."""
 
 
@@ -50,13 +50,13 @@ def main() -> None:
 
 
 def photograph(browser: Any, address: str, file: Path, size: tuple[int, int], theme: str) -> Path:
-    """A page from its head down to its end, or to `TALLEST`."""
+    """A page from its head down to its end, or to TALLEST."""
     width, height = size
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
     page.goto(address)
     page.wait_for_function(READY, timeout=60_000)
     whole = int(page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight"))
-    page.set_viewport_size({"width": width, "height": max(height, min(TALLEST, whole))})
+    page.set_viewport_size({"width": width, "height": max(height, min(TALLEST[size], whole))})
     page.wait_for_timeout(1500)  # charts follow the window
     page.evaluate("document.querySelector('[data-testid=stMain]').scrollTop = 0")
     page.screenshot(path=str(file))

@@ -243,6 +243,7 @@ def over_time(rows: Rows, runs: Sequence[str]) -> Spec:
     factor, symbol = time_unit(row["seconds"] for row in rows)
     rows = [{**row, "time": row["seconds"] * factor} for row in rows]
     dashes = {"domain": ["p50", "p99"], "range": [[1, 0], _DASHED]}
+    stroke = {**TOP, "symbolType": "stroke", "symbolSize": 400, "symbolStrokeColor": GREY, "symbolStrokeWidth": 2}
     return {
         "data": values(rows),
         "height": 220,
@@ -251,8 +252,7 @@ def over_time(rows: Rows, runs: Sequence[str]) -> Spec:
             "x": quantity("at_s", title="intended arrival (s since the repeat began)"),
             "y": spreading("time", f"latency ({symbol})", (row["time"] for row in rows)),
             "color": _of_runs(runs),
-            "strokeDash": category("percentile", title=None, scale=dashes,
-                                   legend={**TOP, "symbolType": "stroke", "symbolSize": 400}),
+            "strokeDash": category("percentile", title=None, scale=dashes, legend=stroke),
             "tooltip": [
                 category("run"),
                 category("percentile"),

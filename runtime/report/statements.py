@@ -4,7 +4,9 @@ Every statement names the load that it is about. The report's test recomputes th
 """
 
 import math
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from stageline.runtime import words
 from stageline.runtime.bench.capacity import capacities
@@ -191,7 +193,7 @@ def bottleneck(run: Run, measurement: Measurement) -> Bottleneck | None:
     host, by exclusion. None if the stages were not observed."""
     if not measurement.stages:
         return None
-    plan = f"stageline plan {run.bundle}"
+    plan = f"stageline plan {_typed(run.bundle)}"
     memory = mean(measurement, "host_memory_bytes")
     if memory is not None and memory > _FULL_MEMORY * run.environment.memory_bytes:
         used, whole = words.size(memory), words.size(run.environment.memory_bytes)
@@ -228,11 +230,17 @@ def _next_step(run: Run, best: Measurement, held: Bottleneck | None, peers: list
     ratio = peers[0].ratio
     ahead = (ratio.low or 0) > 1 if peers[0].figure in _LATENCY else (ratio.high or math.inf) < 1
     if ahead and len(run.plan.blocks) > 1 and run.environment.gpu is None:
-        return "one stage on all cores may be faster", f"stageline recut {run.bundle} --stages 1"
+        return "one stage on all cores may be faster", f"stageline recut {_typed(run.bundle)} --stages 1"
     if held is None:
         return "look at its timeline", "stageline dashboard"
     return held.step, held.command
 
 
 def _bench(run: Run, options: str) -> str:
-    return f"stageline bench {run.bundle} {options}"
+    return f"stageline bench {_typed(run.bundle)} {options}"
+
+
+def _typed(bundle: str) -> str:
+    """A bundle's folder as one would type it here: relative if it lies below the current folder, and quoted."""
+    place, here = Path(bundle), Path.cwd()
+    return shlex.quote(str(place.relative_to(here)) if place.is_relative_to(here) else bundle)
