@@ -2,9 +2,8 @@
 
 A sweep doubles the requests at a time until no contender's throughput grows any more. Then, for each contender, it
 searches the largest rate within the SLO: from half of its largest throughput down by halves, or up by bisection, until
-the rates that hold and do not hold are within RESOLUTION; not at all for one that surely fails with a single request at
-a time. Every contender is measured at each load, unless that is more
-than SWAMPED times its largest throughput.
+the rates that hold and do not hold are within RESOLUTION. For one that surely fails with a single request at a time no
+rate is tried. Every contender is measured at each load, unless that is more than SWAMPED times its largest throughput.
 
 Each load asks one question: is the throughput more than GROWN times that of half the load; is the share of requests
 within the SLO above its bound? It is repeated until the answer is sure (`capacity.settled`, `capacity.held`), at least
@@ -131,8 +130,6 @@ class Sweep:
             if (load, contender) in self._seen:
                 return
             yield load
-            if (load, contender) not in self._seen:
-                return  # the run is being stopped
 
     def _climbs(self, load: Load, contender: str) -> bool:
         """Whether this many at a time bring more than half as many do."""
