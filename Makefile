@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FLOORS := models runtime exporter dashboard
 CHECKPOINTS := models/checkpoints
 export STAGELINE_CHECKPOINTS := $(CURDIR)/$(CHECKPOINTS)
-BRIEF := --seconds 2 --repeats 5 --warm-up 1
+BRIEF := --seconds 1.5 --repeats 5 --warm-up 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test check lint types reference pytest docs docs-reference view checkpoints bench clean
