@@ -24,8 +24,9 @@ class Capacity:
     may lie beyond. `peak_per_s`: the largest throughput of a closed loop.
 
     `best`: the largest rate that holds the SLO: of all requests, failed ones included, at least the SLO's share was
-    answered within its bounds. `sure`: whether that holds with 95 % confidence. `over_per_s`: the smallest larger rate
-    that was measured and does not. None: no such measurement. `over_alone`: a single request at a time surely does not
+    answered within its bounds. `over_per_s`: the smallest larger rate that was measured and does not. None: no such
+    measurement. `sure`: whether `best` holds with 95 % confidence; without one, whether `over_per_s` fails so.
+    `over_alone`: a single request at a time surely does not
     hold the SLO, so no rate does.
     """
 
@@ -58,7 +59,9 @@ def _capacity(contender: str, measured: Sequence[Measurement], slo: Slo) -> Capa
     peak = max((_mean(one, "requests_per_s") for one in closed), default=None)
     answers = {one.load.rate_per_s or 0.0: (one, *_held(one, slo)) for one in rates(measured)}
     low, over = bracket({rate: (holds, sure) for rate, (_, holds, sure) in answers.items()})
-    best, _, sure = (None, False, False) if low is None else answers[low]
+    best = None if low is None else answers[low][0]
+    decisive = over if low is None else low
+    sure = decisive is not None and answers[decisive][2]
     return Capacity(
         contender,
         None if knee is None else knee.load,

@@ -182,9 +182,9 @@ def capacity_lines(run: Run) -> list[str]:
         elif one.over_alone:
             found.append(f"{one.contender} does not keep the SLO, not even with one request at a time.")
         elif one.over_per_s is not None:
-            found.append(
-                f"{one.contender} keeps the SLO at no rate measured, down to {words.figure(one.over_per_s)}/s."
-            )
+            sure = "" if one.sure else ", not surely"
+            least = words.figure(one.over_per_s)
+            found.append(f"{one.contender} keeps the SLO at no rate measured, down to {least}/s{sure}.")
     return found
 
 

@@ -153,6 +153,7 @@ def test_a_contender_that_holds_no_rate_has_none_and_the_search_ends() -> None:
     found = capacity({"stageline": Balanced(1, 0.01, 0.0)}, Slo(latency_s=1.0))["stageline"]
     assert found.best is None
     assert not found.over_alone
+    assert found.sure
     assert found.over_per_s is not None
     assert found.over_per_s < 100 / 16
 
