@@ -1,6 +1,7 @@
 """Charts of the Plan page: blocks, the effect of a cut, stages, the roofline."""
 
-from stageline.dashboard.charts.base import FROM_ZERO, GREY, LOG, TOP, Rows, Spec, category, quantity, values
+from stageline.dashboard.charts.base import AUTOSIZE, FROM_ZERO, GREY, LOG, TOP, Rows, Spec, category, quantity, values
+from stageline.runtime.report.spec import WORK
 
 MEASURES = {
     "Time": ("ms", "time per micro-batch (ms)"),
@@ -18,7 +19,8 @@ def blocks(rows: Rows, measure: str) -> Spec:
     shown = [name for n, name in enumerate(names) if n % every == 0 or n == len(names) - 1]
     return {
         "data": values(rows),
-        "height": 260,
+        "height": 200,
+        "autosize": AUTOSIZE,
         "mark": {"type": "bar", "cornerRadiusEnd": 2},
         "encoding": {
             "x": category("name", sort=names, title=None, axis={"values": shown, "labelAngle": -45}),
@@ -56,14 +58,14 @@ def cut_curve(rows: Rows, at: int, best: int | None) -> Spec:
         {"transform": here, "mark": {"type": "point", "size": 170, "filled": True}, "encoding": point},
     ]
     if best is not None:
-        ring = {"type": "point", "size": 320, "strokeWidth": 2.5, "color": "#E69F00"}
+        ring = {"type": "point", "size": 320, "strokeWidth": 2.5}
         layers.append({"transform": [{"filter": f"datum.cut == {best}"}], "mark": ring, "encoding": point})
-    return {"data": values(rows), "height": 240, "layer": layers}
+    return {"data": values(rows), "height": 180, "autosize": AUTOSIZE, "layer": layers}
 
 
 def stages(rows: Rows) -> Spec:
     """How each stage spends the time between two micro-batches: compute, copy, wait."""
-    words = [("compute_ms", "computing"), ("copy_ms", "copying in"), ("wait_ms", "waiting (bubble)")]
+    words = [("compute_ms", "computing"), ("copy_ms", "copying in"), ("wait_ms", "waiting")]
     long = [
         {"stage": row["stage"], "blocks": row["blocks"], "what": word, "order": order, "ms": row[column]}
         for row in rows
@@ -71,12 +73,15 @@ def stages(rows: Rows) -> Spec:
     ]
     return {
         "data": values(long),
-        "height": 120 + 40 * len(rows),
+        "height": 40 * len(rows),
+        "autosize": AUTOSIZE,
         "mark": {"type": "bar", "cornerRadius": 2},
         "encoding": {
             "y": category("stage", title=None, sort=[row["stage"] for row in rows]),
             "x": quantity("ms", title="time per micro-batch (ms)", stack="zero"),
-            "color": category("what", title=None, sort=[word for _, word in words], legend=TOP),
+            "color": category(
+                "what", title=None, legend=TOP, scale={"domain": list(WORK), "range": list(WORK.values())}
+            ),
             "order": quantity("order"),
             "tooltip": [
                 category("stage"),
@@ -91,8 +96,8 @@ def stages(rows: Rows) -> Spec:
 def roofline(roof: Rows, stage_points: Rows) -> Spec:
     """Attained operations per second over intensity, both logarithmic, under the roof of the device."""
     place = {
-        "x": quantity("intensity", title="intensity (operations/byte)", scale=LOG),
-        "y": quantity("gflop_per_s", title="rate (GFLOP/s)", scale=LOG),
+        "x": quantity("intensity", title="intensity (operations/byte), log scale", scale=LOG),
+        "y": quantity("gflop_per_s", title="rate (GFLOP/s), log scale", scale=LOG),
     }
     line = {"data": values(roof), "mark": {"type": "line", "color": GREY, "strokeWidth": 2}, "encoding": place}
     points = {
@@ -111,4 +116,4 @@ def roofline(roof: Rows, stage_points: Rows) -> Spec:
             ],
         },
     }
-    return {"height": 280, "layer": [line, points]}
+    return {"height": 200, "autosize": AUTOSIZE, "layer": [line, points]}

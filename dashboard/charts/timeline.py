@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 
-from stageline.dashboard.charts.base import GREY, TOP, Rows, Spec, category, quantity, values
+from stageline.dashboard.charts.base import AUTOSIZE, GREY, TOP, Rows, Spec, category, quantity, values
 
 KINDS = ("batch", "prefill", "decode", "copy")
+WINDOW = "window"
+"""The selection of a part of the time axis."""
+_SELECTION: Spec = {
+    "name": WINDOW,
+    "select": {"type": "interval", "encodings": ["x"], "translate": False, "zoom": False},
+}
 
 
 def gantt(spans: Rows, bubbles: Rows, stages: Sequence[str], window_ms: tuple[float, float]) -> Spec:
-    """One lane per stage; the wheel zooms, dragging moves the time axis."""
+    """One lane per stage; dragging over it selects a window, `window`, of the time axis."""
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in spans)]
     place = {
         "x": quantity(
@@ -34,7 +40,7 @@ def gantt(spans: Rows, bubbles: Rows, stages: Sequence[str], window_ms: tuple[fl
     }  # fmt: skip
     work = {
         "data": values(spans),
-        "params": [{"name": "zoom", "select": {"type": "interval", "encodings": ["x"]}, "bind": "scales"}],
+        "params": [_SELECTION],
         "mark": {"type": "rect", "cornerRadius": 2, "clip": True, "stroke": "white", "strokeWidth": 0.4},
         "encoding": {
             **place,
@@ -51,7 +57,7 @@ def gantt(spans: Rows, bubbles: Rows, stages: Sequence[str], window_ms: tuple[fl
             ],
         },
     }
-    return {"height": 130 + 52 * len(stages), "layer": [idle, work]}
+    return {"height": 40 + 52 * len(stages), "autosize": AUTOSIZE, "layer": [idle, work]}
 
 
 def utilisation(rows: Rows, window_s: tuple[float, float]) -> Spec:
@@ -63,6 +69,7 @@ def utilisation(rows: Rows, window_s: tuple[float, float]) -> Spec:
     }
     lines = {
         "data": values(rows),
+        "params": [_SELECTION],
         "mark": {"type": "line", "strokeWidth": 1.5, "interpolate": "step"},
         "encoding": {
             "x": quantity("at_s", title="time since the measurement began (s)", scale={"nice": False, "zero": False}),
@@ -75,4 +82,4 @@ def utilisation(rows: Rows, window_s: tuple[float, float]) -> Spec:
             ],
         },
     }
-    return {"height": 190, "layer": [band, lines]}
+    return {"height": 120, "autosize": AUTOSIZE, "layer": [band, lines]}

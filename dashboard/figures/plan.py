@@ -2,7 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import read_header
 from stageline.runtime import words
+from stageline.runtime.bench.records import OURS, Run
 from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
 from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.engines.tensorrt.store import read_engines
-from stageline.runtime.planning.cluster import Cluster, parse_devices
+from stageline.runtime.planning.cluster import Cluster, parse_devices, unmeasured
 from stageline.runtime.planning.cost import cut_values, values_bytes
 from stageline.runtime.planning.device_kinds import Rates, catalogue
 from stageline.runtime.planning.planner import Answer, Planner
@@ -45,9 +47,9 @@ def profile_of(folder: Path) -> tuple[MachineProfile | None, str | None]:
         return None, str(error)
 
 
-def places(profile: MachineProfile | None) -> list[str]:
-    """Where the model can be planned: this machine if it was profiled, and the devices of the catalogue."""
-    return ([THIS_MACHINE] if profile else []) + list(catalogue())
+def places() -> list[str]:
+    """Where the model can be planned: this machine first, and the devices of the catalogue."""
+    return [THIS_MACHINE, *catalogue()]
 
 
 def max_stages(manifest: Manifest, place: str, workload: Workload) -> int:
@@ -57,26 +59,32 @@ def max_stages(manifest: Manifest, place: str, workload: Workload) -> int:
 
 
 def planner_for(bundle: Bundle, place: str, stages: int, workload: Workload, profile: MachineProfile | None) -> Planner:
-    """A planner for `stages` equal devices at `place`; on this machine with the profiled threads and weights."""
+    """A planner for `stages` equal devices at `place`; on this machine with the profiled threads and weights, without a
+    profile with usual cores."""
     if place != THIS_MACHINE:
         cluster = parse_devices(f"{stages}x{place}")
         known = catalogue()[place].tflops
         dtype = bundle.manifest.dtype if bundle.manifest.dtype in known else "float16"
         return Planner(bundle, cluster, workload, dtype)
-    assert profile is not None
+    if profile is None:
+        threads = max(1, (os.cpu_count() or 1) // stages)
+        return Planner(bundle, unmeasured(parse_devices(_core_names(stages, threads))), workload)
     return Planner(bundle, _cores(stages, profile), workload, profile.machine.quantise or "float32", profile=profile)
 
 
 def _cores(stages: int, profile: MachineProfile) -> Cluster:
     share = max(1, (os.cpu_count() or 1) // stages)
     threads = max((p.threads for p in profile.points if p.threads <= share), default=1)
-    names = ["cpu:" + "+".join(str(n * threads + i) for i in range(threads)) for n in range(stages)]
-    return parse_devices(",".join(names), profile.handover_s)
+    return parse_devices(_core_names(stages, threads), profile.handover_s)
+
+
+def _core_names(stages: int, threads: int) -> str:
+    return ",".join("cpu:" + "+".join(str(n * threads + i) for i in range(threads)) for n in range(stages))
 
 
 def layers_between(cuts: Sequence[int], blocks: int) -> list[int] | None:
-    """The number of blocks of each stage for cuts before these blocks; None if a stage would be empty."""
-    ends = [0, *sorted(cuts), blocks]
+    """The number of blocks of each stage for cuts before these blocks; None if a stage would be empty, or two cross."""
+    ends = [0, *cuts, blocks]
     layers = [end - first for first, end in itertools.pairwise(ends)]
     return layers if min(layers) > 0 else None
 
@@ -216,13 +224,13 @@ class EngineRow:
 def engine_reports(folder: Path) -> list[EngineRow]:
     """The engines that `stageline build` put into the bundle. BundleError if their manifest is not valid."""
     found = []
-    for engine in read_engines(folder).engines:
+    for engine in sorted(read_engines(folder).engines, key=lambda one: (_first_block(one.stage), one.target)):
         try:
             kinds = EngineReport.model_validate_json((folder / engine.report.path).read_bytes()).kinds
         except (OSError, ValueError):
             kinds = {}
         row = {
-            "stage": engine.stage.removesuffix(".onnx"),
+            "stage": _blocks_of(engine.stage),
             "engine": f"{engine.flavour} {engine.version}",
             "target": engine.target,
             "precision": engine.precision,
@@ -232,3 +240,37 @@ def engine_reports(folder: Path) -> list[EngineRow]:
         }
         found.append(EngineRow(row, dict(sorted(kinds.items(), key=lambda pair: -pair[1]))))
     return found
+
+
+def _first_block(stage: str) -> int:
+    numbers = re.findall(r"\d+", stage)
+    return int(numbers[0]) if numbers else 0
+
+
+def _blocks_of(stage: str) -> str:
+    """stage.003-005.onnx -> blocks 3 to 5."""
+    numbers = [str(int(number)) for number in re.findall(r"\d+", stage)]
+    return f"blocks {' to '.join(dict.fromkeys(numbers))}" if numbers else stage
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The most throughput that a run of this model reached with this cut, on whatever machine: `unit` a second."""
+
+    run_id: str
+    load: str
+    per_s: float
+    unit: str
+
+
+def measured(runs: Iterable[Run], layers: Sequence[int]) -> Measured | None:
+    """Of the newest of `runs`, newest first, whose pipeline was cut so; None if there is none."""
+    for run in runs:
+        own = [one for one in run.measurements if one.contender == OURS]
+        if own and list(run.plan.blocks) == list(layers):
+            name, unit = (
+                ("tokens_per_s", "tokens") if "tokens_per_s" in own[0].figures else ("requests_per_s", "requests")
+            )
+            best = max(own, key=lambda one: one.figures[name].mean)
+            return Measured(run.id, str(best.load), best.figures[name].mean, unit)
+    return None

@@ -80,6 +80,22 @@ def first_window(table: Table) -> tuple[float, float]:
     return float(table.began_s[chosen].min()), float(table.ended_s[chosen].max())
 
 
+def bounded(table: Table, low_s: float, high_s: float) -> tuple[float, float]:
+    """The part of a window that lies in the recording: of the same length where that fits, at least a thousandth."""
+    begin, end = table.begin_s, table.end_s
+    length = min(max(high_s - low_s, (end - begin) / 1000), end - begin)
+    low = min(max(low_s, begin), end - length)
+    return low, low + length
+
+
+def around_longest_bubble(table: Table) -> tuple[float, float] | None:
+    """A window with the longest bubble in its middle third; None where no stage waited."""
+    if not len(table.bubbles):
+        return None
+    _, low, high = table.bubbles[np.argmax(table.bubbles[:, 2] - table.bubbles[:, 1])].tolist()
+    return bounded(table, low - (high - low), high + (high - low))
+
+
 def _micro_batches(table: Table) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
     """The numbers of the micro-batches, with the start of the first and the end of the last span of each."""
     order = np.argsort(table.micro_batch, kind="stable")

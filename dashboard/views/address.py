@@ -45,3 +45,9 @@ def restore_several(name: str, key: str, options: Sequence[str], default: Sequen
     if key not in st.session_state:
         given = st.query_params[name].split(",") if name in st.query_params else default
         st.session_state[key] = [one for one in given if one in options]
+
+
+def forget(*names: str) -> None:
+    """Take choices out of the address: those that belonged to what another choice has replaced."""
+    for name in names:
+        st.query_params.pop(name, None)

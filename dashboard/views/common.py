@@ -6,7 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 from stageline.dashboard.settings import DashboardSettings, find_bundles
-from stageline.dashboard.views.address import keep
+from stageline.dashboard.views.address import forget, keep
 from stageline.models.errors import StagelineError
 from stageline.runtime.report.spec import Spec, dressed
 
@@ -75,7 +75,9 @@ def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
     if asked and asked not in names:
         looked = ", ".join(f"`{place}`" for place in places)
         st.warning(f"The bundle {asked} is not in {looked} any more. Choose another.", icon=":material/link_off:")
-    chosen = st.selectbox("Bundle", list(names), key="bundle", placeholder="Choose a bundle")
+    chosen = st.selectbox(
+        "Bundle", list(names), key="bundle", placeholder="Choose a bundle", on_change=forget, args=("stages", "cuts")
+    )
     if chosen is None:
         return None
     keep("bundle", chosen)

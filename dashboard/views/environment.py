@@ -1,12 +1,17 @@
 """The Environment page: the findings of `stageline doctor`."""
 
+import json
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import streamlit as st
 from stageline.dashboard.views.common import page
 from stageline.runtime import words
 from stageline.runtime.doctor import Diagnosis, diagnose
+
+_MARKDOWN = re.compile(r"[-\\`*_{}\[\]()#+!|<>~$:]")
 
 
 @page("Environment", "What this machine has for Stageline, and how to install the rest; as `stageline doctor` reports.")
@@ -64,6 +69,7 @@ def show() -> None:
             for extra in found.extras
         ]
     )
+    _to_copy(found)
     st.subheader("Reference checkpoints", anchor=False)
     _table(
         [
@@ -83,4 +89,18 @@ def _absent(packages: Any) -> list[str]:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> None:
-    st.table(list(rows), hide_index=True, border="horizontal")
+    """Texts as they are: a table's cells are Markdown, which makes a bullet of a dash."""
+    plain = [{name: _MARKDOWN.sub(r"\\\g<0>", str(value)) for name, value in row.items()} for row in rows]
+    st.table(plain, hide_index=True, border="horizontal")
+
+
+def _to_copy(found: Diagnosis) -> None:
+    """Commands that install what is missing, and all findings for a report of a fault."""
+    missing = [engine.install for engine in found.engines if not engine.version and engine.install]
+    missing += [extra.install for extra in found.extras if not extra.complete]
+    missing += [one.fetch for one in found.checkpoints if not one.folder]
+    if missing:
+        st.subheader("What is missing", anchor=False)
+        st.code("\n".join(dict.fromkeys(missing)), language="bash", wrap_lines=True)
+    with st.expander("For the report of a fault"):
+        st.code(json.dumps(asdict(found), indent=1, default=str), language="json")

@@ -4,14 +4,24 @@ from pathlib import Path
 
 import streamlit as st
 from stageline.dashboard.charts import plan as charts
+from stageline.dashboard.children.order import Order
+from stageline.dashboard.children.profiles import Profiler
 from stageline.dashboard.figures import plan as figures
-from stageline.dashboard.settings import as_typed
-from stageline.dashboard.views.common import choose_bundle, page
+from stageline.dashboard.settings import DashboardSettings, as_typed
+from stageline.dashboard.views import address
+from stageline.dashboard.views.common import choose_bundle, draw, guarded, page
+from stageline.dashboard.views.launching import launcher
+from stageline.dashboard.views.recorded import lines, run_of, store
 from stageline.runtime import words
+from stageline.runtime.bench.options import checkpoint_digest
 from stageline.runtime.bundle.folder import MANIFEST, Bundle
+from stageline.runtime.planning.device_kinds import UNMEASURED
 from stageline.runtime.planning.planner import Answer, Planner
 from stageline.runtime.planning.profile import FOLDER, MachineProfile
 from stageline.runtime.workload import Workload
+
+_SEARCHED = 200  # runs, for one with the same cut
+_TOKENS = 32  # drawn by each request of "Measure this cut"
 
 
 @page("Plan", "Where a model is cut into stages, and the predicted effect of this cut and of others.")
@@ -23,23 +33,21 @@ def show() -> None:
     bundle = _opened(str(folder), (folder / MANIFEST).stat().st_mtime_ns)
     profile, warning = figures.profile_of(folder)
     _facts(bundle)
-    if profile is None:
-        st.info(
-            f"This machine has not been measured, so predictions are for published devices. Measure it with "
-            f"`stageline profile {as_typed(folder)}`.",
-            icon=":material/timer:",
-        )
-    elif warning:
-        st.warning(warning, icon=":material/warning:")
-    place, load = _choices(bundle, profile)
+    place, load = _choices(bundle)
+    if place == figures.THIS_MACHINE:
+        _profiling(folder, profile, warning)
     layers = _cuts(bundle, place, load)
     if layers is None:
-        st.warning("Two cuts are at the same block: a stage needs at least one block.", icon=":material/content_cut:")
+        st.warning(
+            "Each cut must lie after the one before: a stage needs at least one block. Move one of them.",
+            icon=":material/content_cut:",
+        )
         return
     planner = _planner(str(folder), _changed(folder), place, len(layers), load)
     answer = planner.cut(layers)
     best = planner.best("throughput")
     _effect(bundle, planner, answer, best, layers)
+    _measured(bundle, answer, layers, load)
     st.subheader("Blocks", anchor=False)
     _blocks(planner, answer)
     left, right = st.columns(2, gap="large")
@@ -48,6 +56,82 @@ def show() -> None:
     with right:
         _roofline(planner, answer)
     _reports(folder)
+
+
+@st.cache_resource
+def _profiler() -> Profiler:
+    return Profiler()
+
+
+def _profiling(folder: Path, profile: MachineProfile | None, warning: str | None) -> None:
+    """Whether this machine was measured, and the button that measures it."""
+    now = _profiler().now()
+    if now is not None and now.error is None:
+        _following_profile()
+        return
+    if now is not None:
+        st.error(f"{now.bundle.name} was not profiled: {now.error}", icon=":material/error:")
+    if profile is None:
+        st.info(
+            f"This machine is not measured yet, so times are of {UNMEASURED}, and may be far off. Measure it here, or "
+            f"with `stageline profile {as_typed(folder)}`: under a minute for a small model.",
+            icon=":material/timer:",
+        )
+    elif warning:
+        st.warning(warning, icon=":material/warning:")
+    if not DashboardSettings.given().read_only and st.button(
+        "Profile again" if profile else "Profile", icon=":material/timer:", key="profile",
+        help="Measures the model's parts on this machine and stores their times in the bundle.",
+    ):  # fmt: skip
+        guarded(lambda: _start_profile(folder))
+
+
+def _start_profile(folder: Path) -> None:
+    _profiler().start(store(), folder)
+    st.rerun()
+
+
+@st.fragment(run_every=1.0)
+def _following_profile() -> None:
+    now = _profiler().now()
+    if now is None or now.error is not None:
+        st.rerun()
+    st.progress(now.share, text=f"Profiling {now.bundle.name}: {words.share(now.share)}, {now.step}")
+
+
+def _measured(bundle: Bundle, answer: Answer, layers: list[int], load: Workload) -> None:
+    """What was measured with this cut, beside what is predicted for it, and the button that measures it."""
+    digest = checkpoint_digest(bundle.manifest)
+    same = [line for line in lines()[:_SEARCHED] if line.checkpoint == digest and line.headlines]
+    found = figures.measured((run_of(line.id) for line in same), layers)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if found is None:
+            st.markdown("This cut has not been measured.", width="content")
+        else:
+            predicted = answer.tokens_per_s if found.unit == "tokens" else answer.tokens_per_s / load.length
+            st.markdown(
+                f"**Measured: {words.rate(found.per_s, found.unit)}** ({found.load}, run {found.run_id}); "
+                f"predicted: {words.rate(predicted, found.unit)}, {words.figure(predicted / found.per_s)} times that.",
+                width="content",
+                help="The prediction is for a pipeline that is always full, with the lengths chosen above.",
+            )
+            st.page_link(
+                st.session_state["pages"]["overview"], label="Overview", query_params={"run": found.run_id},
+                icon=":material/speed:", width="content",
+            )  # fmt: skip
+        if not DashboardSettings.given().read_only and st.button(
+            "Measure this cut", icon=":material/play_arrow:", key="measure cut",
+            help="A short benchmark of a copy with these stages; the page Run a benchmark shows it.",
+        ):  # fmt: skip
+            guarded(lambda: _measure(bundle, layers))
+
+
+def _measure(bundle: Bundle, layers: list[int]) -> None:
+    tokens = _TOKENS if bundle.manifest.cached else None
+    order = Order(bundle.path, tuple(layers), (), "1,8", seconds=3.0, repeats=2, new_tokens=tokens)
+    with st.spinner("Starting"):
+        run_id = launcher().start(store(), order)
+    st.switch_page(st.session_state["pages"]["run"], query_params={"run": run_id})
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -69,7 +153,7 @@ def _changed(folder: Path) -> tuple[int, ...]:
 def _facts(bundle: Bundle) -> None:
     manifest = bundle.manifest
     kinds = figures.kinds_of_blocks(manifest)
-    with st.container(horizontal=True):
+    with st.grid(min_column_width=150, gap="xsmall"):
         st.metric("Parameters", words.count(bundle.parameters), border=True)
         st.metric("Weights", words.size(bundle.weight_bytes), border=True, help=f"as {manifest.dtype}")
         st.metric("Blocks", manifest.blocks, border=True, help=f"of {words.counted(kinds, 'kind')}")
@@ -80,43 +164,55 @@ def _facts(bundle: Bundle) -> None:
     )
 
 
-def _choices(bundle: Bundle, profile: MachineProfile | None) -> tuple[str, Workload]:
+def _choices(bundle: Bundle) -> tuple[str, Workload]:
     manifest = bundle.manifest
+    places = figures.places()
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        place = st.selectbox("Device of each stage", figures.places(profile), key="device", width=220)
+        address.start("device", "device", places, places[0])
+        place = str(st.selectbox("Device of each stage", places, key="device", width=220))
+        address.keep("device", place, places[0])
         limit = manifest.max_positions or 2048
         if manifest.cached:
-            slots = st.number_input("Slots (requests at a time)", 1, 512, 8, key="slots", width=200)
-            capacity = st.number_input(
-                "Capacity (tokens per slot)", 2, limit, min(512, limit), step=64, key=f"capacity of {limit}", width=200
-            )
-            return place, Workload(slots=int(slots), capacity=int(capacity))
-        rows = st.number_input("Rows per micro-batch", 1, 512, 8, key="rows", width=200)
-        length = st.number_input(
-            "Tokens per row", 1, limit, min(128, limit), step=16, key=f"length of {limit}", width=200
-        )
-        return place, Workload(micro_batch=int(rows), length=int(length))
+            slots = _number("Slots (requests at a time)", "slots", "slots", 1, 512, 8)
+            capacity = _number("Capacity (tokens per slot)", "capacity", f"capacity {limit}", 2, limit, min(512, limit))
+            return place, Workload(slots=slots, capacity=capacity)
+        rows = _number("Rows per micro-batch", "rows", "rows", 1, 512, 8)
+        length = _number("Tokens per row", "length", f"length {limit}", 1, limit, min(128, limit))
+        return place, Workload(micro_batch=rows, length=length)
+
+
+def _number(label: str, name: str, key: str, low: int, high: int, default: int) -> int:
+    """A box of a number that the address holds as `name`."""
+    address.restore_number(name, key, default, int)
+    st.session_state[key] = min(max(st.session_state[key], low), high)
+    value = int(st.number_input(label, low, high, key=key, width=200))
+    address.keep(name, str(value), str(default))
+    return value
 
 
 def _cuts(bundle: Bundle, place: str, load: Workload) -> list[int] | None:
-    """The number of blocks of each stage, from the sliders."""
+    """The number of blocks of each stage, from the sliders; None where they cross."""
     manifest = bundle.manifest
-    limit = figures.max_stages(manifest, place, load)
+    counts = [str(n) for n in range(1, figures.max_stages(manifest, place, load) + 1)]
     now = list(manifest.layers)
+    asked = [int(one) for one in st.query_params.get("cuts", "").split(",") if one.isdigit()]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        options = list(range(1, limit + 1))
-        default = min(len(now), limit)
-        stages = st.segmented_control(
-            "Stages", options, default=default, required=True, key=f"stages of {bundle.path} up to {limit}"
-        )
-        count = int(stages or default)
+        default = counts[min(len(now), len(counts)) - 1]
+        key = f"stages of {bundle.path} up to {len(counts)}"
+        address.start("stages", key, counts, default)
+        count = int(str(st.segmented_control("Stages", counts, required=True, key=key)))
+        address.keep("stages", str(count), default)
         even = [round(n * manifest.blocks / count) for n in range(1, count)]
         start = [sum(now[:n]) for n in range(1, count)] if count == len(now) else even
         cuts = []
         for number, at in enumerate(start):
             label = "Cut before block" if count == 2 else f"Cut {number + 1} before block"
             key = f"cut {number} of {count} of {bundle.path}"
-            cuts.append(st.slider(label, 1, manifest.blocks - 1, at, key=key, width=max(180, 600 // count)))
+            if key not in st.session_state:
+                given = asked[number] if len(asked) == len(start) else at
+                st.session_state[key] = min(max(given, 1), manifest.blocks - 1)
+            cuts.append(int(st.slider(label, 1, manifest.blocks - 1, key=key, width=max(180, 600 // count))))
+    address.keep("cuts", ",".join(map(str, cuts)), ",".join(map(str, start)))
     return figures.layers_between(cuts, manifest.blocks)
 
 
@@ -125,7 +221,7 @@ def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, laye
     same = len(now) == len(layers)
     before = planner.cut(now) if same and now != layers else None
     per_s = answer.tokens_per_s
-    with st.container(horizontal=True):
+    with st.grid(min_column_width=190, gap="xsmall"):
         gain = words.change(per_s / before.tokens_per_s - 1) if before else None
         st.metric(
             "Predicted throughput", words.rate(per_s, "tokens"), gain, border=True,
@@ -179,12 +275,16 @@ def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, laye
                 which = int(picked or 1) - 1
             rows = figures.moved(planner, layers, which)
             optimum = max(rows, key=lambda row: float(row["tokens_per_s"]))["cut"]
-            chart = charts.cut_curve(rows, sum(layers[: which + 1]), optimum)
-            st.vega_lite_chart(chart, width="stretch", key="chart-cut")
+            here = sum(layers[: which + 1])
+            draw(
+                charts.cut_curve(rows, here, optimum), "chart-cut",
+                f"Predicted tokens/s for each place of this cut; it is before block {here}, best before {optimum}.",
+            )  # fmt: skip
             st.caption("The ring marks the best place for this cut, the dashed line its current place.")
     with right if len(layers) > 1 else left:
         st.subheader("Stages", anchor=False)
-        st.vega_lite_chart(charts.stages(figures.stage_rows(answer)), width="stretch", key="chart-stages")
+        shares = "; ".join(f"{r['stage']}: {r['compute_ms']:.3g} ms computing" for r in figures.stage_rows(answer))
+        draw(charts.stages(figures.stage_rows(answer)), "chart-stages", f"Time per micro-batch. {shares}.")
     if layers != now:
         st.caption("This page changes nothing. To cut the bundle like this:")
         st.code(
@@ -204,7 +304,7 @@ def _blocks(planner: Planner, answer: Answer) -> None:
         label_visibility="collapsed",
     )
     rows = figures.block_rows(planner, answer)
-    st.vega_lite_chart(charts.blocks(rows, str(measure or "Time")), width="stretch", key="chart-blocks")
+    draw(charts.blocks(rows, str(measure or "Time")), "chart-blocks", f"{measure} of each of {len(rows)} parts.")
 
 
 def _crossing(bundle: Bundle, answer: Answer) -> None:
@@ -227,9 +327,12 @@ def _crossing(bundle: Bundle, answer: Answer) -> None:
 def _roofline(planner: Planner, answer: Answer) -> None:
     st.subheader("Roofline", anchor=False)
     line = figures.roofline(planner, answer)
-    st.vega_lite_chart(charts.roofline(figures.roof_points(line), line.stages), width="stretch", key="chart-roofline")
     bounds = ", ".join(f"{row['stage']} by {row['bound']}" for row in line.stages)
-    source = "fitted to this machine's profile" if planner.profile else "published figures times an efficiency"
+    draw(charts.roofline(figures.roof_points(line), line.stages), "chart-roofline", f"Stages are bound: {bounds}.")
+    kind = planner.cluster.kinds[0]
+    guessed = kind.device is not None and kind.device.source == UNMEASURED
+    source = "published figures times an efficiency"
+    source = "fitted to this machine's profile" if planner.profile else UNMEASURED if guessed else source
     st.caption(f"Bounds: {bounds}. Roof: {source}.")
 
 

@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 import streamlit as st
 from stageline.dashboard.children import benchmarks
-from stageline.dashboard.children.benchmarks import Launcher
 from stageline.dashboard.children.order import Order
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import DashboardSettings
 from stageline.dashboard.views import address
 from stageline.dashboard.views.common import choose_bundle, guarded, page
+from stageline.dashboard.views.launching import launcher
 from stageline.dashboard.views.recorded import store
 from stageline.models.errors import StoreError
 from stageline.runtime import words
@@ -50,12 +50,6 @@ def show() -> None:
     elif "run" in st.query_params:
         guarded(lambda: _outcome(st.query_params["run"]))
     _form(current is not None)
-
-
-@st.cache_resource
-def launcher() -> Launcher:
-    """What starts benchmarks, for all pages and browsers."""
-    return Launcher()
 
 
 @st.fragment(run_every=_REFRESH_S)

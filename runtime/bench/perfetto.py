@@ -25,12 +25,16 @@ def write(path: Path, spans: Sequence[Span], requests: Sequence[RequestSpan], ti
     """
     aside = path.with_name(f".{path.name}.part")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump({"traceEvents": events(spans, requests), "otherData": {"title": title}}, file)
+        aside.write_text(document(spans, requests, title), encoding="utf-8")
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise StagelineError(f"trace {path} cannot be written: {error.strerror}; choose another file") from error
+
+
+def document(spans: Sequence[Span], requests: Sequence[RequestSpan], title: str) -> str:
+    """The trace as JSON, as `write` writes it."""
+    return json.dumps({"traceEvents": events(spans, requests), "otherData": {"title": title}})
 
 
 def events(spans: Sequence[Span], requests: Sequence[RequestSpan]) -> list[Event]:

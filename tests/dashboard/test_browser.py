@@ -1,6 +1,7 @@
 """The dashboard in a real browser: Debian's Chromium, driven by Playwright, on a store with real runs."""
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -216,6 +217,18 @@ def pointed_at(opened: Window) -> str:
 def test_timeline_shows_shapes_and_times_of_what_is_pointed_at(window: Callable[..., Window]) -> None:
     opened = window()
     opened.open("/timeline", "Timeline")  # the newest run, whichever test made it
+    begin, end = map(float, re.findall(r"s of ([0-9.]+) to ([0-9.]+)", opened.text())[0])
+    for label in ("Later", "Earlier", "Zoom in", "Longest bubble", "Zoom out", "Whole recording", "Zoom out"):
+        opened.page.get_by_role("button", name=label, exact=True).click()
+        opened.page.wait_for_timeout(500)  # the click is on its way
+        opened.settled()
+        low, high = (float(one) for one in re.findall(r"(?:from|to)=([0-9.]+)", opened.page.url))
+        assert begin - 1e-3 <= low < high <= end + 1e-3
+    assert (low, high) == pytest.approx((begin, end), abs=1e-3)  # not beyond what was recorded
+    with opened.page.expect_download() as download:
+        opened.page.get_by_role("button", name="Download for Perfetto").click()
+    assert json.loads(Path(download.value.path()).read_text())["traceEvents"]
+    opened.open("/timeline", "Timeline")
     shown = pointed_at(opened)
     assert re.search(r"\d+ × \d+ tokens", shown), opened.text()
     assert "took (ms)" in shown

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stageline.dashboard.figures import plan as figures
 from stageline.runtime.bench.store import Store
 from stageline.runtime.report import wording
 from streamlit.testing.v1 import AppTest
@@ -198,6 +199,9 @@ def test_environment_says_what_doctor_says(started_with: StartedWith) -> None:
     started_with()
     app = page("environment")
     assert not app.exception
+    cells = [cell for table in app.table for column in table.value for cell in table.value[column]]
+    assert not [cell for cell in cells if re.match(r"[-*+#>]", cell)]  # Markdown's bullets, heads and quotes
+    assert '"engines"' in app.code[-1].value
     names = set(app.table[0].value["engine"]) if app.table else set()
     assert "onnxruntime" in names
 
@@ -269,3 +273,35 @@ def test_a_benchmark_that_runs_has_a_link_and_goes_when_it_ends(
     assert "A benchmark of llama is running" in messages(app)
     store.end("later", "cancelled")
     assert "is running" not in messages(app.run())
+
+
+def test_crossed_cuts_are_refused_and_the_address_holds_the_plan(bundles: Path, started_with: StartedWith) -> None:
+    started_with("--bundles", bundles)
+    app = page("plan", device="H100", stages="3", cuts="2,1", slots="4")
+    assert "Each cut must lie after the one before" in messages(app)
+    assert app.selectbox(key="device").value == "H100"
+    assert app.number_input(key="slots").value == 4
+    app.slider[0].set_value(1).run()
+    app.slider[1].set_value(2).run()
+    assert "Each cut" not in messages(app)
+    assert "cuts" not in app.query_params  # those of even stages
+
+
+def test_plan_is_for_this_machine_and_says_that_it_guesses(bundles: Path, started_with: StartedWith) -> None:
+    started_with("--bundles", bundles)
+    app = page("plan")
+    assert app.selectbox(key="device").value == "this machine"
+    assert "This machine is not measured yet" in messages(app)
+    assert [one.label for one in app.button] == ["Profile", "Measure this cut"]
+    started_with("--bundles", bundles, "--read-only")
+    assert [one.label for one in page("plan").button] == []
+
+
+def test_what_was_measured_with_a_cut_is_found(filled_store: Path) -> None:
+    run = Store(filled_store).run(Store(filled_store).find("latest"))
+    best = max(m.figures["tokens_per_s"].mean for m in run.measurements if m.contender == "stageline")
+    found = figures.measured([run], run.plan.blocks)
+    assert found is not None
+    assert (found.run_id, found.unit) == (run.id, "tokens")
+    assert found.per_s == pytest.approx(best)
+    assert figures.measured([run], [9]) is None

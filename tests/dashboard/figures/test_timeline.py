@@ -124,3 +124,18 @@ def test_the_first_window_shows_micro_batches_between_which_nothing_was_dropped(
 
 def test_a_recording_shorter_than_the_first_window_is_shown_whole() -> None:
     assert timeline.first_window(Table.of(Timeline(tuple(steady(range(3), 1.0))))) == pytest.approx((1.0, 1.006))
+
+
+@given(timelines(), st.floats(-100, 100), st.floats(-100, 100))
+def test_no_window_leaves_the_recording(found: Timeline, low: float, high: float) -> None:
+    table = Table.of(found)
+    if not table.spans:
+        return
+    first, last = timeline.bounded(table, min(low, high), max(low, high))
+    assert table.begin_s - 1e-9 <= first <= last <= table.end_s + 1e-9
+    bubble = timeline.around_longest_bubble(table)
+    if bubble is not None:
+        longest = float((table.bubbles[:, 2] - table.bubbles[:, 1]).max())
+        assert any(
+            bubble[0] - 1e-9 <= b and e <= bubble[1] + 1e-9 and e - b == longest for _, b, e in table.bubbles.tolist()
+        )

@@ -1,0 +1,65 @@
+"""Profiles measured from a page: `stageline profile` as a child process, one at a time."""
+
+import re
+import subprocess
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from stageline.dashboard.children.benchmarks import running
+from stageline.dashboard.children.command import stageline
+from stageline.models.errors import StagelineError
+from stageline.runtime.bench.store import Store
+
+_LINE = re.compile(r"\s*(\d+)% (.*)")
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """A profile that is being measured, or whose measuring failed: `error` is then its last line."""
+
+    bundle: Path
+    share: float
+    step: str
+    error: str | None = None
+
+
+class Profiler:
+    """Measures for all browsers of a dashboard. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: tuple[Path, subprocess.Popen[bytes], IO[bytes]] | None = None
+
+    def start(self, store: Store, bundle: Path) -> None:
+        """Begin. StagelineError if a benchmark or another profile runs: they would disturb each other."""
+        with self._lock:
+            if self._child is not None and self._child[1].poll() is None:
+                raise StagelineError(f"{self._child[0].name} is being profiled; wait for its end: one at a time")
+            if running(store):
+                raise StagelineError("a benchmark is running; wait for its end: both would disturb each other")
+            stderr = tempfile.TemporaryFile()  # noqa: SIM115 - read while the child runs, and when it has ended
+            process = subprocess.Popen(
+                stageline("profile", str(bundle)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
+            )
+            self._child = bundle, process, stderr
+
+    def now(self) -> Profiling | None:
+        """What is being measured, or failed last; None if nothing is, or the last profile was written."""
+        with self._lock:
+            if self._child is None:
+                return None
+            bundle, process, stderr = self._child
+            stderr.seek(0)
+            lines = stderr.read().decode(errors="replace").strip().splitlines()
+            status = process.poll()
+            if status is None:
+                found = next((one for one in map(_LINE.fullmatch, reversed(lines)) if one), None)
+                return Profiling(bundle, int(found[1]) / 100 if found else 0.0, found[2] if found else "opening")
+            if status == 0:
+                self._child = None
+                return None
+            said = (lines or [f"it ended with status {status}"])[-1].removeprefix("stageline: ")
+            return Profiling(bundle, 1.0, "failed", said)
