@@ -30,6 +30,7 @@ def run(found: Run) -> str:
     """A run: where and how it was measured, and its results, a table for each load."""
     settings, place = found.settings, found.environment
     stages = " + ".join(map(str, found.plan.blocks))
+    drawn = "no" if settings.output_tokens is None else f"on average {settings.output_tokens}"
     head: list[Any] = [
         Text(f"{found.id}  {found.name}  {found.status}{f': {found.error}' if found.error else ''}", "bold"),
         Text(
@@ -38,7 +39,7 @@ def run(found: Run) -> str:
             f"{f' {settings.pipeline.quantise}' if settings.pipeline.quantise else ''}"
         ),
         Text(
-            f"{settings.inputs}, {settings.output_tokens or 'no'} new tokens; {settings.repeats} repeats of "
+            f"{settings.inputs}, {drawn} new tokens; {settings.repeats} repeats of "
             f"{settings.seconds:g} s; ± is the 95 % confidence interval (Student's t over the repeats)"
         ),
         Text(

@@ -71,7 +71,7 @@ class Slo:
 @dataclass(frozen=True)
 class RunSettings:
     """How a run measures. `inputs` describes the requests in words, `rows` is the number of texts in each,
-    `output_tokens` how many each draws (None: the model does not generate).
+    `output_tokens` how many each draws, on average and rounded (None: the model does not generate).
 
     `sweep`: of a run whose loads are searched (`sweep.Sweep`), with at most `repeats` of each: what its rates have in
     common. `loads` is then empty.
