@@ -23,7 +23,7 @@ $(VENV)/stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,rtx,export,serve,dashboard,debug,docs,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[cpu,openvino,rtx,export,serve,dashboard,debug,docs,dev]'
 	@touch $@
 
 checkpoints: $(VENV)/stamp

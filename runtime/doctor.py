@@ -150,12 +150,13 @@ def _version(*packages: str) -> str | None:
 
 def _engines(capabilities: tuple[str, ...]) -> tuple[EngineStatus, ...]:
     cores, gpus, rtx_gpus = "CPU cores", "NVIDIA GPUs", "NVIDIA RTX GPUs"
-    cpu, gpu, rtx = (f'pip install "stageline[{extra}]"' for extra in ("cpu", "gpu", "rtx"))
+    cpu, gpu, rtx, openvino = (f'pip install "stageline[{extra}]"' for extra in ("cpu", "gpu", "rtx", "openvino"))
     tensorrt, tensorrt_rtx = TENSORRT.version, TENSORRT_RTX.version
     anywhere = (*RTX_TARGETS, PORTABLE)
     return (
         # The GPU's package runs on the CPU as well.
         EngineStatus("onnxruntime", "onnxruntime", _version("onnxruntime", "onnxruntime-gpu"), cores, (), cpu),
+        EngineStatus("openvino", "openvino", _version("openvino"), cores, (), openvino),
         EngineStatus("onnxruntime-cuda", "onnxruntime-gpu", _version("onnxruntime-gpu"), gpus, (), gpu),
         EngineStatus("tensorrt", "tensorrt", tensorrt, gpus, capabilities if tensorrt else (), gpu),
         EngineStatus("tensorrt", "tensorrt-rtx", tensorrt_rtx, rtx_gpus, anywhere if tensorrt_rtx else (), rtx),

@@ -19,7 +19,7 @@ from stageline.runtime.workload import Workload
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-EngineName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt"]
+EngineName = Literal["onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 _Number = TypeVar("_Number", int, float)
 EXPORTER = (

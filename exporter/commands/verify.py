@@ -10,6 +10,7 @@ import typer
 from stageline.exporter.commands import common, hub, show
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.engines import ON_GPUS
 from stageline.runtime.engines.tensorrt.lower import Precision, default_precision
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def verify_command(
         Path | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="The checkpoint that was exported, or its name on the Hub; needed for onnxruntime.",
+            help="The checkpoint that was exported, or its name on the Hub; needed for engines on CPUs.",
         ),
     ] = None,
     engine: Annotated[common.EngineName, typer.Option(help="The engine to verify.")] = "onnxruntime",
@@ -76,7 +77,7 @@ def verify_command(
     """
     if find_precision:
         _find_precision(hub.bundle_of(bundle), precision, as_json)
-    if engine == "onnxruntime" and against is None:
+    if engine not in ON_GPUS and against is None:
         raise common.UsageError("give --against and the checkpoint that the bundle was exported from")
     bundle = hub.bundle_of(bundle)
     if engine == "tensorrt":
@@ -88,7 +89,7 @@ def verify_command(
         from stageline.exporter.verify.against_torch import verify
     checkpoint = hub.checkpoint_of(against)
     with common.progress_steps() as progress:
-        done = verify(bundle, checkpoint, seed=secrets.randbits(32), progress=progress)
+        done = verify(bundle, checkpoint, seed=secrets.randbits(32), engine=engine, progress=progress)
     rows = [
         ["whole" if c.stage is None else f"stage {c.stage}", c.value, f"{c.max_error:.1e}", f"{c.mean_error:.1e}",
          f"{c.relative_error:.1e}", "ok" if c.passed else "FAILED"]

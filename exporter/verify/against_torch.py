@@ -79,9 +79,15 @@ class Verification:
 
 
 def verify(
-    path: str | Path, against: str | Path, *, seed: int, progress: Callable[[str], None] = lambda step: None
+    path: str | Path,
+    against: str | Path,
+    *,
+    seed: int,
+    engine: str = "onnxruntime",
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Verification:
-    """Compare the bundle with the checkpoint it was made from, on random inputs drawn from `seed`.
+    """Compare the bundle in an engine for CPUs with the checkpoint it was made from, on random inputs drawn from
+    `seed`.
 
     StagelineError if one cannot be opened, or they are of different models. An error that is too large is not an
     exception, but a comparison that did not pass.
@@ -93,11 +99,11 @@ def verify(
     progress("loading the checkpoint into torch")
     model = rounded(load_reference(checkpoint, manifest), manifest.dtype)
     tolerance = TOLERANCE[manifest.dtype]
-    with Pipeline.open(path) as pipeline:
+    with Pipeline.open(path, engine=engine) as pipeline:
         drawn = [inputs for inputs in (random_inputs(manifest, seed), long_inputs(manifest, seed)) if inputs]
         usual: dict[str, float] = {}
         compared = [
-            _compare_all(pipeline, torch_values(model, checkpoint, manifest, inputs), inputs, usual, progress)
+            _compare_all(pipeline, torch_values(model, checkpoint, manifest, inputs), inputs, usual, engine, progress)
             for inputs in drawn
         ]
         progress(f"from {'image' if manifest.image else 'text'} to answer")
@@ -117,6 +123,7 @@ def _compare_all(
     reference: Mapping[str, Array],
     inputs: Mapping[str, Array],
     usual: dict[str, float],
+    engine: str,
     progress: Callable[[str], None],
 ) -> list[TorchComparison]:
     """Each stage alone, and the whole pipeline, on the same inputs. `usual` is how large a token of each value is,
@@ -135,9 +142,8 @@ def _compare_all(
     longest = "" if mask is None else f", rows of up to {mask.shape[1]} tokens"
     for number, stage in enumerate(manifest.stages):
         progress(f"stage {number + 1} of {len(manifest.stages)}{longest}")
-        outputs = _run_stage(
-            bundle, number, {spec.name: reference.get(spec.name, values.get(spec.name)) for spec in stage.inputs}
-        )
+        given = {spec.name: reference.get(spec.name, values.get(spec.name)) for spec in stage.inputs}
+        outputs = _run_stage(bundle, number, given, engine)
         values.update(outputs)
         comparisons += [compare(number, spec, outputs[spec.name]) for spec in stage.outputs if spec.name in reference]
     progress(f"the whole pipeline{longest}")
@@ -243,17 +249,16 @@ def _badness(comparison: TorchComparison) -> float:
     return float("inf") if np.isnan(comparison.relative_error) else comparison.relative_error
 
 
-def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None]) -> dict[str, Array]:
+def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None], engine: str) -> dict[str, Array]:
     stage = bundle.manifest.stages[number]
-    engine = engine_factory("onnxruntime")(
-        StageFile(number, bundle.path / stage.file, bundle.path, stage.caches), CpuDevice(allowed_cores())
-    )
+    file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
+    opened = engine_factory(engine)(file, CpuDevice(allowed_cores()))
     try:
         given = {name: value for name, value in inputs.items() if value is not None}
         names = [spec.name for spec in stage.outputs]
-        return on_host(engine.run(given, names), names)
+        return on_host(opened.run(given, names), names)
     finally:
-        engine.close()
+        opened.close()
 
 
 def real_tokens(spec: TensorSpec, got: Array, want: Array, mask: Array | None) -> tuple[Array, Array]:

@@ -61,9 +61,18 @@ def _tensorrt() -> EngineFactory:
     return open_tensorrt
 
 
+def _openvino() -> EngineFactory:
+    if find_spec("openvino") is None:
+        raise EngineError('the engine openvino is not installed: pip install "stageline[openvino]"')
+    from stageline.runtime.engines.openvino import OpenVinoEngine
+
+    return OpenVinoEngine
+
+
 ENGINES: dict[str, Callable[[], EngineFactory]] = {
     "onnxruntime": _onnxruntime,
     "onnxruntime-cuda": _onnxruntime_cuda,
+    "openvino": _openvino,
     "tensorrt": _tensorrt,
 }
 """Engine name -> a function that imports its backend and returns its factory."""

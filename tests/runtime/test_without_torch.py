@@ -42,7 +42,8 @@ import stageline.models
 
 for package in (stageline.runtime, stageline.models):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not module.name.startswith("stageline.runtime.service."):  # that has an extra of its own
+        # These have extras of their own.
+        if not module.name.startswith("stageline.runtime.service.") and not module.name.endswith(".openvino"):
             importlib.import_module(module.name)
 print([n for n in ("torch", "transformers", "onnxscript", "streamlit") if importlib.util.find_spec(n)])
 """

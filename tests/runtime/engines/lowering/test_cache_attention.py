@@ -1,5 +1,6 @@
-"""Cache attention in ONNX Runtime against its definition in NumPy, whatever the heads, windows and lengths: on CPUs by
-GroupQueryAttention, and by standard operators where that is older; on a GPU, a fake one, by PagedAttention."""
+"""Cache attention against its definition in NumPy, whatever the heads, windows and lengths: on CPUs by ONNX Runtime's
+GroupQueryAttention, by standard operators where that is older, and by OpenVINO's PagedAttention; on a GPU, a fake one,
+by ONNX Runtime's PagedAttention."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from attention_stage import CAPACITY, KINDS, SLOTS, Kind, attention_stage
 from fake_cuda import FakeDriver
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stageline.models.errors import EngineError
 from stageline.runtime.devices.base import on_host
@@ -30,9 +31,14 @@ from stageline.runtime.engines import (
 Opened = Callable[..., Engine]
 
 
-def opened(folder: Path, kind: Kind, dtype: CacheDtype | None = "float32", device: Device | None = None) -> Engine:
+def opened(
+    folder: Path,
+    kind: Kind,
+    dtype: CacheDtype | None = "float32",
+    device: Device | None = None,
+    name: str = "onnxruntime",
+) -> Engine:
     size = None if dtype is None else CacheSize(SLOTS, CAPACITY, dtype)
-    name = "onnxruntime" if device is None else "onnxruntime-cuda"
     return engine_factory(name)(attention_stage(kind, folder), device or CpuDevice((0,)), size)
 
 
@@ -45,17 +51,30 @@ class Way:
     dtype: CacheDtype
     tolerance: float
 
+    def kind(self, name: str) -> Kind:
+        """The kind of this name. Skips what this way refuses."""
+        if self.name == "openvino" and KINDS[name].softcap is not None:
+            pytest.skip("refused: see test_soft_caps_are_refused_by_openvino")
+        return KINDS[name]
 
-@pytest.fixture(scope="module", params=["cpu", "older cpu", "gpu"])
+
+@pytest.fixture(scope="module", params=["cpu", "older cpu", "openvino", "gpu"])
 def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Way]:
     with pytest.MonkeyPatch.context() as patch:
-        device, dtype = None, "float32"
+        device, dtype, engine_name = None, "float32", "onnxruntime"
         if request.param == "older cpu":
             patch.setattr(onnxruntime, "_takes_ragged_rows", lambda: False)
         elif request.param == "gpu":
             fake_onnxruntime.install(patch, driver := FakeDriver(seed=8))
             ((device,), dtype) = open_gpus([(0, 0)], (0,), driver), "float16"
-        engine = cache(lambda kind, *dtypes: opened(tmp_path_factory.mktemp("stage"), kind, *dtypes or [dtype], device))
+            engine_name = "onnxruntime-cuda"
+        elif request.param == "openvino":
+            engine_name = "openvino"
+
+        @cache
+        def engine(kind: Kind, dtype: CacheDtype | None = dtype) -> Engine:
+            return opened(tmp_path_factory.mktemp("stage"), kind, dtype, device, engine_name)
+
         yield Way(request.param, engine, dtype, 2e-5 if dtype == "float32" else 1e-2)
 
 
@@ -130,7 +149,8 @@ class Rows:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, way: Way) -> None:
-    rows = Rows(KINDS[name], way.engine(KINDS[name]), np.random.default_rng(1), way.tolerance)
+    kind = way.kind(name)
+    rows = Rows(kind, way.engine(kind), np.random.default_rng(1), way.tolerance)
     rows.step(0, [7, 1, 4, 6])
     rows.step(0, [1, 1, 1, 1])
     rows.step(1, [5])
@@ -144,6 +164,7 @@ def test_prompts_chunks_and_single_tokens_give_the_definition(name: str, way: Wa
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(KINDS)), seed=st.integers(0, 999))
 def test_any_ranges_lengths_and_copies_give_the_definition(data: st.DataObject, name: str, seed: int, way: Way) -> None:
+    assume(way.name != "openvino" or KINDS[name].softcap is None)
     rows = Rows(KINDS[name], way.engine(KINDS[name]), np.random.default_rng(seed), way.tolerance)
     for _ in range(data.draw(st.integers(1, 8))):
         if data.draw(st.integers(0, 4)) == 0:
@@ -191,7 +212,7 @@ def test_caches_go_from_engine_to_engine_with_all_they_hold(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", KINDS)
 def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, way: Way) -> None:
-    kind = KINDS[name]
+    kind = way.kind(name)
     rows = Rows(kind, way.engine(kind, None), np.random.default_rng(3))
     counts = [5, 11, 1]
     inputs = rows.made(3, 11)
@@ -206,9 +227,20 @@ def test_whole_rows_give_what_steps_from_an_empty_cache_give(name: str, way: Way
             np.testing.assert_allclose(got, stepped[f"y{layer}"][row, :count], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["grouped", "narrow values", "all of them"])
-def test_a_half_precision_cache_is_close(name: str, tmp_path: Path) -> None:
-    rows = Rows(KINDS[name], opened(tmp_path, KINDS[name], "float16"), np.random.default_rng(4), tolerance=1e-2)
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("grouped", "onnxruntime"),
+        ("narrow values", "onnxruntime"),
+        ("all of them", "onnxruntime"),
+        ("sinks", "openvino"),
+        ("narrow values", "openvino"),
+    ],
+)
+def test_a_half_precision_cache_is_close(name: str, engine: str, tmp_path: Path) -> None:
+    rows = Rows(
+        KINDS[name], opened(tmp_path, KINDS[name], "float16", name=engine), np.random.default_rng(4), tolerance=1e-2
+    )
     rows.step(0, [7, 1, 4, 6])
     rows.copy(0, 3, 5)
     for _ in range(4):
@@ -219,3 +251,10 @@ def test_an_older_onnxruntime_keeps_no_half_precision_caches(tmp_path: Path, mon
     monkeypatch.setattr(onnxruntime, "_takes_ragged_rows", lambda: False)
     with pytest.raises(EngineError, match=r"^ONNX Runtime 1\.\S+ has no float16 caches on CPUs; leave cache_dtype"):
         opened(tmp_path, KINDS["grouped"], "float16")
+
+
+def test_soft_caps_are_refused_by_openvino(tmp_path: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"^stage 0: OpenVINO's attention has no soft cap; choose --engine onnxruntime"
+    ):
+        opened(tmp_path, KINDS["softcap"], name="openvino")
