@@ -4,7 +4,8 @@
 
 Stages of SmolLM2's shapes and of Llama's of 1, 8 and 70 billion parameters, bfloat16, with random weights (TensorRT
 keeps equal ones once), each built in a process of its own for sm89. The peak is the most memory that the process had
-resident, files that it has mapped included. No stage is built whose estimate is above --max-memory.
+resident, files that it has mapped included. No stage is built whose estimate is above --max-memory. The estimate was
+fitted to all models but the one of 360 million parameters.
 """
 
 import argparse
@@ -33,9 +34,14 @@ from stageline.runtime.engines.tensorrt.records import Options
 from stageline.runtime.workload import Workload
 
 LOAD = Workload(length=128, capacity=2048)
-MODELS = {**export_cost.MODELS, "SmolLM2 135M shapes": export_cost.llama(576, 30, 1536, 9, 3, True, 49_152)}
+MODELS = {
+    **export_cost.MODELS,
+    "SmolLM2 135M shapes": export_cost.llama(576, 30, 1536, 9, 3, True, 49_152),
+    "Llama 360M shapes": export_cost.llama(960, 32, 2560, 15, 5, True, 49_152),  # SmolLM2 360M's
+}
 CUTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "SmolLM2 135M shapes": ({}, (10, 20)),
+    "Llama 360M shapes": ({}, (3, 12)),
     "Llama 1B shapes": ({}, (1, 1, 2, 4, 1)),
     "Llama 8B shapes": ({}, (1, 1, 2)),
     "Llama 70B shapes": ({"vocab_size": 8192}, (1,)),
