@@ -73,7 +73,7 @@ reference: checkpoints
 # Times against theory get three goes, for the machine may be shared: what our figures get wrong is wrong every time.
 pytest: checkpoints
 	@rm -rf .cache/parity
-	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 2 --dist loadfile
+	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 3 --dist loadfile
 	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest tests/reality -n 2 --dist worksteal
 	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
 
