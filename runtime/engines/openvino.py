@@ -69,7 +69,8 @@ class OpenVinoEngine:
         """See `Engine.run`."""
         arrays = on_host(inputs, self.input_names)
         if not self._specs:
-            return self._infer(arrays, {name: self._outputs[name] for name in outputs})
+            found = self._infer(arrays, self._outputs)
+            return {name: found[name] for name in outputs}
         blocks = -(-self._length(arrays) // BLOCK)
         scratch = self._scratch(len(arrays[NEW_LENGTHS]) * blocks)  # which must live as long as it is bound
         self._bind(scratch)
@@ -138,10 +139,9 @@ class OpenVinoEngine:
             sizes[_PICKS] = len(new), picks.shape[1]
             places[_PICKS] = (rows[:, None] * picks.shape[1] + np.arange(picks.shape[1])).reshape(-1)
         values |= _control(held, count, (first_slot + rows) * blocks)
-        wanted: dict[str, list[int | str]] = {}
         axes: dict[str, tuple[int, str]] = {}
-        for name in outputs:
-            dims = self._outputs[name]
+        wanted: dict[str, list[int | str]] = {}
+        for name, dims in self._outputs.items():
             kind = next((dim for dim in sizes if dim in dims), None)
             if kind is None:
                 raise EngineError(f"stage {self._number}: {name!r} of {list(dims)} is not of single tokens")
@@ -149,7 +149,11 @@ class OpenVinoEngine:
             packed = {BATCH: len(places[kind]), kind: 1}
             wanted[name] = [packed.get(size, size) if isinstance(size, str) else size for size in dims]
         found = self._infer(values, wanted)
-        return {name: _spread(found[name], axis, places[kind], sizes[kind]) for name, (axis, kind) in axes.items()}
+        return {
+            name: _spread(found[name], axis, places[kind], sizes[kind])
+            for name, (axis, kind) in axes.items()
+            if name in outputs
+        }
 
     def _length(self, arrays: Mapping[str, Array]) -> int:
         """The padded length of the rows."""
@@ -157,7 +161,8 @@ class OpenVinoEngine:
         return int(arrays[name].shape[dims.index(LENGTH)])
 
     def _infer(self, values: Mapping[str, Array], wanted: Mapping[str, Sequence[int | str]]) -> dict[str, Array]:
-        """`wanted`: the outputs, by the sizes that are known beforehand."""
+        """`wanted`: all outputs, by the sizes that are known beforehand. None may stay bound to an array of an earlier
+        run, which belongs to the caller."""
         kept: list[Array] = []  # what the request reads in place
         made: dict[str, Array] = {}
         try:
