@@ -149,9 +149,10 @@ def test_stages_lie_under_the_roof(bundles: Path) -> None:
     assert {row["bound"] for row in line.stages} == {"memory bandwidth"}
 
 
-def test_two_cuts_at_one_place_are_no_plan() -> None:
+def test_two_cuts_at_one_place_or_crossed_are_no_plan() -> None:
     assert figures.layers_between([2, 2], 5) is None
-    assert figures.layers_between([4, 1], 5) == [1, 3, 1]
+    assert figures.layers_between([4, 1], 5) is None
+    assert figures.layers_between([1, 4], 5) == [1, 3, 1]
 
 
 def test_the_run_before_is_one_that_can_be_compared(filled_store: Path) -> None:

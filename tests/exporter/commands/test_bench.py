@@ -399,7 +399,10 @@ def test_no_file_is_overwritten(
         (("BUNDLE", "--baseline", "vllm"), "unknown baseline 'vllm'; known: torch, torch-compile, onnxruntime"),
         (("BUNDLE", "--baseline", "torch"), "torch needs the checkpoint: give --checkpoint"),
         (("BUNDLE", "--run-id", "../x"), "run id '../x' is not made of letters"),
-        (("BUNDLE", "--engine", "warp"), "'warp' is not one of 'onnxruntime', 'onnxruntime-cuda', 'tensorrt'"),
+        (
+            ("BUNDLE", "--engine", "warp"),
+            "'warp' is not one of 'onnxruntime', 'onnxruntime-cuda', 'openvino', 'tensorrt'",
+        ),
         (("BUNDLE", "--devices", "tpu:0"), "unknown device 'tpu:0'"),
         (("BUNDLE", "--store", "/dev/null/s"), "store /dev/null/s cannot be used"),
         (("nowhere",), "no bundle at nowhere"),

@@ -229,7 +229,7 @@ def test_a_missing_or_broken_profile_is_reported_in_one_line(bundle: Bundle) -> 
     data["points"][0]["seconds"] = -1
     file.write_text(json.dumps(data))
     with pytest.raises(
-        BundleError, match=r"is not valid \(points.0.seconds: .*greater than 0.*\); run stageline profile"
+        BundleError, match=r"is not valid \(points.0.seconds: must be above 0.*\); run stageline profile"
     ):
         read_profile(bundle.path, Machine.here())
 
