@@ -23,7 +23,7 @@ $(VENV)/stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[cpu,openvino,rtx,export,serve,dashboard,debug,docs,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,openvino,rtx,export,serve,dashboard,debug,docs,dev]'
 	@touch $@
 
 checkpoints: $(VENV)/stamp
@@ -70,10 +70,11 @@ reference: checkpoints
 	@for name in minilm smollm2; do $(BIN)/stageline export $(CHECKPOINTS)/$$name -o .cache/reference/$$name || exit 1; done
 
 # A file's tests run in one process: what they share is made once. (pytest 9.2 loses the groups of pytest-xdist 3.8.)
+# Files run in the order that tests/conftest.py gives them, the longest first.
 # Times against theory get three goes, for the machine may be shared: what our figures get wrong is wrong every time.
 pytest: checkpoints
 	@rm -rf .cache/parity
-	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 3 --dist loadfile
+	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 2 --dist loadfile --no-loadscope-reorder
 	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest tests/reality -n 2 --dist worksteal
 	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
 

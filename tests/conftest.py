@@ -50,6 +50,17 @@ WORD_LLAMA: dict[str, Any] = {
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "on", "mats")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, since workers take whole files and the last one would run alone: those that read the
+    reference checkpoints, then those with the most slow tests."""
+    order: dict[Path, list[int]] = {}
+    for item in items:
+        of_file = order.setdefault(item.path, [0, 0])
+        of_file[0] -= item.get_closest_marker("checkpoints") is not None
+        of_file[1] -= item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: (order[item.path][0] == 0, order[item.path][1]))
+
+
 def write_tokenizer(folder: Path, words: tuple[str, ...] = WORDS) -> None:
     """A word tokenizer with BERT's special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
