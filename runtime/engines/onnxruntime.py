@@ -17,6 +17,7 @@ from stageline.models.errors import EngineError
 from stageline.runtime.bundle.manifest import BATCH, LENGTH, PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
+from stageline.runtime.engines.host_caches import Kinds, allocated, scratch, taken
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import root_of
 from stageline.runtime.engines.lowering.flat_attention import padded_size
@@ -61,19 +62,22 @@ class OnnxRuntimeEngine:
         self.output_names = tuple(value.name for value in outputs if value.name not in hidden)
         self._shapes = {value.name: tuple(value.shape) for value in (*inputs, *outputs)}
         self._dtypes = {value.name: _NUMPY.get(value.type, np.float32) for value in outputs}
-        self._caches = _Caches(stage.caches, dtype, grouped)
-        self._slots = self._caches.allocate(cache.slots, cache.capacity, stage.number) if cache else {}
-        self._slot_kinds = {name: (buffer.shape, buffer.dtype) for name, buffer in self._slots.items()}
+        self._specs, self._cache_dtype, self._padded = stage.caches, dtype, grouped
+        self._kinds: Kinds = {}
+        self._slots: dict[str, Array] = {}
+        if cache:
+            for spec in stage.caches:
+                self._kinds |= self._kinds_of(spec, cache.slots, cache.capacity)
+            self._slots = allocated(self._kinds, stage.number, cache.slots, cache.capacity)
         self._bindings: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
 
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:
         """See `Engine.run`."""
         arrays = on_host(inputs, self.input_names)
-        if self._caches.specs:
+        if self._specs:
             rows, length = self._rows_and_length(arrays)
-            # One buffer serves all layers: each reads it right after writing it.
-            scratch = self._caches.scratch(rows, length)
-            return self._bound(self._binding(scratch), arrays, outputs)
+            buffers = scratch(self._kinds_of(spec, rows, length) for spec in self._specs)
+            return self._bound(self._binding(buffers), arrays, outputs)
         try:
             values = self._session.run(outputs, arrays)
         except Exception as error:
@@ -106,19 +110,9 @@ class OnnxRuntimeEngine:
 
     def take_caches(self, caches: Mapping[str, Value]) -> None:
         """See `Engine.take_caches`."""
-        names = [name for spec in self._caches.specs for name in past_names(spec.name)]
-        for name in names:
-            given = caches.get(name)
-            if given is None:
-                raise EngineError(f"stage {self._number} received no cache {name!r}")
-            if (given.shape, given.dtype) != self._slot_kinds[name]:
-                shape, dtype = self._slot_kinds[name]
-                raise EngineError(
-                    f"stage {self._number} cannot continue with cache {name!r} of {given.dtype} {list(given.shape)}: "
-                    f"it keeps {dtype} {list(shape)}"
-                )
+        slots = taken(caches, self._kinds, self._number)
         self._bindings.clear()
-        self._slots = on_host(caches, names)
+        self._slots = slots
 
     def close(self) -> None:
         """Free the session, its threads and the caches."""
@@ -126,10 +120,16 @@ class OnnxRuntimeEngine:
         self._slots = {}
         self._session = None
 
+    def _kinds_of(self, spec: CacheSpec, rows: int, tokens: int) -> Kinds:
+        """Keys and values of a cache. GroupQueryAttention takes one size for both."""
+        sizes = [padded_size(spec)] * 2 if self._padded else [spec.key_size, spec.value_size]
+        names = past_names(spec.name)
+        return {n: ((rows, spec.heads, tokens, s), self._cache_dtype) for n, s in zip(names, sizes, strict=True)}
+
     def _binding(self, buffers: Mapping[str, Array]) -> Any:
         """A binding in which each cache's past and present are one buffer."""
         binding = self._session.io_binding()
-        for spec in self._caches.specs:
+        for spec in self._specs:
             for past, present in zip(past_names(spec.name), present_names(spec.name), strict=True):
                 buffer = buffers[past]
                 where = ("cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
@@ -162,41 +162,6 @@ class OnnxRuntimeEngine:
 
     def _failed(self, error: Exception) -> EngineError:
         return EngineError(f"stage {self._number} failed in ONNX Runtime: {first_line(error)}")
-
-
-class _Caches:
-    """The buffers of a stage's caches, by the names of the graph inputs they are bound to."""
-
-    def __init__(self, specs: tuple[CacheSpec, ...], dtype: np.dtype[Any], padded: bool) -> None:
-        """`padded`: keys and values have one size, which their operator takes."""
-        self.specs, self.dtype, self.padded = specs, dtype, padded
-
-    def shapes(self, spec: CacheSpec, rows: int, tokens: int) -> dict[str, tuple[int, int, int, int]]:
-        """The shapes of a cache's keys and values, by name."""
-        sizes = [padded_size(spec)] * 2 if self.padded else [spec.key_size, spec.value_size]
-        return {n: (rows, spec.heads, tokens, size) for n, size in zip(past_names(spec.name), sizes, strict=True)}
-
-    def allocate(self, slots: int, capacity: int, stage: int) -> dict[str, Array]:
-        shapes = {n: shape for spec in self.specs for n, shape in self.shapes(spec, slots, capacity).items()}
-        try:
-            return {name: np.zeros(shape, self.dtype) for name, shape in shapes.items()}
-        except MemoryError as error:
-            total = sum(int(np.prod(shape)) for shape in shapes.values()) * self.dtype.itemsize
-            raise EngineError(
-                f"stage {stage}: no memory for caches of {total / 1e9:.1f} GB ({slots} slots of {capacity} tokens); "
-                "open with fewer slots or a smaller capacity"
-            ) from error
-
-    def scratch(self, rows: int, tokens: int) -> dict[str, Array]:
-        """Caches that are discarded after a run. One pair of buffers serves all layers of its shapes. They are zeros,
-        since what a mask hides is still multiplied by 0."""
-        pairs: dict[tuple[Any, ...], list[Array]] = {}
-        buffers: dict[str, Array] = {}
-        for spec in self.specs:
-            shapes = self.shapes(spec, rows, tokens)
-            pair = pairs.setdefault(tuple(shapes.values()), [np.zeros(s, self.dtype) for s in shapes.values()])
-            buffers |= zip(shapes, pair, strict=True)
-        return buffers
 
 
 @cache

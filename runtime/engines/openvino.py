@@ -12,10 +12,11 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import BATCH, LENGTH, LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import pin
 from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
+from stageline.runtime.engines.host_caches import Kinds, allocated, scratch, taken
 from stageline.runtime.engines.lowering.cache_names import past_names
 from stageline.runtime.engines.lowering.openvino import CONTROL, lowered_for_openvino
 
@@ -27,7 +28,7 @@ _PICKS = "picks"  # the dimension of `logits_at`
 class OpenVinoEngine:
     """One stage on the device's cores. Keeps the promises of `Engine`.
 
-    It computes in bfloat16 where the bundle does and the processor can, else in float32.
+    It computes in float32.
     """
 
     max_rows = None
@@ -61,9 +62,13 @@ class OpenVinoEngine:
         self._cache_ports = {name: port for name, port in self._ports.items() if name in caches}
         self._request = self._compiled.create_infer_request()
         self._slot_blocks = -(-cache.capacity // BLOCK) if cache else 0
-        self._slots = self._allocated(cache.slots, self._slot_blocks) if cache else {}
-        self._kinds = {name: (array.shape, array.dtype) for name, array in self._slots.items()}
-        self._bind(self._slots)
+        self._kinds: Kinds = {}
+        self._slots: dict[str, Array] = {}
+        if cache:
+            for spec in stage.caches:
+                self._kinds |= self._kinds_of(spec, cache.slots * self._slot_blocks)
+            self._slots = allocated(self._kinds, stage.number, cache.slots, cache.capacity)
+            self._bind(self._slots)
 
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:
         """See `Engine.run`."""
@@ -72,16 +77,17 @@ class OpenVinoEngine:
             found = self._infer(arrays, self._outputs)
             return {name: found[name] for name in outputs}
         blocks = -(-self._length(arrays) // BLOCK)
-        scratch = self._scratch(len(arrays[NEW_LENGTHS]) * blocks)  # which must live as long as it is bound
-        self._bind(scratch)
+        count = len(arrays[NEW_LENGTHS]) * blocks
+        buffers = scratch(self._kinds_of(spec, count) for spec in self._specs)  # they must live while they are bound
+        self._bind(buffers)
         try:
-            return self._packed(arrays, outputs, 0, blocks)
+            return self._run_packed(arrays, outputs, 0, blocks)
         finally:
             self._bind(self._slots)
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
         """See `Engine.step`."""
-        return self._packed(on_host(inputs, self.input_names), outputs, first_slot, self._slot_blocks)
+        return self._run_packed(on_host(inputs, self.input_names), outputs, first_slot, self._slot_blocks)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`. It copies whole blocks."""
@@ -97,16 +103,7 @@ class OpenVinoEngine:
 
     def take_caches(self, caches: Mapping[str, Value]) -> None:
         """See `Engine.take_caches`."""
-        for name, (shape, dtype) in self._kinds.items():
-            given = caches.get(name)
-            if given is None:
-                raise EngineError(f"stage {self._number} received no cache {name!r}")
-            if (given.shape, given.dtype) != (shape, dtype):
-                raise EngineError(
-                    f"stage {self._number} cannot continue with cache {name!r} of {given.dtype} {list(given.shape)}: "
-                    f"it keeps {dtype} {list(shape)}"
-                )
-        self._slots = on_host(caches, list(self._kinds))
+        self._slots = taken(caches, self._kinds, self._number)
         self._bind(self._slots)
 
     def close(self) -> None:
@@ -116,7 +113,7 @@ class OpenVinoEngine:
 
     # Running.
 
-    def _packed(
+    def _run_packed(
         self, arrays: Mapping[str, Array], outputs: Sequence[str], first_slot: int, blocks: int
     ) -> dict[str, Array]:
         """Run on the tokens of the rows alone, and give the results their places in the batch. Padding is 0."""
@@ -184,31 +181,10 @@ class OpenVinoEngine:
 
     # Caches.
 
-    def _allocated(self, slots: int, blocks: int) -> dict[str, Array]:
-        shapes = {name: (slots * blocks, *_block_shape(port)) for name, port in self._cache_ports.items()}
-        kinds = {name: port.get_element_type().to_dtype() for name, port in self._cache_ports.items()}
-        try:
-            return {name: np.zeros(shape, kinds[name]) for name, shape in shapes.items()}
-        except MemoryError as error:
-            total = sum(int(np.prod(shape)) * kinds[name].itemsize for name, shape in shapes.items())
-            raise EngineError(
-                f"stage {self._number}: no memory for caches of {total / 1e9:.1f} GB ({slots} slots of "
-                f"{blocks * BLOCK} tokens); open with fewer slots or a smaller capacity"
-            ) from error
-
-    def _scratch(self, blocks: int) -> dict[str, Array]:
-        """Caches that are discarded after a run. One pair serves all layers: each reads it right after writing it."""
-        pairs: dict[Any, list[Array]] = {}
-        buffers: dict[str, Array] = {}
-        for spec in self._specs:
-            ports = [self._cache_ports[name] for name in past_names(spec.name)]
-            key = tuple(_block_shape(port) for port in ports)
-            if key not in pairs:
-                pairs[key] = [
-                    np.zeros((blocks, *_block_shape(port)), port.get_element_type().to_dtype()) for port in ports
-                ]
-            buffers |= zip(past_names(spec.name), pairs[key], strict=True)
-        return buffers
+    def _kinds_of(self, spec: CacheSpec, blocks: int) -> Kinds:
+        """Keys and values of a cache, in the shape and type of a block that the compiled model chose."""
+        ports = {name: self._cache_ports[name] for name in past_names(spec.name)}
+        return {n: ((blocks, *_block_shape(port)), port.get_element_type().to_dtype()) for n, port in ports.items()}
 
     def _bind(self, arrays: Mapping[str, Array]) -> None:
         for name, array in arrays.items():
@@ -226,7 +202,7 @@ def _config(device: Device, cache: CacheSize | None) -> dict[str, Any]:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": len(device.cores),
-        "ENABLE_CPU_PINNING": False,  # the stage's worker is bound to its cores, and OpenVINO's threads inherit that
+        "ENABLE_CPU_PINNING": False,  # the stage's worker, which computes, is bound to its cores
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": {"float32": "f32", "float16": "f16"}[dtype],
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations stay what they are

@@ -160,25 +160,33 @@ def _break_up_gates(graph: ir.Graph) -> None:
     """Write x * sigmoid(x) * y as x * y * sigmoid(x). In bfloat16 with one thread, OpenVINO divides by zero when it
     sets up the operator that it makes of the former (openvino#33300)."""
     for node in list(graph):
-        if node.op_type != "Mul" or node.inputs[0] is None or node.inputs[1] is None:
+        if node.op_type != "Mul":
             continue
         for swish, other in (node.inputs, reversed(node.inputs)):
-            product = swish.producer() if swish is not None else None
-            if product is None or product.op_type != "Mul" or len(list(product.outputs[0].uses())) != 1:
+            factors = _factors_of_swish(swish)
+            if factors is None:
                 continue
-            for gate, turned in (product.inputs, reversed(product.inputs)):
-                sigmoid = turned.producer() if turned is not None else None
-                if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.inputs[0] is gate:
-                    first = ir.node("Mul", [gate, other])
-                    first.outputs[0].shape, first.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-                    first.outputs[0].name = f"{node.outputs[0].name}.gated"
-                    graph.insert_before(node, first)
-                    node.replace_input_with(0, first.outputs[0])
-                    node.replace_input_with(1, turned)
-                    break
-            else:
-                continue
+            first = ir.node("Mul", [factors[0], other])
+            gated, old = first.outputs[0], node.outputs[0]
+            gated.shape, gated.type, gated.name = old.shape, old.type, f"{old.name}.gated"
+            graph.insert_before(node, first)
+            node.replace_input_with(0, gated)
+            node.replace_input_with(1, factors[1])
             break
+
+
+def _factors_of_swish(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """x and sigmoid(x), if the value is their product and read once."""
+    product = value.producer() if value is not None else None
+    if product is None or product.op_type != "Mul" or len(list(product.outputs[0].uses())) != 1:
+        return None
+    for x, turned in (product.inputs, reversed(product.inputs)):
+        sigmoid = turned.producer() if turned is not None else None
+        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.inputs[0] is x:
+            assert x is not None
+            assert turned is not None
+            return x, turned
+    return None
 
 
 def _products(graph: ir.Graph) -> dict[str, bool]:
