@@ -26,8 +26,7 @@ class Capacity:
     `best`: the largest rate that holds the SLO: of all requests, failed ones included, at least the SLO's share was
     answered within its bounds. `over_per_s`: the smallest larger rate that was measured and does not. None: no such
     measurement. `sure`: whether `best` holds with 95 % confidence; without one, whether `over_per_s` fails so.
-    `over_alone`: a single request at a time surely does not
-    hold the SLO, so no rate does.
+    `over_alone`: a single request at a time surely does not hold the SLO, so no rate does.
     """
 
     contender: str

@@ -9,7 +9,15 @@ from stageline.runtime.bench.compare import missing, sample
 from stageline.runtime.bench.confidence import requests_needed
 from stageline.runtime.bench.records import LADDER, OURS, Figure, Measurement, Run
 from stageline.runtime.report import wording
-from stageline.runtime.report.statements import against, compared_figure, loads, mean, of_load, throughput_name
+from stageline.runtime.report.statements import (
+    against,
+    best_first,
+    compared_figure,
+    loads,
+    mean,
+    of_load,
+    throughput_name,
+)
 
 SWEEPS = ("Concurrency", "Rate")
 TIMES = ("latency", "ttft", "tpot")
@@ -129,9 +137,8 @@ def baseline_rows(run: Run, load: str) -> list[dict[str, Any]]:
     name = compared_figure(run, load)
     ratios = {one.contender: one.ratio for one in against(run, load)}
     measured = [one for one in of_load(run, load) if mean(one, name) is not None]
-    sign = 1 if name.endswith("_s") and not name.endswith("_per_s") else -1
     rows = []
-    for one in sorted(measured, key=lambda one: sign * one.figures[name].mean):
+    for one in best_first(measured, name):
         low, high = bounds(one.figures[name])
         ratio = ratios.get(one.contender)
         rows.append(

@@ -5,6 +5,7 @@ Every statement names the load that it is about. The report's test recomputes th
 
 import math
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,18 +29,18 @@ class Against:
     def text(self) -> str:
         """Stageline is 0.51 times onnxruntime, 1 at a time (95 %: 0.45 to 0.58). Or: has 1.90 times the latency of."""
         value, interval = words.figure(self.ratio.value), wording.between(self.ratio)
-        times = "has {} times the latency of" if self.figure in _LATENCY else "is {} times"
+        times = "has {} times the latency of" if self.figure == _LATENCY else "is {} times"
         return f"Stageline {times.format(value)} {self.contender}, {self.load} ({interval})."
 
 
-_LATENCY = ("latency_p50_s",)
+_LATENCY = "latency_p50_s"
 
 
 def compared_figure(run: Run, load: str) -> str:
     """What contenders are compared by under this load: throughput; at a given rate, which all that keep up answer,
     median latency."""
     open_loop = any(one.load.rate_per_s is not None for one in of_load(run, load))
-    return _LATENCY[0] if open_loop else throughput_name(run)
+    return _LATENCY if open_loop else throughput_name(run)
 
 
 def throughput_name(run: Run) -> str:
@@ -85,10 +86,21 @@ def against(run: Run, load: str) -> list[Against]:
     ours = measured.pop(OURS, None)
     if ours is None:
         return []
-    sign = 1 if name in _LATENCY else -1
-    ranked = sorted(measured.values(), key=lambda one: sign * one.figures[name].mean)
-    pairs = [(one, Ratio.between(one.figures[name].values, ours.figures[name].values)) for one in ranked]
+    pairs = [
+        (one, Ratio.between(one.figures[name].values, ours.figures[name].values))
+        for one in best_first(measured.values(), name)
+    ]
     return [Against(one.contender, load, name, ratio) for one, ratio in pairs if ratio is not None]
+
+
+def best_first(measurements: Iterable[Measurement], name: str) -> list[Measurement]:
+    """Measurements that have this figure, by its mean."""
+
+    def rank(one: Measurement) -> float:
+        figure = one.figures[name]
+        return figure.mean if figure.better == "lower" else -figure.mean
+
+    return sorted(measurements, key=rank)
 
 
 _FULL = 0.7
@@ -228,7 +240,7 @@ def _next_step(run: Run, best: Measurement, held: Bottleneck | None, peers: list
     if not peers:
         return "measure a baseline beside it", _bench(run, "--baseline onnxruntime")
     ratio = peers[0].ratio
-    ahead = (ratio.low or 0) > 1 if peers[0].figure in _LATENCY else (ratio.high or math.inf) < 1
+    ahead = (ratio.low or 0) > 1 if peers[0].figure == _LATENCY else (ratio.high or math.inf) < 1
     if ahead and len(run.plan.blocks) > 1 and run.environment.gpu is None:
         return "one stage on all cores may be faster", f"stageline recut {_typed(run.bundle)} --stages 1"
     if held is None:
