@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import IO
 
-from stageline.dashboard.children.command import stageline
+from stageline.dashboard.children.command import reason, stageline
 from stageline.dashboard.children.order import Order
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.options import new_id
@@ -61,8 +61,8 @@ class Launcher:
             if child is None or child.process.poll() in (None, 0):
                 return None
             child.stderr.seek(0)
-            lines = child.stderr.read().decode(errors="replace").strip().splitlines()
-            return (lines or [f"it ended with status {child.process.returncode}"])[-1].removeprefix("stageline: ")
+            said = child.stderr.read().decode(errors="replace")
+            return reason(said, f"it ended with status {child.process.returncode}")
 
     def interrupt(self, run_id: str) -> None:
         """End a child that has not begun its run; a run that has begun is cancelled through the store."""

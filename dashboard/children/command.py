@@ -1,4 +1,4 @@
-"""The `stageline` command as a child process, as a user would run it."""
+"""The `stageline` command as a child process, as a user would run it, and the reason that it gives for a failure."""
 
 import sys
 
@@ -8,3 +8,8 @@ _PROGRAM = "import sys; from stageline.exporter.commands.cli import main; sys.ex
 def stageline(*arguments: str) -> list[str]:
     """The command line of `stageline ARGUMENTS` in this environment, independent of PATH."""
     return [sys.executable, "-P", "-c", _PROGRAM, *arguments]
+
+
+def reason(stderr: str, otherwise: str) -> str:
+    """Why the command failed: its last line, or `otherwise` if it said nothing."""
+    return (stderr.strip().splitlines() or [otherwise])[-1].removeprefix("stageline: ")

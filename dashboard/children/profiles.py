@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from stageline.dashboard.children.benchmarks import running
-from stageline.dashboard.children.command import stageline
+from stageline.dashboard.children.command import reason, stageline
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.store import Store
 
@@ -53,13 +53,12 @@ class Profiler:
                 return None
             bundle, process, stderr = self._child
             stderr.seek(0)
-            lines = stderr.read().decode(errors="replace").strip().splitlines()
+            said = stderr.read().decode(errors="replace")
             status = process.poll()
             if status is None:
-                found = next((one for one in map(_LINE.fullmatch, reversed(lines)) if one), None)
+                found = next((one for one in map(_LINE.fullmatch, reversed(said.strip().splitlines())) if one), None)
                 return Profiling(bundle, int(found[1]) / 100 if found else 0.0, found[2] if found else "opening")
             if status == 0:
                 self._child = None
                 return None
-            said = (lines or [f"it ended with status {status}"])[-1].removeprefix("stageline: ")
-            return Profiling(bundle, 1.0, "failed", said)
+            return Profiling(bundle, 1.0, "failed", reason(said, f"it ended with status {status}"))

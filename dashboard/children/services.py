@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stageline.dashboard.addresses import OPENER
-from stageline.dashboard.children.command import stageline
+from stageline.dashboard.children.command import reason, stageline
 from stageline.models.errors import StagelineError
 
 _START_S, _STOP_S = 120.0, 10.0
@@ -81,8 +81,7 @@ def _started(bundle: Path) -> Service:
         if " at http" not in line:
             _end(process)
             stderr.seek(0)
-            last = (stderr.read().strip().splitlines() or ["no error message"])[-1]
-            raise StagelineError(f"{bundle.name} could not be served: {last.removeprefix('stageline: ')}")
+            raise StagelineError(f"{bundle.name} could not be served: {reason(stderr.read(), 'no error message')}")
     return Service(bundle, line.split()[-1], process)
 
 
