@@ -40,6 +40,23 @@ def answer(number: int, future: "Future[RequestOutcome]") -> None:
     future.set_result(RequestOutcome(now, 2, now, (0.5,)))
 
 
+def answering_after(seconds: float) -> tuple[Callable[[int, "Future[RequestOutcome]"], None], list[int]]:
+    """Settles each request after some time, and the largest number of requests that were unfinished at a time."""
+    unfinished, peak = [0], [0]
+
+    def later(number: int, future: "Future[RequestOutcome]") -> None:
+        unfinished[0] += 1
+        peak[0] = max(peak[0], unfinished[0])
+
+        def end() -> None:
+            unfinished[0] -= 1
+            answer(number, future)
+
+        threading.Timer(seconds, end).start()
+
+    return later, peak
+
+
 def test_an_open_loop_sends_every_arrival_once_and_keeps_its_intended_time() -> None:
     result = Client(Scripted(answer), [ITEM], Event()).open_loop([0.0, 0.0, 0.05], repeat=3)
     assert result.requests.intended_s.tolist() == pytest.approx([0.0, 0.0, 0.05])
@@ -51,18 +68,7 @@ def test_an_open_loop_sends_every_arrival_once_and_keeps_its_intended_time() -> 
 
 
 def test_a_closed_loop_never_has_more_unfinished_requests_than_its_concurrency() -> None:
-    unfinished, peak = [0], [0]
-
-    def later(number: int, future: "Future[RequestOutcome]") -> None:
-        unfinished[0] += 1
-        peak[0] = max(peak[0], unfinished[0])
-
-        def end() -> None:
-            unfinished[0] -= 1
-            answer(number, future)
-
-        threading.Timer(0.01, end).start()
-
+    later, peak = answering_after(0.01)
     client = Client(Scripted(later), [ITEM], Event())
     result = client.closed_loop(3, 0.2)
     assert peak == [3]
@@ -99,18 +105,7 @@ def test_stop_ends_a_drive_and_cancels_what_is_unfinished() -> None:
 
 
 def test_a_ceiling_holds_requests_back_and_their_wait_counts_as_latency() -> None:
-    unfinished, peak = [0], [0]
-
-    def later(number: int, future: "Future[RequestOutcome]") -> None:
-        unfinished[0] += 1
-        peak[0] = max(peak[0], unfinished[0])
-
-        def end() -> None:
-            unfinished[0] -= 1
-            answer(number, future)
-
-        threading.Timer(0.02, end).start()
-
+    later, peak = answering_after(0.02)
     result = Client(Scripted(later), [ITEM], Event()).open_loop([0.0] * 9, ceiling=3)
     assert peak == [3]
     assert set(result.requests.status) == {ANSWERED}
