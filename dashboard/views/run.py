@@ -11,7 +11,7 @@ import streamlit as st
 from stageline.dashboard.children import benchmarks
 from stageline.dashboard.children.order import Order
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.settings import DashboardSettings
+from stageline.dashboard.settings import DashboardSettings, as_typed
 from stageline.dashboard.views import address
 from stageline.dashboard.views.common import choose_bundle, guarded, page
 from stageline.dashboard.views.launching import launcher
@@ -171,7 +171,7 @@ def _form(busy: bool) -> None:
             f"{words.counted(loads, 'load')} of {order.repeats} × {order.seconds:g} s, a warm-up and its opening. "
             "The same in a terminal:"
         )
-        own = ["--store", str(settings.store)] if settings.store else []
+        own = ["--store", as_typed(settings.store)] if settings.store else []
         typed = order.commands()
         st.code("\n".join(map(shlex.join, [*typed[:-1], [*typed[-1], *own]])), language="bash", wrap_lines=True)
     about = "One at a time: two runs would disturb each other." if busy else None
