@@ -5,9 +5,13 @@ confidence interval over the repeats (`Ratio`). A figure is
 
     same       if the whole interval lies within the margin: between 1 / (1 + margin) and 1 + margin; or if both are one
                measurement, with the same values
-    better,    if the interval leaves out 1, the ratio itself lies beyond the margin, and all that are called so are
-    worse      wrong 1 time in 20 between them, however many figures were compared (`together`)
+    better,    if the interval leaves out 1, the ratio itself lies beyond the margin, and so many figures do not differ
+    worse      by chance (`together`)
     undecided  otherwise, and wherever the sample is too small to say anything
+
+The pipeline's figures are one family for `together`, those of all baselines another: of two runs between which a family
+did not change, any of its figures is called better or worse 1 time in 20, whatever became of the other family. (In one
+family, a pipeline that is surely slower would let a baseline be called worse by chance, and the other way round.)
 """
 
 import math
@@ -82,8 +86,13 @@ def compare(before: Run, after: Run, margin: float = MARGIN, names: Sequence[str
         if name in one.figures and name in others[key_of(one)].figures
         if name != "goodput_per_s" or before.settings.slo == after.settings.slo
     ]
-    judged = [change for change in found if change.doubt is None and change.chance is not None]
-    raised = dict(zip(map(id, judged), together([change.chance or 0.0 for change in judged]), strict=True))
+    raised: dict[int, float] = {}
+    judged = [one for one in found if one.doubt is None and one.chance is not None]
+    for family in (
+        [one for one in judged if one.contender == OURS],
+        [one for one in judged if one.contender != OURS],
+    ):
+        raised |= zip(map(id, family), together([one.chance or 0.0 for one in family]), strict=True)
     return [replace(change, chance=raised.get(id(change), change.chance)) for change in found]
 
 

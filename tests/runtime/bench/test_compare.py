@@ -19,7 +19,7 @@ from stageline.runtime.bench.compare import (
     sample,
 )
 from stageline.runtime.bench.confidence import Ratio, chance
-from stageline.runtime.bench.records import Figure, Load, Run
+from stageline.runtime.bench.records import OURS, Figure, Load, Run
 
 RUN = synthetic_runs.run(1, [Load("SingleStream"), Load("Concurrency", 4)])
 
@@ -50,11 +50,41 @@ def test_a_run_is_the_same_as_itself() -> None:
     assert verdicts(compare(run, run)) == {"same"}
 
 
-def test_of_noisy_runs_of_the_same_speed_1_in_20_has_a_figure_that_is_called_otherwise() -> None:
-    """Twelve figures each: judged one by one, every fourth comparison would have one."""
-    found = [verdicts(compare(measured(n, noise=0.2), measured(n + 1, noise=0.2))) for n in range(2, 402, 2)]
+@pytest.mark.parametrize("repeats", [2, 3, 6])
+def test_of_noisy_runs_of_the_same_speed_1_in_20_has_a_figure_that_is_called_otherwise(repeats: int) -> None:
+    """Six figures each, four of which do not follow from others: judged one by one, every fifth comparison would have
+    one."""
+    found = [
+        verdicts(compare(measured(n, noise=0.2, repeats=repeats), measured(n + 1, noise=0.2, repeats=repeats)))
+        for n in range(2, 402, 2)
+    ]
     assert np.mean([bool(one & {"better", "worse"}) for one in found]) < 0.08
     assert "undecided" in found[0]
+
+
+def beside(number: int, ours: tuple[float, float], theirs: tuple[float, float]) -> Run:
+    """A run of the pipeline and two baselines, each of a speed and a noise."""
+    runs = [measured(3 * number + n, *given) for n, given in enumerate((ours, theirs, theirs))]
+    kept = [
+        replace(one, contender=name)
+        for run, name in zip(runs, (OURS, "onnxruntime", "torch"), strict=True)
+        for one in run.measurements
+    ]
+    return replace(runs[0], measurements=tuple(kept))
+
+
+@pytest.mark.parametrize("changed", ["pipeline", "baselines"])
+def test_what_surely_changed_lets_nothing_else_be_called_so_by_chance(changed: str) -> None:
+    """If all were judged together, what changed would raise the share of false calls of the others to 3 in 20."""
+    before, after, noisy = (1.0, 0.01), (0.8, 0.01), (1.0, 0.2)
+    false = 0
+    for n in range(0, 600, 2):
+        ours, theirs = ((before, after), (noisy, noisy)) if changed == "pipeline" else ((noisy, noisy), (before, after))
+        found = compare(*(beside(n + place, ours[place], theirs[place]) for place in (0, 1)))
+        others = [one for one in found if (one.contender == OURS) != (changed == "pipeline")]
+        false += bool(verdicts(others) & {"better", "worse"})
+        assert len(others) < len(found)
+    assert false / 300 < 0.08
 
 
 def test_a_run_20_percent_slower_is_worse_and_the_other_way_round_better() -> None:
