@@ -21,12 +21,11 @@ from time import perf_counter
 import numpy as np
 from stageline.runtime.bench.contenders import Contender, FailedRequestError, RequestOutcome
 from stageline.runtime.bench.inputs import Item
-from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Failures, Requests
+from stageline.runtime.bench.records import ANSWERED, CANCELLED, CUT, FAILED, UNANSWERED, Failures, Requests
 
 DRAIN_S = 30.0
-"""Requests unanswered this long after the last arrival (or twice the repeat's time, if longer) are cancelled."""
-UNANSWERED = "no answer in time"
-"""The kind of `Failures` of requests that were cancelled after the drain."""
+"""Requests unanswered this long after the last arrival are cancelled; later if twice the repeat's time is longer, or a
+latency that they may yet keep."""
 _POLL_S = 0.1
 _GIVE_UP_AFTER = 10  # failures in a row
 _MAX_GAPS = 1_000_000
@@ -34,7 +33,7 @@ _MAX_GAPS = 1_000_000
 
 @dataclass
 class DriveResult:
-    """The requests of one drive. `began_at`, `ended_at`: first intended arrival and last end (`perf_counter`)."""
+    """The requests of one drive. `began_at`, `ended_at`: when it began, and the last end (`perf_counter`)."""
 
     began_at: float
     ended_at: float = 0.0
@@ -52,11 +51,12 @@ class Client:
     """Drives one contender, as often as asked. `items`, which may begin conversations, are sent in order, round and
     round.
 
-    `stop` ends a drive early: no more requests are sent, unfinished ones are cancelled.
+    `stop` ends a drive early: no more requests are sent, unfinished ones are cancelled. `bound_s`: a latency that
+    requests may keep; none is cancelled before it has passed.
     """
 
-    def __init__(self, contender: Contender, items: Sequence[Item], stop: Event) -> None:
-        self.contender, self._items, self.stop = contender, cycle(items), stop
+    def __init__(self, contender: Contender, items: Sequence[Item], stop: Event, bound_s: float = 0.0) -> None:
+        self.contender, self._items, self.stop, self._bound_s = contender, cycle(items), stop, bound_s
         self.answered = 0
         """Requests answered so far; other threads may read it."""
 
@@ -66,7 +66,7 @@ class Client:
         for _ in range(concurrency):
             drive.expect(drive.began_at, drive.next_item())
         drive.advance(drive.began_at + seconds)
-        return drive.finish(_drain_s(seconds))
+        return drive.finish(self._drain_s(seconds))
 
     def open_loop(
         self,
@@ -74,18 +74,23 @@ class Client:
         repeat: int = 0,
         ceiling: int | None = None,
         items: Sequence[Item] = (),
+        give_up_s: float = math.inf,
     ) -> DriveResult:
         """Begin a conversation at each of these times (seconds from now, ascending), whatever happens to earlier ones.
 
         `ceiling`: requests that may be unfinished at a time; the others wait. `items`, if any, replace the client's,
-        from the first one on.
+        from the first one on. `give_up_s`: how long after the last arrival unfinished requests are waited for if they
+        are more than those that have ended: then far more arrive than are answered, and the rest is cut.
         """
         drive = _Drive(self, repeat, cycle(items) if items else self._items, ceiling)
         for at in arrivals_s:
             drive.expect(drive.began_at + at, drive.next_item())
         last = arrivals_s[-1] if len(arrivals_s) else 0.0
         drive.advance(drive.began_at + last)
-        return drive.finish(_drain_s(last))
+        return drive.finish(self._drain_s(last), max(give_up_s, self._bound_s))
+
+    def _drain_s(self, seconds: float) -> float:
+        return max(DRAIN_S, 2 * seconds, self._bound_s)
 
 
 class _Drive:
@@ -141,15 +146,26 @@ class _Drive:
                 return
             self._take(min(until, self._due[0][0] if self._due else math.inf) - perf_counter())
 
-    def finish(self, drain_s: float) -> DriveResult:
-        """Wait for unfinished requests and the turns after them, cancel those that remain, and return the result."""
-        self.advance(perf_counter() + drain_s)
+    def finish(self, drain_s: float, give_up_s: float = math.inf) -> DriveResult:
+        """Wait for unfinished requests and the turns after them, cancel those that remain, and return the result. They
+        are waited for no longer than `give_up_s` if by then more are unfinished than have ended."""
+        began_at, name = perf_counter(), self._client.contender.name
+        self.advance(began_at + min(drain_s, give_up_s))
+        kind, why = UNANSWERED, f"{name} did not answer within {drain_s:g} s of the last arrival"
+        left, ended = len(self._waiting) + len(self._unfinished), self._sent - len(self._unfinished)
+        if give_up_s < drain_s and left > ended:
+            kind = CUT
+            why = (
+                f"{name} had answered {ended} of {ended + left} requests {give_up_s:g} s after the last arrival; far "
+                "more arrive than it answers, so that the rest was not waited for"
+            )
+        elif give_up_s < drain_s:
+            self.advance(began_at + drain_s)
         if not self._client.stop.is_set():
+            for _ in range(len(self._waiting) + len(self._unfinished)):
+                self._fail(kind, why)
             for at, item in self._waiting:  # the ceiling left them no place
                 self._rows[self._new_row()] = at, perf_counter(), np.nan, perf_counter(), item.tokens_in, 0, CANCELLED
-            for _ in range(len(self._waiting) + len(self._unfinished)):
-                name = self._client.contender.name
-                self._fail(UNANSWERED, f"{name} did not answer within {drain_s:g} s of the last arrival")
         for number, (future, _) in list(self._unfinished.items()):
             future.cancel()
             self._rows[number, 3] = perf_counter()
@@ -232,7 +248,3 @@ class _Drive:
 
     def _note(self, number: int, future: "Future[RequestOutcome]") -> None:
         self._ended.put((number, perf_counter()))
-
-
-def _drain_s(seconds: float) -> float:
-    return max(DRAIN_S, 2 * seconds)

@@ -23,7 +23,7 @@ from typing import Literal
 from stageline.models.errors import RequestError
 from stageline.runtime import words
 from stageline.runtime.bench.confidence import CONFIDENCE, Ratio, chance, requests_needed, together
-from stageline.runtime.bench.records import OURS, Figure, Measurement, Run, RunLine
+from stageline.runtime.bench.records import CUT, OURS, UNANSWERED, Figure, Measurement, Run, RunLine
 
 Verdict = Literal["better", "worse", "same", "undecided"]
 MARGIN = 0.05
@@ -169,10 +169,14 @@ def sample(measurement: Measurement) -> int:
 
 
 def missing(measurement: Measurement, name: str) -> str | None:
-    """Why this figure's sample does not carry it, for example "p99 needs 100 requests in each repeat, not 6"; None if
-    it does."""
+    """Why this figure's sample does not carry it, for example "p99 needs 100 requests in each repeat, not 6", or "p99
+    is not known: 9 of 60 requests had no answer in time"; None if it does."""
     needed, had = requests_needed(name), sample(measurement)
     percentile = name.rsplit("_", 2)[-2] if name.endswith("_s") else name
+    late = sum(one.count for one in measurement.failures if one.kind in (UNANSWERED, CUT))
+    if name not in measurement.figures and late and name.startswith(("latency_", "ttft_")):
+        asked = words.counted(measurement.requests, "request")
+        return f"{percentile} is not known: {late} of {asked} had no answer in time"
     return None if had >= needed else f"{percentile} needs {needed} requests in each repeat, not {had}"
 
 

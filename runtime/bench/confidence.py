@@ -47,8 +47,8 @@ def chance(before: Sequence[float], after: Sequence[float]) -> float | None:
 
 
 def together(chances: Sequence[float]) -> list[float]:
-    """The chances of several comparisons, raised so that of those at or below 0.05, on average 1 in 20 is there by chance;
-    if nothing differs, there is one 1 time in 20 (Benjamini and Hochberg, 1995, whose adjusted p-values these are)."""
+    """The chances of several comparisons, raised so that of those at or below 0.05, on average 1 in 20 is there by
+    chance; if nothing differs, there is one 1 time in 20 (Benjamini and Hochberg, 1995: adjusted p-values)."""
     order = sorted(range(len(chances)), key=lambda place: -chances[place])
     raised, least = [1.0] * len(chances), 1.0
     for passed, place in enumerate(order):

@@ -1,6 +1,7 @@
 """From requests to figures: throughput, percentiles, goodput, and the use of the stages."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from stageline.runtime.bench.client import DriveResult
-from stageline.runtime.bench.records import ANSWERED, Figure, Requests, Slo
+from stageline.runtime.bench.records import ANSWERED, CANCELLED, Figure, Requests, Slo
 from stageline.runtime.stages.lanes import StageStats
 from stageline.runtime.stages.recorder import Span
 
@@ -24,7 +25,7 @@ MEANINGS: dict[str, tuple[str, Better, str]] = {
     "requests_per_s": (
         "requests/s",
         "higher",
-        "requests answered, over the time from the first arrival to the last end",
+        "requests answered, over the time from the beginning of the repeat to the last end",
     ),
     "samples_per_s": ("samples/s", "higher", "texts (rows) answered"),
     "tokens_per_s": ("tokens/s", "higher", "tokens drawn; tokens read if the model does not generate"),
@@ -91,17 +92,28 @@ def of_requests(answers: DriveResult, rows: int, slo: Slo) -> dict[str, float]:
     if slo.bounded:
         kept = int((good & within(requests, slo)).sum())
         found["goodput_per_s"], found["slo_share"] = kept / seconds, kept / asked if asked else 0.0
-    times = {
-        "latency": requests.latency_s[good],
-        "ttft": requests.first_token_s[good],
-        "tpot": requests.tpot_s[good],
-        "itl": np.array(answers.gaps_s, np.float32),
-    }
-    for name, values in times.items():
-        found.update(_spread(name, values[~np.isnan(values)]))
+    for name, values in {**times_s(requests), "itl": np.array(answers.gaps_s, np.float32)}.items():
+        found.update(_spread(name, values))
     if asked:
         found["send_delay_p99_s"] = float(np.percentile(requests.sent_s, 99))
     return found
+
+
+def times_s(requests: Requests) -> dict[str, npt.NDArray[np.float32]]:
+    """The latency, TTFT and TPOT of requests, without NaN.
+
+    A request that was cancelled for want of an answer took longer than all that were answered: its latency and TTFT are
+    infinite, so that a percentile among such requests is not known, and the others are not too small. Failed requests
+    have no times.
+    """
+    good, late = requests.status == ANSWERED, requests.status == CANCELLED
+    times = {"latency": requests.latency_s, "ttft": requests.first_token_s, "tpot": requests.tpot_s}
+    known = {name: values[good & ~np.isnan(values)] for name, values in times.items()}
+    never = np.full(int(late.sum()), np.inf, np.float32)
+    return {
+        name: values if name == "tpot" or not len(values) else np.concatenate([values, never])
+        for name, values in known.items()
+    }
 
 
 def within(requests: Requests, slo: Slo) -> npt.NDArray[np.bool_]:
@@ -166,6 +178,8 @@ def over_repeats(repeats: Sequence[Mapping[str, float]]) -> dict[str, Figure]:
 def _spread(name: str, values: npt.NDArray[np.float32]) -> dict[str, float]:
     if not len(values):
         return {}
-    percentiles = np.percentile(values, PERCENTILES).tolist()
+    with np.errstate(invalid="ignore"):  # between two infinite values
+        percentiles = np.percentile(values, PERCENTILES).tolist()
     found = {f"{name}_p{p}_s": value for p, value in zip(PERCENTILES, percentiles, strict=True)}
-    return {**found, f"{name}_max_s": float(values.max()), f"{name}_mean_s": float(values.mean(dtype=np.float64))}
+    found |= {f"{name}_max_s": float(values.max()), f"{name}_mean_s": float(values.mean(dtype=np.float64))}
+    return {key: value for key, value in found.items() if math.isfinite(value)}

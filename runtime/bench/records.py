@@ -5,6 +5,8 @@ load, repeated. Each **figure** of a measurement has one value per repeat. Reque
 because they are large.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Self
@@ -28,6 +30,9 @@ LADDER = (*range(100), *(99 + tenth / 10 for tenth in range(10)), 99.95, 99.99, 
 
 ANSWERED, FAILED, CANCELLED = 0, 1, 2
 """Values of `Requests.status`: how a request ended."""
+UNANSWERED, CUT = "no answer in time", "cut"
+"""Kinds of `Failures` of requests that were cancelled: for want of an answer, or because far more arrived than were
+answered."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,8 @@ class Failures:
 @dataclass(frozen=True)
 class Measurement:
     """One contender under one load. `ladders`: "latency_s", and "ttft_s" and "tpot_s" if it generates, at each
-    percentile of LADDER over all repeats. `notes` say what is absent, and why. `failures`: the most frequent first."""
+    percentile of LADDER over all repeats, as far as they are known
+    (`figures.times_s`). `notes` say what is absent, and why. `failures`: the most frequent first."""
 
     contender: str
     load: Load
@@ -346,6 +352,10 @@ class Timeline:
 
 
 def ladder(values: npt.NDArray[np.floating]) -> tuple[float, ...]:
-    """The value at each percentile of LADDER, without NaN; empty if there are no values."""
+    """The value at each percentile of LADDER, without NaN, as far as it is finite; empty if there are no values."""
     known = values[~np.isnan(values)]
-    return tuple(np.percentile(known, LADDER).tolist()) if len(known) else ()
+    if not len(known):
+        return ()
+    with np.errstate(invalid="ignore"):  # between two infinite values
+        found = np.percentile(known, LADDER)
+    return tuple(itertools.takewhile(math.isfinite, found.tolist()))

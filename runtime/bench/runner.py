@@ -4,6 +4,7 @@ Contenders take turns within a load (A B A B ...), because machines drift. All a
 speed in the warm-up sets the number of Offline requests, and the rate of a Server load that names none.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +40,9 @@ from stageline.runtime.stages.recorder import Recorder
 
 SERVER_SHARE = 0.7
 """The rate of a Server load that names none, as a share of the first contender's speed in the warm-up."""
+FAR_OVER = 2.0
+"""A rate of more than so many times a contender's speed in the warm-up lets its queue grow as long as requests arrive.
+A repeat then ends `seconds` after the last arrival if most requests are unfinished (`Client.open_loop`)."""
 MAX_SPANS = 20_000
 """Spans kept in the timeline of a measurement."""
 _BEAT_S = 1.0
@@ -97,20 +101,24 @@ class _State:
     trouble: StagelineError | None = None
     driven: tuple[Client, int, float] | None = None
     """The client that is driving, its answers before that, and when it began."""
+    _moving: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the progress changes: the speed of a load is never reported as that of the next."""
 
     def at(self, step: str, live: Mapping[str, float]) -> None:
         """Report the current step; `live`: its latest figures."""
-        self.progress = Progress(min(0.99, self.done / self.total), step, dict(live))
-        self.follow(self.progress)
+        with self._moving:
+            self.progress = Progress(min(0.99, self.done / self.total), step, dict(live))
+            self.follow(self.progress)
 
     def beat(self) -> None:
         """Write the progress into the store, with the current speed, and check whether the run is cancelled."""
-        driven = self.driven  # another thread sets it
-        if driven is not None:
-            client, answered, since = driven
-            speed = (client.answered - answered) / (perf_counter() - since)
-            self.progress = replace(self.progress, live={**self.progress.live, "requests_per_s": speed})
-            self.follow(self.progress)
+        with self._moving:
+            driven = self.driven  # another thread sets it
+            if driven is not None:
+                client, answered, since = driven
+                speed = (client.answered - answered) / (perf_counter() - since)
+                self.progress = replace(self.progress, live={**self.progress.live, "requests_per_s": speed})
+                self.follow(self.progress)
         if self.store.progress(self.run.id, self.progress):
             self.stop.set()
 
@@ -181,7 +189,8 @@ def _measure(
             contenders.append(opener())
         loads = _loads(run, [contender.name for contender in contenders])
         state.total = len(contenders) * (1 + loads.expected)
-        clients = [Client(contender, items, state.stop) for contender in contenders]
+        bound_s = max(settings.slo.latency_s or 0.0, settings.slo.ttft_s or 0.0)
+        clients = [Client(contender, items, state.stop, bound_s) for contender in contenders]
         speeds: list[float] = []
         for contender, client in zip(contenders, clients, strict=True):
             state.at(f"{contender.name}: warming up", {})
@@ -286,7 +295,8 @@ def _drive(lap: _Lap, load: Load, run: Run, recording: Recording) -> DriveResult
         return client.open_loop(recording.times_s, repeat, load.ceiling, recording.items)
     assert load.rate_per_s is not None
     times_s = arrive(load.pattern, load.rate_per_s, seconds, run.settings.seed + repeat)
-    return client.open_loop(times_s, repeat, load.ceiling)
+    far_over = load.rate_per_s > FAR_OVER * lap.speed
+    return client.open_loop(times_s, repeat, load.ceiling, give_up_s=seconds if far_over else math.inf)
 
 
 def _store(
@@ -299,11 +309,7 @@ def _store(
 ) -> None:
     requests = Requests.join([answers.requests for answers in lap.answers])
     good = requests.status == ANSWERED
-    ladders = {
-        "latency_s": ladder(requests.latency_s[good]),
-        "ttft_s": ladder(requests.first_token_s[good]),
-        "tpot_s": ladder(requests.tpot_s[good]),
-    }
+    ladders = {f"{name}_s": ladder(times) for name, times in figures.times_s(requests).items()}
     seconds = sum(answers.seconds for answers in lap.answers)
     notes = list(meters.notes)
     if lap.contender.pipeline is None:

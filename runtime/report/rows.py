@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from stageline.runtime import words
@@ -92,15 +93,19 @@ def short_load(measurement: Measurement) -> str:
 
 def pareto_rows(run: Run) -> list[dict[str, Any]]:
     """Tokens/s a user (1 / TPOT p50) and a device, of each contender under each load of a model that generates. `cost`:
-    of a million drawn tokens, in the catalogue's currency, where the device has a price."""
-    devices = len({device for device in run.plan.devices if not device.startswith("cpu")}) or 1
+    of a million tokens that our pipeline drew, in US dollars, where its devices have a price.
+
+    A baseline in this process is on one device, the CPU; what a URL stands for is not known, and counts as many devices
+    as ours."""
     price = _price_per_h(run)
     rows: list[dict[str, Any]] = []
     for one in run.measurements:
         tpot, drawn = mean(one, "tpot_p50_s"), mean(one, "tokens_out_per_s")
         if not tpot or not drawn:
             continue
-        cost = None if price is None else price * devices / 3600 / drawn * 1e6
+        as_ours = one.contender == OURS or "://" in one.contender
+        devices = len(_gpus(run)) or 1 if as_ours else 1
+        cost = None if price is None or one.contender != OURS else price / 3600 / drawn * 1e6
         named = "" if cost is None else f", {words.figure(cost)} a million"
         rows.append(
             {
@@ -120,15 +125,23 @@ def pareto_rows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+def _gpus(run: Run) -> set[str]:
+    """The devices of the run's plan that are no CPU cores."""
+    return {device for device in run.plan.devices if not device.startswith("cpu")}
+
+
 def _price_per_h(run: Run) -> float | None:
-    """Of the run's GPU, if the planner's catalogue knows it."""
-    if run.environment.gpu is None:
+    """Of all devices of the run's plan together, in US dollars; None if they are not all GPUs of one kind that the
+    planner's catalogue has a price for."""
+    names = set((run.environment.gpu or "").lower().split(", "))
+    if len(names) > 1 or "laptop" in min(names) or not all(device in _gpus(run) for device in run.plan.devices):
         return None
     from stageline.runtime.planning.device_kinds import catalogue  # it imports onnx_ir
 
-    name = run.environment.gpu.lower().replace("-", " ").split()
-    found = [kind.price_per_h for key, kind in catalogue().items() if key.lower() in name]
-    return found[0] if found else None
+    words_of = min(names).replace("-", " ").split()
+    known = {*words_of, *map("".join, pairwise(words_of))}  # GeForce RTX 4090 is the catalogue's RTX4090
+    found = [kind.price_per_h for key, kind in catalogue().items() if key.lower() in known]
+    return found[0] * len(_gpus(run)) if found else None
 
 
 def baseline_rows(run: Run, load: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ Every statement names the load that it is about. The report's test recomputes th
 
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,14 +126,15 @@ class Bottleneck:
 class Answer:
     """Whether a run is good: our most throughput that keeps the SLO, against the best baseline under the same load.
 
-    `kept`: whether that load keeps the run's SLO; None if it has none. `bottleneck`: None if the stages were not
-    observed.
+    `kept`: whether that load keeps the run's SLO; None if it has none. `against`: None if there is nothing to compare;
+    `behind` are the baselines under that load then, if any. `bottleneck`: None if the stages were not observed.
     """
 
     best: Measurement
     throughput: str
     kept: bool | None
     against: Against | None
+    behind: tuple[str, ...]
     bottleneck: Bottleneck | None
     step: str
     command: str
@@ -147,7 +148,10 @@ class Answer:
     @property
     def rest(self) -> str:
         """The best baseline at the same load, the bottleneck, and the next step without its command."""
-        parts = [self.against.text if self.against else "No baseline was measured at this load."]
+        none = "No baseline was measured at this load."
+        if self.behind:
+            none = f"No comparison with {', '.join(self.behind)} at this load: too few requests were answered in time."
+        parts = [self.against.text if self.against else none]
         if self.bottleneck:
             parts.append(f"Bottleneck: {self.bottleneck.text}.")
         return " ".join([*parts, f"Next: {self.step}:"])
@@ -174,10 +178,11 @@ def answer(run: Run) -> Answer | None:
     best = max(keeping or ours, key=lambda one: mean(one, name) or 0.0)
     kept = None if shares[id(best)] is None else bool(keeping)
     peers = against(run, str(best.load))
+    others = () if peers else tuple(one.contender for one in of_load(run, str(best.load)) if one.contender != OURS)
     held = bottleneck(run, best)
-    step, command = _next_step(run, best, held, peers)
+    step, command = _next_step(run, best, held, peers, others)
     throughput = wording.with_doubt(best.figures[name])
-    return Answer(best, throughput, kept, peers[0] if peers else None, held, step, command)
+    return Answer(best, throughput, kept, peers[0] if peers else None, others, held, step, command)
 
 
 def capacity_lines(run: Run) -> list[str]:
@@ -230,22 +235,29 @@ def bottleneck(run: Run, measurement: Measurement) -> Bottleneck | None:
     return Bottleneck("host", text, "see what the stages wait for", _bench(run, "--timeline out.json"))
 
 
-def _next_step(run: Run, best: Measurement, held: Bottleneck | None, peers: list[Against]) -> tuple[str, str]:
+def _next_step(
+    run: Run, best: Measurement, held: Bottleneck | None, peers: Sequence[Against], behind: Sequence[str]
+) -> tuple[str, str]:
     """One thing to do and its command: first make the measurement sure, then what the bottleneck asks for."""
     spread = best.figures[throughput_name(run)].spread
     if spread is None or spread > _UNSURE:
         return "measure longer, for this is not sure", _bench(
             run, f"--seconds {2 * run.settings.seconds:g} --repeats 5"
         )
-    if not peers:
+    if not peers and not behind:
         return "measure a baseline beside it", _bench(run, "--baseline onnxruntime")
-    ratio = peers[0].ratio
-    ahead = (ratio.low or 0) > 1 if peers[0].figure == _LATENCY else (ratio.high or math.inf) < 1
-    if ahead and len(run.plan.blocks) > 1 and run.environment.gpu is None:
+    if peers and _ahead(peers[0]) and len(run.plan.blocks) > 1 and run.environment.gpu is None:
         return "one stage on all cores may be faster", f"stageline recut {_typed(run.bundle)} --stages 1"
     if held is None:
         return "look at its timeline", "stageline dashboard"
     return held.step, held.command
+
+
+def _ahead(peer: Against) -> bool:
+    """Whether a baseline is surely better than we are."""
+    if peer.figure == _LATENCY:
+        return (peer.ratio.low or 0) > 1
+    return (peer.ratio.high or math.inf) < 1
 
 
 def _bench(run: Run, options: str) -> str:

@@ -164,11 +164,14 @@ class Check:
         self._note(what, cell, mean, abs(float(found[1].replace(",", "")) * unit - mean) <= rounding)
         if mean and found[3]:
             spread = 100 * (interval(values)[1] - mean) / mean
-            self._note(f"{what}: ±", found[3], spread, abs(float(found[3]) - spread) <= (0.51 if spread > 0.99 else 0.051))
+            self._note(
+                f"{what}: ±", found[3], spread, abs(float(found[3]) - spread) <= (0.51 if spread > 0.99 else 0.051)
+            )
 
     def _ratios(self) -> None:
         said = re.findall(
-            r"Stageline (is|has) ([\d.,]+) times (?:the latency of )?(\S+), ([^(]+?) \(95 %: (\S+) to (\S+)\)\.", self.text
+            r"Stageline (is|has) ([\d.,]+) times (?:the latency of )?(\S+), ([^(]+?) \(95 %: (\S+) to (\S+)\)\.",
+            self.text,
         )
         for verb, value, contender, load, low, high in set(said):
             label = "latency p50" if self._loads()[load].rate_per_s else self.speed
@@ -176,7 +179,9 @@ class Check:
             wanted = welch(*(self.raw[name, load].values(label) for name in (contender, OURS)))
             for shown, right in zip((value, low, high), wanted, strict=True):
                 self._near(f"ratio to {contender}, {load}", shown, right)
-        pairs = {(contender, load) for contender, load in self.raw if contender != OURS and self._comparable(contender, load)}
+        pairs = {
+            (contender, load) for contender, load in self.raw if contender != OURS and self._comparable(contender, load)
+        }
         self._note("pairs compared", sorted({(c, load) for _, _, c, load, _, _ in said} ^ pairs), "", pairs == {
             (contender, load) for _, _, contender, load, _, _ in said
         })  # fmt: skip
@@ -206,7 +211,9 @@ class Check:
             self._note(f"knee of {contender}", said.get(contender), wanted, said.get(contender) == wanted)
 
     def _rates(self) -> None:
-        best = dict(re.findall(r"The largest rate at which (\S+) keeps the SLO(?:, not surely)?: Rate ([\d.]+)/s", self.text))
+        best = dict(
+            re.findall(r"The largest rate at which (\S+) keeps the SLO(?:, not surely)?: Rate ([\d.]+)/s", self.text)
+        )
         over = dict(re.findall(r"The largest rate at which (\S+) keeps .*?; ([\d.,]+)/s does not\.", self.text))
         for contender in dict.fromkeys(name for name, _ in self.raw):
             held = {
@@ -224,12 +231,24 @@ class Check:
                 and (rate in sure or not any(less < rate for less in failing))
             ]
             wanted = max(keeping, default=None)
-            self._note(f"rate of {contender}", best.get(contender), wanted, best.get(contender) == (f"{wanted:g}" if wanted else None))
+            self._note(
+                f"rate of {contender}",
+                best.get(contender),
+                wanted,
+                best.get(contender) == (f"{wanted:g}" if wanted else None),
+            )
             if contender in over:
-                self._near(f"rate that {contender} fails", over[contender], min(r for r in failing if r > (wanted or 0)))
+                self._near(
+                    f"rate that {contender} fails", over[contender], min(r for r in failing if r > (wanted or 0))
+                )
 
     def _first_line(self) -> None:
-        found = re.search(rf"^([\d.,]+) {self.speed} (?:±.*? % )?(within the SLO, )?(.+?)(; no load keeps the SLO)?\. (?:Stageline (?:is|has) [\d.,]+ times (?:the latency of )?(\S+),)?", self.text, re.M)  # fmt: skip
+        found = re.search(
+            rf"^([\d.,]+) {self.speed}(?: ±.*? %)?( within the SLO)?, (.+?)(?:; no load keeps the SLO)?\. "
+            r"(?:Stageline (?:is|has) [\d.,]+ times (?:the latency of )?(\S+),)?",
+            self.text,
+            re.M,
+        )
         ours = {load: raw for (name, load), raw in self.raw.items() if name == OURS}
         keeping = [load for load, raw in ours.items() if np.mean(raw.values("within the SLO")) >= self.share]
         speeds = {load: float(np.mean(raw.values(self.speed))) for load, raw in ours.items()}
@@ -237,12 +256,12 @@ class Check:
         self._note("the first line", found and found[0], best, found is not None)
         if found is None:
             return
-        self._note("the first line's load", found[3], best, found[3].strip(", ") == best and bool(found[2]) == bool(keeping))
+        self._note("the first line's load", found[3], best, found[3] == best and bool(found[2]) == bool(keeping))
         self._near("the first line's throughput", found[1], speeds[best])
         label, sign = ("latency p50", 1) if self._loads()[best].rate_per_s else (self.speed, -1)
         peers = [one for one in self._measured(best) if one != OURS and self._comparable(one, best)]
         peer = min(peers, key=lambda one: sign * float(np.mean(self.raw[one, best].values(label))), default=None)
-        self._note("the best baseline", found[5], peer, found[5] == peer)
+        self._note("the best baseline", found[4], peer, found[4] == peer)
 
     def _curves(self) -> None:
         drawn = {one.name: one.spec for one in self.blocks if isinstance(one, Chart)}
@@ -252,4 +271,3 @@ class Check:
                 where = f"{name} curve, {row['contender']}, {row['load']}"
                 self._near(where, row["throughput"], float(np.mean(raw.values(self.speed))))
                 self._near(where, row["time_s"], float(np.mean(raw.values(label))))
-

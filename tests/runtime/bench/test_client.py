@@ -1,5 +1,6 @@
 """The load generator on contenders that answer at once, never, or with an error."""
 
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,7 +14,7 @@ from stageline.runtime.bench import client as module
 from stageline.runtime.bench.client import Client
 from stageline.runtime.bench.contenders import FailedRequestError, RequestOutcome
 from stageline.runtime.bench.inputs import Item
-from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Failures
+from stageline.runtime.bench.records import ANSWERED, CANCELLED, CUT, FAILED, UNANSWERED, Failures
 
 ITEM = Item((), ((1, 2, 3),), {}, 2)
 
@@ -118,7 +119,7 @@ def test_what_a_ceiling_never_lets_through_counts_as_unanswered(monkeypatch: pyt
     result = Client(Scripted(lambda number, future: None), [ITEM], Event()).open_loop([0.0] * 5, ceiling=2)
     assert result.requests.status.tolist() == [CANCELLED] * 5
     (failures,) = result.failures
-    assert (failures.kind, failures.count) == (module.UNANSWERED, 5)
+    assert (failures.kind, failures.count) == (UNANSWERED, 5)
     assert "scripted did not answer within 0.05 s" in failures.sample
 
 
@@ -169,3 +170,37 @@ def test_given_items_begin_with_the_first_in_each_drive() -> None:
     client = Client(Scripted(answer), [ITEM], Event())
     for _ in range(2):
         assert client.open_loop([0.0] * 4, items=items).requests.tokens_in.tolist() == [4, 5, 6, 4]
+
+
+def some(count: int) -> Callable[[int, "Future[RequestOutcome]"], object]:
+    """Answers so many requests, and none after them."""
+    return lambda number, future: answer(number, future) if number < count else None
+
+
+@pytest.mark.parametrize("ceiling", [None, 5])
+def test_a_queue_that_only_grows_is_cut_and_counted(ceiling: int | None) -> None:
+    began = perf_counter()
+    result = Client(Scripted(some(3)), [ITEM], Event()).open_loop([0.0] * 20, ceiling=ceiling, give_up_s=0.05)
+    assert perf_counter() - began < module.DRAIN_S / 2
+    assert sorted(result.requests.status) == [ANSWERED] * 3 + [CANCELLED] * 17
+    (failures,) = result.failures
+    assert (failures.kind, failures.count) == (CUT, 17)
+    assert failures.sample.startswith("scripted had answered 3 of 20 requests 0.05 s after the last arrival; far more")
+
+
+def test_half_of_the_requests_or_more_are_reason_to_wait_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DRAIN_S", 0.2)
+    result = Client(Scripted(some(10)), [ITEM], Event()).open_loop([0.0] * 20, give_up_s=0.05)
+    assert {(one.kind, one.count) for one in result.failures} == {(UNANSWERED, 10)}
+    assert result.requests.latency_s[10:].min() >= 0.2
+
+
+@pytest.mark.parametrize("give_up_s", [0.0, math.inf])
+def test_no_request_is_cancelled_before_the_latency_that_it_may_keep(
+    give_up_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DRAIN_S", 0.0)
+    later, _ = answering_after(0.1)
+    client = Client(Scripted(later), [ITEM], Event(), bound_s=20.0)
+    assert set(client.open_loop([0.0] * 4, give_up_s=give_up_s).requests.status) == {ANSWERED}
+    assert set(client.closed_loop(2, 0.01).requests.status) == {ANSWERED}

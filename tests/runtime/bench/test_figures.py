@@ -5,7 +5,7 @@ import pytest
 from stageline.runtime.bench import figures
 from stageline.runtime.bench.client import DriveResult
 from stageline.runtime.bench.figures import MEANINGS, StageUse
-from stageline.runtime.bench.records import ANSWERED, FAILED, Requests, Slo
+from stageline.runtime.bench.records import ANSWERED, CANCELLED, FAILED, Requests, Slo, ladder
 from stageline.runtime.stages.recorder import Span
 
 NAN = float("nan")
@@ -42,6 +42,22 @@ def test_a_model_that_does_not_generate_counts_tokens_read_and_rows() -> None:
     found = figures.of_requests(drive([0, 1], [NAN] * 2, [0.5] * 2, [0, 0], [ANSWERED] * 2), 3, Slo())
     assert (found["tokens_per_s"], found["samples_per_s"]) == (20 / 4, 2 * 3 / 4)
     assert not {"goodput_per_s", "tokens_out_per_s", "ttft_p50_s", "tpot_p50_s"} & set(found)
+
+
+def test_what_had_no_answer_in_time_is_slower_than_all_that_had_one() -> None:
+    """Else a load that swamps a contender would look fast: only what it answered first would count."""
+    latency, status = [1.0, 2.0, 3.0, 0.5, 0.1], [ANSWERED] * 3 + [CANCELLED, FAILED]
+    swamped = drive([0] * 5, [0.5, 1.0, 1.5, NAN, NAN], latency, [3, 3, 3, 0, 0], status)
+    found = figures.of_requests(swamped, 1, Slo())
+    assert (found["latency_p50_s"], found["ttft_p50_s"]) == (2.5, 1.25)  # of 1, 2, 3 and one that is longer
+    unknown = {f"{name}_{which}_s" for name in ("latency", "ttft") for which in ("p90", "p95", "p99", "max", "mean")}
+    assert not unknown & set(found)
+    assert found["tpot_mean_s"] == pytest.approx((0.25 + 0.5 + 0.75) / 3)
+    known = figures.times_s(swamped.requests)
+    assert [len(known[name]) for name in ("latency", "ttft", "tpot")] == [4, 4, 3]
+    drawn = ladder(known["latency"])
+    assert (drawn[0], drawn[50], len(drawn)) == (1.0, 2.5, 67)  # the third of four is at p66.7
+    assert ladder(np.array([np.inf, np.inf])) == ladder(np.array([NAN])) == ()
 
 
 def test_active_time_joins_overlaps_and_bubbles_are_the_rest() -> None:
