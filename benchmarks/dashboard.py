@@ -238,6 +238,7 @@ def main() -> None:
             "Run a benchmark": "/run",
             "Live": "/live",
             "Plan": "/plan",
+            "Engines": "/engines",
             "Environment": "/environment",
         }
         found: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import streamlit as st
-from stageline.dashboard.views import compare, environment, live, overview, plan, run, timeline
+from stageline.dashboard.views import compare, engines, environment, live, overview, plan, run, timeline
 
 PAGES = {
     "overview": st.Page(overview.show, title="Overview", icon=":material/speed:", default=True),
@@ -12,12 +12,13 @@ PAGES = {
     "live": st.Page(live.show, title="Live", icon=":material/monitor_heart:", url_path="live"),
     "run": st.Page(run.show, title="Run a benchmark", icon=":material/play_circle:", url_path="run"),
     "plan": st.Page(plan.show, title="Plan", icon=":material/account_tree:", url_path="plan"),
+    "engines": st.Page(engines.show, title="Engines", icon=":material/layers:", url_path="engines"),
     "environment": st.Page(environment.show, title="Environment", icon=":material/memory:", url_path="environment"),
 }
 SECTIONS = {
     "Results": ["overview", "timeline", "compare"],
     "Measure": ["run", "live"],
-    "Model": ["plan", "environment"],
+    "Model": ["plan", "engines", "environment"],
 }
 _HERE = Path(__file__).parent
 

@@ -1,6 +1,7 @@
 """The dashboard's options: the store, where to look for bundles, and what its visitors may do."""
 
 import functools
+import importlib.util
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from stageline.dashboard.addresses import allowed_address
 from stageline.runtime.bundle.folder import MANIFEST
+from stageline.runtime.engines import ON_GPUS
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,23 @@ def default_places(here: Path) -> list[Path]:
     return [here / "bundles", here]
 
 
+def usable_engines() -> list[str]:
+    """The engines that are installed; those on GPUs where there is an NVIDIA driver."""
+    gpus = sorted(ON_GPUS) if Path("/proc/driver/nvidia/version").exists() else []
+    return [*(name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)), *gpus]
+
+
 def as_typed(path: Path | str) -> str:
     """A path as a user would type it: relative to the working folder if it lies inside."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def example_bundle(places: Iterable[Path]) -> str:
+    """A bundle for commands that a page suggests: the first that there is, as one would type it."""
+    return as_typed(next(iter(find_bundles(places)), Path("bundles/minilm")))
 
 
 def find_bundles(places: Iterable[Path]) -> list[Path]:

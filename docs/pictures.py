@@ -22,6 +22,7 @@ PAGES = {
     "run": "/run",
     "live": "/live",
     "plan": "/plan",
+    "engines": "/engines",
     "environment": "/environment",
 }
 WIDE, NARROW = (1280, 800), (390, 844)

@@ -2,18 +2,14 @@
 
 import subprocess
 import tempfile
-import threading
 from dataclasses import dataclass
 from typing import IO
 
 from stageline.dashboard.children.command import reason, stageline
 from stageline.dashboard.children.order import Order
-from stageline.models.errors import StagelineError
+from stageline.dashboard.children.turn import Turn
 from stageline.runtime.bench.options import new_id
-from stageline.runtime.bench.records import RunLine
 from stageline.runtime.bench.store import Store
-
-_NEWEST = 50  # runs searched for a running one
 
 
 @dataclass
@@ -25,16 +21,16 @@ class _Child:
 class Launcher:
     """Starts benchmarks for all browsers of a dashboard. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
         self._children: dict[str, _Child] = {}
+        turn.ask(lambda: f"run {alive} is running" if (alive := self._starting()) else None)
 
     def start(self, store: Store, order: Order) -> str:
-        """Start a run and return its id. StagelineError if one is running: two would disturb each other."""
-        with self._lock:
-            other = self._starting() or next((line.id for line in running(store)), None)
-            if other:
-                raise StagelineError(f"run {other} is running; wait for its end or cancel it: one at a time")
+        """Start a run and return its id. StagelineError if anything is measured: both would disturb each
+        other."""
+        with self._turn.lock:
+            self._turn.check_free(store)
             order.check_ready()
             order.cut()
             run_id = new_id()
@@ -51,12 +47,12 @@ class Launcher:
 
     def starting(self) -> str | None:
         """The run whose child process is alive, if any."""
-        with self._lock:
+        with self._turn.lock:
             return self._starting()
 
     def failure(self, run_id: str) -> str | None:
         """The last line of a child that failed; None if it did not fail, or was not started here."""
-        with self._lock:
+        with self._turn.lock:
             child = self._children.get(run_id)
             if child is None or child.process.poll() in (None, 0):
                 return None
@@ -66,15 +62,10 @@ class Launcher:
 
     def interrupt(self, run_id: str) -> None:
         """End a child that has not begun its run; a run that has begun is cancelled through the store."""
-        with self._lock:
+        with self._turn.lock:
             child = self._children.get(run_id)
             if child is not None and child.process.poll() is None:
                 child.process.terminate()
 
     def _starting(self) -> str | None:
         return next((run_id for run_id, child in self._children.items() if child.process.poll() is None), None)
-
-
-def running(store: Store) -> list[RunLine]:
-    """The running runs of the store, whoever started them."""
-    return [line for line in store.runs(_NEWEST) if line.status == "running"]

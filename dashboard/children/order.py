@@ -11,7 +11,8 @@ from stageline.dashboard.settings import as_typed
 from stageline.models.errors import RequestError, StagelineError
 from stageline.models.user_cache import user_cache
 from stageline.runtime.bench import options
-from stageline.runtime.bench.records import Load
+from stageline.runtime.bench.records import OURS, Load
+from stageline.runtime.bench.sweep import Sweep
 from stageline.runtime.bundle.folder import MANIFEST, file_sha256, read_manifest
 from stageline.runtime.bundle.recut import recut_copy
 from stageline.runtime.options import PipelineOptions
@@ -24,7 +25,8 @@ _Number = TypeVar("_Number", int, float)
 @dataclass(frozen=True)
 class Order:
     """What to measure. Empty texts and tuples leave an option out; `stages`: their number, or the blocks of each; None:
-    the bundle's own. Numbers are as the visitor typed them, None where nothing is."""
+    the bundle's own. Numbers are as the visitor typed them, None where nothing is. A `sweep` chooses its loads itself;
+    `check`: measure quality, too."""
 
     bundle: Path
     stages: int | tuple[int, ...] | None = None
@@ -38,6 +40,8 @@ class Order:
     baselines: tuple[str, ...] = ()
     checkpoint: str = ""
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    sweep: bool = False
+    check: bool = False
 
     def problems(self, allowed: Collection[str] = ()) -> list[str]:
         """What `stageline bench` would refuse, a line each; and baselines at addresses that are neither on this machine
@@ -53,8 +57,13 @@ class Order:
             yield f"threads: {self.pipeline.threads}, give 1 or more, or nothing for all"
         if self.new_tokens is not None and not 1 <= self.new_tokens <= 4096:
             yield f"new tokens per request: {self.new_tokens}, give 1 to 4096"
-        if not (self.scenarios or self.concurrency.strip() or self.rates.strip()):
+        given = bool(self.scenarios or self.concurrency.strip() or self.rates.strip())
+        if not given and not self.sweep:
             yield "no load is chosen: pick a scenario, or enter concurrencies or rates"
+        if given and self.sweep:
+            yield "a sweep chooses its loads: leave scenarios, concurrencies and rates empty"
+        if self.pipeline.quantise and self.pipeline.engine == "tensorrt":
+            yield "the engine tensorrt has the precision that it was built in: do not quantise"
         try:
             self.loads()
         except RequestError as error:
@@ -77,15 +86,22 @@ class Order:
             yield f"checkpoint {self.checkpoint}: there is no such file or folder"
 
     def loads(self) -> tuple[Load, ...]:
-        """The loads to measure. RequestError for one that is none."""
+        """The loads that are chosen, none for a sweep. RequestError for one that is none."""
+        if self.sweep:
+            return ()
         concurrencies = _numbers("concurrency", self.concurrency, int, "1,4,16")
         rates = _numbers("rate", self.rates, float, "5,10,20")
         return options.loads(self.scenarios, None, concurrencies, rates, False, Load("Rate"))
 
     def seconds_in_all(self) -> float:
-        """About how long it takes, in seconds, if nothing is wrong with it."""
-        contenders = 1 + len(self.baselines)
-        return contenders * (_OPEN_S + _WARM_UP_S + len(self.loads()) * (self.repeats or 0) * (self.seconds or 0.0))
+        """About how long it takes, in seconds, if nothing is wrong with it, without the check of quality. Of a sweep:
+        what its own progress begins with."""
+        contenders, each_s = (OURS, *self.baselines), self.seconds or 0.0
+        repeats = len(self.loads()) * (self.repeats or 0)
+        if self.sweep:
+            slo = options.slo(self.slo)
+            repeats = Sweep(contenders, Load("Rate"), slo, self.repeats or 0, each_s).expected
+        return len(contenders) * (_OPEN_S + _WARM_UP_S + repeats * each_s)
 
     @property
     def measured(self) -> Path:
@@ -128,7 +144,8 @@ class Order:
         recut_copy(self.bundle, folder, self.stages)
 
     def _options(self) -> list[str]:
-        found = ["--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
+        found = ["--sweep"] if self.sweep else []
+        found += ["--seconds", f"{self.seconds:g}", "--repeats", str(self.repeats)]
         given = {
             "--scenario": ",".join(self.scenarios),
             "--concurrency": self.concurrency.replace(" ", ""),
@@ -136,10 +153,12 @@ class Order:
             "--new-tokens": self.new_tokens,
             "--slo": self.slo.replace(" ", ""),
             "--checkpoint": self.checkpoint if set(_TORCH) & set(self.baselines) else "",
+            "--engine": self.pipeline.engine if self.pipeline.engine != PipelineOptions.engine else "",
             "--threads": self.pipeline.threads,
             "--quantise": self.pipeline.quantise,
         }
         found += [word for name, value in given.items() if value for word in (name, str(value))]
+        found += ["--check"] if self.check else []
         return found + [word for name in self.baselines for word in ("--baseline", name)]
 
 

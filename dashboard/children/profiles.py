@@ -1,17 +1,18 @@
-"""Profiles measured from a page: `stageline profile` as a child process, one at a time."""
+"""Profiles measured from a page: `stageline profile` and `stageline layers` as a child process, one at a time."""
 
 import re
 import subprocess
 import tempfile
-import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from stageline.dashboard.children.benchmarks import running
 from stageline.dashboard.children.command import reason, stageline
+from stageline.dashboard.children.turn import Turn
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.store import Store
+from stageline.runtime.bundle.folder import MANIFEST
 
 _LINE = re.compile(r"\s*(\d+)% (.*)")
 
@@ -29,26 +30,30 @@ class Profiling:
 class Profiler:
     """Measures for all browsers of a dashboard. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
         self._child: tuple[Path, subprocess.Popen[bytes], IO[bytes]] | None = None
+        turn.ask(self._measuring)
 
-    def start(self, store: Store, bundle: Path) -> None:
-        """Begin. StagelineError if a benchmark or another profile runs: they would disturb each other."""
-        with self._lock:
-            if self._child is not None and self._child[1].poll() is None:
-                raise StagelineError(f"{self._child[0].name} is being profiled; wait for its end: one at a time")
-            if running(store):
-                raise StagelineError("a benchmark is running; wait for its end: both would disturb each other")
+    def start(self, store: Store, bundle: Path, command: str = "profile", options: Sequence[str] = ()) -> None:
+        """Begin `stageline COMMAND BUNDLE OPTIONS`. StagelineError if the bundle is gone, or anything else is measured:
+        both would disturb each other."""
+        with self._turn.lock:
+            self._turn.check_free(store)
+            if not (bundle / MANIFEST).is_file():
+                raise StagelineError(f"the bundle {bundle.name} is gone; choose another")
             stderr = tempfile.TemporaryFile()  # noqa: SIM115 - read while the child runs, and when it has ended
             process = subprocess.Popen(
-                stageline("profile", str(bundle)), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
+                stageline(command, str(bundle), *options),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
             )
             self._child = bundle, process, stderr
 
     def now(self) -> Profiling | None:
         """What is being measured, or failed last; None if nothing is, or the last profile was written."""
-        with self._lock:
+        with self._turn.lock:
             if self._child is None:
                 return None
             bundle, process, stderr = self._child
@@ -62,3 +67,7 @@ class Profiler:
                 self._child = None
                 return None
             return Profiling(bundle, 1.0, "failed", reason(said, f"it ended with status {status}"))
+
+    def _measuring(self) -> str | None:
+        alive = self._child is not None and self._child[1].poll() is None
+        return f"{self._child[0].name} is being profiled" if alive and self._child else None

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 
 from stageline.models.errors import BundleError, CheckpointError, StagelineError
 from stageline.models.safetensors_file import read_header
-from stageline.runtime import words
 from stageline.runtime.bench.records import OURS, Run
-from stageline.runtime.builder.report import EngineReport
 from stageline.runtime.bundle.folder import Bundle, read_manifest
 from stageline.runtime.bundle.manifest import Manifest, uses_of
-from stageline.runtime.engines.tensorrt.store import read_engines
 from stageline.runtime.planning.cluster import Cluster, parse_devices, unmeasured
 from stageline.runtime.planning.cost import cut_values, values_bytes
 from stageline.runtime.planning.device_kinds import Rates, catalogue
@@ -211,46 +207,6 @@ def roof_points(line: Roofline) -> list[dict[str, float]]:
 def kinds_of_blocks(manifest: Manifest) -> int:
     """The number of distinct kinds of block in the model."""
     return len({use.part for use in manifest.uses[1:-1]})
-
-
-@dataclass(frozen=True)
-class EngineRow:
-    """An engine in the bundle as a row of a table, and its layers by kind (empty if its report cannot be read)."""
-
-    row: dict[str, str]
-    kinds: dict[str, int]
-
-
-def engine_reports(folder: Path) -> list[EngineRow]:
-    """The engines that `stageline build` put into the bundle. BundleError if their manifest is not valid."""
-    found = []
-    for engine in sorted(read_engines(folder).engines, key=lambda one: (_first_block(one.stage), one.target)):
-        try:
-            kinds = EngineReport.model_validate_json((folder / engine.report.path).read_bytes()).kinds
-        except (OSError, ValueError):
-            kinds = {}
-        row = {
-            "stage": _blocks_of(engine.stage),
-            "engine": f"{engine.flavour} {engine.version}",
-            "target": engine.target,
-            "precision": engine.precision,
-            "size": words.size(engine.plan.size_bytes),
-            "build": words.seconds(engine.build_s),
-            "layers": f"{sum(kinds.values()):,}" if kinds else "-",
-        }
-        found.append(EngineRow(row, dict(sorted(kinds.items(), key=lambda pair: -pair[1]))))
-    return found
-
-
-def _first_block(stage: str) -> int:
-    numbers = re.findall(r"\d+", stage)
-    return int(numbers[0]) if numbers else 0
-
-
-def _blocks_of(stage: str) -> str:
-    """stage.003-005.onnx -> blocks 3 to 5."""
-    numbers = [str(int(number)) for number in re.findall(r"\d+", stage)]
-    return f"blocks {' to '.join(dict.fromkeys(numbers))}" if numbers else stage
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Streamlit binds widgets to query parameters by itself (`bind`), but forgets the 
 (1.67). So these are all set by the script.
 """
 
+import math
 from collections.abc import Sequence
 
 import streamlit as st
@@ -35,7 +36,8 @@ def restore_number(name: str, key: str, default: float | None, kind: type[int] |
     """Give a new box of a number `key` the address's number `name`, where it is one, or else the default."""
     if key not in st.session_state:
         try:
-            st.session_state[key] = kind(st.query_params[name])
+            given = kind(st.query_params[name])
+            st.session_state[key] = given if math.isfinite(given) else default
         except (KeyError, ValueError):
             st.session_state[key] = default
 

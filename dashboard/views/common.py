@@ -40,7 +40,7 @@ def guarded(body: Callable[[], None]) -> None:
 def draw(spec: Spec, key: str, sentence: str) -> None:
     """Show a chart in the page's theme; `sentence` tells a screen reader what it shows."""
     theme = st.context.theme.type or "light"
-    st.vega_lite_chart(dressed(spec, theme, sentence), width="stretch", key=key, alt=sentence)
+    st.vega_lite_chart(dressed(spec, theme), width="stretch", key=key, alt=sentence)
 
 
 def empty(head: str, text: str, commands: Sequence[str] = ()) -> None:

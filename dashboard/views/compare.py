@@ -7,6 +7,7 @@ import time
 
 import streamlit as st
 from stageline.dashboard.figures import runs as results
+from stageline.dashboard.views import address
 from stageline.dashboard.views.common import draw, empty, page
 from stageline.dashboard.views.recorded import (
     choices,
@@ -55,7 +56,11 @@ def show() -> None:
     if not keys:
         st.info("These runs have no load in common, so they cannot be compared.", icon=":material/info:")
         return
-    key = st.selectbox("Measurement", keys, format_func=lambda one: f"{one[0]}, {one[1]}", key="measurement")
+    named = {f"{contender}, {load}": (contender, load) for contender, load in keys}
+    address.start("measurement", "measurement", list(named), next(iter(named)))
+    shown = str(st.selectbox("Measurement", list(named), key="measurement"))
+    address.keep("measurement", shown, next(iter(named)))
+    key = named[shown]
     measured = [results.measurement_of(run, key) for run in runs]
     names = _names(runs)
     _figures(runs, key, names)
@@ -78,8 +83,10 @@ def _names(runs: list[Run]) -> list[str]:
 
 
 def _figures(runs: list[Run], key: tuple[str, str], names: list[str]) -> None:
-    percent = st.number_input("Margin (%): changes within it are none", 0.0, 100.0, 100 * MARGIN, 1.0, key="margin",
-                              width=340)  # fmt: skip
+    address.restore_number("margin", "margin", 100 * MARGIN, float)
+    st.session_state["margin"] = min(max(st.session_state["margin"], 0.0), 100.0)
+    percent = st.number_input("Margin (%): changes within it are none", 0.0, 100.0, step=1.0, key="margin", width=340)
+    address.keep("margin", f"{percent:g}", f"{100 * MARGIN:g}")
     for number, run in enumerate(runs[1:], start=1):
         st.subheader(f"{names[0]} → {names[number]}", anchor=False)
         reason = incomparable(runs[0], run)
@@ -124,11 +131,12 @@ def _ladders(measured: list[Measurement], names: list[str]) -> None:
     st.subheader("Percentiles", anchor=False)
     what = known[0]
     if len(known) > 1:
-        picked = st.segmented_control(
-            "Time", known, default=what, required=True, format_func=lambda one: _TIMES[one], key="ladder",
+        address.start("time", "ladder", known, what)
+        what = str(st.segmented_control(
+            "Time", known, required=True, format_func=lambda one: _TIMES[one], key="ladder",
             label_visibility="collapsed",
-        )  # fmt: skip
-        what = str(picked or what)
+        ))  # fmt: skip
+        address.keep("time", what, known[0])
     drawn = [row for name, one in zip(names, measured, strict=True) for row in rows.ladder_rows(name, one, what)]
     named = _TIMES[what]
     draw(charts.ladder(drawn, named, names), "chart-ladder", sentences.of_lines(drawn, f"{named} by percentile"))

@@ -9,7 +9,7 @@ from stageline.dashboard.addresses import service_address
 from stageline.dashboard.charts import live as charts
 from stageline.dashboard.children.services import Services, Traffic
 from stageline.dashboard.figures import live
-from stageline.dashboard.settings import DashboardSettings, find_bundles
+from stageline.dashboard.settings import DashboardSettings, as_typed, example_bundle, find_bundles
 from stageline.dashboard.views.address import keep, start
 from stageline.dashboard.views.common import empty, labels, page
 from stageline.models.errors import StagelineError
@@ -25,8 +25,9 @@ _STREAMS, _SECONDS = 4, 60.0  # of the requests that the page sends
 def show() -> None:
     """Draw the page."""
     settings = DashboardSettings.given()
+    bundle = example_bundle(settings.bundles)
     if not settings.read_only:
-        _own_services(settings)
+        bundle = _own_services(settings) or bundle
     with st.container(horizontal=True, vertical_alignment="bottom"):
         typed = _typed()
         st.text_input(
@@ -37,7 +38,7 @@ def show() -> None:
         range_name = str(st.segmented_control("Range", list(live.RANGES), required=True, key="range"))
         keep("range", range_name, _RANGE)
     address = service_address(typed or _ADDRESS, settings.services)
-    _watched(address, float(live.RANGES[range_name]))
+    _watched(address, float(live.RANGES[range_name]), bundle)
 
 
 def _typed() -> str:
@@ -64,16 +65,16 @@ def _traffic() -> dict[str, Traffic]:
     return {}
 
 
-def _own_services(settings: DashboardSettings) -> None:
-    """Start, watch and stop services of this dashboard."""
-    bundles = labels(find_bundles(settings.bundles))
+def _own_services(settings: DashboardSettings) -> str | None:
+    """Start, watch and stop services of this dashboard; the bundle that is chosen, as one would type it."""
+    chosen, bundles = None, labels(find_bundles(settings.bundles))
     if bundles:
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            chosen = st.selectbox("Serve a bundle", list(bundles), key="serve", width=320)
+            chosen = str(st.selectbox("Serve a bundle", list(bundles), key="serve", width=320))
             # A callback: the text of the address's box may only be set before it is drawn.
             st.button(
                 "Start", type="primary", icon=":material/play_arrow:", key="start",
-                on_click=_start, args=(bundles[str(chosen)],),
+                on_click=_start, args=(bundles[chosen],),
             )  # fmt: skip
     failure = st.session_state.pop("live failure", None)
     if failure:
@@ -85,6 +86,7 @@ def _own_services(settings: DashboardSettings) -> None:
                       args=(service.url,))  # fmt: skip
             st.button(f"Stop {service.bundle.name}", icon=":material/stop:", key=f"stop {service.url}",
                       on_click=_services().stop, args=(service.bundle,))  # fmt: skip
+    return None if chosen is None else as_typed(bundles[chosen])
 
 
 def _start(bundle: Path) -> None:
@@ -99,13 +101,13 @@ def _watch(address: str) -> None:
 
 
 @st.fragment(run_every=_REFRESH_S)
-def _watched(address: str, range_s: float) -> None:
+def _watched(address: str, range_s: float, bundle: str) -> None:
     samples, error = _watcher(address).look()
     if not samples:
         empty(
             "No service to watch yet",
             f"{str(error)[:1].upper()}{str(error)[1:]}. Start one above, or serve a bundle in a terminal:",
-            ["stageline serve bundles/smollm2"],
+            [f"stageline serve {bundle}"],
         )
         return
     names = live.models(samples[-1])

@@ -14,7 +14,7 @@ from stageline.runtime.bench.compare import MARGIN, compare, incomparable, overa
 from stageline.runtime.bench.records import OURS, Measurement, Run, RunLine
 from stageline.runtime.report import charts, rows, sentences, statements, wording
 
-_PILLS = 6  # models offered side by side; more are in a list
+_PILLS = 6  # models or loads offered side by side; more are in a list
 _TIMES = {"latency": "Latency", "ttft": "TTFT", "tpot": "TPOT"}
 
 
@@ -31,15 +31,18 @@ def show() -> None:
     run = run_of(line.id)
     before = _before(measured, line)
     _answer(run)
-    measurement = _load(run)
-    if measurement is not None:
-        _cards(run, measurement)
     left, right = st.columns([3, 2], gap="large")
     with left:
         _curve(run, before, _cuts(measured, line, run))
     with right:
+        measurement = _load(run)
         if measurement is not None:
+            _cards(run, measurement)
+    if measurement is not None:
+        left, right = st.columns(2, gap="large")
+        with left:
             _baselines(run, str(measurement.load))
+        with right:
             _stages(run, measurement)
     _loads(run)
     _pareto(run)
@@ -121,8 +124,13 @@ def _load(run: Run) -> Measurement | None:
     start = asked if asked in ours else str(answer.best.load)
     if len(ours) == 1:
         return ours[start]
-    chosen = st.segmented_control("Load", list(ours), default=start, required=True, key=f"load of {run.id}",
-                                  label_visibility="collapsed")  # fmt: skip
+    key = f"load of {run.id}"
+    if len(ours) <= _PILLS:
+        chosen = st.segmented_control(
+            "Load", list(ours), default=start, required=True, key=key, label_visibility="collapsed"
+        )
+    else:
+        chosen = st.selectbox("Load", list(ours), list(ours).index(start), key=key)
     st.query_params["load"] = str(chosen)
     return ours[str(chosen)]
 

@@ -5,12 +5,11 @@ from pathlib import Path
 import streamlit as st
 from stageline.dashboard.charts import plan as charts
 from stageline.dashboard.children.order import Order
-from stageline.dashboard.children.profiles import Profiler
 from stageline.dashboard.figures import plan as figures
 from stageline.dashboard.settings import DashboardSettings, as_typed
 from stageline.dashboard.views import address
 from stageline.dashboard.views.common import choose_bundle, draw, guarded, page
-from stageline.dashboard.views.launching import launcher
+from stageline.dashboard.views.launching import launcher, profile_shown, profiler
 from stageline.dashboard.views.recorded import lines, run_of, store
 from stageline.runtime import words
 from stageline.runtime.bench.options import checkpoint_digest
@@ -55,22 +54,12 @@ def show() -> None:
         _crossing(bundle, answer)
     with right:
         _roofline(planner, answer)
-    _reports(folder)
-
-
-@st.cache_resource
-def _profiler() -> Profiler:
-    return Profiler()
 
 
 def _profiling(folder: Path, profile: MachineProfile | None, warning: str | None) -> None:
     """Whether this machine was measured, and the button that measures it."""
-    now = _profiler().now()
-    if now is not None and now.error is None:
-        _following_profile()
+    if profile_shown():
         return
-    if now is not None:
-        st.error(f"{now.bundle.name} was not profiled: {now.error}", icon=":material/error:")
     if profile is None:
         st.info(
             f"This machine is not measured yet, so times are of {UNMEASURED}, and may be far off. Measure it here, or "
@@ -87,16 +76,8 @@ def _profiling(folder: Path, profile: MachineProfile | None, warning: str | None
 
 
 def _start_profile(folder: Path) -> None:
-    _profiler().start(store(), folder)
+    profiler().start(store(), folder)
     st.rerun()
-
-
-@st.fragment(run_every=1.0)
-def _following_profile() -> None:
-    now = _profiler().now()
-    if now is None or now.error is not None:
-        st.rerun()
-    st.progress(now.share, text=f"Profiling {now.bundle.name}: {words.share(now.share)}, {now.step}")
 
 
 def _measured(bundle: Bundle, answer: Answer, layers: list[int], load: Workload) -> None:
@@ -269,10 +250,11 @@ def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, laye
             st.subheader("Moving a cut", anchor=False)
             which = 0
             if len(layers) > 2:
-                picked = st.segmented_control(
-                    "Cut", list(range(1, len(layers))), default=1, required=True, key="which cut"
-                )
-                which = int(picked or 1) - 1
+                known = [str(n) for n in range(1, len(layers))]
+                address.start("cut", f"which cut of {len(known)}", known, "1")
+                picked = str(st.segmented_control("Cut", known, required=True, key=f"which cut of {len(known)}"))
+                address.keep("cut", picked, "1")
+                which = int(picked) - 1
             rows = figures.moved(planner, layers, which)
             optimum = max(rows, key=lambda row: float(row["tokens_per_s"]))["cut"]
             here = sum(layers[: which + 1])
@@ -295,16 +277,15 @@ def _effect(bundle: Bundle, planner: Planner, answer: Answer, best: Answer, laye
 
 
 def _blocks(planner: Planner, answer: Answer) -> None:
-    measure = st.segmented_control(
-        "What to show",
-        list(charts.MEASURES),
-        default="Time",
-        required=True,
-        key="measure",
-        label_visibility="collapsed",
+    address.start("show", "measure", list(charts.MEASURES), "Time")
+    measure = str(
+        st.segmented_control(
+            "What to show", list(charts.MEASURES), required=True, key="measure", label_visibility="collapsed"
+        )
     )
+    address.keep("show", measure, "Time")
     rows = figures.block_rows(planner, answer)
-    draw(charts.blocks(rows, str(measure or "Time")), "chart-blocks", f"{measure} of each of {len(rows)} parts.")
+    draw(charts.blocks(rows, measure), "chart-blocks", f"{measure} of each of {len(rows)} parts.")
 
 
 def _crossing(bundle: Bundle, answer: Answer) -> None:
@@ -334,20 +315,3 @@ def _roofline(planner: Planner, answer: Answer) -> None:
     source = "published figures times an efficiency"
     source = "fitted to this machine's profile" if planner.profile else UNMEASURED if guessed else source
     st.caption(f"Bounds: {bounds}. Roof: {source}.")
-
-
-def _reports(folder: Path) -> None:
-    st.subheader("Engines", anchor=False)
-    reports = figures.engine_reports(folder)
-    if not reports:
-        st.caption(
-            "None built yet: stages run on ONNX Runtime. `stageline build` compiles them with TensorRT, without a GPU."
-        )
-        return
-    st.dataframe([report.row for report in reports], hide_index=True, height="content", key="engines")
-    for report in reports:
-        if report.kinds:
-            with st.expander(f"Layers of {report.row['stage']}, {report.row['engine']}, {report.row['target']}"):
-                st.dataframe(
-                    [{"kind": kind, "layers": number} for kind, number in report.kinds.items()], hide_index=True
-                )

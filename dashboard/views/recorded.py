@@ -7,7 +7,7 @@ import streamlit as st
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.figures.distribution import Spread, spread
 from stageline.dashboard.figures.timeline import Table
-from stageline.dashboard.settings import DashboardSettings
+from stageline.dashboard.settings import DashboardSettings, example_bundle
 from stageline.dashboard.views.common import empty
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.records import Run, RunLine
@@ -76,7 +76,7 @@ def no_runs() -> None:
         "No benchmark run yet",
         "A run measures a bundle's pipeline: throughput, latency, and where the time goes. Start one on the page "
         "**Run a benchmark**, or in a terminal:",
-        ["stageline bench bundles/minilm"],
+        [f"stageline bench {example_bundle(DashboardSettings.given().bundles)}"],
     )
     st.caption(f"Runs are read from `{store().path}`; `stageline dashboard --store FILE` reads another store.")
 

@@ -3,18 +3,18 @@
 import importlib.util
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import streamlit as st
-from stageline.dashboard.children import benchmarks
 from stageline.dashboard.children.order import Order
+from stageline.dashboard.children.turn import running
 from stageline.dashboard.figures import runs as results
-from stageline.dashboard.settings import DashboardSettings, as_typed
+from stageline.dashboard.settings import DashboardSettings, as_typed, usable_engines
 from stageline.dashboard.views import address
 from stageline.dashboard.views.common import choose_bundle, guarded, page
-from stageline.dashboard.views.launching import launcher
+from stageline.dashboard.views.launching import launcher, turn
 from stageline.dashboard.views.recorded import store
 from stageline.models.errors import StoreError
 from stageline.runtime import words
@@ -28,10 +28,14 @@ from stageline.runtime.options import PipelineOptions
 
 _REFRESH_S = 1.0
 _PRESETS: dict[str, dict[str, Any]] = {
-    "Quick": {"seconds": 1.0, "repeats": 2, "scenarios": ["SingleStream"], "concurrency": "4", "rates": ""},
+    "Quick": {
+        "seconds": 1.0, "repeats": 2, "scenarios": ["SingleStream"], "concurrency": "4", "rates": "", "sweep": False,
+    },
     "Standard": {
         "seconds": 5.0, "repeats": 3, "scenarios": ["SingleStream", "Offline"], "concurrency": "2,4,8", "rates": "",
+        "sweep": False,
     },
+    "Sweep": {"seconds": 5.0, "repeats": 6, "scenarios": [], "concurrency": "", "rates": "", "sweep": True},
 }  # fmt: skip
 _FIELDS = _PRESETS["Standard"]
 _TOKENS = 32
@@ -43,13 +47,12 @@ _TOKENS = 32
 )
 def show() -> None:
     """Draw the page."""
-    lines = benchmarks.running(store())
-    current = lines[0].id if lines else launcher().starting()
+    current = next(iter(running(store())), None) or launcher().starting()
     if current:
         _following(current)
     elif "run" in st.query_params:
         guarded(lambda: _outcome(st.query_params["run"]))
-    _form(current is not None)
+    _form(turn().taken(store()))
 
 
 @st.fragment(run_every=_REFRESH_S)
@@ -155,7 +158,7 @@ def _outcome(run_id: str) -> None:
                 )
 
 
-def _form(busy: bool) -> None:
+def _form(taken: str | None) -> None:
     bundle = choose_bundle()
     if bundle is None:
         return
@@ -165,18 +168,20 @@ def _form(busy: bool) -> None:
     if problems:
         st.warning("\n".join(f"- {one[:1].upper()}{one[1:]}" for one in problems), icon=":material/edit:")
     else:
-        loads, contenders = len(order.loads()), 1 + len(order.baselines)
+        contenders = words.counted(1 + len(order.baselines), "contender")
+        each = f"{words.counted(len(order.loads()), 'load')} of {order.repeats} × {order.seconds:g} s"
+        each = f"loads that it chooses, of up to {order.repeats} × {order.seconds:g} s" if order.sweep else each
+        unbounded = " Without an SLO, a sweep searches no rates." if order.sweep and not order.slo.strip() else ""
         st.caption(
-            f"About {words.seconds(order.seconds_in_all())}: {words.counted(contenders, 'contender')}, each with "
-            f"{words.counted(loads, 'load')} of {order.repeats} × {order.seconds:g} s, a warm-up and its opening. "
-            "The same in a terminal:"
+            f"About {words.seconds(order.seconds_in_all())}: {contenders}, each with {each}, a warm-up and its "
+            f"opening{', after the check of quality' if order.check else ''}.{unbounded} The same in a terminal:"
         )
         own = ["--store", as_typed(settings.store)] if settings.store else []
         typed = order.commands()
         st.code("\n".join(map(shlex.join, [*typed[:-1], [*typed[-1], *own]])), language="bash", wrap_lines=True)
-    about = "One at a time: two runs would disturb each other." if busy else None
+    about = f"{taken[:1].upper()}{taken[1:]}: one at a time, both would disturb each other." if taken else None
     about = "This dashboard is read-only." if settings.read_only else about
-    off = busy or settings.read_only or bool(problems)
+    off = taken is not None or settings.read_only or bool(problems)
     if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=off, help=about, key="start"):
         guarded(lambda: _start(order))
 
@@ -198,11 +203,11 @@ def _order(bundle: Path, manifest: Manifest) -> Order:
         for name in _PRESETS:
             st.button(name, key=f"preset {name}", on_click=_fill, args=(name,))
     pipeline, stages, tokens = _measured(bundle, manifest)
-    seconds, repeats, scenarios, concurrency, rates = _loads()
-    baselines, checkpoint, slo = _beside()
+    seconds, repeats, sweep, scenarios, concurrency, rates = _loads()
+    baselines, checkpoint, slo, check = _beside()
     return Order(
         bundle, stages, tuple(scenarios), concurrency, rates, seconds, repeats, tokens, slo, tuple(baselines),
-        checkpoint, pipeline,
+        checkpoint, pipeline, sweep, check,
     )  # fmt: skip
 
 
@@ -216,15 +221,21 @@ def _measured(bundle: Path, manifest: Manifest) -> tuple[PipelineOptions, int | 
         address.start("stages", f"plan of {bundle}", list(plans), "")
         stages = st.selectbox("Plan", list(plans), format_func=plans.__getitem__, key=f"plan of {bundle}", width=230)
         address.keep("stages", stages)
+        engines = usable_engines()
+        address.start("engine", "engine", engines, engines[0])
+        engine = str(st.selectbox("Engine", engines, key="engine", width=180))
+        address.keep("engine", engine, engines[0])
         address.start("quantise", "quantise", quantised, "")
         quantise = st.selectbox("Quantise", quantised, format_func=lambda one: one or "no", key="quantise", width=140)
         address.keep("quantise", quantise)
         threads = _number("Threads", "threads", None, int, 120, placeholder="all")
         tokens = _number("New tokens per request", "new tokens", _TOKENS, int, 170) if manifest.cached else None
-    return PipelineOptions(threads=threads, quantise=quantise or None), int(stages) if stages else None, tokens
+    pipeline = PipelineOptions(engine, threads=threads, quantise=quantise or None)
+    return pipeline, int(stages) if stages else None, tokens
 
 
-def _loads() -> tuple[float | None, int | None, list[str], str, str]:
+def _loads() -> tuple[float | None, int | None, bool, list[str], str, str]:
+    """Seconds and number of repeats, whether they are of a sweep, or else scenarios, concurrencies and rates."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         address.restore_several("scenarios", "scenarios", MLPERF, _FIELDS["scenarios"])
         scenarios = st.pills(
@@ -232,15 +243,25 @@ def _loads() -> tuple[float | None, int | None, list[str], str, str]:
             help="SingleStream: one request after the other. Offline: all at once. Server: Poisson arrivals.",
         )  # fmt: skip
         _keep_several("scenarios", scenarios, _FIELDS["scenarios"])
-        concurrency = _text("Concurrency sweep", "concurrency", _FIELDS["concurrency"], 180, "Closed loops.")
-        rates = _text("Rate sweep (requests/s)", "rates", "", 180, "Open loops.", placeholder="5,10,20")
+        concurrency = _text("Requests at a time", "concurrency", _FIELDS["concurrency"], 180, "Closed loops.")
+        rates = _text("Rates (requests/s)", "rates", "", 180, "Open loops.", placeholder="5,10,20")
         seconds = _number("Seconds per repeat", "seconds", _FIELDS["seconds"], float, 150)
         repeats = _number("Repeats", "repeats", _FIELDS["repeats"], int, 120, help="Intervals need at least 2.")
-    return seconds, repeats, list(scenarios), concurrency, rates
+        sweep = _toggle(
+            "Sweep", "sweep", "Search the knee, and the largest rate within the SLO, instead of these loads.", _swept
+        )
+    return seconds, repeats, sweep, list(scenarios), concurrency, rates
 
 
-def _beside() -> tuple[list[str], str, str]:
-    """Baselines, the checkpoint for torch, and the SLO."""
+def _swept() -> None:
+    """A sweep chooses its loads itself."""
+    loads = _PRESETS["Sweep" if st.session_state["sweep"] else "Standard"]
+    for key in ("scenarios", "concurrency", "rates"):
+        st.session_state[key] = loads[key]
+
+
+def _beside() -> tuple[list[str], str, str, bool]:
+    """Baselines, the checkpoint for torch, the SLO, and whether quality is checked."""
     known = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
     usual = known[:1]
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -254,7 +275,10 @@ def _beside() -> tuple[list[str], str, str]:
         )  # fmt: skip
         _keep_several("baselines", baselines, usual)
         slo = _text("SLO, for goodput", "slo", "", 260, placeholder="latency=2s,ttft=200ms,tpot=50ms")
-    return list(baselines), checkpoint, slo
+        check = _toggle(
+            "Check quality", "check", "Also what quantising loses, on built-in texts, beside the bundle as it is."
+        )
+    return list(baselines), checkpoint, slo, check
 
 
 def _text(label: str, key: str, default: str, width: int, help: str | None = None, placeholder: str = "") -> str:
@@ -262,6 +286,14 @@ def _text(label: str, key: str, default: str, width: int, help: str | None = Non
     text = st.text_input(label, key=key, width=width, help=help, placeholder=placeholder)
     address.keep(key, text, default)
     return text
+
+
+def _toggle(label: str, key: str, help: str, on_change: Callable[[], None] | None = None) -> bool:
+    if key not in st.session_state:
+        st.session_state[key] = st.query_params.get(key) == "yes"
+    on = st.toggle(label, key=key, help=help, on_change=on_change)
+    address.keep(key, "yes" if on else "")
+    return on
 
 
 def _number(label: str, key: str, default: float | None, kind: type[int] | type[float], width: int, **more: Any) -> Any:

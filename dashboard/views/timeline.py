@@ -119,7 +119,7 @@ def _selectable(spec: Spec, key: str, run: Run, place: int, per_s: float, senten
 
     theme = st.context.theme.type or "light"
     st.vega_lite_chart(
-        dressed(spec, theme, sentence), width="stretch", key=key, alt=sentence, on_select=selected,
+        dressed(spec, theme), width="stretch", key=key, alt=sentence, on_select=selected,
         selection_mode=charts.WINDOW,
     )  # fmt: skip
 

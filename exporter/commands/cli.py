@@ -16,6 +16,7 @@ from stageline.exporter.commands import (
     dashboard,
     doctor,
     eject,
+    layers,
     plan,
     run,
     serve,
@@ -59,7 +60,9 @@ def stageline(
         print(context.get_help())
 
 
-for command in (bundles, verify, eject, run, plan, build, serve, bench, doctor, dashboard, checkpoints):
+for command in (
+    bundles, verify, eject, run, plan, layers, build, serve, bench, doctor, dashboard, checkpoints
+):  # fmt: skip
     command.register(app)
 
 

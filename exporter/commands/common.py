@@ -152,3 +152,26 @@ def progress_bar(*columns: Any) -> Iterator["Progress | None"]:
         return
     with Progress(*columns, console=console, transient=True) as progress:
         yield progress
+
+
+@contextmanager
+def share_shown() -> Iterator[Callable[[float, str], None]]:
+    """Yield a function that shows a share and the current step on stderr: a bar with the time left on a terminal, else
+    a line for each tenth."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    percentage, description = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
+    columns = (BarColumn(), percentage, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), description)
+    with progress_bar(*columns) as bar:
+        if bar is None:
+            shown = [-1]
+
+            def line(share: float, step: str) -> None:
+                if int(share * 10) > shown[0]:
+                    shown[0] = int(share * 10)
+                    print(f"{share:4.0%} {step}", file=sys.stderr)
+
+            yield line
+            return
+        task = bar.add_task("opening", total=1.0)
+        yield lambda share, step: bar.update(task, completed=share, description=step)

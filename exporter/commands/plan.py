@@ -1,8 +1,7 @@
 """The commands `stageline profile` and `stageline plan`."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,7 +56,7 @@ def profile_command(
     """
     opened = Bundle.open(bundle)
     counts = common.numbers(threads, "--threads", int)
-    with _share_shown() as progress:
+    with common.share_shown() as progress:
         profile = measure(opened, counts, progress=progress, quantise=quantise, budget_s=_BUDGET_S)
     file = write_profile(opened, profile)
     whole = [point for point in profile.points if (point.first, point.end) == (0, opened.manifest.blocks)]
@@ -70,29 +69,6 @@ def profile_command(
         profile.model_dump(mode="json"),
         f"{times}\n{file}: {len(profile.points)} times; the table shows those of the whole model\n{profile.machine}",
     )
-
-
-@contextmanager
-def _share_shown() -> Iterator[Callable[[float, str], None]]:
-    """Yield a function that shows a share and the current step on stderr: a bar with the time left on a terminal, else
-    a line for each tenth."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    percentage, description = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}")
-    columns = (BarColumn(), percentage, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), description)
-    with common.progress_bar(*columns) as bar:
-        if bar is None:
-            shown = [-1]
-
-            def line(share: float, step: str) -> None:
-                if int(share * 10) > shown[0]:
-                    shown[0] = int(share * 10)
-                    print(f"{share:4.0%} {step}", file=sys.stderr)
-
-            yield line
-            return
-        task = bar.add_task("opening", total=1.0)
-        yield lambda share, step: bar.update(task, completed=share, description=step)
 
 
 def plan_command(

@@ -8,6 +8,7 @@ output buffers. Measured on an identity graph (ONNX Runtime 1.32): 3 us a run, a
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,10 @@ class OnnxRuntimeEngine:
         device: Device,
         cache: CacheSize | None = None,
         quantise: WeightDtype | None = None,
+        options: ort.SessionOptions | None = None,
     ) -> None:
-        """Open the stage. EngineError if ONNX Runtime refuses it, or there is no memory for its caches."""
+        """Open the stage, with `options` in place of `session_options`. EngineError if ONNX Runtime refuses it, or
+        there is no memory for its caches."""
         self._number = stage.number
         dtype, grouped = np.dtype((cache and cache.dtype) or "float32"), _takes_ragged_rows()
         if dtype != np.float32 and not grouped:
@@ -49,7 +52,7 @@ class OnnxRuntimeEngine:
         try:
             self._session = ort.InferenceSession(
                 lowered(stage, ir.DataType.from_numpy(dtype), quantise, grouped),
-                _options(stage, device.cores),
+                options or session_options(stage, device.cores),
                 providers=["CPUExecutionProvider"],
             )
         except EngineError:
@@ -114,6 +117,10 @@ class OnnxRuntimeEngine:
         self._bindings.clear()
         self._slots = slots
 
+    def end_profiling(self) -> Path:
+        """Write what a session opened with `enable_profiling` has timed so far, and return the file."""
+        return Path(self._session.end_profiling())
+
     def close(self) -> None:
         """Free the session, its threads and the caches."""
         self._bindings.clear()
@@ -175,7 +182,8 @@ def _takes_ragged_rows() -> bool:
 _NUMPY = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(double)": np.float64}
 
 
-def _options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
+def session_options(stage: StageFile, cores: tuple[int, ...]) -> ort.SessionOptions:
+    """How a session opens a stage on these cores."""
     options = ort.SessionOptions()
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = len(cores)

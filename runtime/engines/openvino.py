@@ -39,14 +39,17 @@ class OpenVinoEngine:
         device: Device,
         cache: CacheSize | None = None,
         quantise: WeightDtype | None = None,
+        properties: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the stage. EngineError if OpenVINO refuses it, or there is no memory for its caches."""
+        """Open the stage; `properties` are further ones of the compiled model. EngineError if OpenVINO refuses it, or
+        there is no memory for its caches."""
         self._number, self._specs = stage.number, stage.caches
         try:
             lowered = lowered_for_openvino(stage, quantise)
             if stage.caches:
                 _pack(lowered.model, lowered.inputs)
-            self._compiled = _core().compile_model(lowered.model, "CPU", _config(device, cache))
+            config = {**_config(device, cache), **(properties or {})}
+            self._compiled = _core().compile_model(lowered.model, "CPU", config)
         except EngineError:
             raise
         except Exception as error:  # the backend's exceptions have no common base
@@ -105,6 +108,14 @@ class OpenVinoEngine:
         """See `Engine.take_caches`."""
         self._slots = taken(caches, self._kinds, self._number)
         self._bind(self._slots)
+
+    def counters(self) -> list[Any]:
+        """The `ProfilingInfo` of each layer in the last run, of a model compiled with PERF_COUNT."""
+        return list(self._request.profiling_info)
+
+    def runtime_model(self) -> ov.Model:
+        """The graph that runs, after OpenVINO's own transformations."""
+        return self._compiled.get_runtime_model()
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, ROW_LENGTHS, Manifest, uses_of
+from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.bundle.stitch import stitch
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
@@ -37,6 +37,7 @@ from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES, bytes_per_
 from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point
+from stageline.runtime.planning.random_inputs import random_inputs
 from stageline.runtime.words import counted
 from stageline.runtime.workload import Shape
 
@@ -230,7 +231,7 @@ def _range_points(
         before = feeder.open(0, first, cores, cache, Path(scratch)) if first else None
         engine = model.open(first, end, cores, cache, Path(scratch))
         for shape in shapes:
-            values = _model_inputs(manifest, shape)
+            values = random_inputs(manifest, shape)
             if before is not None:
                 values.update(_run(before, values, before.output_names, cache))
             seconds, runs = _median_s(partial(_run, engine, values, engine.output_names, cache), rest)
@@ -267,7 +268,7 @@ def _contention(
         ]
         rests = [_rest_of_model(model.reads, first, end) for first, end in itertools.pairwise(bounds)]
         for shape in shapes:
-            values = _model_inputs(manifest, shape)
+            values = random_inputs(manifest, shape)
             runs: list[Callable[[], object]] = []
             for worker, engine in zip(workers, engines, strict=True):
                 run = partial(_run, engine, dict(values), engine.output_names, cache)
@@ -315,32 +316,6 @@ def _run(
 ) -> dict[str, Array]:
     given = engine.run(values, outputs) if cache is None else engine.step(values, outputs, 0)
     return on_host(given, outputs)
-
-
-def _model_inputs(manifest: Manifest, shape: Shape) -> dict[str, Array]:
-    """Full rows of random tokens or pixels."""
-    random = np.random.default_rng(0)
-    sizes = shape.sizes()
-    known = {
-        "attention_mask": 1,
-        "token_type_ids": 0,
-        PAST_LENGTHS: shape.past,
-        NEW_LENGTHS: shape.length,
-        ROW_LENGTHS: shape.past + shape.length,
-    }
-    values: dict[str, Array] = {}
-    for spec in manifest.inputs:
-        dims = [d if isinstance(d, int) else sizes.get(d, 64) for d in spec.shape]
-        if spec.name in known:
-            values[spec.name] = np.full(dims, known[spec.name], spec.dtype)
-        elif spec.name == LOGITS_AT:
-            last = np.arange(shape.length - dims[1], shape.length)
-            values[spec.name] = np.broadcast_to(last, dims).astype(spec.dtype)
-        elif spec.dtype.startswith("int"):
-            values[spec.name] = random.integers(0, manifest.vocabulary or 2, dims).astype(spec.dtype)
-        else:
-            values[spec.name] = random.standard_normal(dims).astype("float32")
-    return values
 
 
 def _rest_of_model(reads: Sequence[int], first: int, end: int) -> Callable[[], object]:

@@ -23,8 +23,8 @@ FOLDER = "profiles"
 
 
 class Machine(Data):
-    """What measurements hold for: the CPU, its cores, the engine, and what it quantises weights of matrix products
-    to."""
+    """What measurements hold for: the CPU or GPU, the cores, the engine, and what it quantises weights of matrix
+    products to."""
 
     cpu: str
     cores: int = Field(validation_alias=AliasChoices("cores", "processors"), serialization_alias="processors")
@@ -35,8 +35,8 @@ class Machine(Data):
     )
 
     @classmethod
-    def here(cls, quantise: WeightDtype | None = None) -> "Machine":
-        """This machine with the engine onnxruntime, opened with `quantise`."""
+    def here(cls, quantise: WeightDtype | None = None, engine: str = "onnxruntime") -> "Machine":
+        """This machine with `engine`, opened with `quantise`."""
         try:
             info = Path("/proc/cpuinfo").read_text()
         except OSError:
@@ -49,8 +49,8 @@ class Machine(Data):
         return cls(
             cpu=cpu,
             cores=os.cpu_count() or 1,
-            engine="onnxruntime",
-            engine_version=version("onnxruntime"),
+            engine=engine,
+            engine_version=version(engine),
             quantise=quantise,
         )
 

@@ -31,11 +31,19 @@ PAGES = {
     "Run a benchmark": "/run",
     "Live": "/live?url=http://127.0.0.1:9",
     "Plan": "/plan",
+    "Engines": "/engines",
     "Environment": "/environment",
 }
 CHART = "[data-testid=stVegaLiteChart] :is(canvas, svg.marks)"
 # Where a page's address has a path, Streamlit's page looks for the server there before it looks at the root.
 PROBES = re.compile(r"/_stcore/(health|host-config)$")
+BUTTONS = "[data-testid=stMain] :is([data-testid=stButton], [data-testid=stDownloadButton]) button"
+LABELS = (
+    f"""() => [...document.querySelectorAll('{BUTTONS} [data-testid=stMarkdownContainer]')].map(one => one.innerText)"""
+)
+SEEN: set[tuple[str, str]] = set()
+PRESSED: set[tuple[str, str]] = set()
+"""Pages and labels of the buttons that the tests of this file saw and pressed."""
 
 
 class Window:
@@ -65,6 +73,26 @@ class Window:
     def settled(self) -> None:
         """Wait until the page's script has run and its charts are drawn."""
         self.page.wait_for_function(READY, timeout=40_000)
+        self._look()
+
+    def press(self, label: str) -> None:
+        """Press the first button with this label."""
+        named = self.button(label)
+        named.wait_for(timeout=40_000)
+        self._look()
+        PRESSED.add((self._head(), label))
+        named.click()
+
+    def button(self, label: str) -> Any:
+        """The first button with this label. Narrow windows have another one, hidden, for a button with a tooltip."""
+        named = self.page.locator(BUTTONS).filter(has=self.page.get_by_text(label, exact=True))
+        return named.filter(visible=True).first
+
+    def _look(self) -> None:
+        SEEN.update((self._head(), label) for label in self.page.evaluate(LABELS))
+
+    def _head(self) -> str:
+        return str(self.page.inner_text("[data-testid=stMain] h1"))
 
     def text(self) -> str:
         """All that the page shows."""
@@ -77,6 +105,7 @@ class Window:
 
     def check(self) -> None:
         """No exception box, nothing wrong in the console, no call to elsewhere, nothing wider than the window."""
+        self._look()
         assert not self.page.query_selector_all("[data-testid=stException]"), self.text()
         assert not self.troubles
         wide, room = self.page.evaluate("[document.body.scrollWidth, window.innerWidth]")
@@ -139,6 +168,7 @@ def test_every_page_says_what_to_do_in_an_empty_store(window: Callable[..., Wind
         "Run a benchmark": "stageline export",
         "Live": "stageline serve",
         "Plan": "stageline export",
+        "Engines": "stageline export",
         "Environment": "onnxruntime",
     }
     (tmp_path / "none").mkdir()
@@ -169,7 +199,10 @@ def test_two_runs_are_compared_by_their_link(window: Callable[..., Window], stor
         opened.await_text(text)
     opened.page.locator(f"{CHART} >> nth=2").wait_for()
     with opened.page.expect_download() as download:
-        opened.page.get_by_text("Download CSV").click()
+        opened.press("Download JSON")
+    assert json.loads(Path(download.value.path()).read_text())[0]["run"] == found.find("latest~1")
+    with opened.page.expect_download() as download:
+        opened.press("Download CSV")
     rows = Path(download.value.path()).read_text().splitlines()
     assert rows[0].startswith("run,bundle,created,contender,load,figure,unit,mean")
     assert any("latency_p99_s" in row for row in rows)
@@ -195,7 +228,7 @@ def order(opened: Window, seconds: str) -> None:
     fields = f"seconds={seconds}&repeats=2&concurrency=2&scenarios=&baselines="
     opened.open(f"/run?bundle=llama&{fields}", "Run a benchmark")
     opened.await_text(f"--seconds {seconds} --repeats 2 --concurrency 2 --new-tokens 32 --store")
-    opened.page.get_by_role("button", name="Start").click()
+    opened.press("Start")
 
 
 def pointed_at(opened: Window) -> str:
@@ -219,14 +252,14 @@ def test_timeline_shows_shapes_and_times_of_what_is_pointed_at(window: Callable[
     opened.open("/timeline", "Timeline")  # the newest run, whichever test made it
     begin, end = map(float, re.findall(r"s of ([0-9.]+) to ([0-9.]+)", opened.text())[0])
     for label in ("Later", "Earlier", "Zoom in", "Longest bubble", "Zoom out", "Whole recording", "Zoom out"):
-        opened.page.get_by_role("button", name=label, exact=True).click()
+        opened.press(label)
         opened.page.wait_for_timeout(500)  # the click is on its way
         opened.settled()
         low, high = (float(one) for one in re.findall(r"(?:from|to)=([0-9.]+)", opened.page.url))
         assert begin - 1e-3 <= low < high <= end + 1e-3
     assert (low, high) == pytest.approx((begin, end), abs=1e-3)  # not beyond what was recorded
     with opened.page.expect_download() as download:
-        opened.page.get_by_role("button", name="Download for Perfetto").click()
+        opened.press("Download for Perfetto")
     assert json.loads(Path(download.value.path()).read_text())["traceEvents"]
     opened.open("/timeline", "Timeline")
     shown = pointed_at(opened)
@@ -240,10 +273,10 @@ def test_benchmark_runs_to_its_end_whoever_looks(window: Callable[..., Window], 
     before = len(Store(store).runs())
     opened, other = window(), window(NARROW, "dark")
     order(opened, "2")
-    opened.page.get_by_role("button", name="Cancel").wait_for(timeout=40_000)
+    opened.button("Cancel").wait_for(timeout=40_000)
     other.page.goto(other.url + "/run?bundle=llama")  # a second browser sees it, and cannot start another
-    other.page.get_by_role("button", name="Cancel").wait_for(timeout=40_000)
-    assert other.page.get_by_role("button", name="Start", exact=False).last.is_disabled()
+    other.button("Cancel").wait_for(timeout=40_000)
+    assert other.button("Start").is_disabled()
     opened.await_text("so far")
     opened.page.reload()
     opened.await_text("Done: llama")
@@ -259,7 +292,7 @@ def test_benchmark_is_cancelled_from_the_page(window: Callable[..., Window], sto
     opened = window()
     order(opened, "40")
     opened.await_text("2 at a time, repeat 1 of 2")
-    opened.page.get_by_role("button", name="Cancel").click()
+    opened.press("Cancel")
     opened.await_text("Cancelled")
     assert Store(store).runs(1)[0].status == "cancelled"
     opened.check()
@@ -272,26 +305,28 @@ def test_form_of_a_benchmark_is_checked_and_never_measures_another_bundle(
     opened = window()
     opened.open("/run?bundle=llama", "Run a benchmark")
     opened.await_text("--baseline onnxruntime")
-    opened.page.get_by_role("button", name="Quick").click()
+    opened.press("Quick")
     opened.await_text("--seconds 1 --repeats 2 --scenario SingleStream --concurrency 4")
     for label, value, said in (
         ("Seconds per repeat", "0", "Seconds per repeat: 0, give 0.1 to 3600"),
-        ("Concurrency sweep", "abc", "Concurrency 'abc' is not a list of numbers"),
+        ("Requests at a time", "abc", "Concurrency 'abc' is not a list of numbers"),
     ):
         field = opened.page.get_by_label(label, exact=True).first
         field.fill(value)
         field.press("Enter")
         opened.await_text(said)
-    assert opened.page.get_by_role("button", name="Start").is_disabled()
+    assert opened.button("Start").is_disabled()
     opened.page.reload()  # the address holds what was typed
     opened.await_text("Concurrency 'abc' is not a list of numbers")
-    opened.page.get_by_role("button", name="Standard").click()
+    opened.press("Sweep")
+    opened.await_text("--sweep --seconds 5 --repeats 6")
+    opened.press("Standard")
     opened.await_text("--seconds 5 --repeats 3 --scenario SingleStream,Offline --concurrency 2,4,8")
     gone = shutil.copytree(bundles / "llama", bundles / "gone")
     opened.open("/run?bundle=gone", "Run a benchmark")
     opened.await_text("gone --seconds")
     shutil.rmtree(gone)
-    opened.page.get_by_role("button", name="Start").click()
+    opened.press("Start")
     opened.await_text("The bundle gone is not in")
     assert len(Store(store).runs()) == before
     opened.check()
@@ -300,28 +335,28 @@ def test_form_of_a_benchmark_is_checked_and_never_measures_another_bundle(
 def test_live_starts_watches_and_stops_a_service(window: Callable[..., Window], browser: Any) -> None:
     opened, other = window(), window(NARROW, "dark")
     opened.open("/live", "Live")
-    opened.page.get_by_role("button", name="Start").click()
+    opened.press("Start")
     opened.await_text("Tokens/s")
     (address,) = re.findall(r"llama at (http://127.0.0.1:\d+)", opened.text())
     assert opened.page.get_by_label("Service", exact=True).input_value() == address
-    opened.page.get_by_role("button", name="Send requests for a minute").click()
+    opened.press("Send requests for a minute")
     opened.await_text("Sending requests for")
     opened.page.wait_for_function("() => /Tokens\\/s\\s+[0-9,.]*[1-9]/.test(document.body.innerText)", timeout=30_000)
     opened.page.locator(CHART).first.wait_for()
     drawn = opened.page.query_selector_all(CHART)
     opened.page.wait_for_timeout(4500)  # two readings
     assert all(one.evaluate("one => one.isConnected") for one in drawn), "charts are drawn again instead of moved on"
-    opened.page.get_by_role("button", name="Stop sending").click()
-    opened.page.get_by_role("button", name="Send requests for a minute").wait_for()
+    opened.press("Stop sending")
+    opened.button("Send requests for a minute").wait_for()
     opened.page.get_by_text("1 min", exact=True).click()
     opened.page.wait_for_function("() => location.search.includes('range=')")
     opened.page.reload()  # the address holds the service and the range
     opened.await_text("Tokens/s")
     other.open("/live", "Live")  # a second browser sees the service, and can watch it
     other.await_text("No service to watch yet")
-    other.page.get_by_role("button", name="Watch").click()
+    other.press("Watch")
     other.await_text("Tokens/s")
-    other.page.get_by_role("button", name="Stop llama").click()
+    other.press("Stop llama")
     opened.await_text("Nothing answers at")
     opened.await_text("UTC, and goes on when the service is back")
     assert re.search(r"at \d\d:\d\d:\d\d UTC", opened.text())  # on the cards
@@ -337,19 +372,35 @@ def test_live_says_what_a_service_with_a_key_says(window: Callable[..., Window],
         address = process.stdout.readline().split()[-1]
         opened = window()
         opened.open(f"/live?url={address.removeprefix('http://')}", "Live")
-        send = opened.page.get_by_role("button", name="Send requests for a minute")
-        send.click()
+        opened.press("Send requests for a minute")
         opened.await_text("The service refused the request with status 401: send the service's API key")
         opened.page.get_by_label("API key", exact=True).fill("sekret")
         opened.page.get_by_label("API key", exact=True).press("Enter")
-        send.click()
+        opened.press("Send requests for a minute")
         opened.page.wait_for_function(
             "() => /Tokens\\/s\\s+[0-9,.]*[1-9]/.test(document.body.innerText)", timeout=30_000
         )
         assert "sekret" not in opened.page.url
+        process.kill()  # while it is watched
+        opened.await_text("Nothing answers at")
+        opened.await_text("UTC, and goes on when the service is back")
+        opened.check()
         opened.open("/live?url=http://10.255.255.1:8000", "Live")
         opened.await_text("http://10.255.255.1:8000 is not on this machine")
         opened.check()
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_read_only_dashboard_starts_nothing(window: Callable[..., Window], filled_store: Path, bundles: Path) -> None:
+    command = stageline("dashboard", "--store", str(filled_store), "--bundles", str(bundles), "--read-only")
+    with served(command) as (url, _):
+        opened = window(NARROW, "dark", url)
+        opened.open("/run?bundle=llama", "Run a benchmark")
+        opened.await_text("stageline bench")
+        assert opened.button("Start").is_disabled()
+        for head, path in (("Plan", "/plan"), ("Engines", "/engines"), ("Live", "/live?url=http://127.0.0.1:9")):
+            opened.open(path, head)
+            assert opened.page.locator(BUTTONS).count() == 0
+        opened.check()

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 import pytest
-from stageline.dashboard.charts import live, plan, timeline
+from stageline.dashboard.charts import engines, live, plan, timeline
 from stageline.dashboard.figures import live as live_figures
 from stageline.dashboard.figures import plan as plan_figures
 from stageline.dashboard.figures import runs as run_figures
@@ -40,6 +40,7 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
     planner = plan_figures.planner_for(bundle, "H100", 2, Workload(slots=2, capacity=32), None)
     answer = planner.cut([1, 2])
     cuts, roof = plan_figures.moved(planner, [1, 2], 0), plan_figures.roofline(planner, answer)
+    family_rows = [{"engine": "a", "family": "attention", "seconds": 0.2, "share": 1.0}]
     panels = [
         live_figures.Panel("A", "tokens/s", {"a": [(1.0, 2.0)], "b": [(2.0, 3.0)]}),
         live_figures.Panel("B", "%", {"a": [(1.0, 2.0)]}, 100.0),
@@ -63,6 +64,7 @@ def charts(filled_store: Path, bundles: Path) -> dict[str, Callable[[], Spec]]:
         "cut with the best": lambda: plan.cut_curve(cuts, 1, 2),
         "stages of a plan": lambda: plan.stages(plan_figures.stage_rows(answer)),
         "roofline": lambda: plan.roofline(plan_figures.roof_points(roof), roof.stages),
+        "families of layers": lambda: engines.families(family_rows, {"a": "#0072B2"}),
         "live": lambda: live.panels(list(live_figures.panel_rows(panels, 60.0, 2.0)), panels),
     }
 

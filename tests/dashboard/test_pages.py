@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 from stageline.dashboard.figures import plan as figures
 from stageline.runtime.bench.store import Store
+from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.recut import recut
+from stageline.runtime.layers.measure import time_layers
+from stageline.runtime.layers.profile import write_layers
 from stageline.runtime.report import wording
 from streamlit.testing.v1 import AppTest
 
@@ -305,3 +309,95 @@ def test_what_was_measured_with_a_cut_is_found(filled_store: Path) -> None:
     assert (found.run_id, found.unit) == (run.id, "tokens")
     assert found.per_s == pytest.approx(best)
     assert figures.measured([run], [9]) is None
+
+
+@pytest.fixture
+def own_bundle(bundles: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that may be changed."""
+    return Path(shutil.copytree(bundles / "llama", tmp_path / "own" / "llama"))
+
+
+def test_engines_are_timed_compared_and_told_from_those_of_another_cut(
+    own_bundle: Path, started_with: StartedWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("stageline.runtime.layers.measure._RUNS", 2)
+    started_with("--bundles", own_bundle.parent)
+    app = page("engines")
+    assert "No layers are timed yet" in words(app)
+    assert app.code[0].value == f"stageline layers {own_bundle}"
+    for engine in ("onnxruntime", "openvino"):
+        bundle = Bundle.open(own_bundle)
+        write_layers(bundle, time_layers(bundle, engine, threads=1))
+    app = page("engines")
+    assert re.search(r"\*\*openvino [\d.]+ takes .* for 1 row of 128 tokens\*\*, on 1 core", words(app))
+    assert re.search(r"That is [\d.]+ times the time of onnxruntime [\d.]+\.", words(app))
+    assert list(app.dataframe[0].value)[1:] == [app.selectbox(key="engine of 2").value,
+                                                app.selectbox(key="beside of 2").value]  # fmt: skip
+    assert len(app.dataframe[1].value) == 10
+    app.selectbox(key="beside of 2").set_value("none").run()
+    assert "times the time of" not in words(app)
+    assert app.query_params["beside"] in ("none", ["none"])
+    recut(own_bundle, 3)
+    app = page("engines")
+    assert "was timed with stages of 2 + 1 blocks; the bundle has 1 + 1 + 1 now" in messages(app)
+    (broken,) = (own_bundle / "profiles" / "layers").glob("*openvino*.json")
+    broken.write_text("{")
+    assert "run stageline layers again" in messages(page("engines"))
+
+
+def test_a_profile_and_a_benchmark_shut_each_others_doors(
+    bundles: Path, tmp_path: Path, started_with: StartedWith
+) -> None:
+    started_with("--store", tmp_path / "bench.sqlite", "--bundles", bundles)
+    app = AppTest.from_string(
+        "from stageline.dashboard.views import launching, run\n"
+        "launching.turn().ask(lambda: 'llama is being profiled')\n"
+        "run.show()\n",
+        default_timeout=60,
+    ).run()
+    assert app.button(key="start").disabled
+    assert "Llama is being profiled" in str(app.button(key="start").help)
+
+
+def test_the_address_of_compare_holds_its_choices(filled_store: Path, started_with: StartedWith) -> None:
+    started_with("--store", filled_store)
+    store = Store(filled_store)
+    runs = f"{store.find('latest~1')},{store.find('latest')}"
+    app = page("compare", runs=runs, measurement="stageline, 4 at a time", margin="20", time="tpot_s")
+    assert app.selectbox(key="measurement").value == "stageline, 4 at a time"
+    assert app.number_input(key="margin").value == 20
+    assert app.button_group(key="ladder").value == "tpot_s"
+    app.number_input(key="margin").set_value(7.5).run()
+    assert app.query_params["margin"] in ("7.5", ["7.5"])
+    app.selectbox(key="measurement").set_value("stageline, 1 at a time").run()
+    assert "stageline, 1 at a time" not in str(app.query_params.get("measurement", ""))  # it is the first
+    for nonsense in ("nan", "1e999", "-3", "many"):
+        assert 0 <= page("compare", runs=runs, margin=nonsense).number_input(key="margin").value <= 100
+
+
+def test_commands_name_a_bundle_that_there_is(bundles: Path, tmp_path: Path, started_with: StartedWith) -> None:
+    started_with("--bundles", bundles, "--store", tmp_path / "bench.sqlite")
+    assert page("live", url="http://127.0.0.1:9").code[0].value == f"stageline serve {bundles / 'llama'}"
+    assert overview().code[0].value == f"stageline bench {bundles / 'llama'}"
+
+
+def test_a_sweep_with_openvino_and_a_check_is_what_the_form_shows(
+    bundles: Path, tmp_path: Path, started_with: StartedWith
+) -> None:
+    pytest.importorskip("openvino")
+    started_with("--store", tmp_path / "bench.sqlite", "--bundles", bundles)
+    app = page("run")
+    app.button(key="preset Sweep").click().run()
+    app.selectbox(key="engine").set_value("openvino").run()
+    app.toggle(key="check").set_value(True).run()
+    assert "--sweep --seconds 5 --repeats 6" in app.code[0].value
+    assert "--engine openvino" in app.code[0].value
+    assert "--check" in app.code[0].value
+    assert "Without an SLO, a sweep searches no rates" in words(app)
+    assert messages(app) == ""
+    app.toggle(key="sweep").set_value(False).run()
+    assert "--scenario SingleStream,Offline --concurrency 2,4,8" in app.code[0].value
+    app = page("run", sweep="yes", scenarios="", concurrency="", slo="latency=2s", check="yes", engine="openvino")
+    assert "--sweep" in app.code[0].value
+    assert "Without an SLO" not in words(app)

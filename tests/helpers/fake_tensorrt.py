@@ -30,6 +30,8 @@ from stageline.runtime.engines.tensorrt.store import FOLDER, MANIFEST
 from stageline.runtime.workload import Workload
 
 SCRATCH_BYTES = 4096
+LAYERS = ("a product", "attention")
+"""What a profiler is told of, a quarter of a millisecond each."""
 VERSION = "1.7.1.116"
 _SESSION = ort.InferenceSession
 
@@ -120,6 +122,10 @@ class FakeTensorRT:
             self.made = True
 
     class IStreamReaderV2:
+        def __init__(self) -> None:
+            self.made = True
+
+    class IProfiler:
         def __init__(self) -> None:
             self.made = True
 
@@ -245,6 +251,7 @@ class _Context:
         self.engine, self.driver = engine, engine.runtime.module.driver
         self.active_optimization_profile = 0
         self.scratch = 0
+        self.profiler: Any = None
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.inputs = {value.name: value for value in engine.session.get_inputs()}
@@ -320,6 +327,12 @@ class _Context:
         self.driver.kernel(
             stream, [place[0] for place in given.values()], [*(p[0] for p in taken.values()), self.scratch], run
         )
+        if self.profiler is not None:
+            assert not self.capturing(stream), "the layers of a graph are not reported"
+            self.driver.synchronize(stream)
+            assert self.profiler.made
+            for layer in LAYERS:
+                self.profiler.report_layer_time(layer, 0.25)
         return True
 
     def capturing(self, stream: int) -> bool:

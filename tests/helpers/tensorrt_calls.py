@@ -51,6 +51,7 @@ BY_NAME = {
     "BuilderFlag.WEIGHT_STREAMING",
     "BuilderFlag.VERSION_COMPATIBLE",
     "ILogger.log",
+    "IProfiler.report_layer_time",
     "IProgressMonitor.phase_start",
     "IProgressMonitor.step_complete",
     "IProgressMonitor.phase_finish",

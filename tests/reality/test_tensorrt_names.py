@@ -50,6 +50,9 @@ from stageline.runtime.builder import network
 from stageline.runtime.engines.tensorrt import loading
 for logger in (loading._logger(trt), network._logger(trt)):
     logger.log(severity.ERROR, "said")
+told = []
+loading._layer_times(trt, lambda *one: told.append(one)).report_layer_time("a layer", 2.0)
+assert told == [("a layer", 0.002)]
 monitor = network._monitor(trt, lambda phase, step, steps: True)
 monitor.phase_start("build", None, 3)
 assert monitor.step_complete("build", 0)

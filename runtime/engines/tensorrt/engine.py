@@ -8,7 +8,7 @@ A step's rows are rounded up to one of few counts, so that graphs are replayed w
 are added have nothing new: their caches keep what they hold.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -180,6 +180,16 @@ class TensorRTEngine:
                     launch.upload(flat[start : start + piece], buffer, start * array.itemsize)
                     launch.end().wait()  # keep pinned memory small
 
+    @property
+    def record(self) -> EngineRecord:
+        """What was built."""
+        return self._record
+
+    def time_layers(self, report: Callable[[str, float], None]) -> None:
+        """To be called before the first run: see `Loaded.time_layers`. No step is captured as a graph, whose layers
+        TensorRT does not see."""
+        self._loaded.time_layers(report)
+
     def close(self) -> None:
         """Wait for running work, and free contexts, engine and caches. Outputs that are still held stay readable. May
         be called again."""
@@ -269,6 +279,8 @@ class TensorRTEngine:
 
     def _capturable(self, binding: Binding) -> bool:
         """Whether TensorRT lets this binding's work be captured. Only TensorRT-RTX can tell before it is tried."""
+        if self._loaded.times_layers:
+            return False
         ask = getattr(binding.context, "is_stream_capturable", None)
         return ask is None or bool(ask(self._device.stream))
 

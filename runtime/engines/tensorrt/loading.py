@@ -1,5 +1,6 @@
 """A plan becomes an engine on this GPU: read piece by piece while other threads run, with what its contexts share."""
 
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from stageline.models.errors import EngineError
@@ -34,6 +35,7 @@ class Loaded:
             self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
         self.scratch_bytes: int = self.engine.device_memory_size_v2
         self._kernels: Any = None
+        self._times: Any = None
         self._config = self._configured(kernels)
 
     def context(self, scratch_address: int) -> Any:
@@ -43,7 +45,19 @@ class Loaded:
         if context is None:
             raise self.refused("has no memory for another execution context")
         context.set_device_memory(scratch_address, self.scratch_bytes)
+        if self._times is not None:
+            context.profiler = self._times
         return context
+
+    def time_layers(self, report: Callable[[str, float], None]) -> None:
+        """Tell `report` the name and the seconds of each layer that runs in contexts made from here on. TensorRT then
+        returns from a run when the GPU has done it."""
+        self._times = _layer_times(self._trt, report)
+
+    @property
+    def times_layers(self) -> bool:
+        """Whether `time_layers` was called."""
+        return self._times is not None
 
     def kernels(self) -> bytes | None:
         """The kernels that were compiled for this GPU, to be given to the next `Loaded`. None: TensorRT's plans hold
@@ -91,6 +105,17 @@ def _reader(trt: Any, plan: BinaryIO) -> Any:
             return True
 
     return PlanReader()
+
+
+def _layer_times(trt: Any, report: Callable[[str, float], None]) -> Any:
+    class LayerTimes(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            report(layer_name, ms / 1e3)
+
+    return LayerTimes()
 
 
 def _logger(trt: Any) -> Any:

@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stageline.dashboard.children.benchmarks import Launcher, running
+from stageline.dashboard.children.benchmarks import Launcher
 from stageline.dashboard.children.order import Order
+from stageline.dashboard.children.turn import Turn, running
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.store import Store
 
@@ -14,7 +15,7 @@ Ended = Callable[[Launcher], None]
 
 
 def test_only_one_runs_at_a_time_and_it_leaves_a_run(bundles: Path, tmp_path: Path, ended: Ended) -> None:
-    store, launcher = Store(tmp_path / "bench.sqlite"), Launcher()
+    store, launcher = Store(tmp_path / "bench.sqlite"), Launcher(Turn())
     order = Order(bundles / "llama", concurrency="1, 2", seconds=0.2, repeats=1, new_tokens=4)
     run_id = launcher.start(store, order)
     with pytest.raises(StagelineError, match=f"run {run_id} is running"):
@@ -32,11 +33,11 @@ def test_one_that_another_process_makes_is_waited_for(filled_store: Path, bundle
     store = Store(tmp_path / "bench.sqlite")
     store.begin(replace(done, id="elsewhere", status="running", measurements=()))
     with pytest.raises(StagelineError, match="run elsewhere is running"):
-        Launcher().start(store, Order(bundles / "llama"))
+        Launcher(Turn()).start(store, Order(bundles / "llama"))
 
 
 def test_why_one_did_not_begin_is_one_line(bundles: Path, tmp_path: Path, ended: Ended) -> None:
-    launcher = Launcher()
+    launcher = Launcher(Turn())
     run_id = launcher.start(Store(tmp_path / "bench.sqlite"), Order(bundles / "llama", concurrency="none"))
     ended(launcher)
     failure = launcher.failure(run_id)
@@ -46,7 +47,7 @@ def test_why_one_did_not_begin_is_one_line(bundles: Path, tmp_path: Path, ended:
 
 
 def test_a_bundle_that_is_gone_is_not_measured(tmp_path: Path) -> None:
-    launcher = Launcher()
+    launcher = Launcher(Turn())
     with pytest.raises(StagelineError, match="gone is gone; choose another"):
         launcher.start(Store(tmp_path / "bench.sqlite"), Order(tmp_path / "gone"))
     assert launcher.starting() is None

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from stageline.dashboard.children.benchmarks import Launcher
 from stageline.dashboard.children.order import Order
+from stageline.dashboard.children.turn import Turn
 from stageline.exporter.commands.cli import main
 from stageline.runtime.bench.store import Store
 from stageline.runtime.bundle.folder import Bundle, read_manifest
+from stageline.runtime.options import PipelineOptions
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_shown_measures_what_start_measures(
     bundles: Path, tmp_path: Path, ended: Callable[[Launcher], None]
 ) -> None:
-    store, launcher = Store(tmp_path / "bench.sqlite"), Launcher()
+    store, launcher = Store(tmp_path / "bench.sqlite"), Launcher(Turn())
     order = Order(bundles / "llama", 3, ("SingleStream",), "1, 2", "", 0.2, 1, 4, "latency=2s")
     recut, bench = order.commands()
     assert main(recut[1:]) == 0
@@ -60,6 +62,22 @@ def test_a_good_order_has_no_problem() -> None:
     assert GOOD.seconds_in_all() == pytest.approx(3 * (6 + 3 * 5))
 
 
+def test_a_sweep_chooses_its_loads_and_takes_what_its_progress_begins_with(bundles: Path) -> None:
+    sweep = replace(GOOD, bundle=bundles / "llama", scenarios=(), baselines=("onnxruntime",), sweep=True, repeats=6)
+    assert sweep.problems() == []
+    assert sweep.arguments()[1:6] == ["--sweep", "--seconds", "5", "--repeats", "6"]
+    assert sweep.seconds_in_all() == pytest.approx(2 * (6 + 18 * 5))
+    assert replace(sweep, slo="latency=2s").seconds_in_all() == pytest.approx(2 * (6 + 48 * 5))
+
+
+def test_engine_and_check_are_passed_on(bundles: Path) -> None:
+    order = replace(GOOD, bundle=bundles / "llama", pipeline=PipelineOptions("openvino"), check=True)
+    assert order.problems() == []
+    assert "--engine openvino" in " ".join(order.arguments())
+    assert "--check" in order.arguments()
+    assert not {"--engine", "--check", "--sweep"} & set(replace(GOOD, bundle=bundles / "llama").arguments())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -71,6 +89,8 @@ def test_a_good_order_has_no_problem() -> None:
         ({"concurrency": "abc"}, "concurrency 'abc' is not a list of numbers; give some like 1,4,16"),
         ({"concurrency": "2,0"}, "concurrency 0 is below 1; give whole numbers like 1,4,16"),
         ({"rates": "-1"}, "rate -1 is not above 0; give requests per second like 5,10,20"),
+        ({"sweep": True}, "a sweep chooses its loads: leave scenarios, concurrencies and rates empty"),
+        ({"pipeline": PipelineOptions("tensorrt", quantise="int8")}, "the engine tensorrt has the precision that"),
         ({"slo": "soon"}, "SLO: 'soon' is not a bound"),
         ({"baselines": ("torch",)}, "baseline torch needs the checkpoint, for torch"),
         (

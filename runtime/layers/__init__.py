@@ -1,0 +1,1 @@
+"""What a stage's time and memory are spent on inside its engine, layer by layer."""
