@@ -14,7 +14,7 @@ from stageline.dashboard.views.recorded import lines, run_of, store
 from stageline.runtime import words
 from stageline.runtime.bench.options import checkpoint_digest
 from stageline.runtime.bundle.folder import MANIFEST, Bundle
-from stageline.runtime.planning.device_kinds import UNMEASURED
+from stageline.runtime.planning.cores import Cores
 from stageline.runtime.planning.planner import Answer, Planner
 from stageline.runtime.planning.profile import FOLDER, MachineProfile
 from stageline.runtime.workload import Workload
@@ -62,8 +62,9 @@ def _profiling(folder: Path, profile: MachineProfile | None, warning: str | None
         return
     if profile is None:
         st.info(
-            f"This machine is not measured yet, so times are of {UNMEASURED}, and may be far off. Measure it here, or "
-            f"with `stageline profile {as_typed(folder)}`: under a minute for a small model.",
+            "This machine is not measured yet, so times are guessed: the roofline below says how, and how far "
+            "they may be off. Measure it here, or with "
+            f"`stageline profile {as_typed(folder)}`: under a minute for a small model.",
             icon=":material/timer:",
         )
     elif warning:
@@ -311,7 +312,9 @@ def _roofline(planner: Planner, answer: Answer) -> None:
     bounds = ", ".join(f"{row['stage']} by {row['bound']}" for row in line.stages)
     draw(charts.roofline(figures.roof_points(line), line.stages), "chart-roofline", f"Stages are bound: {bounds}.")
     kind = planner.cluster.kinds[0]
-    guessed = kind.device is not None and kind.device.source == UNMEASURED
     source = "published figures times an efficiency"
-    source = "fitted to this machine's profile" if planner.profile else UNMEASURED if guessed else source
+    if planner.profile:
+        source = "fitted to this machine's profile"
+    elif isinstance(kind.device, Cores):
+        source = kind.device.source
     st.caption(f"Bounds: {bounds}. Roof: {source}.")

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +14,9 @@ from stageline.models.errors import StagelineError
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.planning.calibrate import speed
 from stageline.runtime.planning.cluster import Cluster, parse_devices, read_cluster, unmeasured
-from stageline.runtime.planning.device_kinds import UNMEASURED
+from stageline.runtime.planning.cores import Cores
 from stageline.runtime.planning.measure import measure
 from stageline.runtime.planning.planner import Answer, Planner, device_names, quantise_for
 from stageline.runtime.planning.problem import Objective
@@ -122,7 +124,9 @@ def plan_command(
     found = read_cluster(cluster) if cluster is not None else parse_devices(str(devices))
     weights_dtype = quantise or dtype or ("float32" if found.local else manifest.dtype)
     profile, warning = _profile(opened, found, weights_dtype)
-    found = unmeasured(found) if found.local and profile is None else found
+    if found.local and profile is None:
+        found = unmeasured(found, partial(speed, quantise=quantise_for(weights_dtype)))
+        warning = _guessed(opened, found, weights_dtype)
     if profile is not None and devices is not None:
         found = parse_devices(devices, profile.handover_s)
     planner = Planner(
@@ -243,16 +247,18 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
 
 
 def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[MachineProfile | None, str | None]:
-    """The profile of this machine if the plan is for its CPU cores, and a warning if it is not quite the right one."""
+    """The profile of this machine, if the plan is for its CPU cores and there is one, and a warning if it is not quite
+    the right one."""
     if not cluster.local:
         return None, None
-    machine = Machine.here(quantise_for(dtype))
-    if not has_profile(bundle.path):
-        return None, (
-            f"this machine is not measured yet: times are of {UNMEASURED}, and may be far off; measure it with: "
-            f"{profile_command_for(bundle.path, machine.quantise)}"
-        )
-    return read_profile(bundle.path, machine)
+    return read_profile(bundle.path, Machine.here(quantise_for(dtype))) if has_profile(bundle.path) else (None, None)
+
+
+def _guessed(bundle: Bundle, cluster: Cluster, dtype: str) -> str:
+    """What times are of for want of a profile, how far they may be off, and how to measure them."""
+    source = next(kind.device.source for kind in cluster.kinds if isinstance(kind.device, Cores))
+    command = profile_command_for(bundle.path, quantise_for(dtype))
+    return f"this bundle is not measured on this machine: times are of {source}; measure it with: {command}"
 
 
 def _this_machine() -> str:

@@ -3,14 +3,16 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pydantic
 from stageline.models.errors import StagelineError
-from stageline.runtime.planning.device_kinds import DeviceKind, Positive, catalogue, device_kind, usual_cores
+from stageline.runtime.planning.calibrate import Speed, known_speed
+from stageline.runtime.planning.cores import cores
+from stageline.runtime.planning.device_kinds import DeviceKind, Positive, catalogue, device_kind
 from stageline.runtime.planning.problem import Link
 from stageline.runtime.validation import Data, first_error
 
@@ -95,12 +97,18 @@ def parse_devices(text: str, handover_s: float = 0.0) -> Cluster:
     return Cluster(kinds, tuple(tuple(_near(a, b, handover_s) for b in kinds) for a in kinds))
 
 
-def unmeasured(cluster: Cluster) -> Cluster:
-    """The cluster with this machine's cores as usual ones, for want of a profile."""
+def unmeasured(cluster: Cluster, speed_of: Callable[[int, int], Speed | None] = known_speed) -> Cluster:
+    """The cluster with a roofline of this machine's cores, for want of a profile.
+
+    `speed_of`: what so many devices of so many cores reach side by side (default: what was measured before). Where it
+    is not known they count as usual cores.
+    """
     local = sum(kind.count for kind in cluster.kinds if kind.device is None)
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / max(1, local) / 1e9
     kinds = tuple(
-        kind if kind.device is not None else replace(kind, device=usual_cores(kind.threads, memory_gb))
+        kind
+        if kind.device is not None
+        else replace(kind, device=cores(kind.threads, memory_gb, speed_of(local, kind.threads)))
         for kind in cluster.kinds
     )
     return replace(cluster, kinds=kinds)

@@ -12,7 +12,6 @@ from stageline.runtime.planning.cost import UseCost
 from stageline.runtime.validation import Data
 
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
-UNMEASURED = "a roofline of usual CPU cores, not of this machine's"
 Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
@@ -75,18 +74,6 @@ def catalogue() -> dict[str, DeviceKind]:
     data = tomllib.loads(files("stageline.runtime.planning").joinpath("devices.toml").read_text())
     defaults = data.pop("defaults")
     return {name: DeviceKind.model_validate({**defaults, **entry}) for name, entry in data.items()}
-
-
-def usual_cores(threads: int, memory_gb: float) -> DeviceKind:
-    """A guess at `threads` cores of a CPU that was not measured: 3 GHz, two AVX2 units (32 operations a clock), and its
-    share of two channels of memory among four cores."""
-    rate = threads * 3.0 * 32 / 1000
-    return DeviceKind(
-        source=UNMEASURED,
-        tflops=dict.fromkeys(("float32", "float16", "bfloat16", "int8", "int4"), rate),
-        memory_gb=memory_gb, memory_gb_s=12.0 * threads, peer_gb_s=12.0, busy_w=1e-9, idle_w=0.0, price_per_h=0.0,
-        compute_efficiency=0.5, memory_efficiency=0.7, launch_us=20.0, peer_latency_us=10.0,
-    )  # fmt: skip
 
 
 def device_kind(name: str) -> DeviceKind:

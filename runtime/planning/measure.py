@@ -47,7 +47,7 @@ _WHOLE_LIMIT_BYTES = 8e9  # of weights: beyond it no range longer than a quarter
 _FEW_BLOCKS = 12
 _MAX_CACHE_BYTES = 128_000_000
 _HANDOVERS = 400
-_TRIES, _CALM = 3, 0.1  # runs are calm if other processes took less than this share of a core
+_TRIES, CALM = 3, 0.1  # runs are calm if other processes took less than this share of a core
 T = TypeVar("T")
 
 
@@ -147,7 +147,7 @@ def undisturbed(work: Callable[[], T], retry_until: float = math.inf) -> tuple[T
         share = (others_cpu_s() - others_s) / (perf_counter() - began)
         if best is None or share < best[1]:
             best = found, share
-        if share < _CALM or perf_counter() > retry_until:
+        if share < CALM or perf_counter() > retry_until:
             break
     assert best is not None
     return best

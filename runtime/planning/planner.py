@@ -13,6 +13,7 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import TensorSpec
 from stageline.runtime.engines.base import WeightDtype
 from stageline.runtime.planning.cluster import Cluster, Kind
+from stageline.runtime.planning.cores import Cores
 from stageline.runtime.planning.cost import UseCost, cut_values, use_costs, values_bytes
 from stageline.runtime.planning.device_kinds import Rates
 from stageline.runtime.planning.memory_shortage import smallest_shortage
@@ -84,7 +85,8 @@ class Planner:
 
     @property
     def _quantise(self) -> WeightDtype | None:
-        return quantise_for(self.dtype) if self.cluster.local else None
+        here = self.cluster.local or any(isinstance(kind.device, Cores) for kind in self.cluster.kinds)
+        return quantise_for(self.dtype) if here else None
 
     @cached_property
     def _timings(self) -> Callable[[int], Timings]:

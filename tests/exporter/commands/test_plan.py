@@ -11,6 +11,8 @@ from hasty import hasty_profiles
 from stageline.exporter.commands.cli import main
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.devices.cpu import allowed_cores
+from stageline.runtime.planning import calibrate
+from stageline.runtime.planning.calibrate import Speed
 from stageline.runtime.planning.measure import measure
 from stageline.runtime.planning.profile import Grid, Machine, MachineProfile, read_profile, write_profile
 
@@ -152,15 +154,30 @@ def test_how_many_of_which_device_serve_a_rate(tiny_llama: Path, capsys: pytest.
 
 
 def test_without_devices_and_without_a_profile_it_plans_for_this_machine_and_says_that_it_guesses(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = shutil.copytree(tiny_llama, tmp_path / "llama", ignore=shutil.ignore_patterns("profiles"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    reached = Speed(count=1, threads=1, flops_per_s=5e10, bytes_per_s=1e10)
+    asked = []
+
+    def measured(count: int, threads: int, quantise: str | None) -> Speed:
+        asked.append((count, threads, quantise))
+        return reached.model_copy(update={"count": count})
+
+    monkeypatch.setattr(calibrate, "measured_speed", measured)
+    monkeypatch.setattr(calibrate, "undisturbed", lambda work, until: (work(), 0.0))
     assert main(["plan", str(bundle), "--quantise", "int8", "--json"]) == 0
+    assert set(asked) == {(len(allowed_cores()), 1, "int8")}
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert {name for stage in found["stages"] for name in stage["devices"]} <= {f"cpu:{n}" for n in allowed_cores()}
     assert found["tokens_per_s"] > 0
-    for text in ("is not measured yet", "a roofline of usual CPU cores", f"stageline profile {bundle} --quantise int8"):
+    for text in (
+        "is not measured on this machine",
+        "a roofline of this machine's cores, w",
+        f"stageline profile {bundle} --quantise int8",
+    ):
         assert text in found["warning"]
         assert text in shown.err
 
