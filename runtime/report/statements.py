@@ -194,8 +194,10 @@ def capacity_lines(run: Run) -> list[str]:
             found.append(f"The knee of {one.contender} is at {one.knee}{beyond}.")
         if one.best is not None:
             sure = "" if one.sure else ", not surely"
-            over = f"; {words.figure(one.over_per_s)}/s does not" if one.over_per_s is not None else ""
-            found.append(f"The largest rate at which {one.contender} keeps the SLO{sure}: {one.best}{over}.")
+            over = "no larger rate failed"
+            if one.over_per_s is not None:
+                over = f"{words.figure(one.over_per_s)}/s does not"
+            found.append(f"The largest rate at which {one.contender} keeps the SLO{sure}: {one.best}; {over}.")
         elif one.over_alone:
             found.append(f"{one.contender} does not keep the SLO, not even with one request at a time.")
         elif one.over_per_s is not None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from stageline.runtime.bench.records import ANSWERED, CANCELLED, OURS, Load, Requests, Run
+from stageline.runtime.bench.records import ANSWERED, CANCELLED, OURS, Load, Requests, Run, Slo
 from stageline.runtime.bench.store import Store
 from stageline.runtime.report.document import Chart, document
 from stageline.runtime.report.formats import markdown
@@ -27,7 +27,7 @@ class Raw:
 
     load: Load
     requests: Requests
-    bound_s: float
+    slo: Slo
 
     @property
     def repeats(self) -> list[Requests]:
@@ -44,7 +44,15 @@ class Raw:
 
     def _value(self, of: Requests, label: str) -> float:
         answered, end = of.status == ANSWERED, float((of.intended_s + of.latency_s).max())
-        within = answered & (of.latency_s <= self.bound_s)
+        within = answered.copy()
+        for bound, times in (
+            (self.slo.latency_s, of.latency_s),
+            (self.slo.ttft_s, of.first_token_s),
+            (self.slo.tpot_s, _tpot_s(of)),
+        ):
+            within &= np.isnan(times) | (
+                times <= (math.inf if bound is None else bound)
+            )  # no such time: nothing is late
         tokens = of.tokens_out if of.tokens_out.any() else of.tokens_in
         simple = {
             "requests/s": answered.sum() / end,
@@ -57,8 +65,7 @@ class Raw:
             return float(simple[label])
         what, percentile = label.split(" p")
         if what == "TPOT":
-            several = answered & (of.tokens_out > 1)
-            times = (of.latency_s - of.first_token_s)[several] / (of.tokens_out[several] - 1.0)
+            times = _tpot_s(of)[answered & (of.tokens_out > 1)]
         else:  # what was never answered took longer than all that was
             times = (of.first_token_s if what == "TTFT" else of.latency_s).astype(float)
             times[of.status == CANCELLED] = math.inf
@@ -79,6 +86,13 @@ class Raw:
         enough = share ** len(self.requests) <= 0.05
         mean = float(np.mean(values))
         return mean >= share, high < share or (low > share and enough)
+
+
+def _tpot_s(of: Requests) -> Floats:
+    """Seconds for each token after the first; NaN where there is none."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (of.latency_s - of.first_token_s) / (of.tokens_out - 1.0)
+    return np.where(of.tokens_out > 1, found, np.nan)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -107,7 +121,9 @@ class Check:
         slo = self.run.settings.slo
         self.share = slo.share
         self.raw = {
-            (one.contender, str(one.load)): Raw(one.load, self.store.requests(self.run.id, number), slo.latency_s or 0)
+            (one.contender, str(one.load)): Raw(
+                one.load, self.store.requests(self.run.id, number), self.run.settings.slo
+            )
             for number, one in enumerate(self.run.measurements)
         }
         self.blocks = document([self.run])

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -308,6 +310,47 @@ def test_a_full_disk_is_reported(kept: Store, monkeypatch: pytest.MonkeyPatch) -
             kept.put(synthetic_runs.run(2), [synthetic_runs.requests(100_000)])
     assert len(kept.runs()) == 1
     kept.put(synthetic_runs.run(2))
+
+
+FILLED = """
+import sys
+import synthetic_runs
+from stageline.models.errors import StoreError
+from stageline.runtime.bench.store import Store
+
+store, kept = Store(sys.argv[1]), 0
+try:
+    while True:
+        store.put(synthetic_runs.run(kept), [synthetic_runs.requests(2000, kept)])
+        kept += 1
+except StoreError as error:
+    print(error)
+assert kept == len(store.runs()) > 0
+assert all(len(store.requests(line.id, 0)) == 2000 for line in store.runs())
+"""
+
+
+def test_a_disk_that_is_really_full_is_reported_and_loses_nothing(tmp_path: Path) -> None:
+    """On a file system of 300 kB, mounted where only the process that fills it sees it."""
+    alone = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+    mounted = f"mount -t tmpfs -o size=300k tmpfs {tmp_path}"
+    try:
+        able = subprocess.run([*alone, mounted], capture_output=True, check=False).returncode == 0
+    except OSError:
+        able = False
+    if not able:
+        pytest.skip("this process may not mount a file system of its own (unshare --mount --map-root-user)")
+    filling = f'{mounted}; exec "$0" -c "$1" {tmp_path / "bench.sqlite"}'
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [*alone, filling, sys.executable, FILLED],
+        capture_output=True, check=False, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.endswith(
+        "bench.sqlite cannot grow: the disk is full; free some space. Everything stored before is kept"
+    )
 
 
 def test_a_read_only_store_is_read_and_refuses_to_be_written(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
