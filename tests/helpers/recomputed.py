@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -28,8 +29,9 @@ class Raw:
     load: Load
     requests: Requests
     slo: Slo
+    _known: dict[str, list[float]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def repeats(self) -> list[Requests]:
         """Those of each repeat."""
         of = self.requests
@@ -40,7 +42,9 @@ class Raw:
 
     def values(self, label: str) -> list[float]:
         """A figure of a report's table, by its label, in each repeat; NaN where it is not known."""
-        return [self._value(one, label) for one in self.repeats]
+        if label not in self._known:
+            self._known[label] = [self._value(one, label) for one in self.repeats]
+        return self._known[label]
 
     def _value(self, of: Requests, label: str) -> float:
         answered, end = of.status == ANSWERED, float((of.intended_s + of.latency_s).max())
@@ -97,8 +101,14 @@ def _tpot_s(of: Requests) -> Floats:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's 95 % interval of the mean."""
-    error = float(stats.sem(values)) if len(values) > 1 else math.inf
-    return stats.t.interval(0.95, len(values) - 1, np.mean(values), error) if error else (np.mean(values),) * 2
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return mean - quantile(len(values) - 1) * error, mean + quantile(len(values) - 1) * error
+
+
+@cache
+def quantile(freedom: int) -> float:
+    """Of Student's t: what 97.5 % lie below."""
+    return float(stats.t.ppf(0.975, freedom))
 
 
 def welch(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
