@@ -62,7 +62,7 @@ def _load(load: str, measured: Sequence[Measurement]) -> list[Any]:
     """The contenders under one load, and the stages of those that have them."""
     counts = ", ".join(f"{one.contender} {words.counted(one.requests, 'request')}" for one in measured)
     drawn: list[Any] = [Text.assemble((load, "bold"), f": {counts}")]
-    names = [name for name in wording.KEY_FIGURES if any(name in one.figures for one in measured)]
+    names = wording.key_figures(measured)
     columns = _table(["", *(one.contender for one in measured)], right=range(1, 1 + len(measured)))
     for name in names:
         columns.add_row(wording.label(name), *(wording.said(one, name, unit="_per_s" not in name) for one in measured))

@@ -48,7 +48,7 @@ MEANINGS: dict[str, tuple[str, Better, str]] = {
     "device_memory_bytes": ("bytes", "lower", "memory used on the GPUs, max"),
     "energy_j": ("J", "lower", "energy of the machine, as far as it has counters"),
     "power_w": ("W", "lower", "power of the machine, on average"),
-    "energy_per_token_j": ("J/token", "lower", "energy per token, read or drawn"),
+    "energy_per_token_j": ("J/token", "lower", "energy per token, read or drawn, of answered requests"),
 }
 """Name of a figure -> unit, which direction is better, and meaning."""
 

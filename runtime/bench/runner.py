@@ -270,7 +270,8 @@ def _repeat(lap: _Lap, load: Load, run: Run, state: _State, meters: Meters, reco
         hop = figures.hop_overhead_s([s for s in lap.recorder.spans() if s.began_s >= answers.began_at])
         if hop is not None:
             found["hop_overhead_s"] = hop
-    tokens = int(answers.requests.tokens_in.sum()) + int(answers.requests.tokens_out.sum())
+    good = answers.requests.status == ANSWERED
+    tokens = int(answers.requests.tokens_in[good].sum()) + int(answers.requests.tokens_out[good].sum())
     if "energy_j" in found and tokens:
         found["energy_per_token_j"] = found["energy_j"] / tokens
     lap.answers.append(answers)

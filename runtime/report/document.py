@@ -133,7 +133,7 @@ def _chart(name: str, sentence: str, spec: Spec) -> Chart:
 
 def _of_load(run: Run, load: str) -> list[Block]:
     measured = statements.of_load(run, load)
-    names = [name for name in wording.KEY_FIGURES if any(name in one.figures for one in measured)]
+    names = wording.key_figures(measured)
     table = [("requests measured", *(f"{one.requests:,}" for one in measured))]
     table += [
         (wording.label(name), *(wording.said(one, name, "_per_s" not in name) for one in measured)) for name in names

@@ -1,6 +1,7 @@
 """Figures of runs as people read them: labels, values with units, doubt, ratios in one direction."""
 
 import math
+from collections.abc import Sequence
 
 from stageline.runtime import words
 from stageline.runtime.bench.compare import FigureChange, missing
@@ -94,6 +95,16 @@ def with_doubt(figure: Figure, unit: bool = True) -> str:
 def percent(share: float) -> str:
     """0.804 -> 80 %."""
     return f"{100 * share:.0f} %"
+
+
+def key_figures(measured: Sequence[Measurement]) -> list[str]:
+    """The figures of a table of these, in order: those that any has, and latencies that are not known because requests
+    had no answer, of which the table says so."""
+
+    def has(one: Measurement, name: str) -> bool:
+        return name in one.figures or (name.startswith("latency_") and missing(one, name) is not None)
+
+    return [name for name in KEY_FIGURES if any(has(one, name) for one in measured)]
 
 
 def said(measurement: Measurement, name: str, unit: bool = True) -> str:

@@ -135,8 +135,36 @@ def test_repeats_far_over_saturation_end_early_and_their_requests_are_counted_an
     assert theirs.figures["failed_share"].mean == pytest.approx(cut / 240)
     assert "latency_p50_s" not in theirs.figures  # more than half took longer than is known
     shown = markdown(document([done]), "report")
+    alone = markdown(document([replace(done, measurements=(theirs,))]), "report")
+    assert "| latency p50 | - |" in alone
+    assert "p50 is not known" in alone
     assert f"p50 is not known: {cut} of 240 requests had no answer in time" in shown
     assert "No comparison with onnxruntime at this load: too few requests were answered in time." in shown
+
+
+class Counting:
+    """Meters of a machine that takes 6 J between two readings."""
+
+    notes: tuple[str, ...] = ()
+    measures_energy, has_gpu, read = True, False, 0.0
+
+    def energy_j(self) -> float:
+        self.read += 6.0
+        return self.read
+
+    def close(self) -> None: ...
+
+
+def test_energy_is_of_the_tokens_that_came_to_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "Meters", Counting)
+    store = Store(tmp_path / "bench.sqlite")
+    run = begun(store, [Load("Rate", rate_per_s=400.0)])
+    done = runner.bench(run, store, {"stageline": sleeping("stageline", 0.02)}, [ITEM])
+    figures, requests = done.measurements[0].figures, store.requests(run.id, 0)
+    answered = [int(((requests.repeat == n) & (requests.status == ANSWERED)).sum()) for n in (0, 1)]
+    assert max(answered) < 60
+    wanted = [joules / (3 * count) for joules, count in zip(figures["energy_j"].values, answered, strict=True)]
+    assert figures["energy_per_token_j"].values == pytest.approx(wanted)
 
 
 def test_a_disk_that_fills_up_during_a_run_loses_nothing_that_was_stored(
