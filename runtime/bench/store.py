@@ -15,7 +15,6 @@ Each call opens the file: a Store may be used from any thread and needs no closi
 line. A write is a transaction: it keeps what was stored before.
 """
 
-import errno
 import os
 import sqlite3
 import time
@@ -40,49 +39,13 @@ from stageline.runtime.bench.records import (
     Status,
     Timeline,
 )
+from stageline.runtime.bench.store_failures import BUSY_S, failures_named
+from stageline.runtime.bench.store_schema import MIGRATIONS, VERSION
 from stageline.runtime.validation import first_error
 
-MIGRATIONS = (
-    """
-    CREATE TABLE runs (
-        id TEXT PRIMARY KEY,
-        created REAL NOT NULL,
-        finished REAL,
-        name TEXT NOT NULL,
-        bundle TEXT NOT NULL,
-        bundle_digest TEXT NOT NULL,
-        status TEXT NOT NULL,
-        error TEXT,
-        cancel INTEGER NOT NULL DEFAULT 0,
-        seen REAL NOT NULL,
-        progress TEXT NOT NULL,
-        headlines TEXT NOT NULL,
-        data TEXT NOT NULL
-    );
-    CREATE INDEX runs_by_time ON runs (created);
-    CREATE INDEX runs_by_bundle ON runs (bundle_digest, created);
-    CREATE TABLE measurements (
-        run TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
-        number INTEGER NOT NULL,
-        data TEXT NOT NULL,
-        PRIMARY KEY (run, number)
-    );
-    CREATE TABLE blobs (
-        run TEXT NOT NULL REFERENCES runs (id) ON DELETE CASCADE,
-        measurement INTEGER NOT NULL,
-        kind TEXT NOT NULL,
-        part INTEGER NOT NULL,
-        data BLOB NOT NULL,
-        PRIMARY KEY (run, measurement, kind, part)
-    );
-    """,
-)
-"""Turn version n of the schema into version n + 1. Never change a released one: add another."""
-VERSION = len(MIGRATIONS)
 LOST_AFTER_S = 60.0
 """A running run whose process has reported nothing for this long counts as failed. It reports every second."""
 _APPLICATION = 0x53544C4E  # "STLN", in SQLite's file header
-_BUSY_S = 10.0
 _PART = 100_000  # requests in a blob
 
 _RUN = pydantic.TypeAdapter(Run)
@@ -341,7 +304,7 @@ class Store:
         if not self.path.exists():
             yield None
             return
-        with self._failures_named(), closing(self._open("ro")) as db:
+        with failures_named(self.path), closing(self._open("ro")) as db:
             version = self._version(db)
             if version == 0:
                 yield None
@@ -355,7 +318,7 @@ class Store:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """The open file, its schema up to date, in a transaction that is undone if the block raises."""
-        with self._failures_named():
+        with failures_named(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._open("rwc")) as db:
                 if self._version(db) < VERSION:
@@ -381,7 +344,7 @@ class Store:
         uri = f"{path.as_uri()}?mode={mode}"
         if mode == "ro" and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
             uri += "&immutable=1"  # readers, too, create files beside it; here nobody can
-        return sqlite3.connect(uri, timeout=_BUSY_S, isolation_level=None, uri=True)
+        return sqlite3.connect(uri, timeout=BUSY_S, isolation_level=None, uri=True)
 
     def _version(self, db: sqlite3.Connection) -> int:
         """The version of the file's schema; 0: none yet. StoreError if the file is not a store, or is too new."""
@@ -397,37 +360,11 @@ class Store:
             )
         return version
 
-    @contextmanager
-    def _failures_named(self) -> Iterator[None]:
-        """Turns SQLite's failures into a StoreError that says what to do."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = (error.sqlite_errorcode if hasattr(error, "sqlite_errorcode") else 0) & 0xFF
-            if code in _FAILURES:
-                raise StoreError(f"store {self.path} {_FAILURES[code]}") from error
-            raise StoreError(f"store {self.path}: {error}") from error
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = f"cannot be used ({error.strerror}); choose another file with --store"
-            raise StoreError(f"store {self.path} {_FAILURES[sqlite3.SQLITE_FULL] if full else reason}") from error
-
 
 _LINE = (
     "id, name, created, finished, bundle, bundle_digest, status, error, progress, headlines, seen, "
     "CASE WHEN json_valid(data) THEN json_extract(data, '$.checkpoint') END"
 )
-_FAILURES = {
-    sqlite3.SQLITE_BUSY: f"is locked by another program for more than {_BUSY_S:g} s; end that program, or try again",
-    sqlite3.SQLITE_LOCKED: f"is locked by another program for more than {_BUSY_S:g} s; end that program, or try again",
-    sqlite3.SQLITE_READONLY: "is read-only; make it writable, or choose another file with --store",
-    sqlite3.SQLITE_FULL: "cannot grow: the disk is full; free some space. Everything stored before is kept",
-    sqlite3.SQLITE_CORRUPT: "is damaged; restore a copy of it, or move it away to start a new one",
-    sqlite3.SQLITE_NOTADB: "is not a store, or is damaged; restore a copy of it, or choose another file with --store",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check that its folder exists and can be written, or choose another "
-    "file with --store",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk failed, or is full; everything stored before is kept",
-}
 
 
 def _json(kind: "pydantic.TypeAdapter[_T]", value: _T) -> str:

@@ -214,7 +214,7 @@ def test_a_locked_store_is_reported(
     filled_store: Path, tmp_path: Path, started_with: StartedWith, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Path(shutil.copy(filled_store, tmp_path / "bench.sqlite"))
-    monkeypatch.setattr("stageline.runtime.bench.store._BUSY_S", 0.1)
+    monkeypatch.setattr("stageline.runtime.bench.store.BUSY_S", 0.1)
     started_with("--store", store)
     holder = sqlite3.connect(store, isolation_level=None)
     try:

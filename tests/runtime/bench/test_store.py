@@ -19,7 +19,8 @@ import synthetic_runs
 from stageline.models.errors import StoreError
 from stageline.runtime.bench import store as module
 from stageline.runtime.bench.records import Load, Progress, Requests, Run, Timeline
-from stageline.runtime.bench.store import LOST_AFTER_S, VERSION, Store, default_path
+from stageline.runtime.bench.store import LOST_AFTER_S, Store, default_path
+from stageline.runtime.bench.store_schema import VERSION
 from stageline.runtime.options import PipelineOptions
 
 
@@ -281,7 +282,7 @@ def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_locked_store_is_reported(kept: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BUSY_S", 0.05)
+    monkeypatch.setattr(module, "BUSY_S", 0.05)
     holder = sqlite3.connect(kept.path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="is locked by another program"):
