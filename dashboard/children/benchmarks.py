@@ -24,6 +24,7 @@ class Launcher:
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
         self._children: dict[str, _Child] = {}
+        turn.believe(self.failure)
         turn.ask(lambda: f"run {alive} is running" if (alive := self._starting()) else None)
 
     def start(self, store: Store, order: Order) -> str:

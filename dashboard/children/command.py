@@ -1,8 +1,10 @@
 """The `stageline` command as a child process, as a user would run it, and the reason that it gives for a failure."""
 
+import re
 import sys
 
 _PROGRAM = "import sys; from stageline.exporter.commands.cli import main; sys.exit(main())"
+_PROGRESS = re.compile(r"\s*\d+% .*|run \S+")
 
 
 def stageline(*arguments: str) -> list[str]:
@@ -11,5 +13,6 @@ def stageline(*arguments: str) -> list[str]:
 
 
 def reason(stderr: str, otherwise: str) -> str:
-    """Why the command failed: its last line, or `otherwise` if it said nothing."""
-    return (stderr.strip().splitlines() or [otherwise])[-1].removeprefix("stageline: ")
+    """Why the command failed: its last line, or `otherwise` if it said nothing, or only how far it was."""
+    said = [line for line in stderr.strip().splitlines() if not _PROGRESS.fullmatch(line)]
+    return (said or [otherwise])[-1].removeprefix("stageline: ")

@@ -15,16 +15,26 @@ class Turn:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._children: list[Callable[[], str | None]] = []
+        self._failed: list[Callable[[str], str | None]] = []
 
     def ask(self, child: Callable[[], str | None]) -> None:
         """From now on ask `child`, too: it says in a few words what its process measures now, or None."""
         self._children.append(child)
 
+    def believe(self, failed: Callable[[str], str | None]) -> None:
+        """From now on a run does not run any more, whatever the store says, if `failed` gives a reason for its id."""
+        self._failed.append(failed)
+
+    def runs(self, store: Store) -> list[str]:
+        """The ids of the store's running runs, newest first, whoever started them, without those that are known to have
+        died."""
+        return [one for one in running(store) if not any(failed(one) for failed in self._failed)]
+
     def taken(self, store: Store) -> str | None:
         """What is being measured, by this dashboard or, as far as the store shows it, by anyone; None: nothing."""
         with self.lock:
             said = next(filter(None, (child() for child in self._children)), None)
-            return said or next((f"run {run_id} is running" for run_id in running(store)), None)
+            return said or next((f"run {run_id} is running" for run_id in self.runs(store)), None)
 
     def check_free(self, store: Store) -> None:
         """StagelineError if anything is being measured."""
@@ -34,5 +44,5 @@ class Turn:
 
 
 def running(store: Store) -> list[str]:
-    """The ids of the store's running runs, newest first, whoever started them."""
+    """The ids of the runs that the store believes to be running, newest first."""
     return [line.id for line in store.runs(_NEWEST) if line.status == "running"]

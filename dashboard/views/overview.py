@@ -7,7 +7,8 @@ import streamlit as st
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import as_typed
 from stageline.dashboard.views.common import draw, page
-from stageline.dashboard.views.recorded import RECENT, differences_caption, lines, named_runs, no_runs, run_of
+from stageline.dashboard.views.launching import turn
+from stageline.dashboard.views.recorded import RECENT, differences_caption, lines, named_runs, no_runs, run_of, store
 from stageline.models.errors import StagelineError
 from stageline.runtime import words
 from stageline.runtime.bench.compare import MARGIN, compare, incomparable, overall
@@ -52,14 +53,19 @@ def show() -> None:
 
 
 def _running(found: list[RunLine]) -> None:
-    if any(line.status == "running" for line in found):
+    if _runs(found):
         _follow()
+
+
+def _runs(found: list[RunLine]) -> list[RunLine]:
+    ids = turn().runs(store())
+    return [line for line in found if line.id in ids]
 
 
 @st.fragment(run_every=2.0)
 def _follow() -> None:
     """The runs that are running now; the whole page is drawn again once they have ended."""
-    now = [line for line in lines() if line.status == "running"]
+    now = _runs(lines())
     if not now:
         st.rerun()
     for line in now:
@@ -110,7 +116,9 @@ def _answer(run: Run) -> None:
         return
     with st.container(border=True, key="answer"):
         st.markdown(f"**{name}: {answer.achieved}**{ending} {answer.rest} `{answer.command}`")
-        st.caption(" ".join(statements.capacity_lines(run)))
+        limits = statements.capacity_lines(run)
+        if limits:
+            st.caption(" ".join(limits))
 
 
 def _load(run: Run) -> Measurement | None:

@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import streamlit as st
 from stageline.dashboard.children.order import Order
-from stageline.dashboard.children.turn import running
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import DashboardSettings, as_typed, usable_engines
 from stageline.dashboard.views import address
@@ -25,6 +24,7 @@ from stageline.runtime.bundle.folder import read_manifest
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import WeightDtype
 from stageline.runtime.options import PipelineOptions
+from stageline.runtime.report import wording
 
 _REFRESH_S = 1.0
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ _TOKENS = 32
 )
 def show() -> None:
     """Draw the page."""
-    current = next(iter(running(store())), None) or launcher().starting()
+    current = next(iter(turn().runs(store())), None) or launcher().starting()
     if current:
         _following(current)
     elif "run" in st.query_params:
@@ -59,7 +59,8 @@ def show() -> None:
 def _following(run_id: str) -> None:
     """The progress of a run; when it has ended, the whole page is drawn again."""
     run = _if_begun(run_id)
-    if (run is None and launcher().starting() != run_id) or (run is not None and run.status != "running"):
+    begun = run is not None and run.status == "running" and launcher().failure(run_id) is None
+    if not begun and launcher().starting() != run_id:
         st.query_params["run"] = run_id
         st.rerun()
     with st.container(border=True, key="progress"):
@@ -104,7 +105,7 @@ def _live(run: Run) -> None:
     if figures:
         with st.grid(min_column_width=150, gap="xsmall"):
             for name, figure in figures:
-                st.metric(results.figure_label(name), results.figure_text(figure), border=True, height="stretch")
+                st.metric(results.figure_label(name), wording.value(figure, unit=False), border=True, height="stretch")
 
 
 def _so_far(run: Run) -> None:

@@ -98,12 +98,12 @@ class LayerProfile(Data):
 
     @property
     def weights(self) -> dict[str, int]:
-        """Bytes of all stages' weights by type."""
+        """Bytes of all stages' weights by type, the most first."""
         found: dict[str, int] = {}
         for stage in self.stages:
             for dtype, count_bytes in stage.weights.items():
                 found[dtype] = found.get(dtype, 0) + count_bytes
-        return found
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
 def heaviest(step: StepTimes, count: int) -> list[tuple[int, Layer]]:

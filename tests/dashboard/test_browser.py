@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import time
@@ -34,6 +36,11 @@ PAGES = {
     "Engines": "/engines",
     "Environment": "/environment",
 }
+axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+AXE = Path(axe.__file__).with_name("axe.min.js").read_text()
+ACCESSIBLE = """() => axe.run({exclude: ['.window_brush', '.window_brush_bg']}, {
+  runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'], rules: {list: {enabled: false}, listitem: {enabled: false}},
+})"""
 CHART = "[data-testid=stVegaLiteChart] :is(canvas, svg.marks)"
 # Where a page's address has a path, Streamlit's page looks for the server there before it looks at the root.
 PROBES = re.compile(r"/_stcore/(health|host-config)$")
@@ -103,6 +110,18 @@ class Window:
         shows = "text => document.querySelector('[data-testid=stMain]').textContent.includes(text)"
         self.page.wait_for_function(shows, arg=text, timeout=40_000)
 
+    def check_accessible(self) -> None:
+        """Nothing that axe-core finds against WCAG 2.1, levels A and AA, but for two things that are not ours: how
+        Streamlit nests its navigation's list, and Vega's names for the two rectangles of a window on a chart."""
+        self.page.evaluate(AXE)
+        found = self.page.evaluate(ACCESSIBLE)
+        wrong = [
+            f"{one['id']}: {node['html'][:160]} {node['failureSummary']}"
+            for one in found["violations"]
+            for node in one["nodes"]
+        ]
+        assert not wrong, "\n".join(wrong)
+
     def check(self) -> None:
         """No exception box, nothing wrong in the console, no call to elsewhere, nothing wider than the window."""
         self._look()
@@ -158,6 +177,7 @@ def test_every_page_is_whole_with_runs(size: tuple[int, int], theme: str, window
     for head, path in PAGES.items():
         opened.open(path, head)
         opened.check()
+        opened.check_accessible()
 
 
 def test_every_page_says_what_to_do_in_an_empty_store(window: Callable[..., Window], tmp_path: Path) -> None:
@@ -393,6 +413,89 @@ def test_live_says_what_a_service_with_a_key_says(window: Callable[..., Window],
         process.communicate()
 
 
+@pytest.fixture
+def own(bundles: Path) -> Iterator[Path]:
+    """A bundle among the server's that may be changed."""
+    copy = Path(shutil.copytree(bundles / "llama", bundles / "own"))
+    yield copy
+    shutil.rmtree(copy, ignore_errors=True)
+
+
+def test_machine_layers_and_cuts_are_measured_from_the_pages(window: Callable[..., Window], own: Path) -> None:
+    opened, other = window(), window(NARROW, "dark")
+    opened.open("/plan?bundle=own", "Plan")
+    opened.await_text("This machine is not measured yet")
+    opened.press("Profile")
+    opened.await_text("Profiling own")
+    other.open("/run?bundle=llama", "Run a benchmark")  # a second browser cannot disturb it
+    assert other.button("Start").is_disabled()
+    other.open("/engines?bundle=own", "Engines")
+    other.await_text("Profiling own")
+    opened.button("Profile again").wait_for(timeout=90_000)
+    assert "This machine is not measured yet" not in opened.text()
+    PRESSED.add(("Plan", "Profile again"))  # the same button
+    other.button("Time its layers").wait_for(timeout=40_000)
+    other.settled()
+    other.press("Time its layers")
+    other.await_text("The heaviest layer is")
+    other.page.locator(CHART).first.wait_for()
+    other.check()
+    opened.press("Measure this cut")
+    opened.await_text("Measuring own")
+    opened.press("Cancel")
+    opened.await_text("Cancelled")
+    opened.check()
+    opened.open("/plan?bundle=own", "Plan")
+    opened.button("Measure this cut").wait_for()
+    shutil.rmtree(own)
+    opened.press("Measure this cut")
+    opened.await_text("The bundle own is not in")
+    opened.check()
+
+
+def unprivileged(command: list[str]) -> list[str]:
+    """For root, too, a file may be read-only."""
+    return ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", *command] if os.geteuid() == 0 else command
+
+
+def test_stores_that_fail_under_a_running_dashboard_are_told_and_it_goes_on(
+    window: Callable[..., Window], filled_store: Path, bundles: Path, tmp_path: Path
+) -> None:
+    store, whole = tmp_path / "bench.sqlite", filled_store.read_bytes()
+
+    def put(data: bytes | None) -> None:
+        for name in ("bench.sqlite", "bench.sqlite-wal", "bench.sqlite-shm"):
+            (tmp_path / name).unlink(missing_ok=True)
+        if data is not None:
+            store.write_bytes(data)
+
+    command = unprivileged(stageline("dashboard", "--store", str(store), "--bundles", str(bundles)))
+    newer = whole[:60] + (99).to_bytes(4, "big") + whole[64:]  # SQLite's user_version
+    with served(command) as (url, process):
+        opened = window(WIDE, "light", url)
+        for data, said in (
+            (None, "No benchmark run yet"),
+            (whole[:4096] + bytes(len(whole) - 4096), "is damaged"),
+            (newer, "install a newer stageline"),
+            (whole, "llama, 2 stages"),
+        ):
+            put(data)
+            opened.open("/", "Overview")
+            opened.await_text(said)
+        store.chmod(0o400)
+        order(opened, "1")
+        opened.await_text("is read-only; make it writable")
+        store.chmod(0o600)
+        # Room for what SQLite keeps beside a file that is read, and for no more, as on a full disk.
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (32768, resource.RLIM_INFINITY))
+        order(opened, "1")
+        opened.await_text("everything stored before is kept")
+        resource.prlimit(process, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        opened.open("/", "Overview")
+        opened.await_text("llama, 2 stages")
+        opened.check()
+
+
 def test_a_read_only_dashboard_starts_nothing(window: Callable[..., Window], filled_store: Path, bundles: Path) -> None:
     command = stageline("dashboard", "--store", str(filled_store), "--bundles", str(bundles), "--read-only")
     with served(command) as (url, _):
@@ -404,3 +507,11 @@ def test_a_read_only_dashboard_starts_nothing(window: Callable[..., Window], fil
             opened.open(path, head)
             assert opened.page.locator(BUTTONS).count() == 0
         opened.check()
+
+
+def test_every_button_of_every_page_was_pressed(request: pytest.FixtureRequest) -> None:
+    here = {item.name for item in request.session.items if item.path == request.path}
+    if len(here) < sum(line.startswith("def test_") for line in request.path.read_text().splitlines()):
+        pytest.skip("the other tests of this file press them, and not all of them ran")
+    assert SEEN
+    assert set() == SEEN - PRESSED

@@ -1,5 +1,6 @@
 """Benchmarks started from a page: one at a time, with their errors, on a copy if the cut differs."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,3 +52,22 @@ def test_a_bundle_that_is_gone_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(StagelineError, match="gone is gone; choose another"):
         launcher.start(Store(tmp_path / "bench.sqlite"), Order(tmp_path / "gone"))
     assert launcher.starting() is None
+
+
+def test_a_run_whose_process_died_runs_no_more_whatever_the_store_says(
+    bundles: Path, tmp_path: Path, ended: Ended
+) -> None:
+    store, turn = Store(tmp_path / "bench.sqlite"), Turn()
+    launcher = Launcher(turn)
+    run_id = launcher.start(store, Order(bundles / "llama", concurrency="1", seconds=60.0, repeats=1, new_tokens=4))
+    deadline = time.monotonic() + 60
+    while not running(store):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert turn.runs(store) == [run_id]
+    launcher._children[run_id].process.kill()
+    ended(launcher)
+    assert running(store) == [run_id]
+    assert turn.runs(store) == []
+    assert turn.taken(store) is None
+    assert launcher.failure(run_id) == "it ended with status -9"
