@@ -196,7 +196,8 @@ class Check:
 
     def _ratios(self) -> None:
         said = re.findall(
-            r"Stageline (is|has) ([\d.,]+) times (?:the latency of )?(\S+), ([^(]+?) \(95 %: (\S+) to (\S+)\)\.",
+            r"Stageline (is|has) ([\d.,]+) times (?:the latency of )?(\S+), ([^(]+?) "
+            r"\(95 %: (under 0.001|\S+) to (over 1,000|\S+)\)\.",
             self.text,
         )
         for verb, value, contender, load, low, high in set(said):
@@ -204,7 +205,11 @@ class Check:
             self._note(f"{contender}, {load}", verb, "", verb == ("has" if label == "latency p50" else "is"))
             wanted = welch(*(self.raw[name, load].values(label) for name in (contender, OURS)))
             for shown, right in zip((value, low, high), wanted, strict=True):
-                self._near(f"ratio to {contender}, {load}", shown, right)
+                if shown in ("under 0.001", "over 1,000"):
+                    beyond = right < 1e-3 if shown == "under 0.001" else right > 1000
+                    self._note(f"ratio to {contender}, {load}", shown, right, beyond)
+                else:
+                    self._near(f"ratio to {contender}, {load}", shown, right)
         pairs = {
             (contender, load) for contender, load in self.raw if contender != OURS and self._comparable(contender, load)
         }
