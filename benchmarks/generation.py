@@ -32,12 +32,12 @@ Run = Callable[[list[list[int]], int], None]
 PROMPT, NEW = 64, 48
 
 
-def stageline(bundle: str, threads: int, quantise: Any, slots: int) -> tuple[Run, Any]:
+def stageline(bundle: str, engine: str, threads: int, quantise: Any, slots: int) -> tuple[Run, Any]:
     """Our pipeline, opened as for a service."""
     from stageline.runtime.generation.request import GenerationRequest, Sampling
     from stageline.runtime.pipeline import Pipeline
 
-    pipeline = Pipeline.open(bundle, threads=threads, quantise=quantise, slots=slots, capacity=1024)
+    pipeline = Pipeline.open(bundle, engine=engine, threads=threads, quantise=quantise, slots=slots, capacity=1024)
 
     def run(prompts: list[list[int]], new: int) -> None:
         sampling = Sampling(max_tokens=new, min_tokens=new)
@@ -132,13 +132,13 @@ def poisson(pipeline: Any, rate: float, count: int) -> dict[str, float]:
     }
 
 
-def worker(kind: str, model: str, threads: int, quantise: str | None, slots: int) -> None:
+def worker(kind: str, model: str, engine: str, threads: int, quantise: str | None, slots: int) -> None:
     """One contender: reads commands as JSON lines and answers with seconds."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # peers print; stdout is for answers
     pipeline = None
     if kind == "stageline":
-        run, pipeline = stageline(model, threads, quantise, slots)
+        run, pipeline = stageline(model, engine, threads, quantise, slots)
     else:
         run = {"genai": genai, "openvino": openvino, "transformers": hugging_face}[kind](model)
     print("ready", file=out, flush=True)
@@ -202,11 +202,17 @@ def main() -> None:
         from stageline.runtime.bundle.recut import recut_copy
 
         bundles = {n: str(recut_copy(arguments.bundle, Path(folder) / str(n), n).path) for n in (1, 2)}
-        wanted = {
-            "stageline fp32, 1 stage x 2 threads": ("stageline", bundles[1], "2", "", slots),
-            "stageline fp32, 2 stages x 1 thread": ("stageline", bundles[2], "2", "", slots),
-            "stageline int8, 1 stage x 2 threads": ("stageline", bundles[1], "2", "int8", slots),
-            "stageline int4, 1 stage x 2 threads": ("stageline", bundles[1], "2", "int4", slots),
+        wanted: dict[str, tuple[Any, ...]] = {
+            f"stageline {engine} {weights}, {shape}": ("stageline", bundles[stages], engine, "2", quantise, slots)
+            for engine in ("onnxruntime", "openvino")
+            for weights, quantise, stages, shape in (
+                ("fp32", "", 1, "1 x 2 threads"),
+                ("fp32", "", 2, "2 x 1 thread"),
+                ("int8", "int8", 1, "1 x 2 threads"),
+                ("int4", "int4", 1, "1 x 2 threads"),
+            )
+        }
+        wanted |= {
             "onnxruntime-genai fp32": ("genai", arguments.genai_fp32),
             "onnxruntime-genai int4": ("genai", arguments.genai_int4),
             "openvino-genai, Q4_1 gguf": ("openvino", arguments.gguf),
@@ -237,27 +243,27 @@ def main() -> None:
             results[name]["peak_mib"] = contender.peak_mib
             contender.process.terminate()
     for kind in ("decode", "total"):
-        print(f"\n{kind + ' tokens/s, streams:':38}" + "".join(f"{n:>8}" for n in streams))
+        print(f"\n{kind + ' tokens/s, streams:':42}" + "".join(f"{n:>8}" for n in streams))
         for name, found in results.items():
-            print(f"{name:38}" + "".join(f"{found[kind][n]:8.0f}" for n in streams))
-    print(f"\n{'':38}{'prefill/s':>10}{'peak MiB':>10}")
+            print(f"{name:42}" + "".join(f"{found[kind][n]:8.0f}" for n in streams))
+    print(f"\n{'':42}{'prefill/s':>10}{'peak MiB':>10}")
     for name, found in results.items():
-        print(f"{name:38}{found['prefill']:10.0f}{found['peak_mib']:10.0f}")
-    print(f"\n{'Poisson arrivals at 70 % of 8 streams':38}{'req/s':>7}" + "".join(
+        print(f"{name:42}{found['prefill']:10.0f}{found['peak_mib']:10.0f}")
+    print(f"\n{'Poisson arrivals at 70 % of 8 streams':42}{'req/s':>7}" + "".join(
         f"{kind + ' p' + p:>10}" for kind in ("TTFT", "TPOT") for p in ("50", "90", "99")
     ))  # fmt: skip
     for name, found in results.items():
         if "poisson" in found:
             p = found["poisson"]
             values = [1e3 * p[f"{kind}_p{at}_s"] for kind in ("ttft", "tpot") for at in (50, 90, 99)]
-            print(f"{name:38}{p['rate']:7.2f}" + "".join(f"{value:7.0f} ms" for value in values))
+            print(f"{name:42}{p['rate']:7.2f}" + "".join(f"{value:7.0f} ms" for value in values))
     if arguments.json:
         arguments.json.write_text(json.dumps({"cores": os.cpu_count(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        given = sys.argv[sys.argv.index("--worker") + 1 :] + [""] * 4
-        worker(given[0], given[1], int(given[2] or 2), given[3] or None, int(given[4] or 8))
+        given = sys.argv[sys.argv.index("--worker") + 1 :] + [""] * 5
+        worker(given[0], given[1], given[2] or "onnxruntime", int(given[3] or 2), given[4] or None, int(given[5] or 8))
     else:
         main()

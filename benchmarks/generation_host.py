@@ -33,7 +33,7 @@ def main() -> None:
     rows = []
     print(f"{'':28}{'streams':>8}{'stages':>8}{'us/step':>11}{'us/token':>12}")
     for kind, sampling in kinds.items():
-        for streams, stages in ((1, 1), (8, 1), (8, 2), (32, 2)):
+        for streams, stages in ((1, 1), (8, 1), (32, 1), (8, 2), (32, 2)):
             found = [1e6 * step_s(decoder, streams, stages, sampling) for _ in range(arguments.rounds)]
             step_us = statistics.median(found)
             token_us = step_us / (streams / min(stages, streams))

@@ -175,7 +175,8 @@ class Bench:
                     self._stage(timings, int(end - count), int(end)), share[0], contention=self._contention(timings)
                 )
             )
-        return Setting(tuple(stages), host_step_s=self.profile.host_step_s, host_row_s=self.profile.host_row_s)
+        host = self.profile.host_step_s, self.profile.host_row_s
+        return Setting(tuple(stages), host_step_s=host[0], host_row_s=host[1], packs=True)
 
     def _stage(self, timings: Timings, first: int, end: int) -> Callable[[Shape], float]:
         handover_s = self.profile.handover_s if first else 0.0

@@ -1,14 +1,15 @@
 """How a pipeline is opened: one frozen choice, checked once, for the library, the commands and the dashboard."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, get_args
 
 from stageline.models.errors import RequestError
 from stageline.runtime.bundle.manifest import Manifest
-from stageline.runtime.engines import CacheDtype, CacheSize, WeightDtype
+from stageline.runtime.engines import ON_GPUS, WITH_BLOCKS, CacheDtype, CacheSize, WeightDtype
 
 RebalanceMode = Literal["off", "advise", "auto"]
+MIN_TOKENS = 64  # of all caches together
 DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "quantise": (*get_args(WeightDtype), None),
@@ -29,6 +30,7 @@ class OpenKeywords(TypedDict, total=False):
     slots: int
     capacity: int | None
     cache_dtype: CacheDtype | None
+    cache_memory: int | None
     prefill_chunk: int | None
     rebalance: RebalanceMode
 
@@ -55,6 +57,9 @@ class PipelineOptions:
     """Tokens of a prompt and its continuation together. None: as many as the model can place, at most 2048."""
     cache_dtype: CacheDtype | None = None
     """What the caches hold. None: what the engine prefers."""
+    cache_memory: int | None = None
+    """Max bytes of the caches of all stages. With openvino, rows have parts of it as they grow, and wait for each other
+    where it is full; with the other engines each slot reserves its capacity. None: all slots can be full."""
     prefill_chunk: int | None = None
     """Max tokens of a prompt per step, so that a long prompt does not hold up the others. None: as many as keep the
     devices busy, 128 on CPUs and 512 on GPUs."""
@@ -63,7 +68,7 @@ class PipelineOptions:
     ("auto"); docs/how-to/recut.md."""
 
     def __post_init__(self) -> None:
-        for name in ("threads", "queue", "micro_batch", "slots", "capacity", "prefill_chunk"):
+        for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1")
@@ -74,11 +79,36 @@ class PipelineOptions:
         object.__setattr__(self, "devices", tuple(self.devices) if self.devices else None)
 
     def cache_size(self, manifest: Manifest) -> CacheSize | None:
-        """The caches of a bundle's stages; None for a model without. RequestError if the model places fewer tokens."""
+        """The caches of a bundle's stages; None for a model without. RequestError if the model places fewer tokens, or
+        they do not fit their memory."""
         max_positions = manifest.max_positions
         if self.capacity is not None and max_positions is not None and self.capacity > max_positions:
             raise RequestError(f"capacity is {self.capacity}, the model can place {max_positions} tokens; lower it")
         if not manifest.cached:
             return None
         capacity = self.capacity or min(max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
-        return CacheSize(self.slots, capacity, self.cache_dtype)
+        chunk = min(capacity, self.prefill_chunk or CacheSize.chunk)
+        size = CacheSize(self.slots, capacity, self.cache_dtype, chunk=chunk)
+        if self.cache_memory is None:
+            return size
+        token_bytes = self._token_bytes(manifest)
+        tokens = self.cache_memory // token_bytes
+        if self.engine not in WITH_BLOCKS:
+            if self.slots * capacity > tokens:
+                raise RequestError(
+                    f"cache_memory is {self.cache_memory:,} bytes; {self.slots} slots of {capacity} tokens take "
+                    f"{self.slots * capacity * token_bytes:,}: lower slots or capacity"
+                )
+            return size
+        if tokens < (self.capacity or MIN_TOKENS):
+            raise RequestError(
+                f"cache_memory is {self.cache_memory:,} bytes, which hold {tokens} tokens; a row of "
+                f"{self.capacity or MIN_TOKENS} takes {(self.capacity or MIN_TOKENS) * token_bytes:,}"
+            )
+        return replace(size, capacity=min(capacity, tokens), tokens=tokens)
+
+    def _token_bytes(self, manifest: Manifest) -> int:
+        """Bytes of a token in all caches."""
+        values = sum(spec.heads * (spec.key_size + spec.value_size) for s in manifest.stages for spec in s.caches)
+        dtype = self.cache_dtype or ("float16" if self.engine in ON_GPUS else "float32")
+        return values * {"float16": 2, "float32": 4}[dtype]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from stageline.dashboard.charts.base import AUTOSIZE, GREY, TOP, Rows, Spec, category, quantity, values
 
-KINDS = ("batch", "prefill", "decode", "copy")
+KINDS = ("batch", "prefill", "decode", "mixed", "copy")
 WINDOW = "window"
 """The selection of a part of the time axis."""
 _SELECTION: Spec = {

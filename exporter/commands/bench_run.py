@@ -115,6 +115,7 @@ def run_command(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Model of the URL (default: its first).")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="STAGELINE_API_KEY", help="API key for the URL.")] = None,
     engine: common.EngineOption = "onnxruntime",
+    error_budget: common.BudgetOption = None,
     devices: common.DevicesOption = None,
     threads: common.ThreadsOption = None,
     quantise: common.QuantiseOption = None,
@@ -176,7 +177,11 @@ def run_command(
     )  # fmt: skip
     trace = read_trace(arrivals, time_scale) if arrivals is not None else None
     opened = Bundle.open(hub.bundle_of(bundle))
-    pipeline = PipelineOptions(engine, common.split(devices), threads, _QUEUE, quantise=quantise, slots=slots)
+    pipeline = common.with_engine(
+        opened.path,
+        PipelineOptions(engine, common.split(devices), threads, _QUEUE, quantise=quantise, slots=slots),
+        error_budget,
+    )
     output = None if new_tokens is None else Lengths.parse(new_tokens)
     shared = None if prefixes is None else Prefixes.parse(prefixes)
     shape = _shape(opened, Shape(rows, output, turns, turn_delay, shared))

@@ -13,7 +13,7 @@ import typer
 from stageline.models.errors import RequestError, StagelineError
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import WeightDtype
-from stageline.runtime.options import DEFAULT_CAPACITY
+from stageline.runtime.options import DEFAULT_CAPACITY, PipelineOptions
 from stageline.runtime.workload import Workload
 
 if TYPE_CHECKING:
@@ -39,7 +39,19 @@ StoreOption = Annotated[
     typer.Option(metavar="FILE", help="The benchmark runs' store (default: in the user's data folder)."),
 ]
 LayersOption = Annotated[str | None, typer.Option(metavar="N,N,...", help="Blocks of each stage, such as 8,7,9.")]
-EngineOption = Annotated[EngineName, typer.Option(help="What runs the stages; see stageline doctor.")]
+EngineOption = Annotated[
+    Literal["onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt", "auto"],
+    typer.Option(help="What runs the stages; see stageline doctor. auto: the fastest, measured once."),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--error-budget",
+        min=0,
+        metavar="E",
+        help="With --engine auto: also quantised weights, up to an error such as 0.05.",
+    ),
+]
 DevicesOption = Annotated[
     str | None,
     typer.Option(
@@ -175,3 +187,23 @@ def share_shown() -> Iterator[Callable[[float, str], None]]:
             return
         task = bar.add_task("opening", total=1.0)
         yield lambda share, step: bar.update(task, completed=share, description=step)
+
+
+def with_engine(bundle: Path, options: PipelineOptions, budget: float | None) -> PipelineOptions:
+    """The options with an engine: for `auto` the one that is fastest on this bundle, which it says on stderr.
+
+    A usage error for a budget that nothing would use.
+    """
+    if options.engine != "auto":
+        if budget is not None:
+            raise UsageError("--error-budget is for --engine auto")
+        return options
+    from stageline.runtime.engine_choice import chosen
+
+    def tell(line: str) -> None:
+        print(f"stageline: {line}", file=sys.stderr)
+
+    choice = chosen(bundle, options, budget, tell)
+    for line in choice.lines():
+        tell(line)
+    return choice.applied(options)

@@ -5,7 +5,14 @@ from typing import Annotated, Any
 
 import typer
 from stageline.exporter.commands import hub, show
-from stageline.exporter.commands.common import JsonOption, UsageError, print_result
+from stageline.exporter.commands.common import (
+    BudgetOption,
+    EngineOption,
+    JsonOption,
+    UsageError,
+    print_result,
+    with_engine,
+)
 from stageline.models.errors import RequestError
 from stageline.runtime.bundle.folder import read_manifest
 from typer.core import TyperCommand
@@ -56,6 +63,8 @@ def run_command(
         str | None,
         typer.Option(metavar="NAME", help="sentence-similarity: which of the model's prompts stands before each text."),
     ] = None,
+    engine: EngineOption = "onnxruntime",
+    error_budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run texts or images through a bundle and print its answers.
@@ -76,6 +85,7 @@ def run_command(
         text_classification,
         text_generation,
     )
+    from stageline.runtime.options import PipelineOptions
     from stageline.runtime.pipeline import Pipeline
 
     texts = text or []
@@ -92,13 +102,14 @@ def run_command(
     if bool(image) != (manifest.inputs[0].name == "pixel_values"):
         wanted = "text; give --text" if image else "images; give --image"
         raise RequestError(f"{bundle} is a model of {wanted}")
+    options = with_engine(bundle, PipelineOptions(engine), error_budget)
     if image:
-        with Pipeline.open(bundle) as pipeline:
+        with Pipeline.open(bundle, options) as pipeline:
             result = images(pipeline, image)
         names = [str(file) for file in image]
         print_result(as_json, {"task": task, "images": names, **result}, show.answer(task, names, result))
         return
-    with Pipeline.open(bundle) as pipeline:
+    with Pipeline.open(bundle, options) as pipeline:
         session = Session(bundle, manifest, pipeline, encoder_of(pipeline.bundle), prompt)
         if pair:
             result = text_classification(session, firsts, seconds)

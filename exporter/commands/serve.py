@@ -43,6 +43,7 @@ def serve_command(
         str | None, typer.Option(envvar="STAGELINE_API_KEY", help="Key that clients must send (default: none).")
     ] = None,
     engine: common.EngineOption = "onnxruntime",
+    error_budget: common.BudgetOption = None,
     devices: common.DevicesOption = None,
     threads: common.ThreadsOption = None,
     quantise: common.QuantiseOption = None,
@@ -50,6 +51,13 @@ def serve_command(
     capacity: common.CapacityOption = None,
     cache_dtype: Annotated[
         CacheDtype | None, typer.Option(help="Type of the KV cache (default: the engine's choice).")
+    ] = None,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of the KV cache, such as 2GB; with openvino, slots share it (default: all full).",
+        ),
     ] = None,
     queue: Annotated[
         int, typer.Option(min=1, help="Max unfinished requests per bundle; further ones get status 429.")
@@ -74,7 +82,7 @@ def serve_command(
 
     options = PipelineOptions(
         engine=engine, devices=common.split(devices), threads=threads, queue=queue, quantise=quantise, slots=slots,
-        capacity=capacity, cache_dtype=cache_dtype, rebalance=rebalance,
+        capacity=capacity, cache_dtype=cache_dtype, cache_memory=_bytes(cache_memory), rebalance=rebalance,
     )  # fmt: skip
     names = _names(bundles, name or [])
     if rebalance != "off":
@@ -82,7 +90,7 @@ def serve_command(
     folders = [hub.bundle_of(bundle) for bundle in bundles]
     with bound_socket(host, port) as listening, ExitStack() as stack:
         pipelines = {
-            called: stack.enter_context(Pipeline.open(folder, options))
+            called: stack.enter_context(Pipeline.open(folder, common.with_engine(folder, options, error_budget)))
             for called, folder in zip(names, folders, strict=True)
         }
         app = create_app(
@@ -99,6 +107,11 @@ def serve_command(
             print(f"serving {', '.join(names)} at {url}", flush=True)
 
         DrainingServer(app, list(pipelines.values()), drain_s, ready).run_until_signal(listening)
+
+
+def _bytes(size: str | None) -> int | None:
+    given = common.size_bytes(size, "--cache-memory")
+    return None if given is None else int(given)
 
 
 def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:

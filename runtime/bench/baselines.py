@@ -91,7 +91,7 @@ class _OneStage:
             if not self.bundle.manifest.cached:
                 stage = StageFile(0, self.file, self.bundle.path, ())
                 self.file = self.file.with_suffix(".float32.onnx")
-                self.file.write_bytes(lowered(stage, ir.DataType.FLOAT, None))
+                self.file.write_bytes(lowered(stage, ir.DataType.FLOAT, None).proto)
         except BaseException:
             self.close()
             raise

@@ -1,7 +1,7 @@
 """Helpers that read ONNX graphs: dtypes, sizes, and the cache of an operator."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 from stageline.runtime.bundle.manifest import BATCH, LENGTH, CacheSpec
@@ -24,6 +24,16 @@ def cache_of(node: ir.Node, name: str) -> CacheSpec:
     """The cache that a CacheAttention node reads and adds to."""
     _, key, value, *_ = node.inputs
     return CacheSpec(name=name, heads=static(key, 1), key_size=static(key, 3), value_size=static(value, 3))
+
+
+def dimensions(values: Iterable[ir.Value]) -> dict[str, tuple[int | str, ...]]:
+    """The sizes of inputs or outputs by name; a free dimension is its name."""
+    return {str(value.name): _sizes(value) for value in values}
+
+
+def _sizes(value: ir.Value) -> tuple[int | str, ...]:
+    assert value.shape is not None
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
 
 
 def static(value: ir.Value | None, axis: int) -> int:

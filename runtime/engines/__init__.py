@@ -11,6 +11,7 @@ from stageline.runtime.engines.base import (
     Device,
     Engine,
     EngineFactory,
+    PackedRows,
     Sampler,
     StageFile,
     Value,
@@ -20,12 +21,14 @@ from stageline.runtime.engines.base import (
 __all__ = [
     "ENGINES",
     "ON_GPUS",
+    "WITH_BLOCKS",
     "Array",
     "CacheDtype",
     "CacheSize",
     "Device",
     "Engine",
     "EngineFactory",
+    "PackedRows",
     "Sampler",
     "StageFile",
     "Value",
@@ -79,6 +82,9 @@ ENGINES: dict[str, Callable[[], EngineFactory]] = {
 
 ON_GPUS = frozenset({"onnxruntime-cuda", "tensorrt"})
 """The engines that run on GPUs; the others run on CPUs."""
+
+WITH_BLOCKS = frozenset({"openvino"})
+"""The engines whose caches are blocks that any row may have (`Engine.block_tokens`)."""
 
 
 def default_device(name: str) -> str:

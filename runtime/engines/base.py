@@ -17,6 +17,7 @@ __all__ = [
     "Device",
     "Engine",
     "EngineFactory",
+    "PackedRows",
     "Sampler",
     "StageFile",
     "Value",
@@ -48,6 +49,17 @@ class Engine(Protocol):
         """The most rows of a batch, for an engine that was built for no more; None: any."""
         ...
 
+    @property
+    def packs(self) -> bool:
+        """Whether `step` takes packed tokens. The pipeline packs the steps of stages that all do."""
+        ...
+
+    @property
+    def block_tokens(self) -> int | None:
+        """Tokens of a block, if its caches are blocks that any row may have; None: each slot has a row to itself. An
+        engine with blocks packs."""
+        ...
+
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> Mapping[str, Value]:
         """The named outputs of the stage for these inputs. Names in `inputs` that the stage does not read are ignored.
 
@@ -56,11 +68,18 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
-        """Like `run`, with the rows of the batch in cache slots `first_slot` and on, which grow by their new tokens.
+    def step(
+        self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: "int | PackedRows"
+    ) -> Mapping[str, Value]:
+        """Like `run`, with the rows of the batch in cache slots `rows` and on, which grow by their new tokens. Or on
+        the new tokens of packed rows alone, for an engine that packs.
 
-        The inputs hold `past_lengths` and `new_lengths` [rows]; the past and the padded length of every row together
-        fit the capacity. Only for an engine opened with a `CacheSize`.
+        The inputs of a range of slots hold `past_lengths` and `new_lengths` [rows]; the past and the padded length of
+        every row together fit the capacity. Of packed rows each token is a row of length 1 in the inputs and results:
+        `past_lengths` [tokens] is its place in its row, `new_lengths` [tokens] is 1, and `logits_at` [picks, 1] says
+        which of all tokens have their logits computed, [picks, 1, vocabulary].
+
+        Only for an engine opened with a `CacheSize`.
         """
         ...
 
@@ -86,6 +105,18 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """The rows of packed tokens, int64 [rows] each: the cache slot of each, the tokens that it holds, and how many new
+    ones there are, at least one. No slot comes twice. Where all engines' caches are blocks, `blocks` int32 are those of
+    the rows, one row after the other, as many as its tokens fill with the new ones; else None."""
+
+    slots: Array
+    past: Array
+    counts: Array
+    blocks: Array | None = None
+
+
+@dataclass(frozen=True)
 class StageFile:
     """A stage on disk. `file` is its ONNX graph; the graph's external data locations are relative to `folder`."""
 
@@ -98,11 +129,20 @@ class StageFile:
 @dataclass(frozen=True)
 class CacheSize:
     """The size of each cache of a stage: `slots` rows of at most `capacity` tokens, in `dtype` (None: the engine's
-    preference)."""
+    preference), and at most `tokens` in all where caches are blocks (None: as many as fit). A packed step has at most
+    `chunk` new tokens of a row."""
 
     slots: int
     capacity: int
     dtype: CacheDtype | None = None
+    tokens: int | None = None
+    chunk: int = 512
+
+    def blocks(self, size: int) -> int:
+        """How many blocks of `size` tokens that is; a row of the capacity fits."""
+        a_row = -(-self.capacity // size)
+        most = self.slots * a_row
+        return most if self.tokens is None else max(a_row, min(most, self.tokens // size))
 
 
 class Sampler(Protocol):

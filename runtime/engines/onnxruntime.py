@@ -15,14 +15,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import BATCH, LENGTH, PAST_LENGTHS, CacheSpec
+from stageline.runtime.bundle.manifest import BATCH, LENGTH, LOGITS_AT, PAST_LENGTHS, CacheSpec
 from stageline.runtime.devices.base import on_host
-from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
+from stageline.runtime.engines.base import Array, CacheSize, Device, PackedRows, StageFile, Value, WeightDtype
 from stageline.runtime.engines.host_caches import Kinds, allocated, scratch, taken
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import root_of
 from stageline.runtime.engines.lowering.flat_attention import padded_size
+from stageline.runtime.engines.lowering.group_query import row_inputs
 from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
+from stageline.runtime.engines.packing import packed, token_shape
 
 _BINDINGS = 64  # row ranges whose caches stay bound
 
@@ -33,7 +35,7 @@ class OnnxRuntimeEngine:
     The thread that runs the session is one of the session's threads; the others are pinned to a core each.
     """
 
-    max_rows = None
+    max_rows = block_tokens = None
 
     def __init__(
         self,
@@ -50,8 +52,9 @@ class OnnxRuntimeEngine:
         if dtype != np.float32 and not grouped:
             raise EngineError(f"ONNX Runtime {ort.__version__} has no {dtype} caches on CPUs; leave cache_dtype out")
         try:
+            graph = lowered(stage, ir.DataType.from_numpy(dtype), quantise, grouped)
             self._session = ort.InferenceSession(
-                lowered(stage, ir.DataType.from_numpy(dtype), quantise, grouped),
+                graph.proto,
                 options or session_options(stage, device.cores),
                 providers=["CPUExecutionProvider"],
             )
@@ -59,18 +62,16 @@ class OnnxRuntimeEngine:
             raise
         except Exception as error:  # the backend's exceptions have no common base
             raise EngineError(f"stage {stage.number} ({stage.file.name}) did not open: {first_line(error)}") from error
-        hidden = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self.input_names = tuple(value.name for value in inputs if value.name not in hidden)
-        self.output_names = tuple(value.name for value in outputs if value.name not in hidden)
-        self._shapes = {value.name: tuple(value.shape) for value in (*inputs, *outputs)}
-        self._dtypes = {value.name: _NUMPY.get(value.type, np.float32) for value in outputs}
-        self._specs, self._cache_dtype, self._padded = stage.caches, dtype, grouped
+        self._inputs, self._outputs = graph.inputs, graph.outputs
+        self.input_names, self.output_names = tuple(graph.inputs), tuple(graph.outputs)
+        self._dtypes = {value.name: _NUMPY.get(value.type, np.float32) for value in self._session.get_outputs()}
+        self.packs = grouped
+        self._specs, self._cache_dtype = stage.caches, dtype
         self._kinds: Kinds = {}
         self._slots: dict[str, Array] = {}
         if cache:
             for spec in stage.caches:
-                self._kinds |= self._kinds_of(spec, cache.slots, cache.capacity)
+                self._kinds |= self._kinds_of(spec, cache.slots, cache.capacity + (cache.chunk if grouped else 0))
             self._slots = allocated(self._kinds, stage.number, cache.slots, cache.capacity)
         self._bindings: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
 
@@ -80,25 +81,21 @@ class OnnxRuntimeEngine:
         if self._specs:
             rows, length = self._rows_and_length(arrays)
             buffers = scratch(self._kinds_of(spec, rows, length) for spec in self._specs)
-            return self._bound(self._binding(buffers), arrays, outputs)
+            return self._batch(arrays, outputs, 0, buffers)
         try:
             values = self._session.run(outputs, arrays)
         except Exception as error:
             raise self._failed(error) from error
         return dict(zip(outputs, values, strict=True))
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> dict[str, Array]:
         """See `Engine.step`."""
+        if not self._specs:
+            return self.run(inputs, outputs)
         arrays = on_host(inputs, self.input_names)
-        rows = len(arrays[PAST_LENGTHS])
-        key = (first_slot, rows, tuple(outputs))
-        binding = self._bindings.pop(key, None)
-        if binding is None:
-            binding = self._binding({n: buffer[first_slot : first_slot + rows] for n, buffer in self._slots.items()})
-        self._bindings[key] = binding
-        if len(self._bindings) > _BINDINGS:
-            self._bindings.popitem(last=False)
-        return self._bound(binding, arrays, outputs)
+        if isinstance(rows, int):
+            return self._batch(arrays, outputs, rows, None)
+        return self._tokens(arrays, outputs, rows, None)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`."""
@@ -128,34 +125,70 @@ class OnnxRuntimeEngine:
         self._session = None
 
     def _kinds_of(self, spec: CacheSpec, rows: int, tokens: int) -> Kinds:
-        """Keys and values of a cache. GroupQueryAttention takes one size for both."""
-        sizes = [padded_size(spec)] * 2 if self._padded else [spec.key_size, spec.value_size]
+        """Keys and values of a cache. GroupQueryAttention takes one size for both.
+
+        It also wants room behind each row for the widest one of a step, which it never writes to: memory that is not
+        written is not taken.
+        """
+        sizes = [padded_size(spec)] * 2 if self.packs else [spec.key_size, spec.value_size]
         names = past_names(spec.name)
         return {n: ((rows, spec.heads, tokens, s), self._cache_dtype) for n, s in zip(names, sizes, strict=True)}
 
-    def _binding(self, buffers: Mapping[str, Array]) -> Any:
-        """A binding in which each cache's past and present are one buffer."""
+    def _batch(
+        self, arrays: Mapping[str, Array], outputs: Sequence[str], first: int, buffers: Mapping[str, Array] | None
+    ) -> dict[str, Array]:
+        """Run on rows of the slots from `first` on, or of `buffers`."""
+        if self.packs:
+            batch = packed(arrays, self._inputs, first)
+            return batch.unpacked(self._tokens(batch.values, outputs, batch.rows, buffers), self._outputs)
+        count = len(arrays[PAST_LENGTHS])
+        sizes: dict[str, int] = {}
+        for name, dims in self._inputs.items():
+            sizes.update((d, n) for d, n in zip(dims, arrays[name].shape, strict=True) if isinstance(d, str))
+        shapes = {name: [sizes[d] if isinstance(d, str) else d for d in self._outputs[name]] for name in outputs}
+        return self._bound(self._binding(first, count, tuple(outputs), buffers), arrays, shapes)
+
+    def _tokens(
+        self, arrays: Mapping[str, Array], outputs: Sequence[str], rows: PackedRows, buffers: Mapping[str, Array] | None
+    ) -> dict[str, Array]:
+        """Run on packed tokens of rows of the slots, or of `buffers`."""
+        further, first, count = row_inputs(rows)
+        tokens, picks = int(rows.counts.sum()), len(arrays.get(LOGITS_AT, ()))
+        shapes = {name: token_shape(self._outputs[name], tokens, picks) for name in outputs}
+        return self._bound(self._binding(first, count, tuple(outputs), buffers), {**arrays, **further}, shapes)
+
+    def _binding(self, first: int, count: int, outputs: tuple[str, ...], buffers: Mapping[str, Array] | None) -> Any:
+        """A binding in which each cache's past and present are one buffer: of slots, or rows of `buffers`. One for
+        other outputs is another, since what was bound before stays bound."""
+        key = first, count, outputs
+        if buffers is None and key in self._bindings:
+            self._bindings.move_to_end(key)
+            return self._bindings[key]
         binding = self._session.io_binding()
         for spec in self._specs:
             for past, present in zip(past_names(spec.name), present_names(spec.name), strict=True):
-                buffer = buffers[past]
+                buffer = (self._slots if buffers is None else buffers)[past][first : first + count]
                 where = ("cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
                 binding.bind_input(past, *where)
                 binding.bind_output(present, *where)
+        if buffers is None:
+            self._bindings[key] = binding
+            if len(self._bindings) > _BINDINGS:
+                self._bindings.popitem(last=False)
         return binding
 
-    def _bound(self, binding: Any, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        sizes: dict[str, int] = {}
+    def _bound(
+        self, binding: Any, inputs: Mapping[str, Array], shapes: Mapping[str, Sequence[int | str]]
+    ) -> dict[str, Array]:
+        """Run with the inputs; the outputs have these shapes."""
         try:
-            for name in self.input_names:
-                array = inputs[name]
-                sizes.update((d, n) for d, n in zip(self._shapes[name], array.shape, strict=True) if isinstance(d, str))
+            kept = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            for name, array in kept.items():
                 binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             results: dict[str, Array] = {}
-            for name in outputs:
-                shape = [sizes[d] if isinstance(d, str) else d for d in self._shapes[name]]
-                array = results[name] = np.empty(shape, self._dtypes[name])
-                binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+            for name, shape in shapes.items():
+                array = results[name] = np.empty(shape, self._dtypes[name])  # type: ignore[arg-type]
+                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise self._failed(error) from error
@@ -164,7 +197,7 @@ class OnnxRuntimeEngine:
     def _rows_and_length(self, inputs: Mapping[str, Array]) -> tuple[int, int]:
         found: dict[Any, int] = {}
         for name in self.input_names:
-            found.update(zip(self._shapes[name], inputs[name].shape, strict=True))
+            found.update(zip(self._inputs[name], inputs[name].shape, strict=True))
         return found[BATCH], found[LENGTH]
 
     def _failed(self, error: Exception) -> EngineError:

@@ -11,7 +11,7 @@ from stageline.runtime.devices.cuda.device import CudaDevice
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
-from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
+from stageline.runtime.engines.base import CacheSize, Device, PackedRows, StageFile, WeightDtype
 from stageline.runtime.engines.cuda_session import CudaSession, State
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import root_of
@@ -28,6 +28,7 @@ class OnnxRuntimeCudaEngine:
     """
 
     max_rows = None
+    packs, block_tokens = False, None
 
     def __init__(
         self, stage: StageFile, device: Device, cache: CacheSize | None = None, quantise: WeightDtype | None = None
@@ -72,9 +73,10 @@ class OnnxRuntimeCudaEngine:
         discarded = partial(self._discarded, sizes[BATCH] * blocks(sizes[LENGTH]))
         return self._session.run("run", self._placed(inputs, 0, None), outputs, discarded, [BOUNDS])
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> Mapping[str, Value]:
         """See `Engine.step`."""
-        given = self._placed(inputs, first_slot, self._capacity)
+        assert isinstance(rows, int)
+        given = self._placed(inputs, rows, self._capacity)
         return self._session.run("step", given, outputs, self._kept, [BOUNDS] if self._specs else [])
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:

@@ -12,17 +12,17 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.manifest import BATCH, LENGTH, LOGITS_AT, NEW_LENGTHS, PAST_LENGTHS, CacheSpec
+from stageline.runtime.bundle.manifest import LENGTH, LOGITS_AT, PICKS, CacheSpec
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import pin
-from stageline.runtime.engines.base import Array, CacheSize, Device, StageFile, Value, WeightDtype
+from stageline.runtime.engines.base import Array, CacheSize, Device, PackedRows, StageFile, Value, WeightDtype
 from stageline.runtime.engines.host_caches import Kinds, allocated, scratch, taken
 from stageline.runtime.engines.lowering.cache_names import past_names
 from stageline.runtime.engines.lowering.openvino import CONTROL, lowered_for_openvino
+from stageline.runtime.engines.packing import packed, token_shape
 
 BLOCK = 32
 """Tokens of a block: OpenVINO's, on CPUs."""
-_PICKS = "picks"  # the dimension of `logits_at`
 
 
 class OpenVinoEngine:
@@ -32,6 +32,7 @@ class OpenVinoEngine:
     """
 
     max_rows = None
+    packs, block_tokens = True, BLOCK
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class OpenVinoEngine:
         self._slots: dict[str, Array] = {}
         if cache:
             for spec in stage.caches:
-                self._kinds |= self._kinds_of(spec, cache.slots * self._slot_blocks)
+                self._kinds |= self._kinds_of(spec, cache.blocks(BLOCK))
             self._slots = allocated(self._kinds, stage.number, cache.slots, cache.capacity)
             self._bind(self._slots)
 
@@ -79,18 +80,24 @@ class OpenVinoEngine:
         if not self._specs:
             found = self._infer(arrays, self._outputs)
             return {name: found[name] for name in outputs}
-        blocks = -(-self._length(arrays) // BLOCK)
-        count = len(arrays[NEW_LENGTHS]) * blocks
-        buffers = scratch(self._kinds_of(spec, count) for spec in self._specs)  # they must live while they are bound
-        self._bind(buffers)
+        batch = packed(arrays, self._inputs, 0)
+        blocks = -(-batch.length // BLOCK)
+        buffers = scratch(self._kinds_of(spec, batch.batch * blocks) for spec in self._specs)
+        self._bind(buffers)  # which must live while they are bound
         try:
-            return self._run_packed(arrays, outputs, 0, blocks)
+            return batch.unpacked(self._run_tokens(batch.values, outputs, batch.rows, blocks), self._outputs)
         finally:
             self._bind(self._slots)
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> dict[str, Array]:
         """See `Engine.step`."""
-        return self._run_packed(on_host(inputs, self.input_names), outputs, first_slot, self._slot_blocks)
+        if not self._specs:
+            return self.run(inputs, outputs)
+        arrays = on_host(inputs, self.input_names)
+        if not isinstance(rows, int):
+            return self._run_tokens(arrays, outputs, rows, self._slot_blocks)
+        batch = packed(arrays, self._inputs, rows)
+        return batch.unpacked(self._run_tokens(batch.values, outputs, batch.rows, self._slot_blocks), self._outputs)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`. It copies whole blocks."""
@@ -124,49 +131,14 @@ class OpenVinoEngine:
 
     # Running.
 
-    def _run_packed(
-        self, arrays: Mapping[str, Array], outputs: Sequence[str], first_slot: int, blocks: int
+    def _run_tokens(
+        self, values: Mapping[str, Array], outputs: Sequence[str], rows: PackedRows, blocks: int
     ) -> dict[str, Array]:
-        """Run on the tokens of the rows alone, and give the results their places in the batch. Padding is 0."""
-        past, new = arrays[PAST_LENGTHS], arrays[NEW_LENGTHS]
-        length = self._length(arrays)
-        rows = np.flatnonzero(new)
-        count, held = new[rows].astype(np.int32), past[rows].astype(np.int32)
-        begins = _begins(count)
-        place = np.arange(begins[-1]) - np.repeat(begins[:-1], count)  # of each token in its row
-        at = np.repeat(rows * length, count) + place  # and in the batch
-        values = {
-            name: _packed(arrays[name], dims.index(LENGTH), at) for name, dims in self._inputs.items() if LENGTH in dims
-        }
-        values |= {PAST_LENGTHS: np.repeat(past[rows], count) + place, NEW_LENGTHS: np.ones(len(at), np.int64)}
-        sizes: dict[str, tuple[int, int]] = {LENGTH: (len(new), length)}
-        places = {LENGTH: at}
-        if LOGITS_AT in self._inputs:
-            picks = np.minimum(arrays[LOGITS_AT][rows], count[:, None] - 1)  # padding is not read
-            values[LOGITS_AT] = (begins[:-1, None] + picks).reshape(-1, 1).astype(np.int64)
-            sizes[_PICKS] = len(new), picks.shape[1]
-            places[_PICKS] = (rows[:, None] * picks.shape[1] + np.arange(picks.shape[1])).reshape(-1)
-        values |= _control(held, count, (first_slot + rows) * blocks)
-        axes: dict[str, tuple[int, str]] = {}
-        wanted: dict[str, list[int | str]] = {}
-        for name, dims in self._outputs.items():
-            kind = next((dim for dim in sizes if dim in dims), None)
-            if kind is None:
-                raise EngineError(f"stage {self._number}: {name!r} of {list(dims)} is not of single tokens")
-            axes[name] = dims.index(kind), kind
-            packed = {BATCH: len(places[kind]), kind: 1}
-            wanted[name] = [packed.get(size, size) if isinstance(size, str) else size for size in dims]
-        found = self._infer(values, wanted)
-        return {
-            name: _spread(found[name], axis, places[kind], sizes[kind])
-            for name, (axis, kind) in axes.items()
-            if name in outputs
-        }
-
-    def _length(self, arrays: Mapping[str, Array]) -> int:
-        """The padded length of the rows."""
-        name, dims = next((name, dims) for name, dims in self._inputs.items() if LENGTH in dims)
-        return int(arrays[name].shape[dims.index(LENGTH)])
+        """Run on packed tokens; see `_control`."""
+        tokens, picks = int(rows.counts.sum()), len(values.get(LOGITS_AT, ()))
+        wanted = {name: token_shape(dims, tokens, picks) for name, dims in self._outputs.items()}
+        found = self._infer({**values, **_control(rows, blocks)}, wanted)
+        return {name: found[name] for name in outputs}
 
     def _infer(self, values: Mapping[str, Array], wanted: Mapping[str, Sequence[int | str]]) -> dict[str, Array]:
         """`wanted`: all outputs, by the sizes that are known beforehand. None may stay bound to an array of an earlier
@@ -223,7 +195,7 @@ def _config(device: Device, cache: CacheSize | None) -> dict[str, Any]:
 def _pack(model: ov.Model, inputs: Mapping[str, tuple[int | str, ...]]) -> None:
     """Let the model take packed tokens: rows of length 1."""
     known = _by_name(model.inputs, {*inputs})
-    ones = {LENGTH: 1, _PICKS: 1}
+    ones = {LENGTH: 1, PICKS: 1}
     shapes = {name: [size if isinstance(size, int) else ones.get(size, -1) for size in inputs[name]] for name in known}
     model.reshape({port: ov.PartialShape(shapes[name]) for name, port in known.items()})
 
@@ -243,29 +215,17 @@ def _begins(counts: NDArray[np.int32]) -> NDArray[np.int32]:
     return begins
 
 
-def _control(held: NDArray[np.int32], count: NDArray[np.int32], first: NDArray[Any]) -> dict[str, Array]:
-    """The inputs of `CONTROL`, for rows with blocks that follow each other from `first` on."""
-    after = held + count
+def _control(rows: PackedRows, blocks: int) -> dict[str, Array]:
+    """The inputs of `CONTROL`. A slot has `blocks` blocks to itself, unless the rows say where they lie."""
+    past, counts = rows.past.astype(np.int32), rows.counts.astype(np.int32)
+    after = past + counts
     used = -(-after // BLOCK)
-    block_begins = _begins(used)
-    blocks = np.arange(block_begins[-1], dtype=np.int32) + np.repeat(first.astype(np.int32) - block_begins[:-1], used)
+    block_begins, table = _begins(used), rows.blocks
+    if table is None:
+        first = (rows.slots * blocks).astype(np.int32)
+        table = np.arange(block_begins[-1], dtype=np.int32) + np.repeat(first - block_begins[:-1], used)
     most = np.array(after.max(initial=0), np.int32)
-    return dict(zip(CONTROL, (held, _begins(count), blocks, block_begins, most), strict=True))
-
-
-def _packed(array: Array, axis: int, at: NDArray[Any]) -> Array:
-    """[rows, ..., length, ...] -> [tokens, ..., 1, ...]: those at places `at` of the batch."""
-    tokens = np.moveaxis(array, axis, 1)
-    return np.expand_dims(tokens.reshape(-1, *tokens.shape[2:])[at], axis)
-
-
-def _spread(found: Array, axis: int, at: NDArray[Any], sizes: tuple[int, int]) -> Array:
-    """[tokens, ..., 1, ...] -> [rows, ..., length, ...], of zeros where no token is; `sizes`: rows and length."""
-    tokens = found.squeeze(axis)
-    if len(at) < sizes[0] * sizes[1]:
-        tokens = np.zeros((sizes[0] * sizes[1], *tokens.shape[1:]), found.dtype)
-        tokens[at] = found.squeeze(axis)
-    return np.moveaxis(tokens.reshape(*sizes, *tokens.shape[1:]), 1, axis)
+    return dict(zip(CONTROL, (past, _begins(counts), table, block_begins, most), strict=True))
 
 
 def _reason(error: Exception) -> str:

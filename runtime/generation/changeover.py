@@ -17,7 +17,8 @@ from typing import Literal
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.engines import Engine, Value
-from stageline.runtime.generation.scheduler import Continuation, Scheduler
+from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.stages.lanes import Lanes
 from stageline.runtime.stages.route import Hop
 

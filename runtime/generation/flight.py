@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from stageline.models.errors import EngineError
-from stageline.runtime.engines import Array, Engine, Value
-from stageline.runtime.generation.scheduler import Continuation, Step
+from stageline.runtime.engines import Array, Engine, PackedRows, Value
+from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.scheduler import Step
 from stageline.runtime.stages.lanes import Lane
 from stageline.runtime.stages.recorder import Kind
 from stageline.runtime.stages.trip import Trip
@@ -18,15 +19,16 @@ DRAWN = "drawn"  # in place of the logits, what the device has drawn from them
 class Flight(Trip):
     """A step on its way through the stages, from the model's inputs to its logits.
 
-    Inputs: `input_ids` int64 [slots, length], `past_lengths` and `new_lengths` int64 [slots], `logits_at` int64
-    [slots, picks]: where logits are wanted, 0 or 1 pick in each row; `row_lengths` int64 [slots]. After a failure only
-    its copies of cache rows are made, for other steps need them.
+    `values` are at first those of `inputs.step_inputs`. After a failure only its copies of cache rows are made, for
+    other steps need them.
     """
 
     visits_all = True
 
     lane: Lane = field(init=False)  # where it is
     step: Step
+    rows: int | PackedRows
+    """Where its tokens lie, as `Engine.step` wants it."""
     requests: tuple[int, ...]
     """The number of each row's."""
     done: Callable[["Flight"], None]
@@ -35,7 +37,8 @@ class Flight(Trip):
     settings: Array | None = None
     """float32 [slots, 6]: the last stage's device draws the tokens (see `Sampler`)."""
     logits: Array | None = None
-    """float32 [slots, picks, vocabulary], once the step has left the last stage, unless the device draws."""
+    """float32 [slots, picks, vocabulary], or [picks, 1, vocabulary] of packed tokens, once the step has left the last
+    stage, unless the device draws."""
     drawn: Array | None = None
     """int64 [slots, 2], the tokens and their status, if it does."""
     token: Value | None = None
@@ -54,7 +57,7 @@ class Flight(Trip):
             lane.copied(began, self)
 
     def run(self, engine: Engine, fetch: Sequence[str]) -> Mapping[str, Value]:
-        values = engine.step(self.values, fetch, self.step.first_slot)
+        values = engine.step(self.values, fetch, self.rows)
         if self.settings is None or "logits" not in fetch:
             return values
         assert self.lane.sampler is not None
@@ -64,7 +67,10 @@ class Flight(Trip):
         return {DRAWN: drawn}
 
     def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
-        return self.step.kind, len(self.step.rows), self.step.length, tuple(dict.fromkeys(self.requests))
+        step, requests = self.step, tuple(dict.fromkeys(self.requests))
+        if step.first_slot is None and step.kind != "decode":
+            return step.kind, 1, step.batch, requests  # one row of all tokens
+        return step.kind, len(step.rows), step.length, requests
 
     def failure(self, lane: Lane, error: BaseException) -> EngineError:
         if isinstance(error, EngineError):

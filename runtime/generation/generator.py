@@ -21,17 +21,20 @@ from time import perf_counter
 import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.admission import Admission
-from stageline.runtime.bundle.manifest import CACHED_INPUTS, INPUT_IDS, ROW_LENGTHS
+from stageline.runtime.bundle.manifest import INPUT_IDS
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines import Array, CacheSize, Value
 from stageline.runtime.engines.lowering.draw_graph import DONE, SETTINGS
+from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.changeover import Changeover
+from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.flight import DRAWN, Flight, engine_error
+from stageline.runtime.generation.inputs import step_inputs
 from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, Delta, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
 from stageline.runtime.generation.sampling import Drawn, sample
-from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
+from stageline.runtime.generation.scheduler import Scheduler, Step, chosen_rows
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.stages.lanes import Lanes, StageStats
@@ -53,7 +56,14 @@ class Generator:
         groups = min(lanes.places, cache.slots)
         chunk = min(chunk, cache.capacity)
         self._scheduler = Scheduler(
-            cache.slots, cache.capacity, groups, chunk, prefills=lanes.places, scaling=text_model.row_scaling
+            cache.slots,
+            cache.capacity,
+            groups,
+            chunk,
+            prefills=lanes.places,
+            packs=lanes.packs,
+            blocks=Blocks(cache.blocks(size), size) if (size := lanes.block_tokens) is not None else None,
+            scaling=text_model.row_scaling,
         )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}
@@ -162,6 +172,7 @@ class Generator:
             self._meter.waiting = len(self._scheduler.waiting) + len(self._changeover.held)
             self._meter.running = self._scheduler.running
             self._meter.cache_usage = self._scheduler.cache_usage
+            self._meter.set_back = self._scheduler.set_back
             self._meter.host_s += perf_counter() - began
 
     def _arrived(self, job: Job) -> None:
@@ -204,24 +215,15 @@ class Generator:
     def _send(self, step: Step, before: Flight | None = None) -> None:
         """`before`: the running step that draws the tokens which this one computes."""
         now = perf_counter()
-        ids = np.zeros((step.slot_count, step.length), np.int64)
-        past, new, whole = np.zeros((3, step.slot_count), np.int64)
-        picks = np.zeros((step.slot_count, int(any(row.last for row in step.rows))), np.int64)
+        inputs, rows = step_inputs(step)
+        values: dict[str, Value] = {**inputs}
         requests = []
         for row in step.rows:
-            place = row.slot - step.first_slot
-            if before is None:
-                ids[place, : row.count] = row.continuation.tokens[row.start : row.start + row.count]
-            past[place], new[place], whole[place] = row.start, row.count, row.row_length
-            if row.last:
-                picks[place] = row.count - 1
             job = self._choices[row.continuation].job
             requests.append(job.number)
             if job.started_at is None:
                 job.started_at = now
                 self._meter.started(now - job.submitted_at)
-        values: dict[str, Value] = dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True))
-        values[ROW_LENGTHS] = whole
         if before is not None:
             assert before.token is not None
             values[INPUT_IDS] = before.token
@@ -229,7 +231,7 @@ class Generator:
         if settings is not None:
             hops = (*hops[:-1], replace(hops[-1], keep=frozenset({DRAWN})))
         flight = Flight(
-            self._lanes, hops, values, step.number, step, tuple(requests), self._landed, self._issued, settings
+            self._lanes, hops, values, step.number, step, rows, tuple(requests), self._landed, self._issued, settings
         )
         if step.kind == "decode":
             self._decoding.setdefault(step.group, []).append(flight)
@@ -241,7 +243,7 @@ class Generator:
         """The settings with which the last stage's device draws all tokens of a step; None if the host must draw."""
         if not self._lanes.draws(self._hops[-1].stage):
             return None
-        settings = np.zeros((step.slot_count, len(SETTINGS)), np.float32)
+        settings = np.zeros((step.batch, len(SETTINGS)), np.float32)
         settings[:] = 1, 0, 1, 0, 0, 1  # greedy, where nobody asks
         chosen = list(chosen_rows(step))
         for place, row in chosen:

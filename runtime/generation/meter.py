@@ -47,9 +47,10 @@ class GenerationTimes:
 class GenerationStats:
     """What generation did since the pipeline opened.
 
-    `cache_usage` is the share of the KV cache that running sequences fill, 0 to 1. `host_s` is the time of the driver's
-    thread (scheduling, sampling, detokenising). `bubble_ratio` is the share of stage time that was idle while steps
-    were running: 1 - busy time / (stages x `active_s`).
+    `cache_usage` is the share of the KV cache that running sequences fill, 0 to 1. `set_back` is how often a sequence
+    gave its part of it to an older one, to be computed again. `host_s` is the time of the driver's thread (scheduling,
+    sampling, detokenising). `bubble_ratio` is the share of stage time that was idle while steps were running:
+    1 - busy time / (stages x `active_s`).
     """
 
     slots: int
@@ -64,6 +65,8 @@ class GenerationStats:
     generated_tokens: int
     prefill_steps: int
     decode_steps: int
+    mixed_steps: int
+    set_back: int
     active_s: float
     host_s: float
     bubble_ratio: float
@@ -80,9 +83,10 @@ class Meter:
         self.slots = slots
         self.running = self.waiting = 0
         self.cache_usage = 0.0
+        self.set_back = 0
         self.finished = self.failed = self.cancelled = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.steps = {"prefill": 0, "decode": 0}
+        self.steps = {"prefill": 0, "decode": 0, "mixed": 0}
         self.active_s = self.host_s = 0.0
         self.queue_s: deque[float] = deque(maxlen=_KEPT)
         self.ttft_s: deque[float] = deque(maxlen=_KEPT)
@@ -148,6 +152,8 @@ class Meter:
             self.generated_tokens,
             self.steps["prefill"],
             self.steps["decode"],
+            self.steps["mixed"],
+            self.set_back,
             self.active_s,
             self.host_s,
             min(1.0, max(0.0, bubble)),

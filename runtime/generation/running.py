@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.request import (
     Choice,
@@ -12,7 +13,6 @@ from stageline.runtime.generation.request import (
     TokenLogprob,
 )
 from stageline.runtime.generation.sampling import Drawn, Row
-from stageline.runtime.generation.scheduler import Continuation
 from stageline.runtime.generation.settings import Settings
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel

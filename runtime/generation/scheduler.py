@@ -3,19 +3,23 @@
 A continuation and its slot:
 
     waiting ──admit──> prefill ──the prompt is issued──> decode ──> ended
-       └──────────────────┴───────────cancelled or failed──────────┘
+       │  ^───── set back: there is no room, or it ──────┤           │
+       │         has outgrown its keys                   │           │
+       └──────────────────┴──────── cancelled or failed ─┴───────────┘
 
-The slots of a group are a contiguous range, so that a step's rows are a range of the cache and nothing is copied. Each
-group has at most one running decode step, which holds all its decoding rows; with a group for each place that computes,
-every place has a group to work on while another's tokens are chosen. Where the device itself draws the tokens, a second
-step of the same rows may be issued ahead. Prefill goes in chunks, as many at a time as there are places, so that a long
-prompt stalls the others for a chunk at most. Steps are done in the order they were issued, at every
-stage: what a slot holds "once the issued steps are done" is therefore known here, at once.
+Each group has at most one running step with decoding rows, which holds all that it has; with a group for each place
+that computes, every place has a group to work on while another's tokens are chosen. Prefill goes in chunks, as many at
+a time as there are places, so that a long prompt stalls the others for a chunk at most. Steps are done in the order
+they were issued, at every stage: what a slot holds "once the issued steps are done" is therefore known here, at once.
 
-    slot.tokens[:slot.count]  what the slot's cache holds then; kept after its continuation ends, for prompts that begin
-                              alike
-    slot.made_for[:slot.count]  the kind of row that the keys of these tokens are made for (RowScaling; 0 without)
-    continuation.computed     == slot.count while it lives: the tokens issued; the next step begins there
+A step has one of two shapes, which its engines choose (`Engine.packs`):
+
+    packed   the tokens of any rows, one after the other: a group's decoding rows, and beside them a chunk of prompts
+    a range  a rectangle of neighbouring slots and their new tokens, so that its caches are a range and nothing is
+             copied: the decoding rows of a group, or a chunk of prompts with little padding
+
+The slots of a group are a contiguous range. Where the device itself draws the tokens, a second step of a range's
+decoding rows may be issued ahead.
 """
 
 from collections import deque
@@ -23,71 +27,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from stageline.runtime.bundle.manifest import RowScaling
+from stageline.runtime.generation.blocks import Blocks
+from stageline.runtime.generation.continuation import Continuation, Slot
+from stageline.runtime.generation.slots import BlockSlots, Copy, Slots
 
-_UNKNOWN = -1  # a token that the host has not seen: like none of a prompt
-MIN_SHARED = 16  # tokens: a shorter common beginning is not worth a copy
-
-
-@dataclass(eq=False, slots=True)
-class Continuation:
-    """One choice of a running request: its `tokens` so far, `prompt_length` of which were given.
-
-    `leader` is the choice of the same request whose cache it copies the prompt from; it is admitted after that one.
-    """
-
-    tokens: list[int]
-    prompt_length: int
-    leader: "Continuation | None" = None
-    slot: "Slot | None" = None
-    computed: int = 0
-    shared: int = 0
-    """Tokens of the prompt that were found in a cache."""
-    placed_at: int = 0
-    """The step before which it was given its slot."""
-    ended: bool = False
-    prefill_length: int = field(init=False)
-    """Tokens that prefill computes: those of the prompt, or all that there were when the row outgrew its keys."""
-
-    def __post_init__(self) -> None:
-        self.prefill_length = self.prompt_length
-
-    @property
-    def prompt_issued(self) -> bool:
-        """Whether every token that prefill computes is in a step."""
-        return self.computed >= self.prefill_length
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """A row of the caches, and what they hold there once the issued steps are done."""
-
-    number: int
-    group: int
-    tokens: NDArray[np.int64]
-    made_by: NDArray[np.int64]
-    """The step that computes each of `tokens`, in whichever slot they were computed first."""
-    made_for: NDArray[np.int64]
-    count: int = 0
-    continuation: Continuation | None = None
-    used_at: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """The first `tokens` tokens of slot `source` go into slot `target`, before the step."""
-
-    source: int
-    target: int
-    tokens: int
+StepKind = Literal["prefill", "decode", "mixed"]
 
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
     """One row of a step: tokens `start` to `start + count` of a continuation. `last`: its logits are wanted. Its keys
-    are made for a row of `row_length` tokens."""
+    are made for a row of `row_length` tokens. `blocks`: where its tokens lie, if the caches are blocks."""
 
     continuation: Continuation
     slot: int
@@ -95,20 +46,22 @@ class StepRow:
     count: int
     last: bool
     row_length: int
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the stages do in one go: slots `first_slot` up to `first_slot + slot_count`, `length` tokens wide.
+    """What the stages do in one go, on `batch` rows of `length` tokens.
 
-    Rows of slots that are not in `rows` have nothing new.
+    Of a range the batch is slots `first_slot` and on; those that are not in `rows` have nothing new. Of packed tokens
+    (`first_slot` is None) it is the new tokens of `rows`, one after the other, each a row of its own.
     """
 
     number: int
-    kind: Literal["prefill", "decode"]
+    kind: StepKind
     group: int
-    first_slot: int
-    slot_count: int
+    first_slot: int | None
+    batch: int
     length: int
     rows: tuple[StepRow, ...]
     copies: tuple[Copy, ...]
@@ -122,26 +75,29 @@ class Step:
 @dataclass(eq=False)
 class Scheduler:
     """`slot_count` slots of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
-    `prefills` of them running. `scaling`: how keys depend on the length of a row, if they do."""
+    `prefills` of them running. `packs`: steps are packed tokens. `blocks`: the blocks of the caches, which are enough
+    for one row of the capacity; None: each slot has a row to itself. `scaling`: how keys depend on the length of a row,
+    if they do."""
 
     slot_count: int
     capacity: int
     groups: int
     chunk: int
     prefills: int
+    packs: bool = False
+    blocks: Blocks | None = None
     scaling: RowScaling | None = None
     waiting: deque[Continuation] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.slots = [
-            Slot(number, _group_of(number, self.groups, self.slot_count), *np.zeros((3, self.capacity), np.int64))
-            for number in range(self.slot_count)
-        ]
+        sizes = self.slot_count, self.capacity, self.groups
+        self.cache = Slots(*sizes) if self.blocks is None else BlockSlots(*sizes, self.blocks)
+        self.slots = self.cache.slots
+        self.set_back = 0
+        """How often a continuation was set back for want of room."""
         self._decoding = [0] * self.groups  # decode steps of the group that are running
         self._prefilling = 0
-        self._clock = 0
         self._steps = 0
-        self._copies: list[Copy] = []
         self._prefill_turn = False
         self._turn = 0  # the group whose decode step is looked at first
 
@@ -159,10 +115,7 @@ class Scheduler:
                 self.waiting.remove(continuation)
             return
         continuation.slot = None
-        slot.continuation = None
-        slot.used_at = self._tick()
-        if keep is not None:
-            slot.count = min(slot.count, keep)
+        self.cache.leave(slot, keep)
 
     def switch(self, groups: int, prefills: int, forget: bool = False) -> None:
         """Switch to other numbers of groups and prefills, while no step is running. Slots keep what they hold;
@@ -170,19 +123,15 @@ class Scheduler:
         assert not self._prefilling
         assert not any(self._decoding)
         self.groups, self.prefills, self._decoding, self._turn = groups, prefills, [0] * groups, 0
-        for slot in self.slots:
-            slot.group = _group_of(slot.number, groups, self.slot_count)
-            if forget:
-                assert slot.continuation is None
-                slot.count = 0
+        self.cache.regroup(groups)
         if forget:
-            self._copies = []
+            self.cache.forget()
 
     def next(self) -> Step | None:
         """The next step to issue, or None until one is done or a continuation comes."""
-        self._admit()
         self._begin_again()
-        step = self._decode() or self._prefill()
+        self._admit()
+        step = self._packed() if self.packs else self._decode() or self._prefill()
         self._turn = (self._turn + 1) % self.groups
         return step
 
@@ -203,7 +152,7 @@ class Scheduler:
         self._decoding[step.group] += 1
         rows = [self._issue(slot, 1, last=True) for slot in sorted(chosen, key=lambda slot: slot.number)]
         issued = self._step("decode", step.group, rows, 1)
-        return replace(issued, first_slot=step.first_slot, slot_count=step.slot_count)
+        return replace(issued, first_slot=step.first_slot, batch=step.batch)
 
     def learn(self, continuation: Continuation) -> None:
         """The last of a continuation's tokens is known now; a step that was issued ahead may compute it already."""
@@ -219,23 +168,25 @@ class Scheduler:
 
     def done(self, step: Step) -> None:
         """The step has left the last stage, or failed."""
-        if step.kind == "decode":
+        for row in step.rows:
+            row.continuation.flying -= 1
+        if step.kind != "prefill":
             self._decoding[step.group] -= 1
-        else:
+        if step.kind != "decode":
             self._prefilling -= 1
 
     def failed(self, step: Step) -> list[Continuation]:
         """The step has failed in a stage. Forget what it would have left in the caches, with all copies of it, and
-        return the continuations that it takes along: its own, and those that continue its tokens."""
+        return the continuations that it takes along: its own, and those that continue its tokens. What decoded beside
+        prompts is not taken along: it is computed again."""
         self.done(step)
-        lost = []
-        for slot in self.slots:
-            spoilt = np.flatnonzero(slot.made_by[: slot.count] == step.number)
-            if len(spoilt):  # what follows was computed from it
-                slot.count = int(spoilt[0])
-                if slot.continuation is not None:
-                    lost.append(slot.continuation)
-        return lost
+        if step.kind == "mixed":
+            for row in step.rows:
+                slot = row.continuation.slot
+                decoded = row.start >= row.continuation.prefill_length
+                if slot is not None and decoded and self.cache.rewind(slot, row.start, step.number):
+                    row.continuation.computed = row.start
+        return self.cache.spoilt(step.number)
 
     @property
     def running(self) -> int:
@@ -245,8 +196,7 @@ class Scheduler:
     @property
     def cache_usage(self) -> float:
         """The share of the caches' places that continuations in slots fill, 0 to 1."""
-        filled = sum(slot.count for slot in self.slots if slot.continuation is not None)
-        return filled / (self.slot_count * self.capacity)
+        return self.cache.usage
 
     # Admission.
 
@@ -254,46 +204,20 @@ class Scheduler:
         while self.waiting:
             continuation = self.waiting[0]
             leader = continuation.leader
-            if leader is not None and not leader.ended and not leader.prompt_issued:
+            placed = continuation.placed_at > 0
+            if leader is not None and not placed and not leader.ended and not leader.prompt_issued:
                 return  # first come, first served: those behind wait as well, for a moment
-            free = [slot for slot in self.slots if slot.continuation is None]
-            if not free:
+            kind = self._kind(len(continuation.tokens))
+            slot = self.cache.place(continuation.tokens, kind)
+            if slot is None:
                 return
             self.waiting.popleft()
-            self._place(continuation, free)
-
-    def _place(self, continuation: Continuation, free: Sequence[Slot]) -> None:
-        prompt = np.array(continuation.tokens, np.int64)
-        donor, shared = self._donor(prompt)
-        slot = donor if donor is not None and donor.continuation is None else min(free, key=self._placing_cost)
-        if donor is not None and slot is not donor:
-            self._copies.append(Copy(donor.number, slot.number, shared))
-            slot.made_by[:shared] = donor.made_by[:shared]
-            slot.made_for[:shared] = donor.made_for[:shared]
-        slot.tokens[:shared] = prompt[:shared]
-        slot.count = shared
-        slot.continuation, continuation.slot = continuation, slot
-        continuation.computed = continuation.shared = shared
-        continuation.placed_at = self._steps + 1
-        slot.used_at = self._tick()
-
-    def _donor(self, prompt: NDArray[np.int64]) -> tuple[Slot | None, int]:
-        """The slot that holds most of the prompt's beginning, and how much; the last token is always computed."""
-        best: tuple[Slot | None, int] = (None, 0)
-        kind = self._kind(len(prompt))
-        for slot in self.slots:
-            bound = min(slot.count, len(prompt) - 1)
-            unlike = np.flatnonzero((slot.tokens[:bound] != prompt[:bound]) | (slot.made_for[:bound] != kind))
-            shared = int(unlike[0]) if len(unlike) else bound
-            if shared >= MIN_SHARED and (shared, slot.continuation is None) > (best[1], False):
-                best = slot, shared
-        return best
-
-    def _placing_cost(self, slot: Slot) -> tuple[int, int, int]:
-        """Groups evenly full; no idle rows between the busy ones of a group; then the slot unused for longest."""
-        busy = [other.number for other in self.slots if other.group == slot.group and other.continuation is not None]
-        span = max([*busy, slot.number]) - min([*busy, slot.number]) + 1
-        return len(busy), span - len(busy), slot.used_at
+            if not continuation.placed_at:
+                continuation.shared = slot.count
+            slot.continuation, continuation.slot = continuation, slot
+            continuation.computed = slot.count
+            continuation.prefill_length = len(continuation.tokens)
+            continuation.placed_at = self._steps + 1
 
     # Steps.
 
@@ -307,21 +231,72 @@ class Scheduler:
                 continue
             length = len(continuation.tokens)
             if slot.count < length and slot.made_for[slot.count - 1] != self._kind(length):
-                slot.count = continuation.computed = 0
-                continuation.prefill_length = length
+                self._set_back(slot)
+
+    def _set_back(self, slot: Slot) -> None:
+        """Let the first of those that wait be one that runs, and has no step under way; it begins again."""
+        continuation = slot.continuation
+        assert continuation is not None
+        assert not continuation.flying
+        continuation.slot, continuation.computed = None, 0
+        self.cache.leave(slot, None)
+        self.waiting.appendleft(continuation)
+
+    def _has_room(self, slot: Slot) -> bool:
+        """Make room for a slot's next token, if need be by setting back those that were placed last."""
+        while not self.cache.has_room(slot, slot.count + 1):
+            idle = [other for other in self.slots if other.continuation is not None and not other.continuation.flying]
+            last = max(idle, key=self._age)
+            self._set_back(last)
+            self.set_back += 1
+            if last is slot:
+                return False
+        return True
 
     def _kind(self, length: int) -> int:
         return 0 if self.scaling is None else self.scaling.kind(length)
 
+    def _packed(self) -> Step | None:
+        """All that a group can decode, with a chunk of prompts."""
+        group, slots = self._next_group()
+        decoding = [
+            self._issue(slot, 1, last=True)
+            for slot in sorted(slots, key=self._age)  # so that the last ones make room for the first
+            if slot.continuation is not None and self._has_room(slot)
+        ]
+        prompts = self._prompts() if self._prefilling < self.prefills else []
+        if not decoding and not prompts:
+            return None
+        kind: StepKind = "mixed" if decoding and prompts else "decode" if decoding else "prefill"
+        self._decoding[group] += bool(decoding)
+        self._prefilling += bool(prompts)
+        return self._step(kind, group, [*decoding, *prompts], None)
+
+    def _prompts(self) -> list[StepRow]:
+        """A chunk of those that wait for prefill, by `_urgency`."""
+        unread = self._unread()
+        rows, room = [], self.chunk
+        for slot in sorted(unread, key=self._urgency()) if unread else []:
+            assert slot.continuation is not None
+            count = min(room, slot.continuation.prefill_length - slot.count)
+            if count:
+                rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length))
+                room -= count
+        return rows
+
     def _decode(self) -> Step | None:
+        group, decoding = self._next_group()
+        if not decoding:
+            return None
+        self._decoding[group] += 1
+        return self._step("decode", group, [self._issue(slot, 1, last=True) for slot in decoding], 1)
+
+    def _next_group(self) -> tuple[int, list[Slot]]:
+        """The group whose turn it is of those that can decode, with its slots that do."""
         for group in (*range(self._turn, self.groups), *range(self._turn)):
-            if self._decoding[group]:
-                continue
-            rows = [self._issue(slot, 1, last=True) for slot in self._decodable(group)]
-            if rows:
-                self._decoding[group] += 1
-                return self._step("decode", group, rows, 1)
-        return None
+            if not self._decoding[group] and (decoding := self._decodable(group)):
+                return group, decoding
+        return 0, []
 
     def _decodable(self, group: int) -> list[Slot]:
         """The slots of a group whose last token waits for its step."""
@@ -349,14 +324,22 @@ class Scheduler:
         self._prefilling += 1
         return self._step("prefill", chosen[0].group, rows, max(counts.values()))
 
+    def _unread(self) -> list[Slot]:
+        """The slots whose prompts are not issued yet, or not whole."""
+        return [s for s in self.slots if s.continuation is not None and not s.continuation.prompt_issued]
+
+    def _urgency(self) -> Callable[[Slot], tuple[int, int]]:
+        """In turn the one admitted first goes first and the one with least left to do, so that neither long prompts nor
+        short ones wait for all of the others."""
+        self._prefill_turn = not self._prefill_turn
+        return self._age if self._prefill_turn else self._left
+
     def _prefill_slots(self) -> list[Slot]:
-        """In turn the one admitted first and the one with least left to do, so that neither long prompts nor short ones
-        wait for all of the others; and neighbours that fill up its chunk without much padding."""
-        ready = {s.number: s for s in self.slots if s.continuation is not None and not s.continuation.prompt_issued}
+        """The one that goes first, and neighbours that fill up its chunk without much padding."""
+        ready = {slot.number: slot for slot in self._unread()}
         if not ready:
             return []
-        self._prefill_turn = not self._prefill_turn
-        chosen = [min(ready.values(), key=self._age if self._prefill_turn else self._left)]
+        chosen = [min(ready.values(), key=self._urgency())]
         for side in (1, -1):
             while (neighbour := ready.get(chosen[-1 if side > 0 else 0].number + side)) is not None:
                 grown = [*chosen, neighbour] if side > 0 else [neighbour, *chosen]
@@ -390,31 +373,26 @@ class Scheduler:
         """Take the next `count` tokens of the slot's continuation for computed."""
         continuation = slot.continuation
         assert continuation is not None
-        start = slot.count
-        row_length = max(continuation.prefill_length, start + count)
-        known = continuation.tokens[start : start + count]
-        slot.tokens[start : start + count] = known or _UNKNOWN
-        slot.made_by[start : start + count] = self._steps + 1
-        slot.made_for[start : start + count] = self._kind(row_length)
-        slot.count = continuation.computed = start + count
-        slot.used_at = self._tick()
-        return StepRow(continuation, slot.number, start, count, last, row_length)
+        start, end = slot.count, slot.count + count
+        row_length = max(continuation.prefill_length, end)
+        self.cache.record(slot, continuation.tokens[start:end], end, self._steps + 1, self._kind(row_length))
+        continuation.computed = end
+        continuation.flying += 1
+        return StepRow(continuation, slot.number, start, count, last, row_length, tuple(self.cache.blocks_of(slot)))
 
-    def _step(self, kind: Literal["prefill", "decode"], group: int, rows: Sequence[StepRow], length: int) -> Step:
+    def _step(self, kind: StepKind, group: int, rows: Sequence[StepRow], length: int | None) -> Step:
+        """Of a range `length` tokens wide, or of packed tokens (None)."""
         self._steps += 1
+        copies = self.cache.take_copies()
+        if length is None:
+            tokens = sum(row.count for row in rows)
+            return Step(self._steps, kind, group, None, tokens, 1, tuple(rows), copies)
         first = rows[0].slot
-        copies, self._copies = tuple(self._copies), []
         return Step(self._steps, kind, group, first, rows[-1].slot - first + 1, length, tuple(rows), copies)
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
-
-
-def _group_of(slot: int, groups: int, slots: int) -> int:
-    return slot * groups // slots
 
 
 def chosen_rows(step: Step) -> Iterator[tuple[int, StepRow]]:
-    """The rows whose logits are wanted, each with its place in the batch."""
-    return ((row.slot - step.first_slot, row) for row in step.rows if row.last)
+    """The rows whose logits are wanted, each with the place of these: that of the row in the batch, or, of packed
+    tokens, among all that are wanted."""
+    wanted = [row for row in step.rows if row.last]
+    return ((place if step.first_slot is None else row.slot - step.first_slot, row) for place, row in enumerate(wanted))

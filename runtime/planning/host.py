@@ -7,8 +7,8 @@ from time import perf_counter
 
 import numpy as np
 from stageline.runtime.bundle.folder import Bundle
-from stageline.runtime.bundle.manifest import INPUT_IDS, PAST_LENGTHS, GenerationDefaults
-from stageline.runtime.engines import Array, CacheSize, Device, Value
+from stageline.runtime.bundle.manifest import INPUT_IDS, LOGITS_AT, GenerationDefaults
+from stageline.runtime.engines import Array, CacheSize, Device, PackedRows, Value
 from stageline.runtime.executor import generation_hops
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.request import GenerationRequest, Sampling
@@ -24,11 +24,12 @@ class Instant:
 
     def __init__(self, reads: str, gives: str, logits: Array) -> None:
         self.input_names, self.output_names, self.max_rows = (reads,), (gives,), None
+        self.packs, self.block_tokens = True, None
         self._logits = logits
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
-        """Constant logits, one row for each row of the inputs."""
-        return {outputs[0]: self._logits[: inputs[PAST_LENGTHS].shape[0]]}
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> dict[str, Array]:
+        """Constant logits, one row for each that is wanted."""
+        return {outputs[0]: self._logits[: inputs[LOGITS_AT].shape[0]]}
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """There is no cache."""
@@ -58,7 +59,7 @@ def step_s(text_model: TextModel, rows: int, stages: int, sampling: Sampling) ->
     logits = np.random.default_rng(0).standard_normal((rows, 1, text_model.vocabulary), dtype=np.float32)
     names = [INPUT_IDS, *(f"hidden.{n}" for n in range(1, stages)), "logits"]
     opened = [
-        PipelineStage((names[n], PAST_LENGTHS), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
+        PipelineStage((names[n], LOGITS_AT), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
         for n in range(stages)
     ]
     lanes = Lanes(opened, None)
@@ -71,7 +72,8 @@ def step_s(text_model: TextModel, rows: int, stages: int, sampling: Sampling) ->
         for generation in running:
             generation.result()
         seconds = perf_counter() - began
-        steps = generator.stats(lanes.stats(1)).decode_steps
+        stats = generator.stats(lanes.stats(1))
+        steps = stats.decode_steps + stats.mixed_steps
     finally:
         generator.close().result()
         lanes.close()

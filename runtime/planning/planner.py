@@ -245,8 +245,8 @@ class Planner:
                     price_per_h=cost.price_per_h,
                 )
             )
-        host = (self.profile.host_step_s, self.profile.host_row_s) if self.profile is not None else ()
-        return Setting(tuple(stages), self.overlap, *host)
+        step_s, row_s = (self.profile.host_step_s, self.profile.host_row_s) if self.profile is not None else (0.0, 0.0)
+        return Setting(tuple(stages), self.overlap, step_s, row_s, packs=self.cluster.local)
 
     def _copy_time(self, link: Link, first: int) -> Callable[[Shape], float]:
         values = self._cut_values[first]

@@ -18,8 +18,9 @@ from functools import partial
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.batching.micro_batch import default_rows
+from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.meter import Percentiles
-from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
+from stageline.runtime.generation.scheduler import Scheduler, Step, chosen_rows
 from stageline.runtime.workload import Shape
 
 _MAX_LOAD = 0.95  # of the throughput when all requests arrive at once
@@ -49,12 +50,14 @@ class SimulatedStage:
 @dataclass(frozen=True)
 class Setting:
     """A pipeline to simulate. Without `overlap` a stage waits for its own copies. The driver of generation takes
-    `host_step_s` for each step that leaves the last stage, and `host_row_s` for each token sampled from it."""
+    `host_step_s` for each step that leaves the last stage, and `host_row_s` for each token sampled from it. `packs`:
+    the engines take packed tokens."""
 
     stages: tuple[SimulatedStage, ...]
     overlap: bool = True
     host_step_s: float = 0.0
     host_row_s: float = 0.0
+    packs: bool = False
 
     @property
     def places(self) -> int:
@@ -310,7 +313,7 @@ class _GenerationRun(_Run):
 
     def __init__(self, setting: Setting, slots: int, capacity: int, chunk: int, seed: int):
         super().__init__(setting, seed)
-        self.scheduler = Scheduler(slots, capacity, min(setting.places, slots), chunk, setting.places)
+        self.scheduler = Scheduler(slots, capacity, min(setting.places, slots), chunk, setting.places, setting.packs)
         self.texts: dict[Continuation, _Text] = {}
 
     def run_all(self, requests: Sequence[TextRequest]) -> SimulationResult:
@@ -327,9 +330,7 @@ class _GenerationRun(_Run):
 
     def issue(self) -> None:
         while (step := self.scheduler.next()) is not None:
-            past = round(sum(row.start for row in step.rows) / len(step.rows))
-            picks = int(any(row.last for row in step.rows))
-            self.send(Shape(step.slot_count, step.length, past, picks), partial(self.left, step))
+            self.send(_shape(step), partial(self.left, step))
 
     def left(self, step: Step) -> None:
         """A step has left the last stage, and the driver handles it."""
@@ -353,6 +354,14 @@ class _GenerationRun(_Run):
                 self.leave(text.request.arrival_s, text.request.output)
                 del self.texts[continuation]
         self.issue()
+
+
+def _shape(step: Step) -> Shape:
+    """A step as a micro-batch: packed tokens of prompts, and what is beside them, as one row."""
+    past = round(sum(row.start for row in step.rows) / len(step.rows))
+    if step.first_slot is None and step.kind != "decode":
+        return Shape(1, step.batch, past, sum(row.last for row in step.rows))
+    return Shape(step.batch, step.length, past, int(any(row.last for row in step.rows)))
 
 
 def replicas_needed(

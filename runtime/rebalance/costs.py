@@ -44,9 +44,7 @@ def work_seconds(use_s: UseSeconds, amounts: Mapping[Kind, Amount], past: int) -
         if not amount.runs:
             continue
         rows, length = max(1, round(amount.rows / amount.runs)), max(1, round(amount.tokens / amount.rows))
-        shape = (
-            Shape(rows, 1, past, 1) if kind == "decode" else Shape(rows, length, 0, 1 if kind == "prefill" else None)
-        )
+        shape = Shape(rows, 1, past, 1) if kind == "decode" else Shape(rows, length, 0, None if kind == "batch" else 1)
         found.append((amount.runs, use_s(shape)))
     return UseTimes(
         tuple(sum(values) for values in zip(*([runs * s for s in times.use_s] for runs, times in found), strict=True)),

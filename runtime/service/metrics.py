@@ -103,6 +103,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
     "generation_tokens": ("Generated tokens.", lambda s: s.generated_tokens),
     "prefill_steps": ("Steps that read prompts.", lambda s: s.prefill_steps),
     "decode_steps": ("Steps that generate one token per running sequence.", lambda s: s.decode_steps),
+    "mixed_steps": ("Steps that do both.", lambda s: s.mixed_steps),
+    "num_preemptions": ("Sequences that gave their part of the cache to an older one.", lambda s: s.set_back),
     "host_seconds": ("Time of the thread that schedules and samples.", lambda s: s.host_s),
 }
 _TIMES: dict[str, tuple[str, Callable[[GenerationTimes], Histogram]]] = {

@@ -119,6 +119,10 @@ class Lane:
     recorder: Recorder | None = None
     max_rows: int | None = None
     """`Engine.max_rows`, once it is open."""
+    packs: bool = False
+    """`Engine.packs`, once it is open."""
+    block_tokens: int | None = None
+    """`Engine.block_tokens`, once it is open."""
     sampler: Sampler | None = None
     """Draws tokens on the stage's device, once it is open, if it can."""
 
@@ -195,7 +199,8 @@ class Worker:
         try:
             for lane in self.lanes:
                 engines.append((lane, lane.stage.open(lane.device)))
-                lane.max_rows = engines[-1][1].max_rows
+                engine = engines[-1][1]
+                lane.max_rows, lane.packs, lane.block_tokens = engine.max_rows, engine.packs, engine.block_tokens
                 if lane.stage.open_sampler is not None:
                     lane.sampler = lane.stage.open_sampler(lane.device)
         except BaseException as error:
@@ -272,6 +277,17 @@ class Lanes:
     def max_rows(self) -> int | None:
         """The largest batch that all engines take; None: any."""
         return min((lane.max_rows for lane in self._lanes if lane.max_rows is not None), default=None)
+
+    @property
+    def packs(self) -> bool:
+        """Whether all engines take packed tokens."""
+        return all(lane.packs for lane in self._lanes)
+
+    @property
+    def block_tokens(self) -> int | None:
+        """Tokens of a block, where all engines' caches are blocks of one size."""
+        sizes = {lane.block_tokens for lane in self._lanes}
+        return sizes.pop() if len(sizes) == 1 else None
 
     def draws(self, stage: int) -> bool:
         """Whether a stage's device draws tokens."""

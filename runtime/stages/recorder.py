@@ -9,8 +9,8 @@ import threading
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Kind = Literal["batch", "prefill", "decode", "copy"]
-RUN_KINDS: tuple[Kind, ...] = ("batch", "prefill", "decode")  # those in which an engine runs
+Kind = Literal["batch", "prefill", "decode", "mixed", "copy"]
+RUN_KINDS: tuple[Kind, ...] = ("batch", "prefill", "decode", "mixed")  # those in which an engine runs
 WINDOW = 64  # micro-batches that are kept or dropped together
 
 

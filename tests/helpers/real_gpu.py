@@ -70,6 +70,7 @@ class Scale:
 
         assert isinstance(device, CudaDevice)
         self.input_names, self.output_names, self.max_rows = (reads,), (gives,), None
+        self.packs, self.block_tokens = False, None
         self._a, self._b, self._device, self._cuda = a, b, device, cuda
         device.gpu.make_current()
         status, self._module = cuda.cuModuleLoadData(PTX)

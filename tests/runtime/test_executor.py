@@ -16,7 +16,7 @@ from llamas import SIX_BLOCKS
 from stageline.exporter.synthesize import synthesize
 from stageline.models.errors import BundleError, DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
-from stageline.runtime.engines import ENGINES, Device, Engine, StageFile, Value, engine_factory
+from stageline.runtime.engines import ENGINES, Device, Engine, PackedRows, StageFile, Value, engine_factory
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.stages.opening import check_same_model
@@ -81,12 +81,13 @@ class Watched:
     def __init__(self, engine: Engine, number: int, step: Step) -> None:
         self.engine, self.number, self.before = engine, number, step
         self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
+        self.packs, self.block_tokens = engine.packs, engine.block_tokens
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
         self.give_caches, self.take_caches = engine.give_caches, engine.take_caches
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> Mapping[str, Value]:
         self.before(self.number, inputs)
-        return self.engine.step(inputs, outputs, first_slot)
+        return self.engine.step(inputs, outputs, rows)
 
 
 class Opening:

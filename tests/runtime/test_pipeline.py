@@ -42,6 +42,8 @@ class PythonStage:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     max_rows: int | None = None
+    packs: bool = False
+    block_tokens: int | None = None
 
     def __init__(self, gives: str, compute: Callable[[Mapping[str, Array]], Array]) -> None:
         self.gives, self.compute, self.closed = gives, compute, False

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass
+from stageline.runtime.bundle.graph import dimensions
 from stageline.runtime.engines.base import StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.external import locate_in, root_of
@@ -11,6 +12,7 @@ from stageline.runtime.engines.lowering.flat_attention import has_caches
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.group_query import to_group_query
 from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.engines.lowering.packed_picks import pick_tokens
 from stageline.runtime.engines.lowering.paged import to_paged
 from stageline.runtime.engines.lowering.precision import read_as_stored, to_precision, widen_initializers
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
@@ -26,29 +28,43 @@ _NO_BFLOAT16 = frozenset(
 which it lists only where TensorRT is installed). Computing them in float32 is right in every version."""
 
 
-def lowered(stage: StageFile, cache_dtype: ir.DataType, quantise: WeightDtype | None, grouped: bool = True) -> bytes:
-    """The stage's graph as ONNX bytes for CPUs: all half-precision values in float32, its caches lowered, its weights
-    still in their files unless quantised. Locations are relative to `root_of` the stage's folder.
+@dataclass(frozen=True)
+class LoweredForCpu:
+    """A stage's graph as ONNX bytes, and the dimensions of its inputs and outputs in the bundle, without those of its
+    caches."""
 
-    `grouped`: caches for GroupQueryAttention, in `cache_dtype`; else for standard operators, in float32."""
+    proto: bytes
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: dict[str, tuple[int | str, ...]]
+
+
+def lowered(
+    stage: StageFile, cache_dtype: ir.DataType, quantise: WeightDtype | None, grouped: bool = True
+) -> LoweredForCpu:
+    """The stage's graph for CPUs: all half-precision values in float32, its caches lowered, its weights still in their
+    files unless quantised. Locations are relative to `root_of` the stage's folder.
+
+    `grouped`: caches for GroupQueryAttention, in `cache_dtype`, and a graph for packed tokens; else for standard
+    operators, in float32."""
     model = ir.load(stage.file)
+    inputs, outputs = dimensions(model.graph.inputs), dimensions(model.graph.outputs)
     ir.external_data.set_base_dir(model.graph, stage.folder)
     halves, caches = has_types(model), has_caches(model)
     root = root_of(stage.folder)
     if root != stage.folder:
         locate_in(root, model)
     elif not halves and not caches and quantise is None:
-        return stage.file.read_bytes()
+        return LoweredForCpu(stage.file.read_bytes(), inputs, outputs)
     if halves:
         model = to_float32(model)
     if caches and grouped:
         to_group_query(model, cache_dtype)
+        pick_tokens(model.graph)
     elif caches:
         to_tensor_scatter(model, None)
     if quantise is not None:
         model = to_nbits(model, quantise)
-    proto: bytes = ir.to_proto(model).SerializeToString()
-    return proto
+    return LoweredForCpu(ir.to_proto(model).SerializeToString(), inputs, outputs)
 
 
 @dataclass(frozen=True)

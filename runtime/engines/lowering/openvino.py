@@ -21,12 +21,12 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import _PagedAttentionExtension
 from stageline.models.errors import EngineError
-from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, static
-from stageline.runtime.bundle.manifest import LOGITS_AT
+from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, dimensions, static
 from stageline.runtime.engines.base import StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.nbits import MIN_WEIGHTS, multiplied_weight
+from stageline.runtime.engines.lowering.packed_picks import pick_tokens
 
 CONTROL: dict[str, list[str]] = {
     "past_lens": ["rows"],
@@ -61,24 +61,20 @@ def lowered_for_openvino(stage: StageFile, quantise: WeightDtype | None) -> Lowe
     ir.external_data.set_base_dir(model.graph, stage.folder)
     if has_types(model):
         to_float32(model)
-    inputs, outputs = (
-        {str(value.name): _dimensions(value) for value in values}
-        for values in (model.graph.inputs, model.graph.outputs)
-    )
+    inputs, outputs = dimensions(model.graph.inputs), dimensions(model.graph.outputs)
     for node in list(model.graph):
         if node.op_type == CACHE_ATTENTION:
             _give_control(model.graph, node, stage.number)
-        elif stage.caches and node.op_type == "GatherElements" and _depends_on(node.inputs[1], LOGITS_AT):
-            _pick_rows(model.graph, node)
         elif node.op_type == "Attention":
             _repeat_heads(model.graph, node)
+    if stage.caches:
+        pick_tokens(model.graph)
     _break_up_gates(model.graph)
     RemoveUnusedNodesPass()(model)
     products = _products(model.graph) if quantise is not None else {}
     weights = _weights_as_inputs(model.graph)
     frontend = FrontEndManager().load_by_framework("onnx")
-    for name, convert in (("PagedAttention", _paged_attention), ("PickRows", _picked)):
-        frontend.add_extension(ConversionExtension(name, "stageline", convert))
+    frontend.add_extension(ConversionExtension("PagedAttention", "stageline", _paged_attention))
     made = frontend.convert(frontend.load(io.BytesIO(ir.to_proto(model).SerializeToString())))
     memory: list[NDArray[Any]] = []
     for parameter in list(made.get_parameters()):
@@ -102,11 +98,6 @@ def lowered_for_openvino(stage: StageFile, quantise: WeightDtype | None) -> Lowe
 # The ONNX graph.
 
 
-def _dimensions(value: ir.Value) -> tuple[int | str, ...]:
-    assert value.shape is not None
-    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-
-
 def _give_control(graph: ir.Graph, node: ir.Node, stage: int) -> None:
     """Replace cache attention by one that reads its caches and `CONTROL`."""
     if "softcap" in node.attributes:
@@ -125,12 +116,6 @@ def _give_control(graph: ir.Graph, node: ir.Node, stage: int) -> None:
     }
     read = [query, key, value, *caches, *control, *sinks]
     _replace(graph, node, ir.node("PagedAttention", read, attributes, domain="stageline"))
-
-
-def _pick_rows(graph: ir.Graph, node: ir.Node) -> None:
-    """Let `logits_at` name packed tokens: [picks, 1], of all that there are."""
-    picks = next(value for value in graph.inputs if value.name == LOGITS_AT)
-    _replace(graph, node, ir.node("PickRows", [node.inputs[0], picks], domain="stageline"))
 
 
 def _repeat_heads(graph: ir.Graph, node: ir.Node) -> None:
@@ -227,20 +212,6 @@ def _replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _depends_on(value: ir.Value | None, name: str) -> bool:
-    found, todo = set(), [value]
-    while todo:
-        value = todo.pop()
-        if value is None or value in found:
-            continue
-        found.add(value)
-        if value.name == name:
-            return True
-        producer = value.producer()
-        todo += producer.inputs if producer is not None else ()
-    return False
-
-
 # The OpenVINO model.
 
 
@@ -300,12 +271,6 @@ def _ints(*values: int) -> ov.Node:
 def _none(kind: Any, *shape: int) -> ov.Node:
     """What an operator is given in place of an input that it need not have."""
     return ops.constant(np.zeros(shape or (0,), kind))
-
-
-def _picked(node: Any) -> Any:
-    """[tokens, 1, width], [picks, 1] -> [picks, 1, width]."""
-    tokens, picks = node.get_input(0), node.get_input(1)
-    return ops.gather(tokens, ops.reshape(picks, _ints(-1), False), ops.constant(np.int64(0))).outputs()
 
 
 def _paged_attention(node: Any) -> Any:

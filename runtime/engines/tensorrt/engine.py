@@ -22,7 +22,7 @@ from stageline.runtime.devices.cuda.device import CudaDevice
 from stageline.runtime.devices.cuda.driver import CudaError
 from stageline.runtime.devices.cuda.launch import Launch
 from stageline.runtime.devices.cuda.pools import Buffer
-from stageline.runtime.engines.base import CacheSize, Device, StageFile, WeightDtype
+from stageline.runtime.engines.base import CacheSize, Device, PackedRows, StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.tensorrt.bindings import Binding, Bindings, Key, Lease
 from stageline.runtime.engines.tensorrt.guard import checked_engine
@@ -104,6 +104,7 @@ class TensorRTEngine:
             for name, size in zip(pasts, (spec.key_size, spec.value_size), strict=True):
                 self._cache_shapes[name] = (spec.heads, capacity, size)
         self._row_bytes = {name: size_bytes(shape, self._cache_dtype) for name, shape in self._cache_shapes.items()}
+        self.packs, self.block_tokens = False, None
         self.max_rows = max((p.sizes[BATCH].max for p in record.profiles if BATCH in p.sizes), default=1)
         self._slot_count = cache.slots if cache is not None else 0
         self._slot_shapes = {name: (self._slot_count, *shape) for name, shape in self._cache_shapes.items()}
@@ -137,13 +138,14 @@ class TensorRTEngine:
         caches = tuple((name, buffer.address) for name, buffer in self._rows.items())
         return self._launched(inputs, outputs, caches)
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> Mapping[str, Value]:
         """See `Engine.step`."""
-        if first_slot not in self._places:
-            self._places[first_slot] = tuple(
-                (name, buffer.address + first_slot * self._row_bytes[name]) for name, buffer in self._slots.items()
+        assert isinstance(rows, int)
+        if rows not in self._places:
+            self._places[rows] = tuple(
+                (name, buffer.address + rows * self._row_bytes[name]) for name, buffer in self._slots.items()
             )
-        return self._launched(inputs, outputs, self._places[first_slot], self._slot_count - first_slot)
+        return self._launched(inputs, outputs, self._places[rows], self._slot_count - rows)
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """See `Engine.copy_slot`. It runs in the stage's stream."""

@@ -26,7 +26,7 @@ from stageline.runtime.bench.inputs import Item
 from stageline.runtime.bench.records import Slo
 from stageline.runtime.bundle.manifest import CACHED_INPUTS, GenerationDefaults, TensorSpec
 from stageline.runtime.bundle.signature import Signature
-from stageline.runtime.engines import Array, CacheSize
+from stageline.runtime.engines import Array, CacheSize, PackedRows
 from stageline.runtime.executor import Executor
 from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.options import PipelineOptions
@@ -47,6 +47,8 @@ class Sleeper:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     max_rows: int | None = None
+    packs: bool = False
+    block_tokens: int | None = None
     slept: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
     asked: float = 0.0
@@ -61,7 +63,7 @@ class Sleeper:
         name, shape = self.gives
         return {name: np.zeros((len(next(iter(inputs.values()))), *shape), np.float32)}
 
-    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], rows: int | PackedRows) -> dict[str, Array]:
         return self.run(inputs, outputs)
 
     def close(self) -> None: ...

@@ -53,6 +53,17 @@ def test_tokens_are_those_of_onnxruntime(stages: int, decoder: Path, wanted: lis
         assert tokens_of(running) == wanted
 
 
+def test_steps_mix_prompts_with_decoding_and_compute_no_padding(decoder: Path, wanted: list[tuple[int, ...]]) -> None:
+    with Pipeline.open(decoder, engine="openvino", slots=3, prefill_chunk=16) as pipeline:
+        assert tokens_of(submitted(pipeline)) == wanted
+        amounts = [stage.amounts for stage in pipeline.stats().stages]
+    for amount in amounts:
+        assert min(amount[kind].runs for kind in ("prefill", "decode", "mixed")) > 0
+        assert sum(one.tokens for one in amount.values()) == sum(map(len, PROMPTS)) + sum(
+            len(row) - 1 for row in wanted
+        )
+
+
 def test_shared_beginnings_are_copied(decoder: Path, wanted: list[tuple[int, ...]]) -> None:
     with Pipeline.open(decoder, engine="openvino", slots=3) as pipeline:
         twins = pipeline.submit(GenerationRequest(tuple(PROMPTS[1]), Sampling(max_tokens=40, n=3)))

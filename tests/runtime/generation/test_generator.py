@@ -19,7 +19,7 @@ from stageline.exporter.export import export
 from stageline.models.errors import CheckpointError, DeadlineError, EngineError, QueueFullError, RequestError
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
-from stageline.runtime.engines import ENGINES, Array, Device, Engine, StageFile, engine_factory
+from stageline.runtime.engines import ENGINES, Array, Device, Engine, PackedRows, StageFile, engine_factory
 from stageline.runtime.generation.request import Completion, Delta, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.pipeline import Pipeline
@@ -124,11 +124,12 @@ class Hooked:
     def __init__(self, engine: Engine, number: int, before: Hook, after: Hook) -> None:
         self.engine, self.number, self.before, self.after = engine, number, before, after
         self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
+        self.packs, self.block_tokens = engine.packs, engine.block_tokens
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
 
-    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
+    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], rows: int | PackedRows) -> dict[str, Array]:
         self.before(self.number, inputs)
-        values = self.engine.step(inputs, outputs, first_slot)
+        values = self.engine.step(inputs, outputs, rows)
         self.after(self.number, values)
         return values
 
@@ -140,9 +141,11 @@ def hooked(bundles: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch) -> C
     def nothing(stage: int, values: Mapping[str, Array]) -> None:
         pass
 
-    def begin(stages: int, before: Hook = nothing, after: Hook = nothing, **options: Any) -> Pipeline:
+    def begin(
+        stages: int, before: Hook = nothing, after: Hook = nothing, engine: str = "onnxruntime", **options: Any
+    ) -> Pipeline:
         def factory(stage: StageFile, device: Device, **settings: Any) -> Engine:
-            return Hooked(engine_factory("onnxruntime")(stage, device, **settings), stage.number, before, after)
+            return Hooked(engine_factory(engine)(stage, device, **settings), stage.number, before, after)
 
         monkeypatch.setitem(ENGINES, "hooked", lambda: factory)
         return Pipeline.open(bundles(stages), engine="hooked", **options)
@@ -171,14 +174,22 @@ def gate() -> Iterator[Gate]:
 
 # The right tokens.
 
+of_rows_and_of_blocks = pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 
+
+@of_rows_and_of_blocks
 @pytest.mark.parametrize(
     ("stages", "slots", "chunk"), [(1, 5, 64), (1, 1, 3), (2, 2, 1), (2, 5, 3), (3, 5, 64), (3, 1, 64), (3, 2, 3)]
 )
 def test_greedy_tokens_are_those_of_transformers(
-    bundles: Callable[[int], Path], want: Callable[..., tuple[int, ...]], stages: int, slots: int, chunk: int
+    bundles: Callable[[int], Path],
+    want: Callable[..., tuple[int, ...]],
+    stages: int,
+    slots: int,
+    chunk: int,
+    engine: str,
 ) -> None:
-    with Pipeline.open(bundles(stages), slots=slots, prefill_chunk=chunk) as pipeline:
+    with Pipeline.open(bundles(stages), engine=engine, slots=slots, prefill_chunk=chunk) as pipeline:
         futures = [pipeline.submit(request(prompt, max_tokens=MOST)) for prompt in PROMPTS]
         assert [tokens_of(future) for future in futures] == [want(prompt, MOST) for prompt in PROMPTS]
 
@@ -190,10 +201,11 @@ def test_the_reference_is_worth_comparing_with(want: Callable[..., tuple[int, ..
     assert sum(not ended(tokens) for tokens in found) > 4
 
 
+@of_rows_and_of_blocks
 def test_tokens_are_right_whenever_requests_come_and_whichever_are_cancelled(
-    bundles: Callable[[int], Path], want: Callable[..., tuple[int, ...]]
+    bundles: Callable[[int], Path], want: Callable[..., tuple[int, ...]], engine: str
 ) -> None:
-    with Pipeline.open(bundles(2), slots=4, prefill_chunk=7, queue=1000) as pipeline:
+    with Pipeline.open(bundles(2), engine=engine, slots=4, prefill_chunk=7, queue=1000) as pipeline:
 
         def client(seed: int) -> int:
             rng = random.Random(seed)
@@ -221,6 +233,20 @@ def test_tokens_are_right_whenever_requests_come_and_whichever_are_cancelled(
         assert (stats.done, stats.cancelled, stats.failed) == (200 - cancelled, cancelled, 0)
         assert 10 < cancelled < 100
         assert tokens_of(pipeline.submit(request(PROMPTS[5]))) == want(PROMPTS[5], 10)
+
+
+def test_tokens_are_right_where_rows_are_set_back_for_want_of_blocks(
+    bundles: Callable[[int], Path], want: Callable[..., tuple[int, ...]]
+) -> None:
+    manifest = Bundle.open(bundles(2)).manifest
+    values = sum(spec.heads * (spec.key_size + spec.value_size) for stage in manifest.stages for spec in stage.caches)
+    memory = values * 4 * 160  # 5 blocks of 32 tokens
+    prompts = [prompt for seed in range(200, 220) if len(want(prompt := prompt_of(seed, 30), MOST)) > 6][:6]
+    with Pipeline.open(bundles(2), engine="openvino", slots=6, cache_memory=memory) as pipeline:
+        futures = [pipeline.submit(request(prompt, max_tokens=MOST)) for prompt in prompts]
+        assert [tokens_of(future) for future in futures] == [want(prompt, MOST) for prompt in prompts]
+        stats = eventually(pipeline, lambda stats: stats.running == 0)
+        assert stats.set_back > 0
 
 
 def eventually(pipeline: Pipeline, holds: Callable[[Any], bool]) -> Any:
@@ -534,8 +560,9 @@ def test_a_stage_that_raises_fails_the_requests_of_that_step_alone(
         assert (stats.done, stats.failed) == (13 - failed, 1 + failed)
 
 
+@of_rows_and_of_blocks
 def test_stages_that_often_raise_never_give_wrong_tokens(
-    hooked: Callable[..., Pipeline], want: Callable[..., tuple[int, ...]]
+    hooked: Callable[..., Pipeline], want: Callable[..., tuple[int, ...]], engine: str
 ) -> None:
     rng, lock = random.Random(4), threading.Lock()
 
@@ -544,7 +571,7 @@ def test_stages_that_often_raise_never_give_wrong_tokens(
             if rng.random() < 0.01:
                 raise RuntimeError("again")
 
-    with hooked(3, before, slots=4, prefill_chunk=8, queue=500) as pipeline:
+    with hooked(3, before, engine=engine, slots=4, prefill_chunk=8, queue=500) as pipeline:
         futures = [(prompt, pipeline.submit(request(prompt, n=1 + i % 2))) for i, prompt in enumerate(PROMPTS * 12)]
         failed = 0
         for prompt, future in futures:
@@ -579,8 +606,9 @@ def test_broken_logits_fail_their_own_request_only(
         assert [tokens_of(future) for future in again] == [want(prompt, 10) for prompt in PROMPTS[6:9]]
 
 
+@of_rows_and_of_blocks
 def test_a_cache_full_of_nan_harms_nobody_who_comes_after(
-    hooked: Callable[..., Pipeline], want: Callable[..., tuple[int, ...]]
+    hooked: Callable[..., Pipeline], want: Callable[..., tuple[int, ...]], engine: str
 ) -> None:
     """What a slot held of an earlier request is behind the lengths, and never read."""
     armed = [1]
@@ -590,7 +618,7 @@ def test_a_cache_full_of_nan_harms_nobody_who_comes_after(
             hidden = next(v for v in inputs.values() if v.dtype == np.float32)
             hidden[:] = np.nan
 
-    with hooked(2, before, slots=1) as pipeline:
+    with hooked(2, before, engine=engine, slots=1) as pipeline:
         with pytest.raises(EngineError, match="nan"):
             pipeline.submit(request(prompt_of(8, 100))).result(SECONDS)
         armed.clear()
@@ -644,7 +672,7 @@ def test_stats_add_up(bundles: Callable[[int], Path]) -> None:
     assert stats.prompt_tokens == sum(map(len, PROMPTS))
     assert stats.cached_tokens == sum(completion.cached_tokens for completion in completions)
     assert stats.generated_tokens == sum(completion.completion_tokens for completion in completions)
-    assert runs == [stats.prefill_steps + stats.decode_steps] * 2
+    assert runs == [stats.prefill_steps + stats.decode_steps + stats.mixed_steps] * 2
     assert stats.queue_s.count == stats.ttft_s.count == len(PROMPTS)
     assert stats.tpot_s.count == stats.generated_tokens - len(PROMPTS)
     assert 0 < stats.host_s < stats.active_s + 1

@@ -3,13 +3,17 @@
 import random
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from stageline.runtime.generation.scheduler import MIN_SHARED, Continuation, Scheduler, Step, chosen_rows
+from stageline.runtime.generation.blocks import Blocks
+from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.scheduler import Scheduler, Step, chosen_rows
+from stageline.runtime.generation.slots import MIN_SHARED
 
 GARBAGE = -1  # what a failed step leaves, padding, and anything computed on top of them
 
@@ -23,10 +27,12 @@ class Machine:
 
     def __init__(self, scheduler: Scheduler, seed: int = 0) -> None:
         self.scheduler = scheduler
-        self.cache = np.full((scheduler.slot_count, scheduler.capacity), GARBAGE)
+        blocks = scheduler.blocks
+        shape = (scheduler.slot_count, scheduler.capacity) if blocks is None else (blocks.count, blocks.size)
+        self.cache = np.full(shape, GARBAGE)
         self.flying: deque[Step] = deque()
         self.lengths: dict[Continuation, int] = {}
-        self.issued: dict[Continuation, int] = {}  # tokens issued, from the first step on
+        self.issued: dict[tuple[Continuation, int], int] = {}  # tokens issued since it was placed
         self.finished: list[Continuation] = []
         self.random = random.Random(seed)
         self.steps: list[Step] = []
@@ -48,26 +54,46 @@ class Machine:
     def check(self, step: Step) -> None:
         scheduler = self.scheduler
         slots = [row.slot for row in step.rows]
-        assert slots == sorted(set(slots))
-        assert (slots[0], slots[-1]) == (step.first_slot, step.first_slot + step.slot_count - 1)
-        assert step.length == max(row.count for row in step.rows)
+        assert len(slots) == len(set(slots))
         for row in step.rows:
             continuation = row.continuation
             assert not continuation.ended
             assert continuation.slot is scheduler.slots[row.slot]
-            assert row.start == self.issued.get(continuation, continuation.shared)
-            assert row.start + step.length <= scheduler.capacity
-            self.issued[continuation] = row.start + row.count
+            placed = continuation, continuation.placed_at
+            assert row.start == self.issued.get(placed, row.start)
+            assert row.start >= continuation.shared or self.scheduler.set_back
+            assert row.start + (row.count if scheduler.packs else step.length) <= scheduler.capacity
+            self.issued[placed] = row.start + row.count
             assert row.last == (row.start + row.count == len(continuation.tokens))
         under_way = [*self.flying, step]
+        assert sum(s.kind != "decode" for s in under_way) <= scheduler.prefills
+        if step.kind != "prefill":
+            assert sum(s.kind != "prefill" and s.group == step.group for s in under_way) == 1
+        if scheduler.packs:
+            self.check_packed(step)
+        else:
+            self.check_range(step, slots)
+
+    def check_packed(self, step: Step) -> None:
+        assert (step.first_slot, step.batch, step.length) == (None, sum(row.count for row in step.rows), 1)
+        prompts = [row for row in step.rows if row.start < row.continuation.prefill_length]
+        decoding = [row for row in step.rows if row not in prompts]
+        assert step.kind == ("mixed" if prompts and decoding else "prefill" if prompts else "decode")
+        assert sum(row.count for row in prompts) <= self.scheduler.chunk
+        assert {row.count for row in decoding} <= {1}
+        assert {self.scheduler.slots[row.slot].group for row in decoding} <= {step.group}
+
+    def check_range(self, step: Step, slots: Sequence[int]) -> None:
+        scheduler = self.scheduler
+        assert slots == sorted(slots)
+        assert (step.first_slot, step.batch) == (slots[0], slots[-1] - slots[0] + 1)
+        assert step.length == max(row.count for row in step.rows)
         if step.kind == "decode":
             assert {row.count for row in step.rows} == {1}
             assert {scheduler.slots[slot].group for slot in range(slots[0], slots[-1] + 1)} == {step.group}
-            assert sum(s.kind == "decode" and s.group == step.group for s in under_way) == 1
         else:
             assert slots == list(range(slots[0], slots[-1] + 1))
-            assert step.length * step.slot_count <= scheduler.chunk
-            assert sum(s.kind == "prefill" for s in under_way) <= scheduler.prefills
+            assert step.length * step.batch <= scheduler.chunk
 
     def complete(self, failing: bool = False) -> Step:
         """The oldest step leaves the last stage."""
@@ -75,16 +101,23 @@ class Machine:
         for copy in step.copies:
             self.cache[copy.target, : copy.tokens] = self.cache[copy.source, : copy.tokens]
         for row in step.rows:
+            held = self.held(row.slot, row.blocks)
             given_tokens = np.array(row.continuation.tokens[: row.start + row.count])
-            right = bool((self.cache[row.slot, : row.start] == given_tokens[: row.start]).all())
+            right = bool((held[: row.start] == given_tokens[: row.start]).all())
             assert right or row.continuation.ended, f"{step}: slot {row.slot} does not hold what it continues"
-            self.cache[row.slot, row.start : row.start + step.length] = GARBAGE
+            held[row.start : row.start + (row.count if step.first_slot is None else step.length)] = GARBAGE
             if right and not failing:
-                self.cache[row.slot, row.start : row.start + row.count] = given_tokens[row.start :]
+                held[row.start : row.start + row.count] = given_tokens[row.start :]
+            if self.scheduler.blocks is not None:
+                self.cache[list(row.blocks)] = held.reshape(len(row.blocks), -1)
         if failing:
-            own = {row.continuation for row in step.rows if not row.continuation.ended}
+            living = [row for row in step.rows if not row.continuation.ended]
             lost = self.scheduler.failed(step)
-            assert own <= set(lost)
+            for row in living:
+                if row.continuation not in lost:
+                    assert step.kind == "mixed"
+                    assert row.start >= row.continuation.prefill_length
+                    self.issued[row.continuation, row.continuation.placed_at] = row.start
             for continuation in lost:
                 self.scheduler.end(continuation)
                 del self.lengths[continuation]
@@ -95,10 +128,14 @@ class Machine:
                     self.draw(row.continuation)
         return step
 
+    def held(self, slot: int, blocks: Sequence[int]) -> Any:
+        """What the row of a slot holds: of a slot's own row a view, of blocks a copy."""
+        return self.cache[slot] if self.scheduler.blocks is None else self.cache[list(blocks)].reshape(-1)
+
     def draw(self, continuation: Continuation) -> None:
         continuation.tokens.append(self.random.randrange(3))
         if len(continuation.tokens) == self.lengths[continuation]:
-            assert self.issued[continuation] == len(continuation.tokens) - 1
+            assert self.issued[continuation, continuation.placed_at] == len(continuation.tokens) - 1
             self.scheduler.end(continuation)
             self.finished.append(continuation)
             del self.lengths[continuation]
@@ -125,11 +162,20 @@ class Machine:
     def check_slots(self) -> None:
         """With no step running, a slot holds what the scheduler takes it to hold, once copies that wait for a step are
         made: they wait when the continuation that wanted one has ended before its first step."""
+        if self.scheduler.blocks is not None:
+            self.check_blocks(self.scheduler.blocks)
+            return
         cache = self.cache.copy()
-        for copy in self.scheduler._copies:
+        for copy in self.scheduler.cache._copies:
             cache[copy.target, : copy.tokens] = cache[copy.source, : copy.tokens]
         for slot in self.scheduler.slots:
             np.testing.assert_array_equal(cache[slot.number, : slot.count], slot.tokens[: slot.count])
+
+    def check_blocks(self, blocks: Blocks) -> None:
+        """What can be found is there, and nothing is left in use."""
+        for (_, _, tokens), block in blocks._found.items():
+            np.testing.assert_array_equal(self.cache[block], tokens)
+        assert blocks.free == blocks.count
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -139,10 +185,16 @@ class AnyOrder(RuleBasedStateMachine):
 
     @initialize(
         slots=st.integers(1, 6), groups=st.integers(1, 3), chunk=st.sampled_from([1, 5, 16, 64]),
-        prefills=st.integers(1, 3), capacity=st.integers(24, 72), seed=st.integers(0, 99),
+        prefills=st.integers(1, 3), capacity=st.integers(24, 72), packs=st.booleans(),
+        block=st.sampled_from([None, 1, 4, 16]), more=st.integers(0, 30), seed=st.integers(0, 99),
     )  # fmt: skip
-    def begin(self, slots: int, groups: int, chunk: int, prefills: int, capacity: int, seed: int) -> None:
-        self.machine = Machine(Scheduler(slots, capacity, min(groups, slots), min(chunk, capacity), prefills), seed)
+    def begin(
+        self, slots: int, groups: int, chunk: int, prefills: int, capacity: int, packs: bool, block: int | None,
+        more: int, seed: int,
+    ) -> None:  # fmt: skip
+        blocks = Blocks(-(-capacity // block) + more, block) if packs and block else None
+        scheduler = Scheduler(slots, capacity, min(groups, slots), min(chunk, capacity), prefills, packs, blocks)
+        self.machine = Machine(scheduler, seed)
 
     @rule(
         common=st.integers(0, 60), kind=st.integers(0, 1), own=st.integers(0, 20), more=st.integers(1, 12),
@@ -185,6 +237,8 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: not self.machine.flying and not self.machine.scheduler.running)
     @rule(groups=st.integers(1, 3))
     def forget(self, groups: int) -> None:
+        if any(continuation.placed_at for continuation in self.machine.scheduler.waiting):
+            return  # set back
         self.machine.scheduler.switch(min(groups, self.machine.scheduler.slot_count), 1, forget=True)
         self.machine.cache[:] = GARBAGE
 
@@ -211,7 +265,10 @@ def test_under_load_every_row_reads_its_own_tokens(seed: int) -> None:
     """Longer runs than `AnyOrder` makes: hundreds of requests with few different beginnings."""
     rng = random.Random(seed)
     slots, capacity = rng.randint(1, 8), rng.choice([40, 100])
-    scheduler = Scheduler(slots, capacity, rng.randint(1, slots), rng.choice([3, 16, 40]), rng.randint(1, 3))
+    groups, chunk, prefills = rng.randint(1, slots), rng.choice([3, 16, 40]), rng.randint(1, 3)
+    blocks = Blocks(capacity // 5 + rng.randint(0, 20), 5) if rng.random() < 0.5 else None
+    packs = blocks is not None or rng.random() < 0.5
+    scheduler = Scheduler(slots, capacity, groups, chunk, prefills, packs, blocks)
     machine = Machine(scheduler, seed)
     beginnings = [[rng.randrange(3) for _ in range(rng.randint(0, 35))] for _ in range(3)]
     for _ in range(600):
@@ -230,8 +287,16 @@ def test_under_load_every_row_reads_its_own_tokens(seed: int) -> None:
     machine.settle()
 
 
-def alone(slots: int = 4, groups: int = 1, chunk: int = 16, prefills: int = 1, capacity: int = 2000) -> Machine:
-    return Machine(Scheduler(slots, capacity, groups, chunk, prefills))
+def alone(
+    slots: int = 4,
+    groups: int = 1,
+    chunk: int = 16,
+    prefills: int = 1,
+    capacity: int = 2000,
+    packs: bool = False,
+    blocks: Blocks | None = None,
+) -> Machine:
+    return Machine(Scheduler(slots, capacity, groups, chunk, prefills, packs, blocks))
 
 
 def settle_but(machine: Machine, steps: int) -> None:
@@ -266,6 +331,65 @@ def test_short_prompts_share_a_step() -> None:
     ]
 
 
+def test_packed_steps_mix_prompts_of_any_length_with_what_decodes() -> None:
+    machine = alone(packs=True)
+    machine.add(range(3), 6)
+    settle_but(machine, 1)
+    for length in (20, 9, 1):
+        machine.add(range(length), length + 2)
+    machine.settle()
+    assert [str(step) for step in machine.steps] == [
+        "1 prefill 0:0+3",
+        "2 mixed 0:3+1 3:0+1 2:0+9 1:0+6",
+        "3 mixed 0:4+1 2:9+1 3:1+1 1:6+14",
+        "4 decode 1:20+1",
+    ]
+    assert [step.batch for step in machine.steps] == [3, 17, 17, 1]
+
+
+def test_a_packed_step_of_each_group_is_under_way_and_a_long_prompt_fills_both() -> None:
+    machine = alone(slots=4, groups=2, prefills=2, packs=True)
+    for _ in range(2):
+        machine.add(range(3), 100)
+    settle_but(machine, 2)
+    machine.add(range(100), 110)
+    while machine.issue():
+        pass
+    assert [(step.kind, len(step.rows), step.batch) for step in machine.flying] == [("mixed", 2, 17), ("mixed", 2, 17)]
+
+
+def test_rows_that_begin_alike_share_blocks_and_compute_what_follows() -> None:
+    machine = alone(packs=True, blocks=Blocks(100, 8), capacity=100)
+    first = machine.add(range(40), 50)
+    settle_but(machine, 3)
+    twins = [machine.add([*range(35), 7], 40) for _ in range(2)]
+    machine.settle()
+    again = machine.add(range(41), 45)
+    machine.settle()
+    assert [continuation.shared for continuation in (first, *twins, again)] == [0, 32, 32, 40]
+    assert not any(step.copies for step in machine.steps)
+
+
+def test_the_last_is_set_back_where_there_is_no_block_for_the_first() -> None:
+    machine = alone(slots=3, packs=True, blocks=Blocks(8, 8), capacity=64)
+    first, second = machine.add([1] * 20, 60), machine.add([2] * 20, 60)
+    machine.settle()
+    assert machine.scheduler.set_back > 0
+    assert machine.finished == [first, second]
+    assert len(second.tokens) == 60
+
+
+def test_admission_waits_for_blocks() -> None:
+    machine = alone(slots=8, packs=True, blocks=Blocks(10, 8), capacity=64)
+    for n in range(4):
+        machine.add([n] * 30, 32)
+    machine.issue()
+    assert machine.scheduler.running == 2  # of 4 blocks each, and there is one left for the growth of each
+    machine.settle()
+    assert len(machine.finished) == 4
+    assert not machine.scheduler.set_back
+
+
 def test_each_group_has_a_decode_step_under_way() -> None:
     machine = alone(slots=4, groups=2, prefills=2)
     for _ in range(4):
@@ -280,7 +404,7 @@ def test_each_group_has_a_decode_step_under_way() -> None:
         machine.complete()
     while machine.issue():
         pass
-    assert sorted((step.group, step.slot_count) for step in machine.flying) == [(0, 2), (1, 2)]
+    assert sorted((step.group, step.batch) for step in machine.flying) == [(0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize("prefills", [1, 2])

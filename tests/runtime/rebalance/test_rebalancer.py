@@ -12,7 +12,7 @@ from stageline.exporter.export import export
 from stageline.exporter.synthesize import synthesize
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.bundle.recut import recut
-from stageline.runtime.engines import ENGINES, Device, Engine, StageFile, Value, engine_factory
+from stageline.runtime.engines import ENGINES, Device, Engine, PackedRows, StageFile, Value, engine_factory
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds
 from stageline.runtime.rebalance.policy import PolicySettings
@@ -36,12 +36,13 @@ class Timed:
     def __init__(self, engine: Engine, stage: StageFile) -> None:
         self.engine, self.stage = engine, stage
         self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
+        self.packs, self.block_tokens = engine.packs, engine.block_tokens
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
         self.give_caches, self.take_caches = engine.give_caches, engine.take_caches
 
-    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], first_slot: int) -> Mapping[str, Value]:
+    def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> Mapping[str, Value]:
         time.sleep(BLOCK_S * len(self.stage.caches) * self.slow.get(self.stage.number, 1.0))
-        return self.engine.step(inputs, outputs, first_slot)
+        return self.engine.step(inputs, outputs, rows)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from stageline.exporter.export import export
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
-from stageline.runtime.engines import ENGINES, Array, CacheSize, Device, Engine, StageFile, engine_factory
+from stageline.runtime.engines import ENGINES, Array, CacheSize, Device, Engine, PackedRows, StageFile, engine_factory
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service.app import create_app
 from stageline.runtime.service.server import DrainingServer, bound_socket
@@ -63,10 +63,11 @@ class Hooked:
     def __init__(self, engine: Engine, number: int, faults: "Faults") -> None:
         self.engine, self.number, self.faults = engine, number, faults
         self.input_names, self.output_names, self.max_rows = engine.input_names, engine.output_names, engine.max_rows
+        self.packs, self.block_tokens = engine.packs, engine.block_tokens
         self.run, self.copy_slot, self.close = engine.run, engine.copy_slot, engine.close
 
-    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], first_slot: int) -> dict[str, Array]:
-        values = self.engine.step(inputs, outputs, first_slot)
+    def step(self, inputs: Mapping[str, Array], outputs: Sequence[str], rows: int | PackedRows) -> dict[str, Array]:
+        values = self.engine.step(inputs, outputs, rows)
         self.faults.step(self.number, inputs, values)
         return values
 

@@ -18,6 +18,8 @@ class Recorder:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     max_rows: int | None = None
+    packs: bool = False
+    block_tokens: int | None = None
 
     def __init__(self) -> None:
         self.opened_on = threading.current_thread()

@@ -16,6 +16,8 @@ class Double:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     max_rows: int | None = None
+    packs: bool = False
+    block_tokens: int | None = None
 
     def __init__(self, gives: str) -> None:
         self.gives = gives

@@ -133,6 +133,7 @@ def test_stages_on_a_cpu_and_on_a_gpu_mix() -> None:
 
     class OnHost:
         input_names, output_names, max_rows = ("h",), ("y",), None
+        packs, block_tokens = False, None
 
         def run(self, inputs: Any, outputs: Any) -> Any:
             from stageline.runtime.devices.base import on_host

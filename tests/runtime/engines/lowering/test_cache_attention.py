@@ -113,9 +113,11 @@ class Rows:
 
     def made(self, rows: int, length: int) -> dict[str, Array]:
         kind, inputs = self.kind, {}
+        spread = 2 if self.tolerance < 1e-3 else 1  # scores of half precision are only as exact as they are small
         for layer in range(2):
             for name, (heads, size) in kind.shapes.items():
-                inputs[f"{name}{layer}"] = self.rng.standard_normal((rows, heads, length, size)).astype(np.float32) * 2
+                drawn = self.rng.standard_normal((rows, heads, length, size)).astype(np.float32)
+                inputs[f"{name}{layer}"] = drawn * spread
         return inputs
 
     def length(self, slot: int) -> int:
@@ -217,7 +219,7 @@ def test_caches_go_from_engine_to_engine_with_all_they_hold(tmp_path: Path) -> N
     rows.step(0, [1, 3, 1, 1])
     with pytest.raises(EngineError, match=r"stage 0 received no cache 'layer1\.value'"):
         other.take_caches({name: buffer for name, buffer in back.items() if name != "layer1.value"})
-    with pytest.raises(EngineError, match=r"cache 'layer0\.key' of float16 \[4, 2, 24, 16\]: it keeps float32 \[4, "):
+    with pytest.raises(EngineError, match=r"cache 'layer0\.key' of float16 \[4, 2, 536, 16\]: it keeps float32 \[4, "):
         other.take_caches({name: buffer.astype("float16") for name, buffer in buffers.items()})
 
 

@@ -1,0 +1,124 @@
+"""The blocks of the caches: what each holds, who uses it, and which is given away next, as plain data.
+
+A block holds `size` tokens of a row. Rows that begin alike share their first blocks. Only full ones are shared,
+and nothing is copied: nobody writes into a block that another row reads. A block that no row uses any more keeps
+what it holds until it is taken for something else, the one unused for longest first, and the end of a row before its
+beginning.
+
+    number[block]  names what a full block holds: its tokens after those of the blocks before it. 0: not full yet
+    _found[parent's number, kind, tokens]   the block that holds that; another one that came to hold the same has the
+                                            same number, and is not found
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Key = tuple[int, int, tuple[int, ...]]
+
+
+class Blocks:
+    """`count` blocks of `size` tokens, all free at first."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self._users = [0] * count
+        self._number = [0] * count
+        self._key: list[Key | None] = [None] * count
+        self._made_by: list[set[int]] = [set() for _ in range(count)]  # steps
+        self._found: dict[Key, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # the next to take first
+        self._numbers = 0
+
+    @property
+    def free(self) -> int:
+        """How many no row uses."""
+        return len(self._free)
+
+    def wanted(self, tokens: int) -> int:
+        """How many blocks a row of so many tokens has."""
+        return -(-tokens // self.size)
+
+    def begin(self, tokens: Sequence[int], kind: int) -> list[int]:
+        """The blocks that hold the beginning of a row already; the row uses them from now on.
+
+        They leave at least one of its tokens to be computed. `kind`: what else the keys depend on.
+        """
+        blocks: list[int] = []
+        parent = 0
+        for at in range(0, (len(tokens) - 1) // self.size * self.size, self.size):
+            block = self._found.get((parent, kind, tuple(tokens[at : at + self.size])))
+            if block is None:
+                break
+            blocks.append(block)
+            parent = self._number[block]
+        for block in blocks:
+            self._users[block] += 1
+            self._free.pop(block, None)
+        return blocks
+
+    def take(self, count: int) -> list[int] | None:
+        """Blocks for new tokens of a row; None if so many are not free."""
+        if count > len(self._free):
+            return None
+        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in taken:
+            self._forget(block)
+            self._users[block], self._number[block] = 1, 0
+            self._made_by[block].clear()
+        return taken
+
+    def fill(self, row: Sequence[int], tokens: NDArray[np.int64], start: int, end: int, kind: int, step: int) -> None:
+        """Step `step` computes tokens `start` to `end` - 1 of a row, which has the blocks `row`."""
+        for place in range(start // self.size, self.wanted(end)):
+            block, after = row[place], (place + 1) * self.size
+            self._made_by[block].add(step)
+            if after > end:
+                break
+            parent = self._number[row[place - 1]] if place else 0
+            key = parent, kind, tuple(tokens[after - self.size : after].tolist())
+            twin = self._found.get(key)
+            if twin is None:
+                self._numbers += 1
+                self._number[block] = self._numbers
+                self._found[key], self._key[block] = block, key
+            else:
+                self._number[block] = self._number[twin]
+
+    def unfill(self, block: int, step: int) -> bool:
+        """A step has failed that was to fill a row's last block; False if other rows use it already."""
+        if self._users[block] > 1:
+            return False
+        self._forget(block)
+        self._made_by[block].discard(step)
+        return True
+
+    def leave(self, row: Sequence[int], trusted: bool = True) -> None:
+        """A row lets go of its blocks; what they hold is not found any more if it is not `trusted`."""
+        for block in reversed(row):
+            self._users[block] -= 1
+            if not trusted:
+                self._forget(block)
+            if not self._users[block]:
+                self._free[block] = None
+                self._free.move_to_end(block, last=self._key[block] is not None)
+
+    def forget(self) -> None:
+        """The blocks hold nothing any more."""
+        for block in range(self.count):
+            self._forget(block)
+
+    def spoilt(self, step: int) -> set[int]:
+        """The blocks that a step was to fill, which has failed. They are not found any more, nor those after them."""
+        blocks = {block for block, steps in enumerate(self._made_by) if step in steps}
+        for block in blocks:
+            self._forget(block)
+            self._made_by[block].discard(step)
+        return blocks
+
+    def _forget(self, block: int) -> None:
+        key, self._key[block] = self._key[block], None
+        if key is not None:
+            del self._found[key]

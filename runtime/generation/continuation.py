@@ -1,0 +1,60 @@
+"""A continuation of a prompt, and the slot that it runs in.
+
+slot.tokens[:slot.count]  what the slot's row holds once the issued steps are done; kept after its continuation ends
+                          where rows have their slots to themselves, for prompts that begin alike
+slot.made_for[:slot.count]  the kind of row that the keys of these tokens are made for (RowScaling; 0 without)
+continuation.computed     == slot.count while it lives: the tokens issued; the next step begins there
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(eq=False, slots=True)
+class Continuation:
+    """One choice of a running request: its `tokens` so far, `prompt_length` of which were given.
+
+    `leader` is the choice of the same request whose cache it copies the prompt from; it is admitted after that one.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    leader: "Continuation | None" = None
+    slot: "Slot | None" = None
+    computed: int = 0
+    shared: int = 0
+    """Tokens of the prompt that were found in a cache."""
+    placed_at: int = 0
+    """The step before which it was given its slot."""
+    flying: int = 0
+    """Steps under way that compute tokens of it."""
+    ended: bool = False
+    prefill_length: int = field(init=False)
+    """Tokens that prefill computes: those of the prompt, or all that there were when it had to begin again."""
+
+    def __post_init__(self) -> None:
+        self.prefill_length = self.prompt_length
+
+    @property
+    def prompt_issued(self) -> bool:
+        """Whether every token that prefill computes is in a step."""
+        return self.computed >= self.prefill_length
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A row of the caches, and what they hold of it once the issued steps are done."""
+
+    number: int
+    group: int
+    tokens: NDArray[np.int64]
+    made_by: NDArray[np.int64]
+    """The step that computes each of `tokens`, in whichever slot they were computed first."""
+    made_for: NDArray[np.int64]
+    count: int = 0
+    continuation: Continuation | None = None
+    used_at: int = 0
+    blocks: list[int] = field(default_factory=list)
+    """Where its tokens lie, if the caches are blocks."""

@@ -1,0 +1,214 @@
+"""The slots that continuations run in, and what the caches hold of their rows, as plain data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from stageline.runtime.generation.blocks import Blocks
+from stageline.runtime.generation.continuation import Continuation, Slot
+
+_UNKNOWN = -1  # a token that the host has not seen: like none of a prompt
+MIN_SHARED = 16  # tokens: a shorter common beginning is not worth a copy
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `tokens` tokens of slot `source` go into slot `target`, before the step."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+class Slots:
+    """Slots with a row of `capacity` tokens to each one, in `groups` ranges. A row that begins like what another slot
+    holds is given a copy of that, and a slot keeps what it holds until it is given to another row."""
+
+    def __init__(self, count: int, capacity: int, groups: int) -> None:
+        self.capacity = capacity
+        self.slots = [Slot(number, 0, *np.zeros((3, capacity), np.int64)) for number in range(count)]
+        self._clock = 0
+        self._copies: list[Copy] = []
+        self.regroup(groups)
+
+    def regroup(self, groups: int) -> None:
+        """Put the slots into other groups."""
+        for slot in self.slots:
+            slot.group = slot.number * groups // len(self.slots)
+
+    def forget(self) -> None:
+        """No continuation runs, and the caches hold nothing any more."""
+        self._copies = []
+        for slot in self.slots:
+            assert slot.continuation is None
+            slot.count = 0
+
+    def place(self, tokens: Sequence[int], kind: int) -> Slot | None:
+        """A slot for a row of these tokens, whose keys are made for this kind of row. It holds `count` of them already,
+        which leaves at least one to be computed. None if there is no room."""
+        free = self._free()
+        if not free:
+            return None
+        row = np.array(tokens, np.int64)
+        donor, shared = self._donor(row, kind)
+        slot = donor if donor is not None and donor.continuation is None else min(free, key=self._placing_cost)
+        if donor is not None and slot is not donor:
+            self._copies.append(Copy(donor.number, slot.number, shared))
+            slot.made_by[:shared] = donor.made_by[:shared]
+            slot.made_for[:shared] = donor.made_for[:shared]
+        slot.tokens[:shared] = row[:shared]
+        slot.count = shared
+        self._touch(slot)
+        return slot
+
+    def has_room(self, slot: Slot, tokens: int) -> bool:
+        """Make room for a row of so many tokens, if there is any."""
+        return tokens <= self.capacity
+
+    def record(self, slot: Slot, tokens: Sequence[int], end: int, step: int, kind: int) -> None:
+        """Step `step` computes the row's tokens up to `end`; these are `tokens`, or unknown. There is room for them."""
+        new = slice(slot.count, end)
+        slot.tokens[new] = tokens or _UNKNOWN
+        slot.made_by[new], slot.made_for[new] = step, kind
+        slot.count = end
+        self._touch(slot)
+
+    def rewind(self, slot: Slot, count: int, step: int) -> bool:
+        """Let the row's tokens from `count` on be computed again, which the failed step `step` was the last to compute;
+        False if others have begun with them."""
+        slot.count = count
+        return True
+
+    def blocks_of(self, slot: Slot) -> Sequence[int]:
+        """Where the row's tokens lie, if the caches are blocks."""
+        return ()
+
+    def leave(self, slot: Slot, keep: int | None) -> None:
+        """The slot's continuation lets go of it. What it holds is kept for others, or only the first `keep` tokens."""
+        slot.continuation = None
+        self._touch(slot)
+        if keep is not None:
+            slot.count = min(slot.count, keep)
+
+    def spoilt(self, step: int) -> list[Continuation]:
+        """A step has failed: forget what it was to leave, with all copies of it. The continuations that lose by it."""
+        lost = []
+        for slot in self.slots:
+            spoilt = np.flatnonzero(slot.made_by[: slot.count] == step)
+            if len(spoilt):  # what follows was computed from it
+                slot.count = int(spoilt[0])
+                if slot.continuation is not None:
+                    lost.append(slot.continuation)
+        return lost
+
+    def take_copies(self) -> tuple[Copy, ...]:
+        """The copies that come before the next step."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
+
+    @property
+    def usage(self) -> float:
+        """The share of the caches that rows in use fill, 0 to 1."""
+        return self._filled() / (len(self.slots) * self.capacity)
+
+    def _filled(self) -> int:
+        return sum(slot.count for slot in self.slots if slot.continuation is not None)
+
+    def _free(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.continuation is None]
+
+    def _donor(self, row: NDArray[np.int64], kind: int) -> tuple[Slot | None, int]:
+        """The slot that holds most of a row's beginning, and how much; the last token is always computed."""
+        best: tuple[Slot | None, int] = (None, 0)
+        for slot in self.slots:
+            bound = min(slot.count, len(row) - 1)
+            unlike = np.flatnonzero((slot.tokens[:bound] != row[:bound]) | (slot.made_for[:bound] != kind))
+            shared = int(unlike[0]) if len(unlike) else bound
+            if shared >= MIN_SHARED and (shared, slot.continuation is None) > (best[1], False):
+                best = slot, shared
+        return best
+
+    def _placing_cost(self, slot: Slot) -> tuple[int, int, int]:
+        """Groups evenly full; no idle rows between the busy ones of a group; then the slot unused for longest."""
+        busy = [other.number for other in self.slots if other.group == slot.group and other.continuation is not None]
+        span = max([*busy, slot.number]) - min([*busy, slot.number]) + 1
+        return len(busy), span - len(busy), slot.used_at
+
+    def _touch(self, slot: Slot) -> None:
+        self._clock += 1
+        slot.used_at = self._clock
+
+
+class BlockSlots(Slots):
+    """Slots whose rows lie in blocks, which they are given as they grow. Rows that begin alike share their first
+    blocks, and nothing is copied."""
+
+    def __init__(self, count: int, capacity: int, groups: int, blocks: Blocks) -> None:
+        super().__init__(count, capacity, groups)
+        self._blocks = blocks
+
+    def forget(self) -> None:
+        """See `Slots.forget`."""
+        super().forget()
+        self._blocks.forget()
+
+    def place(self, tokens: Sequence[int], kind: int) -> Slot | None:
+        """See `Slots.place`. Beside rows that run there must be a block left for the growth of each."""
+        free, blocks = self._free(), self._blocks
+        if not free:
+            return None
+        shared = blocks.begin(tokens, kind)
+        wanted = blocks.wanted(len(tokens)) - len(shared)
+        others = len(self.slots) - len(free)
+        more = blocks.take(wanted) if blocks.free >= wanted + others else None
+        if more is None:
+            blocks.leave(shared)
+            return None
+        slot = min(free, key=self._placing_cost)
+        slot.blocks, slot.count = [*shared, *more], len(shared) * blocks.size
+        slot.tokens[: slot.count] = tokens[: slot.count]
+        slot.made_for[: slot.count] = kind
+        self._touch(slot)
+        return slot
+
+    def has_room(self, slot: Slot, tokens: int) -> bool:
+        """See `Slots.has_room`."""
+        more = self._blocks.take(max(0, self._blocks.wanted(tokens) - len(slot.blocks)))
+        if more is None:
+            return False
+        slot.blocks += more
+        return True
+
+    def record(self, slot: Slot, tokens: Sequence[int], end: int, step: int, kind: int) -> None:
+        """See `Slots.record`."""
+        start = slot.count
+        super().record(slot, tokens, end, step, kind)
+        self._blocks.fill(slot.blocks, slot.tokens, start, end, kind, step)
+
+    def rewind(self, slot: Slot, count: int, step: int) -> bool:
+        """See `Slots.rewind`."""
+        if not self._blocks.unfill(slot.blocks[count // self._blocks.size], step):
+            return False
+        return super().rewind(slot, count, step)
+
+    def blocks_of(self, slot: Slot) -> Sequence[int]:
+        """See `Slots.blocks_of`."""
+        return slot.blocks[: self._blocks.wanted(slot.count)]
+
+    def leave(self, slot: Slot, keep: int | None) -> None:
+        """See `Slots.leave`. Blocks that are full are kept; none of a row that cannot be trusted."""
+        super().leave(slot, 0)
+        self._blocks.leave(slot.blocks, trusted=keep is None)
+        slot.blocks = []
+
+    def spoilt(self, step: int) -> list[Continuation]:
+        """See `Slots.spoilt`."""
+        bad = self._blocks.spoilt(step)
+        lost = [slot.continuation for slot in self.slots if not bad.isdisjoint(slot.blocks)]
+        return [continuation for continuation in lost if continuation is not None]
+
+    @property
+    def usage(self) -> float:
+        """See `Slots.usage`."""
+        return self._filled() / (self._blocks.count * self._blocks.size)
