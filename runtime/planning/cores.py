@@ -7,10 +7,8 @@ from stageline.runtime.planning.cost import UseCost
 from stageline.runtime.planning.device_kinds import DeviceKind, Rates
 
 UNMEASURED = "a roofline of usual CPU cores, not of this machine's, which may be off by a factor of two"
-CALIBRATED = "a roofline of this machine's cores, which was within 20 % for MiniLM and SmolLM2 while nothing else ran"
-DISTURBED = (
-    "a roofline of this machine's cores, which other programs used while it was measured, so that it is too slow"
-)
+CALIBRATED = "a roofline of this machine's cores, which was within 20 % for MiniLM and SmolLM2 on a core of their own"
+DISTURBED = "a roofline of this machine's cores, which other programs used while it was measured: it may be far off"
 """What times are of, and how far off."""
 _CACHE_SHARE = 0.35
 """ONNX Runtime's attention reads a cache at about this share of the speed of weights (SmolLM2 on an EPYC: 8 GB/s)."""
