@@ -14,6 +14,7 @@ from stageline.runtime.planning.profile import Machine
 from stageline.runtime.report.spec import CONTENDERS, OTHERS
 
 HEAVIEST = 10
+_LEAST = 0.0005  # of the time: a smaller share would be shown as none
 
 
 def named(profiles: Sequence[LayerProfile]) -> dict[str, LayerProfile]:
@@ -69,7 +70,9 @@ def facts(profile: LayerProfile, step: StepTimes) -> dict[str, str]:
         "all stages, one after the other": words.seconds(step.seconds),
         "of it in layers": f"{words.seconds(total)}, {words.share(total / step.seconds)}",
         "layers": f"{sum(len(stage.layers) for stage in step.stages):,}",
-        "computes in (share of time)": ", ".join(f"{name} {words.share(s / total)}" for name, s in computing if s),
+        "computes in (share of time)": ", ".join(
+            f"{name} {words.share(s / total)}" for name, s in computing if s >= _LEAST * total
+        ),
         "weights": ", ".join(f"{words.size(size)} {dtype}" for dtype, size in profile.weights.items()) or "none",
         "caches": words.size(caches) if caches else "none",
     }
