@@ -9,6 +9,7 @@ from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import ON_GPUS, WITH_BLOCKS, CacheDtype, CacheSize, WeightDtype
 
 RebalanceMode = Literal["off", "advise", "auto"]
+MOST_CHUNK = 512  # tokens: of a prompt per step, where the option leaves it to the devices
 MIN_TOKENS = 64  # of all caches together
 DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -87,7 +88,7 @@ class PipelineOptions:
         if not manifest.cached:
             return None
         capacity = self.capacity or min(max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
-        chunk = min(capacity, self.prefill_chunk or CacheSize.chunk)
+        chunk = min(capacity, self.prefill_chunk or MOST_CHUNK)
         size = CacheSize(self.slots, capacity, self.cache_dtype, chunk=chunk)
         if self.cache_memory is None:
             return size

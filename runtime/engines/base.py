@@ -129,14 +129,14 @@ class StageFile:
 @dataclass(frozen=True)
 class CacheSize:
     """The size of each cache of a stage: `slots` rows of at most `capacity` tokens, in `dtype` (None: the engine's
-    preference), and at most `tokens` in all where caches are blocks (None: as many as fit). A packed step has at most
-    `chunk` new tokens of a row."""
+    preference), and at most `tokens` in all where caches are blocks (None: as many as fit). Packed steps, if there are
+    any, have at most `chunk` new tokens of a row."""
 
     slots: int
     capacity: int
     dtype: CacheDtype | None = None
     tokens: int | None = None
-    chunk: int = 512
+    chunk: int = 0
 
     def blocks(self, size: int) -> int:
         """How many blocks of `size` tokens that is; a row of the capacity fits."""
