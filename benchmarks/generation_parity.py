@@ -1,7 +1,8 @@
 """Greedy tokens of the pipeline against transformers' `generate`, float32: the same, token for token?
 
 40 prompts of 3 to 900 tokens, in several languages and code, are submitted at once to 8 slots, with several numbers of
-stages; then at random times, a third of them cancelled, with other prefill chunks. If torch's two highest logits are
+stages and each engine; then at random times, a third of them cancelled, with other prefill chunks; and with a cache
+that does not hold 8 rows, where the engine's caches are blocks. If torch's two highest logits are
 within 1e-4 of each other, either token is right. Such a place counts as a tie, and torch scores the rest of that text:
 each of our tokens must be within 1e-4 of torch's highest logit.
 
@@ -25,6 +26,7 @@ from stageline.exporter.verify.against_torch import load_reference
 from stageline.models.checkpoint import Checkpoint
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.recut import recut, recut_copy
+from stageline.runtime.engines import WITH_BLOCKS
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.pipeline import Pipeline
 
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=900)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--stages", default="1,2,3,5")
+    parser.add_argument("--engines", default="onnxruntime,openvino")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -143,18 +146,28 @@ def main() -> None:
                                   kinds["wrong"], seconds))  # fmt: skip
             print(results[-1], flush=True)
 
-        for stages in map(int, arguments.stages.split(",")):
-            recut(bundle, stages)
-            with Pipeline.open(bundle) as pipeline:
-                measure(f"{stages} stages", pipeline, 0, False)
-        recut(bundle, 2)
-        for chunk in (7, 64, 512):
-            with Pipeline.open(bundle, prefill_chunk=chunk) as pipeline:
-                measure(f"2 stages, random arrivals and cancels, chunks of {chunk}", pipeline, 0.4, True)
-    print(f"\n{'':58} {'requests':>8} {'cancelled':>9} {'tokens':>6} {'equal':>6} {'ties':>5} {'wrong':>5} {'s':>5}")
+        caches = [spec for stage in Bundle.open(bundle).manifest.stages for spec in stage.caches]
+        token_bytes = sum(4 * spec.heads * (spec.key_size + spec.value_size) for spec in caches)
+        for engine in arguments.engines.split(","):
+            for stages in map(int, arguments.stages.split(",")):
+                recut(bundle, stages)
+                with Pipeline.open(bundle, engine=engine) as pipeline:
+                    measure(f"{engine}, {stages} stages", pipeline, 0, False)
+            recut(bundle, 2)
+            for chunk in (7, 64, 512):
+                with Pipeline.open(bundle, engine=engine, prefill_chunk=chunk) as pipeline:
+                    measure(f"{engine}, 2 stages, random arrivals and cancels, chunks of {chunk}", pipeline, 0.4, True)
+            if engine in WITH_BLOCKS:
+                memory = 1200 * token_bytes
+                with Pipeline.open(bundle, engine=engine, capacity=1024, cache_memory=memory) as pipeline:
+                    measure(f"{engine}, 2 stages, a cache of 1,200 tokens", pipeline, 0, False)
+                    stats = pipeline.stats().generation
+                    assert stats is not None
+                    print(f"rows were set back {stats.set_back} times", flush=True)
+    print(f"\n{'':70} {'requests':>8} {'cancelled':>9} {'tokens':>6} {'equal':>6} {'ties':>5} {'wrong':>5} {'s':>5}")
     for r in results:
         print(
-            f"{r.name:58} {r.requests:8} {r.cancelled:9} {r.tokens:6} {r.equal:6} {r.ties:5} {r.wrong:5} "
+            f"{r.name:70} {r.requests:8} {r.cancelled:9} {r.tokens:6} {r.equal:6} {r.ties:5} {r.wrong:5} "
             f"{r.seconds:5.0f}"
         )
     if arguments.json:

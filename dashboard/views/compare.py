@@ -121,7 +121,7 @@ def _curves(runs: list[Run], names: list[str], key: tuple[str, str]) -> None:
     unit = units.pop()
     chart = charts.curve(drawn, unit, "Latency p50", None, names)
     draw(chart, "chart-curves", sentences.of_curve(drawn, unit, "Latency p50"))
-    st.caption(f"{key[0]}. Labels are loads; lines through points are 95 % intervals, cut at the plot's edge.")
+    st.caption(f"{key[0]}. Labels are loads; lines through points are 95 % intervals up to ±100 %.")
 
 
 def _ladders(measured: list[Measurement], names: list[str]) -> None:

@@ -185,7 +185,7 @@ def _curve(run: Run, before: Run | None, cuts: list[Run]) -> None:
     draw(charts.curve(drawn, unit, named, bound), "chart-curve", sentences.of_curve(drawn, unit, named))
     hollow = " Hollow and dashed: the run before." if drawn_before else ""
     st.caption(
-        "Labels are loads; lines through points are 95 % intervals, cut at the plot's edge. Further right and "
+        "Labels are loads; lines through points are 95 % intervals up to ±100 %. Further right and "
         f"lower is better.{hollow}"
     )
 

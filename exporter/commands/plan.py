@@ -35,6 +35,10 @@ from stageline.runtime.workload import Workload, poisson
 _CHUNK, _SIMULATED, _SEED = 128, 500, 0
 _BUDGET_S = 45.0  # of profile: for as many passes as fit, of at most three
 ObjectiveName = Literal["throughput", "latency", "cost", "energy"]
+EngineOption = Annotated[
+    Literal["onnxruntime", "openvino"],
+    typer.Option(help="The CPUs' engine to measure, or to plan for."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,19 +51,20 @@ def profile_command(
     bundle: common.BundleArgument,
     threads: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of CPU cores to measure on.")] = "1,2",
     quantise: common.QuantiseOption = None,
+    engine: EngineOption = "onnxruntime",
     as_json: common.JsonOption = False,
 ) -> None:
     """Measure a bundle's parts on this machine, for `stageline plan`.
 
     It takes under a minute for a small model, and one pass through all parts of a large one. The times are stored in
-    the bundle, one profile per machine and --quantise.
+    the bundle, one profile per machine, --engine and --quantise.
 
     Example: stageline profile minilm.bundle
     """
     opened = Bundle.open(bundle)
     counts = common.numbers(threads, "--threads", int)
     with common.share_shown() as progress:
-        profile = measure(opened, counts, progress=progress, quantise=quantise, budget_s=_BUDGET_S)
+        profile = measure(opened, counts, progress=progress, quantise=quantise, budget_s=_BUDGET_S, engine=engine)
     file = write_profile(opened, profile)
     whole = [point for point in profile.points if (point.first, point.end) == (0, opened.manifest.blocks)]
     rows = [
@@ -99,6 +104,7 @@ def plan_command(
         typer.Option(help="Weights' type (default: the bundle's; on the CPU float32)."),
     ] = None,
     quantise: common.QuantiseOption = None,
+    engine: EngineOption = "onnxruntime",
     replicas: Annotated[int, typer.Option(min=1, help="Max devices that share one stage.")] = 1,
     overlap: Annotated[bool, typer.Option(help="Whether devices copy while they compute.")] = True,
     rate: Annotated[
@@ -123,10 +129,10 @@ def plan_command(
     devices = devices or (None if cluster is not None else _this_machine())
     found = read_cluster(cluster) if cluster is not None else parse_devices(str(devices))
     weights_dtype = quantise or dtype or ("float32" if found.local else manifest.dtype)
-    profile, warning = _profile(opened, found, weights_dtype)
+    profile, warning = _profile(opened, found, weights_dtype, engine)
     if found.local and profile is None:
         found = unmeasured(found, partial(speed, quantise=quantise_for(weights_dtype)))
-        warning = _guessed(opened, found, weights_dtype)
+        warning = _guessed(opened, found, weights_dtype, engine)
     if profile is not None and devices is not None:
         found = parse_devices(devices, profile.handover_s)
     planner = Planner(
@@ -246,18 +252,18 @@ def _figures(planner: Planner, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _profile(bundle: Bundle, cluster: Cluster, dtype: str) -> tuple[MachineProfile | None, str | None]:
+def _profile(bundle: Bundle, cluster: Cluster, dtype: str, engine: str) -> tuple[MachineProfile | None, str | None]:
     """The profile of this machine, if the plan is for its CPU cores and there is one, and a warning if it is not quite
     the right one."""
-    if not cluster.local:
+    if not cluster.local or not has_profile(bundle.path):
         return None, None
-    return read_profile(bundle.path, Machine.here(quantise_for(dtype))) if has_profile(bundle.path) else (None, None)
+    return read_profile(bundle.path, Machine.here(quantise_for(dtype), engine))
 
 
-def _guessed(bundle: Bundle, cluster: Cluster, dtype: str) -> str:
+def _guessed(bundle: Bundle, cluster: Cluster, dtype: str, engine: str) -> str:
     """What times are of for want of a profile, how far they may be off, and how to measure them."""
     source = next(kind.device.source for kind in cluster.kinds if isinstance(kind.device, Cores))
-    command = profile_command_for(bundle.path, quantise_for(dtype))
+    command = profile_command_for(bundle.path, quantise_for(dtype), engine)
     return f"this bundle is not measured on this machine: times are of {source}; measure it with: {command}"
 
 

@@ -7,7 +7,8 @@ rate is tried. Every contender is measured at each load, unless that is more tha
 
 Each load asks one question: is the throughput more than GROWN times that of half the load; is the share of requests
 within the SLO above its bound? It is repeated until the answer is sure (`capacity.settled`, `capacity.held`), at least
-twice, and at most as often as the run's settings say; then the mean decides.
+twice, and at most as often as the run's settings say; then the mean decides. A rate that was chosen for another
+contender, and lies beside what this one's other rates say already, asks nothing: it is measured twice.
 """
 
 import math
@@ -89,7 +90,7 @@ class Sweep:
             return load.rate_per_s is None or load.rate_per_s <= SWAMPED * self._peak(contender)
         if done < LEAST_REPEATS:
             return True
-        return done < self._most and not self._sure(load, contender)
+        return done < self._most and self._asks(load, contender) and not self._sure(load, contender)
 
     def measured(self, load: Load, contender: str, requests: int, figures: Mapping[str, float]) -> None:
         """See `Loads`."""
@@ -109,13 +110,7 @@ class Sweep:
         if self._held(Load("Concurrency", concurrency=1), contender) == (False, True):
             return
         while peak > 0:
-            low, high = bracket(
-                {
-                    load.rate_per_s: self._held(load, name)
-                    for load, name in self._seen
-                    if name == contender and load.rate_per_s
-                }
-            )
+            low, high = bracket(self._answers(contender))
             if high is None:
                 high = peak  # no rate above the largest throughput can be kept up
             if low is None:
@@ -130,6 +125,22 @@ class Sweep:
             if (load, contender) in self._seen:
                 return
             yield load
+
+    def _answers(self, contender: str) -> dict[float, tuple[bool, bool]]:
+        """Of each rate, whether it holds for a contender, and whether that is sure."""
+        return {
+            load.rate_per_s: self._held(load, name)
+            for load, name in self._seen
+            if name == contender and load.rate_per_s
+        }
+
+    def _asks(self, load: Load, contender: str) -> bool:
+        """Whether this load can tell something of the contender's limit that its other rates do not."""
+        if load.rate_per_s is None:
+            return True
+        others = {rate: held for rate, held in self._answers(contender).items() if rate != load.rate_per_s}
+        low, high = bracket(others)
+        return (low is None or low < load.rate_per_s) and (high is None or load.rate_per_s < high)
 
     def _climbs(self, load: Load, contender: str) -> bool:
         """Whether this many at a time bring more than half as many do."""

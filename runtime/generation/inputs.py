@@ -34,11 +34,16 @@ def _packed_inputs(step: Step) -> tuple[dict[str, Array], PackedRows]:
     slots, past, counts, lengths, last = np.array(
         [(row.slot, row.start, row.count, row.row_length, row.last) for row in step.rows], np.int64
     ).T.copy()
-    ends = np.cumsum(counts)
-    ids = np.concatenate([row.continuation.tokens[row.start : row.start + row.count] for row in step.rows])
-    places = np.arange(step.batch) + np.repeat(past - (ends - counts), counts)
-    picks = ends[last != 0] - 1
-    values = (ids.astype(np.int64)[:, None], places, np.ones(step.batch, np.int64), picks[:, None])
     blocks = np.array([block for row in step.rows for block in row.blocks], np.int32) if step.rows[0].blocks else None
-    inputs = {**dict(zip(CACHED_INPUTS, values, strict=True)), ROW_LENGTHS: np.repeat(lengths, counts)}
-    return inputs, PackedRows(slots, past, counts, blocks)
+    rows = PackedRows(slots, past, counts, blocks)
+    if len(step.rows) == step.batch:  # a token each, as in most steps
+        ids = np.array([row.continuation.tokens[row.start] for row in step.rows], np.int64)
+        places, picks = past, np.flatnonzero(last)
+    else:
+        ends = np.cumsum(counts)
+        ids = np.concatenate([row.continuation.tokens[row.start : row.start + row.count] for row in step.rows])
+        places = np.arange(step.batch) + np.repeat(past - (ends - counts), counts)
+        picks = ends[last != 0] - 1
+        lengths = np.repeat(lengths, counts)
+    values = (ids.astype(np.int64)[:, None], places, np.ones(step.batch, np.int64), picks[:, None])
+    return {**dict(zip(CACHED_INPUTS, values, strict=True)), ROW_LENGTHS: lengths}, rows

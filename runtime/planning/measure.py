@@ -72,9 +72,11 @@ def measure(
     passes: int = 3,
     quantise: WeightDtype | None = None,
     budget_s: float = math.inf,
+    engine: str = "onnxruntime",
 ) -> MachineProfile:
     """Time the bundle's parts for each number of threads that this machine has cores for, `passes` times, in engines
-    opened with `quantise`. StagelineError if it has too few cores for all of them.
+    of this name opened with `quantise`. StagelineError if it has too few cores for all of them, EngineError if the
+    engine is not there.
 
     After the first pass others are made only if they are likely to end within `budget_s` seconds, and what is disturbed
     is repeated only in the first half of them. `progress` gets the share that is done, 0 to 1, and what is next.
@@ -84,7 +86,8 @@ def measure(
     able = [count for count in threads if count <= len(cores)]
     if not able:
         raise StagelineError(f"this machine has {len(cores)} cores, too few for {', '.join(map(str, threads))} threads")
-    model = _Model.of(bundle, quantise)
+    engine_factory(engine)  # EngineError, before all else
+    model = _Model.of(bundle, quantise, engine)
     found: dict[tuple[int, ...], list[Point]] = {}
     beside: dict[tuple[int, ...], list[Contention]] = {}
     began = perf_counter()
@@ -116,7 +119,7 @@ def measure(
             done += 1
     step_s, row_s = driver_times_s(bundle) if bundle.manifest.cached else (0.0, 0.0)
     return MachineProfile(
-        machine=Machine.here(quantise),
+        machine=Machine.here(quantise, engine),
         handover_s=_handover_s(cores),
         host_step_s=step_s,
         host_row_s=row_s,
@@ -188,12 +191,13 @@ class _Model:
     parts: Sequence[ir.Model]
     reads: tuple[int, ...]
     quantise: WeightDtype | None
+    engine: str
 
     @classmethod
-    def of(cls, bundle: Bundle, quantise: WeightDtype | None) -> "_Model":
+    def of(cls, bundle: Bundle, quantise: WeightDtype | None, engine: str) -> "_Model":
         parts = bundle.parts()
         costs = use_costs(bundle.manifest, bundle.tensors, parts, Shape(1, 1), quantise=quantise)
-        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), quantise)
+        return cls(bundle, parts, tuple(cost.weight_read_bytes for cost in costs), quantise, engine)
 
     def open(self, first: int, end: int, cores: tuple[int, ...], cache: CacheSize | None, scratch: Path) -> Engine:
         """The engine of a stage of blocks `first` to `end` - 1, on the thread that runs it."""
@@ -204,7 +208,7 @@ class _Model:
         file = scratch / f"{first}-{end}.onnx"
         file.write_bytes(ir.to_proto(model).SerializeToString())
         opening = StageFile(number, file, self.bundle.path, stage.caches)
-        return engine_factory("onnxruntime")(opening, CpuDevice(cores), cache, self.quantise)
+        return engine_factory(self.engine)(opening, CpuDevice(cores), cache, self.quantise)
 
 
 def _worker(cores: tuple[int, ...]) -> ThreadPoolExecutor:

@@ -140,9 +140,10 @@ def write_profile(bundle: Bundle, profile: MachineProfile) -> Path:
     return aside.replace(file)
 
 
-def command(folder: Path, quantise: WeightDtype | None) -> str:
+def command(folder: Path, quantise: WeightDtype | None, engine: str = "onnxruntime") -> str:
     """The command that makes such a profile."""
-    return f"stageline profile {folder}" + (f" --quantise {quantise}" if quantise else "")
+    chosen = "" if engine == "onnxruntime" else f" --engine {engine}"
+    return f"stageline profile {folder}{chosen}" + (f" --quantise {quantise}" if quantise else "")
 
 
 def has_profile(folder: Path) -> bool:
@@ -158,7 +159,7 @@ def read_profile(folder: Path, machine: Machine) -> tuple[MachineProfile, str | 
     valid.
     """
     files = sorted((folder / FOLDER).glob("*.json"))
-    wanted = command(folder, machine.quantise)
+    wanted = command(folder, machine.quantise, machine.engine)
     if not files:
         raise BundleError(f"bundle {folder} has no profile of any machine; make one with: {wanted}")
     own = folder / FOLDER / machine.file

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle
@@ -18,19 +19,26 @@ _ANY = "XeonPlatinum8480"  # only the proportions of a roofline count
 UseSeconds = Callable[[Shape], UseTimes]
 
 
-def use_seconds(bundle: Bundle, threads: int, on_cpu: bool, quantise: WeightDtype | None = None) -> UseSeconds:
-    """The time of each use for a micro-batch, in engines opened with `quantise`: from the profile of this machine with
-    `threads`, if the bundle has it and the stages run on the CPU; else from a roofline, right in its proportions only.
-    A profile of this machine with other weights is nearer to them than a roofline."""
-    parts, machine = bundle.parts(), Machine.here(quantise)
+def use_seconds(
+    bundle: Bundle,
+    threads: int,
+    on_cpu: bool,
+    quantise: WeightDtype | None = None,
+    engine: str = "onnxruntime",
+) -> UseSeconds:
+    """The time of each use for a micro-batch, in engines of this name opened with `quantise`: from the profile of this
+    machine with `threads`, if the bundle has it and the stages run on the CPU; else from a roofline, right in its
+    proportions only. A profile of this machine with other weights is nearer to them than a roofline."""
+    parts = bundle.parts()
     costs = cache(lambda shape: tuple(use_costs(bundle.manifest, bundle.tensors, parts, shape, quantise=quantise)))
     if on_cpu:
         try:
+            machine = Machine.here(quantise, engine)
             profile, _ = read_profile(bundle.path, machine)
             if profile.machine.same_but_weights(machine):
                 timings = Timings(profile, bundle.manifest, threads, costs)
                 return cache(timings.of)
-        except StagelineError:  # there is no profile, or none with this number of threads
+        except (StagelineError, PackageNotFoundError):  # no profile, none with so many threads, or an engine of others
             pass
     rates = device_kind(_ANY).rates("float32")
     return cache(lambda shape: UseTimes(tuple(map(rates.use_s, costs(shape))), 0.0))

@@ -9,6 +9,7 @@ from typing import Literal
 
 from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.engines import engine_on
 from stageline.runtime.executor import Executor
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds, work_seconds
 from stageline.runtime.rebalance.policy import Advice, Observation, Policy, PolicySettings
@@ -109,6 +110,7 @@ class Rebalancer:
         threads = len(stages[0].cores)
         if self._costs is None or self._costs[:2] != (bundle, threads):
             on_cpu = all(stage.device == "cpu" for stage in stages)
-            quantise = self._executor.opener.options.quantise
-            self._costs = bundle, threads, use_seconds(bundle, threads, on_cpu, quantise)
+            options = self._executor.opener.options
+            engine = engine_on(options.engine, stages[0].device)
+            self._costs = bundle, threads, use_seconds(bundle, threads, on_cpu, options.quantise, engine)
         return self._costs[2]

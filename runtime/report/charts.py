@@ -22,13 +22,14 @@ from stageline.runtime.report.spec import (
 )
 
 _DASHED = [5, 4]
-_CROWDED = 20  # points from which only ours are labelled
+_CROWDED = 20  # points from which only our closed loops are labelled
 _KEYS: Spec = {"orient": "top", "columns": 3}
 
 
 def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[str] = ()) -> Spec:
     """A time (named `time`) over throughput; lower right is better. Each point is a load, with 95 % intervals both
-    ways; a line joins the loads of one sweep. Those of the run before are hollow and dashed. The SLO is a dashed line.
+    ways up to ±100 %; a line joins the loads of one sweep. Those of the run before are hollow and dashed. The SLO is a
+    dashed line.
 
     Rows: `report.rows.curve_rows`, times in seconds. `runs`: what stands for contenders, if the curves are of runs.
     """
@@ -57,11 +58,14 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[
                                                               "range": [[1, 0], _DASHED]}),
         },
     }  # fmt: skip
+    # One that spans more than twice the value says nothing but that, and would hide the others.
     across = {
+        "transform": [{"filter": "datum.most <= 2 * datum.throughput"}],
         "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.7, "clip": True},
         "encoding": {"x": {**x, "field": "least"}, "x2": {"field": "most"}, "y": y, "color": colour},
     }
     upright = {
+        "transform": [{"filter": "datum.high <= 2 * datum.time"}],
         "mark": {"type": "rule", "strokeWidth": 1.2, "opacity": 0.7, "clip": True},
         "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour},
     }
@@ -74,7 +78,8 @@ def curve(rows: Rows, unit: str, time: str, slo_s: float | None, runs: Sequence[
             "fill": {**colour, "legend": None},
         },
     }  # fmt: skip
-    crowded = f" && datum.contender == '{next(iter(colours))}'" if len(rows) > _CROWDED and not runs else ""
+    ours = f" && datum.contender == '{next(iter(colours))}' && indexof(datum.short, '/s') < 0"
+    crowded = ours if len(rows) > _CROWDED and not runs else ""
     names = {
         "transform": [{"filter": f"datum.run == 'this run'{crowded}"}],
         "mark": {"type": "text", "align": "left", "dx": 7, "dy": -8},

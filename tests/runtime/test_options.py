@@ -1,6 +1,6 @@
 """Options of a pipeline: checked wherever they come from, before anything is opened."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from stageline.models.errors import RequestError
 from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.engines import CacheSize
 from stageline.runtime.options import OpenKeywords, PipelineOptions
 from stageline.runtime.pipeline import Pipeline
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         ({name: 0}, f"^{name} is 0; it must be at least 1$")
-        for name in ("threads", "queue", "micro_batch", "slots", "capacity", "prefill_chunk")
+        for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk")
     ),
     ({"quantise": "int3"}, "^quantise is 'int3'; it must be one of int4, int8$"),
     ({"cache_dtype": "int8"}, "^cache_dtype is 'int8'; it must be one of float32, float16$"),
@@ -46,3 +47,24 @@ def test_a_model_with_caches_places_no_more_than_it_can(tiny_bundle: Path) -> No
     generating = manifest.model_copy(update={"max_positions": 100})
     with pytest.raises(RequestError, match=r"^capacity is 101, the model can place 100 tokens; lower it$"):
         PipelineOptions(capacity=101).cache_size(generating)
+
+
+def test_caches_keep_to_their_memory(tiny_llama: Path) -> None:
+    manifest = Bundle.open(tiny_llama).manifest
+    specs = [spec for stage in manifest.stages for spec in stage.caches]
+    token_bytes = 4 * sum(spec.heads * (spec.key_size + spec.value_size) for spec in specs)
+    of_rows = PipelineOptions(slots=2, capacity=16, cache_memory=32 * token_bytes)
+    assert of_rows.cache_size(manifest) == CacheSize(2, 16, chunk=16)
+    with pytest.raises(RequestError, match=r"; 2 slots of 17 tokens take .*: lower slots or capacity$"):
+        replace(of_rows, capacity=17).cache_size(manifest)
+    of_blocks = PipelineOptions("openvino", slots=8, cache_memory=100 * token_bytes)
+    found = of_blocks.cache_size(manifest)
+    assert found is not None
+    assert (found.capacity, found.tokens, found.blocks(32)) == (100, 100, 4)
+    halved = replace(of_blocks, cache_dtype="float16").cache_size(manifest)
+    assert halved is not None
+    assert halved.tokens == 200
+    with pytest.raises(RequestError, match=r", which hold 100 tokens; a row of 101 takes "):
+        replace(of_blocks, capacity=101).cache_size(manifest)
+    with pytest.raises(RequestError, match=r", which hold 2 tokens; a row of 64 takes "):
+        replace(of_blocks, cache_memory=2 * token_bytes).cache_size(manifest)

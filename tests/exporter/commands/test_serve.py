@@ -110,6 +110,15 @@ def test_what_cannot_be_served_is_reported_in_a_line(
     status, said = message(capsys, llama, "--name", "a", "--name", "b", "--port", "0")
     assert status == 2
     assert "2 names for 1 bundle;" in said
+    for options, exit_status, wrong in (
+        (["--cache-memory", "1kB"], 1, "cache_memory is 1,000 bytes; 8 slots of "),
+        (["--cache-memory", "1kB", "--engine", "openvino"], 1, "a row of 64 takes "),
+        (["--cache-memory", "much"], 2, "'much' is not a size such as 8GB or 512MB"),
+        (["--error-budget", "0.1"], 2, "--error-budget is for --engine auto"),
+    ):
+        status, said = message(capsys, llama, "--port", "0", *options)
+        assert status == exit_status
+        assert wrong in said
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, said = message(capsys, llama, "--port", str(taken.getsockname()[1]))
     assert status == 1

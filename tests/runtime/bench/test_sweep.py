@@ -141,6 +141,24 @@ def test_contenders_are_measured_at_the_same_loads_and_each_has_its_own_limit() 
     assert min(beyond) > 1.25 * 50
 
 
+def test_a_rate_that_tells_nothing_of_a_contender_is_measured_twice() -> None:
+    """The second one's rates are a tenth of what the first one holds, too few requests to be sure of it."""
+    slo = Slo(latency_s=1.0, share=0.99)
+    fast, slow = MarkovQueue(50.0, 1.0, 1.0), MarkovQueue(5.0, 1.0, 1.0)
+    measured = swept({"fast": fast, "slow": slow}, slo)
+    found = {one.contender: one for one in capacities(measured, slo)}
+    best = found["fast"].best
+    assert best is not None
+    assert best.rate_per_s is not None
+    below = [
+        len(one.figures["slo_share"].values)
+        for one in measured
+        if one.contender == "fast" and one.load.rate_per_s and one.load.rate_per_s < best.rate_per_s / 4
+    ]
+    assert below
+    assert set(below) == {LEAST_REPEATS}
+
+
 def test_a_contender_that_fails_alone_is_asked_for_no_rate() -> None:
     measured = swept({"stageline": Balanced(1, 0.01, 0.0, 1e-6)}, Slo(latency_s=1e-6))
     (found,) = capacities(measured, Slo(latency_s=1e-6))

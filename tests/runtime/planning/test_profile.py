@@ -108,6 +108,19 @@ def test_outside_the_measured_shapes_times_grow_as_the_work_does(bundle: Bundle)
 
 
 @pytest.mark.usefixtures("hasty")
+def test_each_engine_has_a_profile_of_its_own(bundle: Bundle) -> None:
+    profile = measure(bundle, [1], [Grid((1,), (4,))], engine="openvino")
+    assert profile.machine.engine == "openvino"
+    write_profile(bundle, profile)
+    assert read_profile(bundle.path, Machine.here(engine="openvino")) == (profile, None)
+    found, warning = read_profile(bundle.path, Machine.here())
+    assert found == profile
+    assert warning is not None
+    assert warning.endswith(f"run stageline profile {bundle.path}")
+    assert f"openvino {profile.machine.engine_version}" in warning
+
+
+@pytest.mark.usefixtures("hasty")
 def test_what_is_measured_is_stored_and_read_back(bundle: Bundle) -> None:
     profile = measure(bundle, [1], [Grid((1, 2), (4,))])
     assert {(p.first, p.end) for p in profile.points} == {(0, 1), (1, 2), (2, 3), (0, 3)}

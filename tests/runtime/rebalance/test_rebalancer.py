@@ -16,7 +16,7 @@ from stageline.runtime.engines import ENGINES, Device, Engine, PackedRows, Stage
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.rebalance.costs import UseSeconds, use_seconds
 from stageline.runtime.rebalance.policy import PolicySettings
-from stageline.runtime.rebalance.rebalancer import Rebalancer
+from stageline.runtime.rebalance.rebalancer import Rebalancer, RebalanceStats
 
 SECONDS = 20  # for what must happen; nothing takes that long
 BLOCKS, BLOCK_S = 6, 0.002
@@ -110,10 +110,16 @@ def test_auto_makes_an_uneven_cut_even_and_follows_a_slow_stage(opened: Opened) 
 def test_advise_says_so_and_changes_nothing(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "stageline.rebalance")
     with opened() as pipeline:
-        rebalancer = watch(pipeline, auto=False)
-        keep_busy(pipeline, lambda: rebalancer.stats().advice is not None)
-        reported = pipeline.stats().rebalance
-        assert reported is not None
+        watch(pipeline, auto=False)
+        found: list[RebalanceStats] = []
+
+        def advised() -> bool:
+            stats = pipeline.stats().rebalance
+            found.extend([stats] if stats is not None and stats.advice is not None else [])
+            return bool(found)
+
+        keep_busy(pipeline, advised)
+        reported = found[0]
         assert reported.advice is not None
         assert (reported.mode, reported.advice.layers, reported.advice.now) == ("advise", (3, 3), (5, 1))
         assert reported.advice.gain > 0.3
@@ -129,13 +135,13 @@ def test_costs_are_those_of_the_weights_that_were_opened(opened: Opened, monkeyp
     asked: list[object] = []
 
     def reported(*arguments: Any) -> UseSeconds:
-        asked.append(arguments[-1])
+        asked.append(arguments[3:])
         return use_seconds(*arguments)
 
     monkeypatch.setattr("stageline.runtime.rebalance.rebalancer.use_seconds", reported)
     with opened(quantise="int8", rebalance="advise") as pipeline:
         keep_busy(pipeline, lambda: bool(asked))
-    assert set(asked) == {"int8"}
+    assert set(asked) == {("int8", "timed")}
 
 
 def test_stages_that_do_not_open_are_reported_and_it_serves_on(
