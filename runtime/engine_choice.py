@@ -14,8 +14,6 @@ from pydantic import Field
 from stageline.models.errors import EngineError, StagelineError
 from stageline.models.user_cache import user_cache
 from stageline.runtime.bundle.folder import MANIFEST
-from stageline.runtime.bundle.manifest import BATCH, LENGTH
-from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices.base import Array
 from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines import ENGINES, WeightDtype
@@ -23,7 +21,9 @@ from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.planning.profile import Machine
+from stageline.runtime.planning.random_inputs import random_inputs
 from stageline.runtime.validation import Data
+from stageline.runtime.workload import Shape
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 _ROWS, _LENGTH, _NEW, _ROUNDS = 8, 64, 16, 3
@@ -123,7 +123,7 @@ def _measured(path: Path, options: PipelineOptions, budget: float | None, progre
             try:
                 tried = replace(options, engine=engine, quantise=quantise, rebalance="off")
                 with Pipeline.open(path, tried) as pipeline:
-                    outputs = pipeline.run(_feed(pipeline.signature, np.random.default_rng(0)))
+                    outputs = pipeline.run(_feed(pipeline))
                     wanted = wanted or outputs
                     found = {"tokens_per_s": _speed(pipeline), "error": _error(outputs, wanted)}
             except StagelineError as error:
@@ -132,23 +132,14 @@ def _measured(path: Path, options: PipelineOptions, budget: float | None, progre
             yield candidate.model_copy(update=found)
 
 
-def _feed(signature: Signature, random: np.random.Generator) -> dict[str, Array]:
-    """A batch of random values, whose rows are of different lengths."""
+def _feed(pipeline: Pipeline) -> dict[str, Array]:
+    """A batch of random values, whose rows are of different lengths: the same one each time."""
+    signature = pipeline.signature
     length = min(_LENGTH, signature.max_positions or _LENGTH)
-    lengths = random.integers(-(-length // 4), length + 1, _ROWS)
-    sizes = {BATCH: _ROWS, LENGTH: length}
-    feed: dict[str, Array] = {}
-    for spec in signature.inputs:
-        shape = [sizes.get(size, length) if isinstance(size, str) else size for size in spec.shape]
-        if spec.name == "attention_mask":
-            feed[spec.name] = (np.arange(length) < lengths[:, None]).astype(np.int64)
-        elif spec.name == "token_type_ids":
-            feed[spec.name] = np.zeros(shape, np.int64)
-        elif spec.dtype.startswith("int"):
-            feed[spec.name] = random.integers(0, signature.vocabulary or 2, shape)
-        else:
-            feed[spec.name] = random.standard_normal(shape).astype(np.float32)
-    return feed
+    lengths = np.random.default_rng(0).integers(-(-length // 4), length + 1, _ROWS)
+    drawn = random_inputs(pipeline.bundle.manifest, Shape(_ROWS, length))
+    drawn["attention_mask"] = (np.arange(length) < lengths[:, None]).astype(np.int64)
+    return {spec.name: drawn[spec.name] for spec in signature.inputs}
 
 
 def _error(outputs: dict[str, Array], wanted: dict[str, Array]) -> float:
@@ -169,7 +160,7 @@ def _speed(pipeline: Pipeline) -> float:
     rates: list[float] = []
     for _ in range(_ROUNDS):
         began = perf_counter()
-        tokens = _generate(pipeline, random) if pipeline.stats().generation else _read(pipeline, random)
+        tokens = _generate(pipeline, random) if pipeline.stats().generation else _read(pipeline)
         rates.append(tokens / (perf_counter() - began))
     return max(rates)  # the others were disturbed, or the first
 
@@ -184,8 +175,8 @@ def _generate(pipeline: Pipeline, random: np.random.Generator) -> int:
     return sum(len(future.result().choices[0].token_ids) for future in futures)
 
 
-def _read(pipeline: Pipeline, random: np.random.Generator) -> int:
-    feed = _feed(pipeline.signature, random)
+def _read(pipeline: Pipeline) -> int:
+    feed = _feed(pipeline)
     for future in [pipeline.submit(feed) for _ in range(2)]:
         future.result()
     return 2 * int(feed["attention_mask"].sum() if "attention_mask" in feed else _ROWS)

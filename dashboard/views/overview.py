@@ -83,12 +83,7 @@ def _chosen(measured: list[RunLine]) -> RunLine:
     mine = next(name for name, group in models.items() if start in group)
     if len(models) > 1:
         key = f"model of {start.id}"
-        if len(models) <= _PILLS:
-            chosen = st.segmented_control(
-                "Model", list(models), default=mine, required=True, key=key, label_visibility="collapsed"
-            )
-        else:
-            chosen = st.selectbox("Model", list(models), list(models).index(mine), key=key)
+        chosen = _one_of("Model", list(models), mine, key)
         if chosen != mine:
             st.query_params["run"] = models[str(chosen)][0].id
             st.rerun()
@@ -133,12 +128,7 @@ def _load(run: Run) -> Measurement | None:
     if len(ours) == 1:
         return ours[start]
     key = f"load of {run.id}"
-    if len(ours) <= _PILLS:
-        chosen = st.segmented_control(
-            "Load", list(ours), default=start, required=True, key=key, label_visibility="collapsed"
-        )
-    else:
-        chosen = st.selectbox("Load", list(ours), list(ours).index(start), key=key)
+    chosen = _one_of("Load", list(ours), start, key)
     st.query_params["load"] = str(chosen)
     return ours[str(chosen)]
 
@@ -188,6 +178,13 @@ def _curve(run: Run, before: Run | None, cuts: list[Run]) -> None:
         "Labels are loads; lines through points are 95 % intervals up to ±100 %. Further right and "
         f"lower is better.{hollow}"
     )
+
+
+def _one_of(label: str, options: list[str], default: str, key: str) -> str | None:
+    """A choice of one: side by side, or in a list where there are many."""
+    if len(options) > _PILLS:
+        return st.selectbox(label, options, options.index(default), key=key)
+    return st.segmented_control(label, options, default=default, required=True, key=key, label_visibility="collapsed")
 
 
 def _pick(label: str, options: list[str] | tuple[str, ...], default: str, named: dict[str, str] | None = None) -> str:

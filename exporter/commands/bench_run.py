@@ -177,14 +177,11 @@ def run_command(
     )  # fmt: skip
     trace = read_trace(arrivals, time_scale) if arrivals is not None else None
     opened = Bundle.open(hub.bundle_of(bundle))
-    pipeline = common.with_engine(
-        opened.path,
-        PipelineOptions(engine, common.split(devices), threads, _QUEUE, quantise=quantise, slots=slots),
-        error_budget,
-    )
     output = None if new_tokens is None else Lengths.parse(new_tokens)
     shared = None if prefixes is None else Prefixes.parse(prefixes)
     shape = _shape(opened, Shape(rows, output, turns, turn_delay, shared))
+    asked_for = PipelineOptions(engine, common.split(devices), threads, _QUEUE, quantise=quantise, slots=slots)
+    pipeline = common.with_engine(opened.path, asked_for, error_budget)  # may measure: after the cheap checks
     cache = pipeline.cache_size(opened.manifest)
     maker = Maker(opened, shape, cache.capacity if cache else None, seed)
     items, described = maker.items(given)

@@ -1,5 +1,7 @@
 """The command `stageline layers`."""
 
+from typing import Annotated
+
 import typer
 from stageline.exporter.commands import common
 from stageline.exporter.commands.show import table
@@ -24,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def layers_command(
     bundle: common.BundleArgument,
-    engine: common.EngineOption = "onnxruntime",
+    engine: Annotated[common.EngineName, typer.Option(help="The engine whose layers are timed.")] = "onnxruntime",
     threads: common.ThreadsOption = None,
     quantise: common.QuantiseOption = None,
     as_json: common.JsonOption = False,
