@@ -1,10 +1,9 @@
 """Generation on this machine: our pipeline and its peers, each in a process of its own, round by round, one precision
 after the other.
 
-Every contender gets the same token ids and draws the same number of tokens greedily, ignoring end tokens. Decode
-tokens/s exclude the first token of each stream; `total` includes the time of the prompts. Prefill is one prompt of 512
-tokens. `of best` is the total over that of the best peer at the same precision. The last table has requests that
-arrive at random, in each precision at 70 % of what its slowest contender does at 8 streams.
+Every contender gets the same prompts as token ids and draws the same number of tokens greedily, ignoring end tokens;
+tokens/s are those drawn over the whole time, prompts included. Prefill is one prompt of 512 tokens. The last table has
+requests that arrive at random, in each precision at 70 % of what its slowest contender does at 8 streams.
 
     python benchmarks/generation.py bundles/smollm2 --peers peers.json --python peers/bin/python \\
         --node-llama-cpp node_modules/node-llama-cpp/dist/index.js --json results.json
@@ -46,7 +45,6 @@ class Process:
     arrivals: bool = False
     peak_mib: float = 0.0
     prefill: list[float] = field(default_factory=list)
-    decode: dict[int, list[float]] = field(default_factory=dict)
     total: dict[int, list[float]] = field(default_factory=dict)
     poisson: dict[str, float] | None = None
 
@@ -82,23 +80,21 @@ def prompts(streams: int, length: int, seed: int) -> list[list[int]]:
 def measure(contenders: dict[str, Process], streams: list[int], rounds: int) -> None:
     """Every contender of one precision in turn, `rounds` times over."""
     for contender in contenders.values():  # warm up
-        contender.ask(prompts=prompts(2, 16, 0), new=4)
+        contender.ask(prompts=prompts(1, 16, 0), new=4)
     for seed in range(rounds):
         for contender in contenders.values():
             contender.prefill.append(512 / contender.ask(prompts=prompts(1, 512, seed), new=1))
     for count in streams:
         for number in range(rounds):
             for contender in contenders.values():
-                first = contender.ask(prompts=prompts(count, PROMPT, 2 * number), new=1)
-                whole = contender.ask(prompts=prompts(count, PROMPT, 2 * number + 1), new=NEW)
-                contender.decode.setdefault(count, []).append(count * (NEW - 1) / max(whole - first, 1e-9))
-                contender.total.setdefault(count, []).append(count * NEW / whole)
+                seconds = contender.ask(prompts=prompts(count, PROMPT, number), new=NEW)
+                contender.total.setdefault(count, []).append(count * NEW / seconds)
         print(f"{count} streams done", file=sys.stderr, flush=True)
     served = [contender for contender in contenders.values() if contender.arrivals]
     if 8 in streams:
         rate = 0.7 * min(statistics.median(contender.total[8]) for contender in served) / NEW
         for contender in served:
-            contender.poisson = contender.ask(rate=rate, count=40)
+            contender.poisson = contender.ask(rate=rate, count=30)
 
 
 def of_best(contenders: dict[str, Process], one: Process, count: int) -> float | None:
@@ -112,17 +108,15 @@ def of_best(contenders: dict[str, Process], one: Process, count: int) -> float |
 
 def report(contenders: dict[str, Process], streams: list[int]) -> None:
     """Print the tables; the spread is the largest distance of a round from the median."""
-    for kind in ("decode", "total"):
-        print(f"\n{kind + ' tokens/s, streams:':42}" + "".join(f"{n:>12}" for n in streams))
-        for name, one in contenders.items():
-            cells = []
-            for n in streams:
-                found = getattr(one, kind)[n]
-                middle = statistics.median(found)
-                spread = max(abs(value - middle) for value in found) / middle
-                cells.append(f"{middle:6.0f} ±{100 * spread:2.0f} %")
-            print(f"{name:42}" + "".join(f"{cell:>12}" for cell in cells))
-    print(f"\n{'total, of the best peer of its precision':42}" + "".join(f"{n:>8}" for n in streams))
+    print(f"\n{'tokens/s, streams:':42}" + "".join(f"{n:>12}" for n in streams))
+    for name, one in contenders.items():
+        cells = []
+        for n in streams:
+            middle = statistics.median(one.total[n])
+            spread = max(abs(value - middle) for value in one.total[n]) / middle
+            cells.append(f"{middle:6.0f} ±{100 * spread:2.0f} %")
+        print(f"{name:42}" + "".join(f"{cell:>12}" for cell in cells))
+    print(f"\n{'times the best peer of its precision':42}" + "".join(f"{n:>8}" for n in streams))
     for name, one in contenders.items():
         ratios = [of_best(contenders, one, n) for n in streams]
         if ratios[0] is not None:
@@ -131,11 +125,11 @@ def report(contenders: dict[str, Process], streams: list[int]) -> None:
     for name, one in contenders.items():
         print(f"{name:42}{statistics.median(one.prefill):10.0f}{one.peak_mib:10.0f}")
     print(f"\n{'Poisson arrivals':42}{'req/s':>7}" + "".join(
-        f"{kind + ' p' + p:>10}" for kind in ("TTFT", "TPOT") for p in ("50", "90", "99")
+        f"{kind + ' p' + p:>10}" for kind in ("TTFT", "TPOT") for p in ("50", "90")
     ))  # fmt: skip
     for name, one in contenders.items():
         if one.poisson is not None:
-            values = [1e3 * one.poisson[f"{kind}_p{at}_s"] for kind in ("ttft", "tpot") for at in (50, 90, 99)]
+            values = [1e3 * one.poisson[f"{kind}_p{at}_s"] for kind in ("ttft", "tpot") for at in (50, 90)]
             print(f"{name:42}{one.poisson['rate']:7.2f}" + "".join(f"{value:7.0f} ms" for value in values))
 
 
@@ -184,7 +178,7 @@ def main() -> None:
     report(contenders, streams)
     if arguments.json:
         results = {
-            name: {key: getattr(one, key) for key in ("precision", "prefill", "decode", "total", "poisson", "peak_mib")}
+            name: {key: getattr(one, key) for key in ("precision", "prefill", "total", "poisson", "peak_mib")}
             for name, one in contenders.items()
         }
         arguments.json.write_text(json.dumps({"cores": os.cpu_count(), "results": results}, indent=1) + "\n")
