@@ -1,8 +1,9 @@
-"""Sentences per second of MiniLM: a stage per core, one session on all cores, and two sessions side by side.
+"""Sentences per second of an encoder: our pipeline in one stage or a stage per core, on ONNX Runtime and OpenVINO,
+beside both libraries used plainly.
 
 All runners use the same graph in the same process, interleaved (A B C D, A B C D, ...), because machines drift; medians
-over the rounds are compared. The sessions are plain ONNX Runtime with its defaults. Several requests are in flight if
-the runner can use them; the time to fill and drain counts.
+over the rounds are compared. Plain sessions have their library's defaults, OpenVINO both of its performance hints, and
+all compute in float32. Several requests are in flight if the runner can use them; the time to fill and drain counts.
 
     python benchmarks/pipeline.py bundles/minilm --json pipeline.json
 """
@@ -19,12 +20,13 @@ from time import perf_counter
 
 import numpy as np
 import onnxruntime as ort
+import openvino as ov
 from stageline.runtime.bundle.recut import recut_copy
 from stageline.runtime.devices.cpu import allowed_cores, start_worker
 from stageline.runtime.engines import Array
 from stageline.runtime.pipeline import Pipeline
 
-BATCHES = ((1, 32), (8, 128), (32, 64))  # rows, tokens
+BATCHES = ((1, 32, 32), (8, 128, 128), (32, 64, 64), (32, 8, 64))  # rows, tokens of the shortest and the longest
 OUTPUT = "sentence_embedding"
 IN_FLIGHT = 8
 Feed = dict[str, Array]
@@ -72,7 +74,29 @@ def side_by_side(graph: Path, cores: Sequence[int]) -> Runner:
     return run
 
 
-def staged(pipeline: Pipeline) -> Runner:
+def openvino(graph: Path, hint: str) -> Runner:
+    """OpenVINO's compiled model with one of its performance hints, and as many requests in flight as it asks for."""
+    settings = {"PERFORMANCE_HINT": hint, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(str(graph), "CPU", settings)
+    port = compiled.output(OUTPUT)
+
+    def run(feeds: Sequence[Feed]) -> list[Array]:
+        results: list[Array] = [np.empty(0)] * len(feeds)
+
+        def keep(request: ov.InferRequest, number: int) -> None:
+            results[number] = request.get_tensor(port).data.copy()
+
+        queue = ov.AsyncInferQueue(compiled)
+        queue.set_callback(keep)
+        for number, feed in enumerate(feeds):
+            queue.start_async(feed, number)
+        queue.wait_all()
+        return results
+
+    return run
+
+
+def ours(pipeline: Pipeline) -> Runner:
     """Our pipeline; its queue bounds the requests in flight, and `submit` waits for a place."""
 
     def run(feeds: Sequence[Feed]) -> list[Array]:
@@ -82,10 +106,14 @@ def staged(pipeline: Pipeline) -> Runner:
     return run
 
 
-def feed(rows: int, tokens: int, vocabulary: int) -> Feed:
-    """A request of full rows."""
-    ids = np.random.default_rng(0).integers(1000, vocabulary, (rows, tokens))
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+def feed(rows: int, shortest: int, longest: int, vocabulary: int) -> Feed:
+    """A request of rows of random lengths, padded to the longest."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1000, vocabulary, (rows, longest))
+    lengths = rng.integers(shortest, longest, rows, endpoint=True)
+    lengths[0] = longest
+    mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
 
 
 def measure(
@@ -123,35 +151,32 @@ def main() -> None:
         graphs = {stages: recut_copy(arguments.bundle, folder / f"{stages}-stage", stages) for stages in (1, 2)}
         whole = graphs[1].path / graphs[1].manifest.stages[0].file
         vocabulary = graphs[1].manifest.vocabulary or 2000
-        pipeline = stack.enter_context(Pipeline.open(graphs[2].path, threads=2, queue=IN_FLIGHT))
         runners = {
-            "1 session, 1 thread": one_session(whole, 1),
-            "1 session, 2 threads": one_session(whole, 2),
-            "2 sessions, 1 thread": side_by_side(whole, cores),
-            "2 stages, 1 thread": staged(pipeline),
+            "onnxruntime, 1 session, 1 thread": one_session(whole, 1),
+            "onnxruntime, 1 session, 2 threads": one_session(whole, 2),
+            "onnxruntime, 2 sessions, 1 thread": side_by_side(whole, cores),
+            "openvino, latency hint": openvino(whole, "LATENCY"),
+            "openvino, throughput hint": openvino(whole, "THROUGHPUT"),
         }
-        ours = list(runners)[-1]
-        print(
-            f"sentences/s, median of {arguments.rounds} interleaved rounds (min to max), onnxruntime {ort.__version__}"
-        )
-        print(f"{'batch':8}" + "".join(f"{name:>24}" for name in runners) + f"{'stages / best other':>22}")
+        others = list(runners)
+        for engine in ("onnxruntime", "openvino"):
+            for stages, bundle in graphs.items():
+                pipeline = Pipeline.open(bundle.path, engine=engine, threads=2, queue=IN_FLIGHT)
+                shape = f"{stages} x {2 // stages} thread{'s' * (stages == 1)}"
+                runners[f"stageline {engine}, {shape}"] = ours(stack.enter_context(pipeline))
+        print(f"sentences/s, median of {arguments.rounds} interleaved rounds (min to max) and times the best other;")
+        print(f"onnxruntime {ort.__version__}, openvino {ov.__version__.split('-')[0]}")
         results = []
-        for rows, tokens in BATCHES:
-            found = measure(runners, feed(rows, tokens, vocabulary), rows, arguments.rounds, arguments.round_s)
+        for rows, shortest, longest in BATCHES:
+            request = feed(rows, shortest, longest, vocabulary)
+            found = measure(runners, request, rows, arguments.rounds, arguments.round_s)
             medians = {name: statistics.median(values) for name, values in found.items()}
-            best = max(value for name, value in medians.items() if name != ours)
-            ratio = medians[ours] / best
-            cells = "".join(f"{f'{medians[n]:.1f} ({min(v):.0f} to {max(v):.0f})':>24}" for n, v in found.items())
-            print(f"{f'{rows} x {tokens}':8}{cells}{ratio:>22.2f}", flush=True)
-            results.append(
-                {
-                    "rows": rows,
-                    "tokens": tokens,
-                    "sentences_per_s": found,
-                    "medians": medians,
-                    "ratio_to_best_other": ratio,
-                }
-            )
+            best = max(medians[name] for name in others)
+            print(f"\n{rows} rows of {longest if shortest == longest else f'{shortest} to {longest}'} tokens")
+            for name, values in found.items():
+                ratio = "" if name in others else f"{medians[name] / best:10.2f}"
+                print(f"{name:36}{medians[name]:8.1f} ({min(values):6.1f} to {max(values):6.1f}){ratio}", flush=True)
+            results.append({"rows": rows, "tokens": [shortest, longest], "sentences_per_s": found, "medians": medians})
         cuts = [[stage.first_block, stage.last_block] for stage in graphs[2].manifest.stages]
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
