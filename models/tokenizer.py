@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import CheckpointError, RequestError
+from stageline.models.token_bytes import TokenBytes, is_byte_level
 from tokenizers import Tokenizer
 
 
@@ -129,6 +130,11 @@ class TextEncoder:
     def leaves_out(self, token: int) -> bool:
         """Whether decode leaves this token out: it is a special one, or unknown to the tokenizer."""
         return token in self._special_ids or self._tokenizer.id_to_token(token) is None
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes | None:
+        """What each token adds to a text; None where that depends on the tokens beside it."""
+        return TokenBytes(self._tokenizer, self._special_ids) if is_byte_level(self._tokenizer) else None
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -1,5 +1,6 @@
 """What is done to a row's logits before a token is chosen, in the order of transformers' `generate`."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,13 +40,11 @@ class Processors:
         self._followers: dict[tuple[int, ...], list[int]] = {}  # N - 1 tokens -> those that have come after them
         for end in range(size, len(self._tokens) + 1) if size else ():
             self._note_ngram(end)
-        self._always = self._penalised or size > 0 or bool(biases or self._bad_words or len(self._suppressed))
-
-    @property
-    def idle(self) -> bool:
-        """Whether they leave the next token's logits as they are."""
-        first = self._drawn == 0 and len(self._suppressed_first) > 0
-        return not (self._always or first or self._bars_ends)
+        always = self._penalised or size > 0 or bool(biases or self._bad_words or len(self._suppressed))
+        first = int(len(self._suppressed_first) > 0)
+        self._idle_from = math.inf if always else max(first, settings.min_tokens)
+        self.idle = self._idle_from == 0
+        """Whether they leave the logits of the next token as they are, and of all that follow."""
 
     def apply(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """The row's logits [vocabulary] after all of them: tokens that may not be drawn are at minus infinity. A new
@@ -82,8 +81,9 @@ class Processors:
         return scores
 
     def record(self, token: int) -> None:
-        """Take the token for drawn."""
+        """Take the token for drawn; only while they are not idle need they know."""
         self._drawn += 1
+        self.idle = self._drawn >= self._idle_from
         if self._penalised:
             self._counts[token] += 1
         if self._reads_tokens:

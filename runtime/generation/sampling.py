@@ -4,6 +4,7 @@ What a row draws depends on its own logits, settings and generator alone, never 
 no feature does not pay for it: a batch that is greedy throughout costs one argmax.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from stageline.runtime.engines.lowering.draw_graph import CANDIDATES
 from stageline.runtime.generation.processors import Processors
 from stageline.runtime.generation.request import TokenLogprob
 from stageline.runtime.generation.settings import Settings
+
+_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Row:
         """`prompt`: token ids below `vocabulary`, the width of the logits. `end_ids`: tokens that end a text, which are
         not drawn before `min_tokens`. `choice`: which of the n, counted from 0."""
         self.settings = settings
+        self._greedy = settings.temperature == 0
         self.drawn = 0
         """Tokens drawn so far."""
         seed = settings.seed
@@ -49,7 +53,7 @@ class Row:
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the next token is the raw logits' argmax."""
-        return self.settings.temperature == 0 and self.processors.idle
+        return self._greedy and self.processors.idle
 
     def device_settings(self, ahead: int) -> tuple[float, ...] | None:
         """What a `Sampler` needs to draw the token `ahead` tokens after the next (see `lowering.draw_graph.SETTINGS`).
@@ -69,7 +73,7 @@ class Row:
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
             return None
-        if self.settings.temperature == 0:
+        if self._greedy:
             return best
         # One uniform number, looked up in the weights cumulated in the order of the ids. That order does not depend on
         # the scores, so a rounding difference between two runs moves the borders between tokens by as little.
@@ -83,11 +87,12 @@ class Row:
     def record(self, token: int) -> None:
         """Take the token for drawn."""
         self.drawn += 1
-        self.processors.record(token)
+        if not self.processors.idle:
+            self.processors.record(token)
 
     def record_drawn(self, token: int) -> None:
         """Take a token that a device has drawn, by `device_settings`."""
-        if self.settings.temperature != 0:
+        if not self._greedy:
             self._take_uniform()
         self.record(token)
 
@@ -103,7 +108,7 @@ class Row:
         return self._uniform[ahead]
 
 
-def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | EngineError]:
+def draw(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[int | EngineError]:
     """The next token of each row, recorded in it.
 
     Args:
@@ -116,30 +121,40 @@ def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | Eng
     """
     likeliest = logits.argmax(axis=1)
     # argmax takes a NaN for the largest: so one look at the largest finds NaN, +infinity and rows of -infinity.
-    largest = np.take_along_axis(logits, likeliest[:, None], axis=1)[:, 0]
-    results: list[Drawn | EngineError] = []
-    for number, (row, token, peak) in enumerate(zip(rows, likeliest.tolist(), largest.tolist(), strict=True)):
-        if not np.isfinite(peak):
-            results.append(
-                EngineError(
-                    f"the largest logit of token {row.drawn} is {peak}: numbers overflowed or weights are damaged; "
-                    "export with --dtype float32, and compare with: stageline verify"
-                )
-            )
-            continue
-        chosen = token if row.takes_the_likeliest else row.choose(logits[number])
-        if chosen is None:
-            results.append(
-                EngineError(
-                    f"no token is left for token {row.drawn}: min_tokens ({row.settings.min_tokens}), bad_words_ids, "
-                    "suppress_tokens or no_repeat_ngram_size bar all that the model allows; loosen them"
-                )
-            )
-            continue
-        wanted = row.settings.logprobs
-        results.append(Drawn(chosen, None if wanted is None else _logprob(logits[number], chosen, wanted)))
-        row.record(chosen)
+    largest = logits[np.arange(len(rows)), likeliest].tolist()
+    results: list[int | EngineError] = []
+    for number, (row, token, peak) in enumerate(zip(rows, likeliest.tolist(), largest, strict=True)):
+        likeliest_taken = row.takes_the_likeliest and math.isfinite(peak)
+        result = token if likeliest_taken else _chosen(row, logits[number], peak)
+        if type(result) is int:
+            row.record(result)
+        results.append(result)
     return results
+
+
+def _chosen(row: Row, logits: NDArray[np.float32], peak: float) -> int | EngineError:
+    if not math.isfinite(peak):
+        return EngineError(
+            f"the largest logit of token {row.drawn} is {peak}: numbers overflowed or weights are damaged; "
+            "export with --dtype float32, and compare with: stageline verify"
+        )
+    token = row.choose(logits)
+    if token is None:
+        return EngineError(
+            f"no token is left for token {row.drawn}: min_tokens ({row.settings.min_tokens}), bad_words_ids, "
+            "suppress_tokens or no_repeat_ngram_size bar all that the model allows; loosen them"
+        )
+    return token
+
+
+def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | EngineError]:
+    """As `draw`, and with each token its log probability where the row's Sampling asks for it."""
+    return [
+        drawn
+        if isinstance(drawn, EngineError)
+        else Drawn(drawn, None if (count := row.settings.logprobs) is None else logprob(logits[number], drawn, count))
+        for number, (row, drawn) in enumerate(zip(rows, draw(logits, rows), strict=True))
+    ]
 
 
 def weigh(scores: NDArray[np.float32], settings: Settings) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -150,7 +165,7 @@ def weigh(scores: NDArray[np.float32], settings: Settings) -> tuple[NDArray[np.i
     """
     best = scores.max()
     if 0 < settings.top_k < len(scores):
-        ids = np.flatnonzero(scores >= np.partition(scores, -settings.top_k)[-settings.top_k])
+        ids = _top(scores, settings.top_k)
         scores = scores[ids]
     else:
         ids = np.arange(len(scores))
@@ -162,6 +177,22 @@ def weigh(scores: NDArray[np.float32], settings: Settings) -> tuple[NDArray[np.i
     if settings.min_p > 0:
         weights[weights < settings.min_p] = 0
     return ids, weights
+
+
+def _top(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Which of the scores [vocabulary] are the `count` largest, and those equal to the last of them; in rising order.
+
+    They are none below the `count`-th of the largest of each of some columns, which is quickly found.
+    """
+    columns = max(_COLUMNS, 4 * count)
+    rows = len(scores) // columns
+    if rows < 2:
+        return np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+    largest = scores[: rows * columns].reshape(rows, columns).max(axis=0)
+    ids = np.flatnonzero(scores >= np.partition(largest, -count)[-count])
+    left = scores[ids]
+    found: NDArray[np.int64] = ids[left >= np.partition(left, -count)[-count]]
+    return found
 
 
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
@@ -186,7 +217,7 @@ def _largest(values: NDArray[np.floating], edge: np.floating, count: int) -> NDA
     return kept
 
 
-def _logprob(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+def logprob(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
     """The log probability of `token` and the `count` likeliest, of equally likely ones the lowest ids first."""
     values = logits.astype(np.float64)
     peak = values.max()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.tokenizer import TextEncoder
+from stageline.runtime.generation.characters import ByteCharacters, DecodedCharacters, characters_of
 from stageline.runtime.generation.detokenize import TextStream
 from tokenizers import Tokenizer, decoders, models
 
@@ -143,6 +144,58 @@ def test_any_bytes_stream_as_they_decode(tokens: list[int]) -> None:
 )
 def test_tokens_that_begin_and_end_inside_characters_stream_as_they_decode(tokens: list[int]) -> None:
     assert_streams_as_it_decodes(byte_level(), tokens)
+
+
+def assert_bytes_give_what_decoding_gives(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+    """The same pieces, token by token, and at the end."""
+    encoder = encoder_of(tokenizer)
+    by_bytes, decoded = characters_of(encoder, prompt), DecodedCharacters(encoder, prompt)
+    assert isinstance(by_bytes, ByteCharacters)
+    for token in tokens:
+        assert by_bytes.push(token) == decoded.push(token), tokens
+    assert by_bytes.finish() == decoded.finish(), tokens
+    whole = [token for token in prompt if token < tokenizer.get_vocab_size()]
+    if "\ufffd" not in tokenizer.decode(whole):
+        assert tokenizer.decode(whole) + "".join(pieces_of(encoder, tokens)) == tokenizer.decode([*whole, *tokens])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 270), max_size=20), st.lists(st.integers(0, 270), max_size=80))
+def test_tokens_that_are_bytes_need_no_decoding(prompt: list[int], tokens: list[int]) -> None:
+    assert_bytes_give_what_decoding_gives(byte_level(), prompt, tokens)
+
+
+@pytest.mark.checkpoints
+def test_tokens_of_smollm2_need_no_decoding(smollm2: Tokenizer) -> None:
+    any_token = st.integers(0, smollm2.get_vocab_size() + 3)
+    mostly_bytes = st.integers(0, 300)
+
+    @settings(deadline=None)
+    @given(st.lists(any_token | mostly_bytes, max_size=20), st.lists(any_token | mostly_bytes, max_size=60))
+    def check(prompt: list[int], tokens: list[int]) -> None:
+        assert_bytes_give_what_decoding_gives(smollm2, prompt, tokens)
+
+    check()
+
+
+@pytest.mark.checkpoints
+def test_every_token_of_smollm2_alone_is_what_it_decodes_to(smollm2: Tokenizer) -> None:
+    encoder = encoder_of(smollm2)
+    for token in range(smollm2.get_vocab_size() + 2):
+        assert "".join(pieces_of(encoder, [token])) == smollm2.decode([token]), token
+
+
+def test_an_added_token_of_other_characters_stands_for_itself() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["€ uro", "\ufffd"])
+    first = tokenizer.token_to_id("€ uro")
+    assert pieces_of(encoder_of(tokenizer), [0x41, first, first + 1, 0x42]) == ["A", "€ uro", "", "\ufffdB", ""]
+    assert_bytes_give_what_decoding_gives(tokenizer, [], [0xE2, first, first + 1, 0xE2, 0x82, first + 1, 0xAC])
+
+
+def test_tokens_that_depend_on_their_neighbours_are_decoded() -> None:
+    assert isinstance(characters_of(encoder_of(metaspace()), []), DecodedCharacters)
+    assert isinstance(characters_of(encoder_of(Tokenizer(models.BPE({"a": 0}, []))), []), DecodedCharacters)
 
 
 whole_characters = st.characters(exclude_categories=["Cs"]).map(lambda character: list(character.encode()))
