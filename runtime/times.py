@@ -24,10 +24,10 @@ class TimeCounter:
         self._counts = [0] * (len(BOUNDS_S) + 1)
         self._total_s = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count a time."""
-        self._counts[bisect_left(BOUNDS_S, seconds)] += 1
-        self._total_s += seconds
+    def add(self, seconds: float, times: int = 1) -> None:
+        """Count a time, or as many of them."""
+        self._counts[bisect_left(BOUNDS_S, seconds)] += times
+        self._total_s += seconds * times
 
     def histogram(self) -> Histogram:
         """A snapshot."""

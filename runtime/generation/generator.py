@@ -4,14 +4,17 @@ Everything that changes a request or the scheduler runs on that thread, one even
 a lock: other threads only put events into its inbox. A stage's worker runs a step's part and puts it into the next
 stage's inbox; the last stage's worker puts the logits into the driver's.
 
-    submit ──> arrived ──> [scheduler] ──step──> stage 0 ──> ... ──> stage N-1 ──> drawn ──> pieces to the reader
+    submit ──> arrived ──> [scheduler] ──step──> stage 0 ──> ... ──> stage N-1 ──> drawn
                                ^                                                     │
-                               └─────────────────────────────────────────────────────┘
+                               └─────────────────────────────────────────────────────┴──> written: pieces to the reader
+
+A step's tokens are written while the next step computes. Since Python's threads take turns, the driver first waits a
+moment, in which the stage's worker hands the step to its engine, unless something else happens.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -31,14 +34,17 @@ from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.flight import DRAWN, Flight, engine_error
 from stageline.runtime.generation.inputs import step_inputs
 from stageline.runtime.generation.meter import GenerationStats, Meter
-from stageline.runtime.generation.request import Completion, Delta, GenerationRequest
+from stageline.runtime.generation.request import Completion, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
-from stageline.runtime.generation.sampling import Drawn, sample
+from stageline.runtime.generation.sampling import draw
 from stageline.runtime.generation.scheduler import Scheduler, Step, chosen_rows
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
+from stageline.runtime.generation.writing import Taken, Writer
 from stageline.runtime.stages.lanes import Lanes, StageStats
 from stageline.runtime.stages.route import Hop
+
+_HAND_OVER_S = 1e-4  # enough for a worker to wake
 
 
 class Generator:
@@ -68,7 +74,9 @@ class Generator:
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}
         self._jobs: dict[Generation, Job] = {}
+        self._deadlines: dict[Job, float] = {}  # of those that have one, by `perf_counter`
         self._meter = Meter(cache.slots)
+        self._writer = Writer(self._meter, self._finished)
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._in_flight = self._arrivals = 0
         self._admission = Admission(queue)
@@ -123,7 +131,9 @@ class Generator:
 
     def stats(self, stages: Sequence[StageStats]) -> GenerationStats:
         """A snapshot of the counters since the pipeline opened; `stages` are those of its stages."""
-        return self._meter.stats(stages)
+        scheduler = self._scheduler
+        waiting = len(scheduler.waiting) + len(self._changeover.held)
+        return self._meter.stats(stages, scheduler.running, waiting, scheduler.cache_usage, scheduler.set_back)
 
     def close(self) -> "Future[None]":
         """Fail what is unfinished with RequestError. The future is done when no step runs, and none will. May be called
@@ -151,32 +161,40 @@ class Generator:
 
     def _take_events(self) -> None:
         while not (self._closing and self._in_flight == 0):
-            try:
-                event = self._events.get(timeout=self._until_deadline())
-            except Empty:
-                self._check_deadlines()
-                continue
+            event = self._next_event()
             began = perf_counter()
-            while True:
+            while event is not None:
                 event()
-                try:
-                    event = self._events.get_nowait()
-                except Empty:
-                    break
+                event = self._event(0)
             self._check_deadlines()
             if not self._closing and self._changeover.drained(self._in_flight):
                 self._changeover.switch(self._lanes, self._serve_on)
             if not self._closing and self._changeover.issues_steps:
                 while (step := self._scheduler.next()) is not None:
                     self._send(step)
-            self._meter.waiting = len(self._scheduler.waiting) + len(self._changeover.held)
-            self._meter.running = self._scheduler.running
-            self._meter.cache_usage = self._scheduler.cache_usage
-            self._meter.set_back = self._scheduler.set_back
             self._meter.host_s += perf_counter() - began
+
+    def _next_event(self) -> Callable[[], None] | None:
+        """Wait for the next one, and write before what waits to be written. None at a deadline."""
+        if self._writer:
+            event = self._event(_HAND_OVER_S if self._in_flight else 0)
+            if event is not None:
+                return event
+            began = perf_counter()
+            self._writer.write()
+            self._meter.host_s += perf_counter() - began
+        return self._event(self._until_deadline())
+
+    def _event(self, timeout_s: float | None) -> Callable[[], None] | None:
+        try:
+            return self._events.get(timeout=timeout_s) if timeout_s != 0 else self._events.get_nowait()
+        except Empty:
+            return None
 
     def _arrived(self, job: Job) -> None:
         self._jobs[job.generation] = job
+        if job.request.deadline_s is not None:
+            self._deadlines[job] = job.submitted_at + job.request.deadline_s
         job.number, self._arrivals = self._arrivals, self._arrivals + 1
         job.begin(self.text_model, self.capacity)
         for choice in job.choices:
@@ -201,16 +219,20 @@ class Generator:
         self._lanes, self._hops = lanes, hops
 
     def _until_deadline(self) -> float | None:
-        ends = [job.submitted_at + d for job in self._jobs.values() if (d := job.request.deadline_s) is not None]
-        return max(0.0, min(ends) - perf_counter()) if ends else None
+        return max(0.0, min(self._deadlines.values()) - perf_counter()) if self._deadlines else None
 
     def _check_deadlines(self) -> None:
+        if not self._deadlines:
+            return
         now = perf_counter()
-        for job in list(self._jobs.values()):
-            deadline_s = job.request.deadline_s
-            if deadline_s is not None and now >= job.submitted_at + deadline_s:
-                drawn = sum(len(choice.drawn) for choice in job.choices)
-                self._end(job, DeadlineError(f"not finished within {deadline_s} s ({drawn} tokens were drawn)"))
+        due = [job for job, at in self._deadlines.items() if now >= at]
+        if due:
+            self._writer.write()  # which may end some of them
+        for job in due:
+            if job in self._deadlines:
+                drawn = sum(choice.drawn for choice in job.choices)
+                error = f"not finished within {job.request.deadline_s} s ({drawn} tokens were drawn)"
+                self._end(job, DeadlineError(error))
 
     def _send(self, step: Step, before: Flight | None = None) -> None:
         """`before`: the running step that draws the tokens which this one computes."""
@@ -270,7 +292,7 @@ class Generator:
     def _needs_another(self, continuation: Continuation) -> bool:
         """Whether a continuation goes on after the token that is being drawn, as far as that can be known."""
         choice = self._choices[continuation]
-        return len(choice.drawn) + 1 < choice.max_tokens and choice.row.device_settings(1) is not None
+        return choice.drawn + 1 < choice.max_tokens and choice.row.device_settings(1) is not None
 
     def _landed(self, flight: Flight) -> None:
         """On the last stage's thread."""
@@ -288,75 +310,78 @@ class Generator:
             for continuation in self._scheduler.failed(step):
                 self._fail(continuation, flight.error)
             return
+        if self._writer.holds(step.group):
+            self._writer.write()
         self._scheduler.done(step)
         wanted = {
             place: self._choices[row.continuation]
             for place, row in chosen_rows(step)
             if not row.continuation.ended and row.continuation not in flight.void
         }
+        places, choices = list(wanted), list(wanted.values())
+        logits: Array | None = None
+        results: Sequence[int | EngineError]
         try:
-            results = self._tokens(flight, wanted)
+            if flight.drawn is None:
+                assert flight.logits is not None
+                logits = _rows_of(flight.logits, places)
+                results = draw(logits, [choice.row for choice in choices])
+            else:
+                results = self._device_tokens(flight, flight.drawn, places, choices)
         except EngineError as error:
-            results = dict.fromkeys(wanted, error)
-        pieces: dict[Generation, list[Delta]] = {}
-        choices = list(wanted.values())
-        for choice, result in zip(choices, results.values(), strict=True):
+            results = [error] * len(choices)
+        taken: list[Taken] = []
+        for number, (choice, result) in enumerate(zip(choices, results, strict=True)):
             if choice.continuation.ended:
                 continue  # a choice beside it has failed
             if isinstance(result, EngineError):
                 self._fail(choice.continuation, result)
-            else:
-                pieces.setdefault(choice.job.generation, []).append(self._add(choice, result, now))
-                if running and choice.continuation in running[-1].void:
-                    self._scheduler.take_back(choice.continuation)
-        for generation, new in pieces.items():
-            generation.push(new)
-        for job in {choice.job for choice in choices}:
-            if job.generation in self._jobs and all(choice.finish_reason for choice in job.choices):
-                self._end(job, job.completion(now))
+                continue
+            asked = choice.row.settings.logprobs is not None and logits is not None
+            text = choice.take(result)
+            taken.append((choice, result, choice.finish_reason, text, logits[number] if asked else None))
+            if running:
+                self._scheduler.learn(choice.continuation)
+            if choice.finish_reason is not None:
+                self._scheduler.end(choice.continuation)
+                del self._choices[choice.continuation]
+            if running and choice.continuation in running[-1].void:
+                self._scheduler.take_back(choice.continuation)
+        self._meter.generated_tokens += len(taken)
+        self._writer.put(step.group, now, taken)
         if running:
             self._go_ahead(running[-1])
 
-    def _tokens(self, flight: Flight, wanted: Mapping[int, RunningChoice]) -> dict[int, Drawn | EngineError]:
-        """The token of each of `wanted`, by its place in the step: as the device drew it, or drawn here."""
-        results: dict[int, Drawn | EngineError] = {}
-        logits = flight.logits
-        if flight.drawn is not None:
-            for place, choice in wanted.items():
-                token, status = flight.drawn[place].tolist()
-                if status == DONE:
-                    choice.row.record_drawn(token)
-                    results[place] = Drawn(token)
-            if len(results) < len(wanted):
-                assert flight.undrawn is not None
-                logits = on_host({"logits": flight.undrawn}, ["logits"])["logits"]
-        left = [place for place in wanted if place not in results]
+    def _device_tokens(
+        self, flight: Flight, drawn: Array, places: Sequence[int], choices: Sequence[RunningChoice]
+    ) -> list[int | EngineError]:
+        """The token of each choice, which is in a place of the step, as the device drew it; or drawn here where it
+        could not."""
+        results: list[int | EngineError | None] = []
+        for (token, status), choice in zip(drawn[places].tolist(), choices, strict=True):
+            if status == DONE:
+                choice.row.record_drawn(token)
+            results.append(token if status == DONE else None)
+        left = [number for number, result in enumerate(results) if result is None]
         if left:
-            assert logits is not None
-            rows = logits[:, 0] if len(left) == len(logits) else logits[left, 0]  # no copy if all are wanted
-            results |= zip(left, sample(rows, [wanted[place].row for place in left]), strict=True)
-        if flight.drawn is not None:
-            for ahead in self._decoding.get(flight.step.group, []):  # it has computed with the device's tokens
-                ahead.void |= {wanted[place].continuation for place in left}
-        return {place: results[place] for place in wanted}
+            assert flight.undrawn is not None
+            logits = on_host({"logits": flight.undrawn}, ["logits"])["logits"]
+            found = draw(_rows_of(logits, [places[n] for n in left]), [choices[n].row for n in left])
+            for number, result in zip(left, found, strict=True):
+                results[number] = result
+        for ahead in self._decoding.get(flight.step.group, []):  # it has computed with the device's tokens
+            ahead.void |= {choices[number].continuation for number in left}
+        return [result for result in results if result is not None]
 
-    def _add(self, choice: RunningChoice, drawn: Drawn, now: float) -> Delta:
-        job = choice.job
-        piece = choice.add(drawn, self.text_model.defaults.end_ids)
-        if choice.number == 0:
-            self._meter.token(job.token_times[-1] if job.token_times else None, now, job.submitted_at)
-            job.token_times.append(now)
-        self._scheduler.learn(choice.continuation)
-        job.first_token_at = job.first_token_at or now
-        self._meter.generated_tokens += 1
-        if choice.finish_reason is not None:
-            self._scheduler.end(choice.continuation)
-            del self._choices[choice.continuation]
-        return piece
+    def _finished(self, job: Job, now: float) -> None:
+        """All of it is written."""
+        if job.generation in self._jobs:
+            self._end(job, job.completion(now))
 
     def _fail(self, continuation: Continuation, error: StagelineError) -> None:
         choice = self._choices.get(continuation)
         if choice is not None:
+            self._writer.write()
             self._scheduler.end(continuation, keep=0)
             self._end(choice.job, error)
 
@@ -377,6 +402,7 @@ class Generator:
         for choice in job.choices:
             if self._choices.pop(choice.continuation, None) is not None:
                 self._scheduler.end(choice.continuation)
+        self._deadlines.pop(job, None)
         if self._jobs.pop(job.generation, None) is not None and self._lanes.recorder is not None:
             self._lanes.recorder.ended(job.number, job.submitted_at, perf_counter())
         self._admission.give_back()
@@ -394,5 +420,11 @@ class Generator:
 
     def _close(self) -> None:
         self._closing = True
+        self._writer.write()
         for job in list(self._jobs.values()):
             self._end(job, RequestError("the pipeline was closed before this request was finished"))
+
+
+def _rows_of(logits: Array, places: Sequence[int]) -> Array:
+    """The logits [rows, vocabulary] of rows that want one token: not a copy if all do."""
+    return logits[:, 0] if len(places) == len(logits) else logits[places, 0]

@@ -81,9 +81,6 @@ class Meter:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.running = self.waiting = 0
-        self.cache_usage = 0.0
-        self.set_back = 0
         self.finished = self.failed = self.cancelled = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.steps = {"prefill": 0, "decode": 0, "mixed": 0}
@@ -118,14 +115,22 @@ class Meter:
         self.queue_s.append(queue_s)
         self._queued.add(queue_s)
 
-    def token(self, before: float | None, now: float, submitted_at: float) -> None:
-        """A token of a request's first choice came; `before` is when the one before it did."""
-        if before is None:
-            self.ttft_s.append(now - submitted_at)
-            self._first.add(now - submitted_at)
+    def first_token(self, ttft_s: float) -> None:
+        """The first token of a request came."""
+        self.ttft_s.append(ttft_s)
+        self._first.add(ttft_s)
+
+    def later_tokens(self, now: float, before: Sequence[float]) -> None:
+        """Tokens of first choices came; `before` are when those before them did, mostly all at once."""
+        counts = dict.fromkeys(before, 0)
+        if len(counts) == 1:
+            counts[before[0]] = len(before)
         else:
-            self.tpot_s.append(now - before)
-            self._later.add(now - before)
+            for at in before:
+                counts[at] += 1
+        for at, count in counts.items():
+            self.tpot_s.extend([now - at] * count)
+            self._later.add(now - at, count)
 
     def completed(self, completion: Completion) -> None:
         """A request has ended well."""
@@ -134,16 +139,18 @@ class Meter:
         self.cached_tokens += completion.cached_tokens
         self._latencies.add(completion.total_s)
 
-    def stats(self, stages: Sequence[StageStats]) -> GenerationStats:
-        """A snapshot."""
+    def stats(
+        self, stages: Sequence[StageStats], running: int, waiting: int, cache_usage: float, set_back: int
+    ) -> GenerationStats:
+        """A snapshot, with what the scheduler says of the moment."""
         busy_s = self._earlier_busy_s + sum(stage.busy_s for stage in stages)
         stage_s = self._earlier_stage_s + len(stages) * (self.active_s - self._earlier_active_s)
         bubble = 1 - busy_s / stage_s if stage_s else 0.0
         return GenerationStats(
             self.slots,
-            self.running,
-            self.waiting,
-            self.cache_usage,
+            running,
+            waiting,
+            cache_usage,
             self.finished,
             self.failed,
             self.cancelled,
@@ -153,7 +160,7 @@ class Meter:
             self.steps["prefill"],
             self.steps["decode"],
             self.steps["mixed"],
-            self.set_back,
+            set_back,
             self.active_s,
             self.host_s,
             min(1.0, max(0.0, bubble)),

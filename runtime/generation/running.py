@@ -2,25 +2,32 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.request import (
     Choice,
     Completion,
-    Delta,
     FinishReason,
     GenerationRequest,
     TokenLogprob,
 )
-from stageline.runtime.generation.sampling import Drawn, Row
+from stageline.runtime.generation.sampling import Row, logprob
 from stageline.runtime.generation.settings import Settings
-from stageline.runtime.generation.stream import Generation
+from stageline.runtime.generation.stream import Generation, Piece
 from stageline.runtime.generation.text_model import TextModel
+
+Text = tuple[str, str]
+"""What of a choice's text is certain with a token, and what the token adds to it, stops included."""
 
 
 @dataclass(eq=False, slots=True)
 class RunningChoice:
-    """One continuation of a job, with its tokens and its text."""
+    """One continuation of a job, with its tokens and its text.
+
+    Each of its tokens is first taken, then written; the next ones may be taken before it is written.
+    """
 
     job: "Job"
     number: int
@@ -28,37 +35,60 @@ class RunningChoice:
     row: Row
     text: TextStream | None
     max_tokens: int
-    written: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    ends: frozenset[int]
+    """The tokens that end it."""
     finish_reason: FinishReason | None = None
+    """Once its last token is taken."""
+    _written: list[str] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
-    def drawn(self) -> list[int]:
-        """The tokens drawn so far."""
-        return self.continuation.tokens[self.continuation.prompt_length :]
+    def drawn(self) -> int:
+        """How many tokens are drawn so far."""
+        return len(self.continuation.tokens) - self.continuation.prompt_length
 
-    def add(self, drawn: Drawn, end_ids: tuple[int, ...]) -> Delta:
-        """Write a token down; its piece has a reason to finish if it is the last."""
-        token, settings = drawn.token_id, self.job.settings
+    def take(self, token: int) -> Text | None:
+        """Note a token that was drawn, and decide whether it is the last. Its text, if that had to be made for it."""
         self.continuation.tokens.append(token)
-        text = added = ""
-        if token in end_ids or token in settings.stop_token_ids:
+        if token in self.ends:
             self.finish_reason = "stop"
-        elif self.text is not None:
-            text = self.text.push([token])
-            added = self.text.added
+            return None
+        made = None
+        if self.text is not None and self.text.may_stop:
+            made = self._pushed(token)
             if self.text.stopped:
                 self.finish_reason = "stop"
-        count = len(self.continuation.tokens) - self.continuation.prompt_length
-        if self.finish_reason is None and count >= self.max_tokens:
+        if self.finish_reason is None and self.drawn >= self.max_tokens:
             self.finish_reason = "length"
-        if self.finish_reason is not None and self.text is not None and not self.text.stopped:
+        return made
+
+    def write(
+        self, token: int, reason: FinishReason | None, made: Text | None, logits: NDArray[np.float32] | None
+    ) -> Piece:
+        """Make the piece of a token that was taken, by its `reason` the last; `made`: what `take` returned. Its log
+        probability is that of `logits` [vocabulary]."""
+        text, added = made or self._pushed(token)
+        if reason is not None and self.text is not None and not self.text.stopped:
             text += self.text.finish()
             added += self.text.added
-        self.written.append(text)
-        logprobs = () if drawn.logprob is None else (replace(drawn.logprob, text=added),)
-        self.logprobs.extend(logprobs)
-        return Delta(self.number, text, (token,), logprobs, self.finish_reason)
+        self._written.append(text)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if logits is not None:
+            assert self.row.settings.logprobs is not None
+            logprobs = (replace(logprob(logits, token, self.row.settings.logprobs), text=added),)
+            self._logprobs.extend(logprobs)
+        return self.number, text, (token,), logprobs, reason
+
+    def choice(self) -> Choice:
+        """What it is, once it is written to its end."""
+        tokens = self.continuation.tokens[self.continuation.prompt_length :]
+        return Choice("".join(self._written), tuple(tokens), self.finish_reason or "length", tuple(self._logprobs))
+
+    def _pushed(self, token: int) -> Text:
+        if self.text is None or token in self.ends:
+            return "", ""
+        text = self.text.push((token,))
+        return text, self.text.added
 
 
 @dataclass(eq=False, slots=True)
@@ -72,14 +102,17 @@ class Job:
     submitted_at: float
     number: int = 0
     choices: list[RunningChoice] = field(default_factory=list)
+    unfinished: int = 0
+    """Choices of which the last token is not written."""
     started_at: float | None = None
-    first_token_at: float | None = None
     token_times: list[float] = field(default_factory=list)
     """When each token of the first choice came."""
 
     def begin(self, text_model: TextModel, capacity: int) -> None:
         """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
         settings = self.settings
+        self.unfinished = settings.n
+        ends = frozenset((*text_model.defaults.end_ids, *settings.stop_token_ids))
         room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache
         max_tokens = room if settings.max_tokens is None else min(room, settings.max_tokens)
         leader = None
@@ -89,20 +122,16 @@ class Job:
             row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number)
             encoder = text_model.encoder
             text = None if encoder is None else TextStream(encoder, settings.stop, settings.min_tokens, self.prompt)
-            self.choices.append(RunningChoice(self, number, continuation, row, text, max_tokens))
+            self.choices.append(RunningChoice(self, number, continuation, row, text, max_tokens, ends))
 
     def completion(self, now: float) -> Completion:
         """What it ends as, once every choice has finished."""
-        assert self.first_token_at is not None
         return Completion(
-            tuple(
-                Choice("".join(c.written), tuple(c.drawn), c.finish_reason or "length", tuple(c.logprobs))
-                for c in self.choices
-            ),
+            tuple(choice.choice() for choice in self.choices),
             len(self.prompt),
             self.choices[0].continuation.shared,
             (self.started_at or now) - self.submitted_at,
-            self.first_token_at - self.submitted_at,
+            self.token_times[0] - self.submitted_at,
             now - self.submitted_at,
             tuple(at - self.submitted_at for at in self.token_times),
         )

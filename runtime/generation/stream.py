@@ -7,7 +7,10 @@ from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from stageline.runtime.generation.request import Completion, Delta
+from stageline.runtime.generation.request import Completion, Delta, FinishReason, TokenLogprob
+
+Piece = tuple[int, str, tuple[int, ...], tuple[TokenLogprob, ...], FinishReason | None]
+"""What a Delta is made of, where it is read."""
 
 
 class Generation:
@@ -20,7 +23,10 @@ class Generation:
     def __init__(self) -> None:
         self.future: Future[Completion] = Future()
         """Done with the request. Cancelling it cancels the request and frees its slots at the next step."""
-        self._pieces: deque[Delta] = deque()
+        # The writer adds pieces, then looks for a reader that waits; the reader says that it waits, then looks for
+        # pieces. So no lock is needed where nobody waits.
+        self._pieces: deque[Piece] = deque()
+        self._waits = False
         self._news = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
         self.future.add_done_callback(lambda future: self.push(()))
@@ -28,8 +34,7 @@ class Generation:
     def __iter__(self) -> Iterator[Delta]:
         try:
             while True:
-                with self._news:
-                    self._news.wait_for(lambda: self._pieces or self.future.done())
+                self._wait_here()
                 yield from self._taken()
                 if self.future.done() and not self._pieces:
                     break
@@ -66,10 +71,12 @@ class Generation:
         """Stop generating; True unless it was done. Its slots are free at the next step."""
         return self.future.cancel()
 
-    def push(self, pieces: Sequence[Delta]) -> None:
+    def push(self, pieces: Sequence[Piece]) -> None:
         """Hand pieces to the reader, or wake it at the end."""
+        self._pieces.extend(pieces)
+        if not self._waits:
+            return
         with self._news:
-            self._pieces.extend(pieces)
             waiter, self._waiter = self._waiter, None
             self._news.notify_all()
         if waiter is not None:
@@ -80,19 +87,31 @@ class Generation:
                 self.cancel()
 
     def _taken(self) -> list[Delta]:
+        return [Delta(*self._pieces.popleft()) for _ in range(len(self._pieces))]
+
+    def _has_news(self) -> bool:
+        return bool(self._pieces) or self.future.done()
+
+    def _wait_here(self) -> None:
+        if self._has_news():
+            return
         with self._news:
-            taken = list(self._pieces)
-            self._pieces.clear()
-        return taken
+            self._waits = True
+            self._news.wait_for(self._has_news)
+            self._waits = False
 
     async def _wait(self) -> None:
+        if self._has_news():
+            return
         loop = asyncio.get_running_loop()
         with self._news:
-            if self._pieces or self.future.done():
-                return
             woken = loop.create_future()
-            self._waiter = loop, woken
-        await woken
+            self._waiter, self._waits = (loop, woken), True
+        try:
+            if not self._has_news():
+                await woken
+        finally:
+            self._waits = False
 
 
 def _wake(woken: "asyncio.Future[None]") -> None:

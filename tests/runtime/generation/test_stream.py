@@ -9,8 +9,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 from stageline.models.errors import EngineError
-from stageline.runtime.generation.request import Choice, Completion, Delta
-from stageline.runtime.generation.stream import Generation
+from stageline.runtime.generation.request import Choice, Completion
+from stageline.runtime.generation.stream import Generation, Piece
 
 SECONDS = 5  # for what must happen; nothing takes that long
 
@@ -19,12 +19,16 @@ def whole(text: str) -> Completion:
     return Completion((Choice(text, (), "stop"),), 1, 0, 0.0, 0.0, 0.0)
 
 
+def piece_of(text: str) -> Piece:
+    return 0, text, (), (), None
+
+
 def write(generation: Generation, texts: Sequence[str], pause_s: float = 0.0) -> None:
     """What the driver does, to the end or until it is cancelled."""
     for text in texts:
         if generation.future.cancelled():
             return
-        generation.push([Delta(0, text)])
+        generation.push([piece_of(text)])
         time.sleep(pause_s)
     if generation.future.set_running_or_notify_cancel():
         generation.future.set_result(whole("".join(texts)))
@@ -114,7 +118,7 @@ def test_a_generation_that_is_done_can_still_be_read() -> None:
 
 def test_leaving_the_loop_cancels() -> None:
     generation = Generation()
-    generation.push([Delta(0, "a"), Delta(0, "b")])
+    generation.push([piece_of("a"), piece_of("b")])
     for piece in generation:
         assert piece.text == "a"
         break
@@ -131,13 +135,13 @@ def test_leaving_the_loop_of_a_coroutine_cancels() -> None:
         assert generation.future.cancelled()
 
     generation = Generation()
-    generation.push([Delta(0, "a"), Delta(0, "b")])
+    generation.push([piece_of("a"), piece_of("b")])
     asyncio.run(read(generation))
 
 
 def test_an_exception_in_the_loop_cancels() -> None:
     generation = Generation()
-    generation.push([Delta(0, "a")])
+    generation.push([piece_of("a")])
 
     def read() -> None:
         for _ in generation:
@@ -159,14 +163,14 @@ def test_cancelling_the_task_cancels_the_request(reads: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await reading
         assert generation.future.cancelled()
-        generation.push([Delta(0, "late")])  # nobody is there any more
+        generation.push([piece_of("late")])  # nobody is there any more
 
     asyncio.run(scenario())
 
 
 def test_cancelling_from_another_thread_ends_the_loop_after_what_has_come() -> None:
     generation = Generation()
-    generation.push([Delta(0, "a")])
+    generation.push([piece_of("a")])
     threading.Timer(0.05, generation.cancel).start()
     assert [piece.text for piece in generation] == ["a"]
     with pytest.raises(CancelledError):
@@ -176,7 +180,7 @@ def test_cancelling_from_another_thread_ends_the_loop_after_what_has_come() -> N
 def test_cancelling_from_another_thread_ends_the_loop_of_a_coroutine() -> None:
     async def read() -> list[str]:
         generation = Generation()
-        generation.push([Delta(0, "a")])
+        generation.push([piece_of("a")])
         threading.Timer(0.05, generation.cancel).start()
         return await asyncio.wait_for(collected(generation), SECONDS)
 
@@ -186,7 +190,7 @@ def test_cancelling_from_another_thread_ends_the_loop_of_a_coroutine() -> None:
 def test_an_error_is_raised_after_the_pieces_before_it() -> None:
     def failed() -> Generation:
         generation = Generation()
-        generation.push([Delta(0, "a")])
+        generation.push([piece_of("a")])
         generation.future.set_exception(EngineError("stage 1 failed"))
         return generation
 
@@ -219,9 +223,9 @@ def test_a_closed_loop_cancels_the_request_and_leaves_the_writer_alone() -> None
     reading = loop.create_task(collected(generation))
     loop.run_until_complete(asyncio.sleep(0.01))  # it waits for a piece now
     loop.close()
-    generation.push([Delta(0, "a")])
+    generation.push([piece_of("a")])
     assert generation.future.cancelled()
-    generation.push([Delta(0, "b")])
+    generation.push([piece_of("b")])
     del reading
 
 
