@@ -27,7 +27,7 @@ class Blocks:
         self._users = [0] * count
         self._number = [0] * count
         self._key: list[Key | None] = [None] * count
-        self._made_by: list[set[int]] = [set() for _ in range(count)]  # steps
+        self._made_by = np.zeros((count, size), np.int64)  # the step of each token, 0: none
         self._found: dict[Key, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))  # the next to take first
         self._numbers = 0
@@ -67,32 +67,40 @@ class Blocks:
         for block in taken:
             self._forget(block)
             self._users[block], self._number[block] = 1, 0
-            self._made_by[block].clear()
+            self._made_by[block] = 0
         return taken
 
     def fill(self, row: Sequence[int], tokens: NDArray[np.int64], start: int, end: int, kind: int, step: int) -> None:
         """Step `step` computes tokens `start` to `end` - 1 of a row, which has the blocks `row`."""
         for place in range(start // self.size, self.wanted(end)):
-            block, after = row[place], (place + 1) * self.size
-            self._made_by[block].add(step)
-            if after > end:
-                break
-            parent = self._number[row[place - 1]] if place else 0
-            key = parent, kind, tuple(tokens[after - self.size : after].tolist())
-            twin = self._found.get(key)
-            if twin is None:
-                self._numbers += 1
-                self._number[block] = self._numbers
-                self._found[key], self._key[block] = block, key
-            else:
-                self._number[block] = self._number[twin]
+            before = place * self.size
+            self._made_by[row[place], max(0, start - before) : end - before] = step
+            if before + self.size <= end:
+                self.name(row, tokens, place, kind)
+
+    def note(self, blocks: NDArray[np.int32], places: NDArray[np.int64], step: int) -> None:
+        """Step `step` computes a token in each of the blocks, [blocks] different ones, at its place there."""
+        self._made_by[blocks, places] = step
+
+    def name(self, row: Sequence[int], tokens: NDArray[np.int64], place: int, kind: int) -> None:
+        """Block number `place` of a row is full with these `tokens` of the row: it can be found now."""
+        block, before = row[place], place * self.size
+        parent = self._number[row[place - 1]] if place else 0
+        key = parent, kind, tuple(tokens[before : before + self.size].tolist())
+        twin = self._found.get(key)
+        if twin is None:
+            self._numbers += 1
+            self._number[block] = self._numbers
+            self._found[key], self._key[block] = block, key
+        else:
+            self._number[block] = self._number[twin]
 
     def unfill(self, block: int, step: int) -> bool:
         """A step has failed that was to fill a row's last block; False if other rows use it already."""
         if self._users[block] > 1:
             return False
         self._forget(block)
-        self._made_by[block].discard(step)
+        self._unmake(step, [block])
         return True
 
     def leave(self, row: Sequence[int], trusted: bool = True) -> None:
@@ -112,11 +120,15 @@ class Blocks:
 
     def spoilt(self, step: int) -> set[int]:
         """The blocks that a step was to fill, which has failed. They are not found any more, nor those after them."""
-        blocks = {block for block, steps in enumerate(self._made_by) if step in steps}
+        blocks = np.flatnonzero((self._made_by == step).any(axis=1)).tolist()
         for block in blocks:
             self._forget(block)
-            self._made_by[block].discard(step)
-        return blocks
+        self._unmake(step, blocks)
+        return set(blocks)
+
+    def _unmake(self, step: int, blocks: list[int]) -> None:
+        made_by = self._made_by[blocks]
+        self._made_by[blocks] = np.where(made_by == step, 0, made_by)
 
     def _forget(self, block: int) -> None:
         key, self._key[block] = self._key[block], None

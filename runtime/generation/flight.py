@@ -7,7 +7,7 @@ from time import perf_counter
 from stageline.models.errors import EngineError
 from stageline.runtime.engines import Array, Engine, PackedRows, Value
 from stageline.runtime.generation.continuation import Continuation
-from stageline.runtime.generation.scheduler import Step
+from stageline.runtime.generation.steps import Step
 from stageline.runtime.stages.lanes import Lane
 from stageline.runtime.stages.recorder import Kind
 from stageline.runtime.stages.trip import Trip
@@ -70,7 +70,7 @@ class Flight(Trip):
         step, requests = self.step, tuple(dict.fromkeys(self.requests))
         if step.first_slot is None and step.kind != "decode":
             return step.kind, 1, step.batch, requests  # one row of all tokens
-        return step.kind, len(step.rows), step.length, requests
+        return step.kind, len(self.requests), step.length, requests
 
     def failure(self, lane: Lane, error: BaseException) -> EngineError:
         if isinstance(error, EngineError):

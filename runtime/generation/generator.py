@@ -37,7 +37,8 @@ from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
 from stageline.runtime.generation.sampling import draw
-from stageline.runtime.generation.scheduler import Scheduler, Step, chosen_rows
+from stageline.runtime.generation.scheduler import Scheduler
+from stageline.runtime.generation.steps import Step, chosen
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.generation.writing import Taken, Writer
@@ -240,8 +241,8 @@ class Generator:
         inputs, rows = step_inputs(step)
         values: dict[str, Value] = {**inputs}
         requests = []
-        for row in step.rows:
-            job = self._choices[row.continuation].job
+        for continuation in step.arrays.continuations:
+            job = self._choices[continuation].job
             requests.append(job.number)
             if job.started_at is None:
                 job.started_at = now
@@ -267,13 +268,13 @@ class Generator:
             return None
         settings = np.zeros((step.batch, len(SETTINGS)), np.float32)
         settings[:] = 1, 0, 1, 0, 0, 1  # greedy, where nobody asks
-        chosen = list(chosen_rows(step))
-        for place, row in chosen:
-            found = self._choices[row.continuation].row.device_settings(int(ahead))
+        wanted = chosen(step)
+        for place, continuation in wanted:
+            found = self._choices[continuation].row.device_settings(int(ahead))
             if found is None:
                 return None
             settings[place] = found
-        return settings if chosen else None
+        return settings if wanted else None
 
     def _issued(self, flight: Flight) -> None:
         """On the last stage's thread."""
@@ -313,12 +314,12 @@ class Generator:
         if self._writer.holds(step.group):
             self._writer.write()
         self._scheduler.done(step)
-        wanted = {
-            place: self._choices[row.continuation]
-            for place, row in chosen_rows(step)
-            if not row.continuation.ended and row.continuation not in flight.void
-        }
-        places, choices = list(wanted), list(wanted.values())
+        wanted = [
+            (place, self._choices[continuation])
+            for place, continuation in chosen(step)
+            if not continuation.ended and continuation not in flight.void
+        ]
+        places, choices = [place for place, _ in wanted], [choice for _, choice in wanted]
         logits: Array | None = None
         results: Sequence[int | EngineError]
         try:
@@ -337,9 +338,9 @@ class Generator:
             if isinstance(result, EngineError):
                 self._fail(choice.continuation, result)
                 continue
-            asked = choice.row.settings.logprobs is not None and logits is not None
             text = choice.take(result)
-            taken.append((choice, result, choice.finish_reason, text, logits[number] if asked else None))
+            own = None if logits is None or choice.row.settings.logprobs is None else logits[number]
+            taken.append((choice, result, choice.finish_reason, text, own))
             if running:
                 self._scheduler.learn(choice.continuation)
             if choice.finish_reason is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from stageline.runtime.generation.request import Completion
-from stageline.runtime.generation.scheduler import Step
+from stageline.runtime.generation.steps import Step
 from stageline.runtime.stages.lanes import StageStats
 from stageline.runtime.times import Histogram, TimeCounter
 

@@ -23,53 +23,15 @@ decoding rows may be issued ahead.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from stageline.runtime.bundle.manifest import RowScaling
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.continuation import Continuation, Slot
-from stageline.runtime.generation.slots import BlockSlots, Copy, Slots
-
-StepKind = Literal["prefill", "decode", "mixed"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """One row of a step: tokens `start` to `start + count` of a continuation. `last`: its logits are wanted. Its keys
-    are made for a row of `row_length` tokens. `blocks`: where its tokens lie, if the caches are blocks."""
-
-    continuation: Continuation
-    slot: int
-    start: int
-    count: int
-    last: bool
-    row_length: int
-    blocks: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What the stages do in one go, on `batch` rows of `length` tokens.
-
-    Of a range the batch is slots `first_slot` and on; those that are not in `rows` have nothing new. Of packed tokens
-    (`first_slot` is None) it is the new tokens of `rows`, one after the other, each a row of its own.
-    """
-
-    number: int
-    kind: StepKind
-    group: int
-    first_slot: int | None
-    batch: int
-    length: int
-    rows: tuple[StepRow, ...]
-    copies: tuple[Copy, ...]
-
-    def __str__(self) -> str:
-        rows = " ".join(f"{row.slot}:{row.start}+{row.count}" for row in self.rows)
-        copies = "".join(f" ({copy.source}>{copy.target}:{copy.tokens})" for copy in self.copies)
-        return f"{self.number} {self.kind} {rows}{copies}"
+from stageline.runtime.generation.decoding import Decoding
+from stageline.runtime.generation.slots import BlockSlots, Slots
+from stageline.runtime.generation.steps import Step, StepKind, StepRow, StepRows
 
 
 @dataclass(eq=False)
@@ -100,6 +62,8 @@ class Scheduler:
         self._steps = 0
         self._prefill_turn = False
         self._turn = 0  # the group whose decode step is looked at first
+        self._kept: dict[int, Decoding] = {}  # of groups, what decodes; until something else happens to a row
+        self._all_read = False  # whether no prompt waits to be issued; until then as well
 
     def add(self, continuation: Continuation) -> None:
         """Queue a continuation; its tokens fit the capacity."""
@@ -116,6 +80,7 @@ class Scheduler:
             return
         continuation.slot = None
         self.cache.leave(slot, keep)
+        self._changed()
 
     def switch(self, groups: int, prefills: int, forget: bool = False) -> None:
         """Switch to other numbers of groups and prefills, while no step is running. Slots keep what they hold;
@@ -124,6 +89,7 @@ class Scheduler:
         assert not any(self._decoding)
         self.groups, self.prefills, self._decoding, self._turn = groups, prefills, [0] * groups, 0
         self.cache.regroup(groups)
+        self._changed()
         if forget:
             self.cache.forget()
 
@@ -131,7 +97,7 @@ class Scheduler:
         """The next step to issue, or None until one is done or a continuation comes."""
         self._begin_again()
         self._admit()
-        step = self._packed() if self.packs else self._decode() or self._prefill()
+        step = self._packed() if self.packs else self._range()
         self._turn = (self._turn + 1) % self.groups
         return step
 
@@ -143,7 +109,7 @@ class Scheduler:
         """
         if step.kind != "decode" or self._decoding[step.group] != 1 or self.scaling is not None:
             return None
-        live = [row.continuation for row in step.rows if not row.continuation.ended]
+        live = [continuation for continuation in step.arrays.continuations if not continuation.ended]
         if any(slot.continuation not in live for slot in self._decodable(step.group)):
             return None
         chosen = [continuation.slot for continuation in live if continuation.slot is not None and goes_on(continuation)]
@@ -165,21 +131,24 @@ class Scheduler:
         slot = continuation.slot
         if slot is not None:
             slot.count = continuation.computed = min(slot.count, len(continuation.tokens) - 1)
+            self._changed()
 
     def done(self, step: Step) -> None:
         """The step has left the last stage, or failed."""
-        for row in step.rows:
-            row.continuation.flying -= 1
+        for continuation in step.arrays.continuations:
+            continuation.flying -= 1
         if step.kind != "prefill":
             self._decoding[step.group] -= 1
         if step.kind != "decode":
             self._prefilling -= 1
+            self._changed()
 
     def failed(self, step: Step) -> list[Continuation]:
         """The step has failed in a stage. Forget what it would have left in the caches, with all copies of it, and
         return the continuations that it takes along: its own, and those that continue its tokens. What decoded beside
         prompts is not taken along: it is computed again."""
         self.done(step)
+        self._changed()
         if step.kind == "mixed":
             for row in step.rows:
                 slot = row.continuation.slot
@@ -218,6 +187,7 @@ class Scheduler:
             continuation.computed = slot.count
             continuation.prefill_length = len(continuation.tokens)
             continuation.placed_at = self._steps + 1
+            self._changed()
 
     # Steps.
 
@@ -241,6 +211,7 @@ class Scheduler:
         continuation.slot, continuation.computed = None, 0
         self.cache.leave(slot, None)
         self.waiting.appendleft(continuation)
+        self._changed()
 
     def _has_room(self, slot: Slot) -> bool:
         """Make room for a slot's next token, if need be by setting back those that were placed last."""
@@ -256,21 +227,29 @@ class Scheduler:
     def _kind(self, length: int) -> int:
         return 0 if self.scaling is None else self.scaling.kind(length)
 
+    def _changed(self) -> None:
+        """Something has happened to rows, other than that each one that decodes goes on by a token."""
+        self._kept.clear()
+        self._all_read = False
+
     def _packed(self) -> Step | None:
         """All that a group can decode, with a chunk of prompts."""
-        group, slots = self._next_group()
-        decoding = [
-            self._issue(slot, 1, last=True)
-            for slot in sorted(slots, key=self._age)  # so that the last ones make room for the first
-            if slot.continuation is not None and self._has_room(slot)
-        ]
-        prompts = self._prompts() if self._prefilling < self.prefills else []
-        if not decoding and not prompts:
-            return None
-        kind: StepKind = "mixed" if decoding and prompts else "decode" if decoding else "prefill"
+        group, rows = self._next_group()
+        if rows is not None and self.cache.is_short(rows):
+            # The last ones make room for the first.
+            slots = [slot for slot in rows.slots if slot.continuation is not None and self._has_room(slot)]
+            rows = Decoding.of(slots) if slots and group not in self._kept else rows if slots else None
+        if self._prefilling >= self.prefills or self._has_read_all():
+            return None if rows is None else self._decode(group, rows)
+        decoding = [] if rows is None else [self._issue(slot, 1, last=True) for slot in rows.slots]
+        prompts = self._prompts()
         self._decoding[group] += bool(decoding)
-        self._prefilling += bool(prompts)
-        return self._step(kind, group, [*decoding, *prompts], None)
+        self._prefilling += 1
+        return self._step("mixed" if decoding else "prefill", group, [*decoding, *prompts], None)
+
+    def _has_read_all(self) -> bool:
+        self._all_read = self._all_read or not self._unread()
+        return self._all_read
 
     def _prompts(self) -> list[StepRow]:
         """A chunk of those that wait for prefill, by `_urgency`."""
@@ -284,19 +263,32 @@ class Scheduler:
                 room -= count
         return rows
 
-    def _decode(self) -> Step | None:
-        group, decoding = self._next_group()
-        if not decoding:
-            return None
+    def _decode(self, group: int, rows: Decoding) -> Step:
         self._decoding[group] += 1
-        return self._step("decode", group, [self._issue(slot, 1, last=True) for slot in decoding], 1)
+        self._steps += 1
+        starts, tokens = rows.counts, rows.advance()
+        kinds = None if self.scaling is None else [self._kind(count) for count in rows.counts.tolist()]
+        self.cache.record_each(rows, tokens, self._steps, kinds)
+        blocks, size = self.cache.blocks_of_each(rows), self.blocks.size if self.blocks is not None else 0
+        arrays = StepRows(
+            rows.continuations, rows.numbers, starts, rows.ones, rows.last, rows.counts, tokens, blocks, size
+        )
+        first = None if self.packs else rows.slots[0].number
+        batch = len(rows.slots) if first is None else rows.slots[-1].number - first + 1
+        return Step(self._steps, "decode", group, first, batch, 1, arrays, self.cache.take_copies())
 
-    def _next_group(self) -> tuple[int, list[Slot]]:
-        """The group whose turn it is of those that can decode, with its slots that do."""
+    def _next_group(self) -> tuple[int, Decoding | None]:
+        """The group whose turn it is of those that can decode, with its rows that do: in the order of their slots, or,
+        of packed tokens, the first one first."""
         for group in (*range(self._turn, self.groups), *range(self._turn)):
-            if not self._decoding[group] and (decoding := self._decodable(group)):
-                return group, decoding
-        return 0, []
+            if self._decoding[group]:
+                continue
+            if group not in self._kept:
+                slots = self._decodable(group)
+                self._kept[group] = Decoding.of(sorted(slots, key=self._age) if self.packs else slots)
+            if self._kept[group].slots:
+                return group, self._kept[group]
+        return 0, None
 
     def _decodable(self, group: int) -> list[Slot]:
         """The slots of a group whose last token waits for its step."""
@@ -308,6 +300,11 @@ class Scheduler:
             and slot.continuation.prompt_issued
             and slot.continuation.computed < len(slot.continuation.tokens)
         ]
+
+    def _range(self) -> Step | None:
+        """All that a group can decode, else a chunk of prompts."""
+        group, rows = self._next_group()
+        return self._prefill() if rows is None else self._decode(group, rows)
 
     def _prefill(self) -> Step | None:
         if self._prefilling >= self.prefills:
@@ -383,16 +380,10 @@ class Scheduler:
     def _step(self, kind: StepKind, group: int, rows: Sequence[StepRow], length: int | None) -> Step:
         """Of a range `length` tokens wide, or of packed tokens (None)."""
         self._steps += 1
+        self._changed()
         copies = self.cache.take_copies()
+        arrays = StepRows.of(rows, 0 if self.blocks is None else self.blocks.size)
         if length is None:
-            tokens = sum(row.count for row in rows)
-            return Step(self._steps, kind, group, None, tokens, 1, tuple(rows), copies)
+            return Step(self._steps, kind, group, None, int(arrays.counts.sum()), 1, arrays, copies)
         first = rows[0].slot
-        return Step(self._steps, kind, group, first, rows[-1].slot - first + 1, length, tuple(rows), copies)
-
-
-def chosen_rows(step: Step) -> Iterator[tuple[int, StepRow]]:
-    """The rows whose logits are wanted, each with the place of these: that of the row in the batch, or, of packed
-    tokens, among all that are wanted."""
-    wanted = [row for row in step.rows if row.last]
-    return ((place if step.first_slot is None else row.slot - step.first_slot, row) for place, row in enumerate(wanted))
+        return Step(self._steps, kind, group, first, rows[-1].slot - first + 1, length, arrays, copies)

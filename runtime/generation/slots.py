@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.continuation import Continuation, Slot
+from stageline.runtime.generation.decoding import Decoding
 
 _UNKNOWN = -1  # a token that the host has not seen: like none of a prompt
 MIN_SHARED = 16  # tokens: a shorter common beginning is not worth a copy
@@ -27,7 +28,9 @@ class Slots:
 
     def __init__(self, count: int, capacity: int, groups: int) -> None:
         self.capacity = capacity
-        self.slots = [Slot(number, 0, *np.zeros((3, capacity), np.int64)) for number in range(count)]
+        self._tokens, self._made_by, self._made_for = np.zeros((3, count, capacity), np.int64)
+        rows = zip(self._tokens, self._made_by, self._made_for, strict=True)
+        self.slots = [Slot(number, 0, *row) for number, row in enumerate(rows)]
         self._clock = 0
         self._copies: list[Copy] = []
         self.regroup(groups)
@@ -74,6 +77,20 @@ class Slots:
         slot.count = end
         self._touch(slot)
 
+    def is_short(self, rows: Decoding) -> bool:
+        """Whether `has_room` must be asked before the rows get another token each."""
+        return False
+
+    def record_each(self, rows: Decoding, tokens: NDArray[np.int64], step: int, kinds: Sequence[int] | None) -> None:
+        """Step `step` computes the last of each row's tokens, which are `tokens`, of `kinds` (None: all 0)."""
+        places = rows.counts - 1
+        self._tokens[rows.numbers, places] = tokens
+        self._made_by[rows.numbers, places] = step
+        if kinds is not None:
+            self._made_for[rows.numbers, places] = kinds
+        for slot in rows.slots:
+            self._touch(slot)
+
     def rewind(self, slot: Slot, count: int, step: int) -> bool:
         """Let the row's tokens from `count` on be computed again, which the failed step `step` was the last to compute;
         False if others have begun with them."""
@@ -83,6 +100,10 @@ class Slots:
     def blocks_of(self, slot: Slot) -> Sequence[int]:
         """Where the row's tokens lie, if the caches are blocks."""
         return ()
+
+    def blocks_of_each(self, rows: Decoding) -> NDArray[np.int32] | None:
+        """Those of all rows, one row after the other."""
+        return None
 
     def leave(self, slot: Slot, keep: int | None) -> None:
         """The slot's continuation lets go of it. What it holds is kept for others, or only the first `keep` tokens."""
@@ -147,6 +168,8 @@ class BlockSlots(Slots):
     def __init__(self, count: int, capacity: int, groups: int, blocks: Blocks) -> None:
         super().__init__(count, capacity, groups)
         self._blocks = blocks
+        self._table = np.zeros((count, blocks.wanted(capacity)), np.int32)  # the blocks of each slot
+        self._room = np.zeros(count, np.int64)  # tokens that the blocks of each slot hold
 
     def forget(self) -> None:
         """See `Slots.forget`."""
@@ -166,7 +189,8 @@ class BlockSlots(Slots):
             blocks.leave(shared)
             return None
         slot = min(free, key=self._placing_cost)
-        slot.blocks, slot.count = [*shared, *more], len(shared) * blocks.size
+        self._give(slot, [*shared, *more])
+        slot.count = len(shared) * blocks.size
         slot.tokens[: slot.count] = tokens[: slot.count]
         slot.made_for[: slot.count] = kind
         self._touch(slot)
@@ -177,7 +201,8 @@ class BlockSlots(Slots):
         more = self._blocks.take(max(0, self._blocks.wanted(tokens) - len(slot.blocks)))
         if more is None:
             return False
-        slot.blocks += more
+        if more:
+            self._give(slot, more)
         return True
 
     def record(self, slot: Slot, tokens: Sequence[int], end: int, step: int, kind: int) -> None:
@@ -185,6 +210,20 @@ class BlockSlots(Slots):
         start = slot.count
         super().record(slot, tokens, end, step, kind)
         self._blocks.fill(slot.blocks, slot.tokens, start, end, kind, step)
+
+    def is_short(self, rows: Decoding) -> bool:
+        """See `Slots.is_short`."""
+        return bool((rows.counts >= self._room[rows.numbers]).any())
+
+    def record_each(self, rows: Decoding, tokens: NDArray[np.int64], step: int, kinds: Sequence[int] | None) -> None:
+        """See `Slots.record_each`."""
+        super().record_each(rows, tokens, step, kinds)
+        size = self._blocks.size
+        blocks, places = np.divmod(rows.counts - 1, size)
+        self._blocks.note(self._table[rows.numbers, blocks], places, step)
+        for number in np.flatnonzero(places == size - 1).tolist():
+            slot = rows.slots[number]
+            self._blocks.name(slot.blocks, slot.tokens, int(blocks[number]), 0 if kinds is None else kinds[number])
 
     def rewind(self, slot: Slot, count: int, step: int) -> bool:
         """See `Slots.rewind`."""
@@ -196,11 +235,18 @@ class BlockSlots(Slots):
         """See `Slots.blocks_of`."""
         return slot.blocks[: self._blocks.wanted(slot.count)]
 
+    def blocks_of_each(self, rows: Decoding) -> NDArray[np.int32] | None:
+        """See `Slots.blocks_of_each`."""
+        wanted = -(-rows.counts // self._blocks.size)
+        table = self._table[rows.numbers, : int(wanted.max())]
+        return table[np.arange(table.shape[1]) < wanted[:, None]]
+
     def leave(self, slot: Slot, keep: int | None) -> None:
         """See `Slots.leave`. Blocks that are full are kept; none of a row that cannot be trusted."""
         super().leave(slot, 0)
         self._blocks.leave(slot.blocks, trusted=keep is None)
         slot.blocks = []
+        self._room[slot.number] = 0
 
     def spoilt(self, step: int) -> list[Continuation]:
         """See `Slots.spoilt`."""
@@ -212,3 +258,9 @@ class BlockSlots(Slots):
     def usage(self) -> float:
         """See `Slots.usage`."""
         return self._filled() / (self._blocks.count * self._blocks.size)
+
+    def _give(self, slot: Slot, blocks: Sequence[int]) -> None:
+        first = len(slot.blocks)
+        slot.blocks += blocks
+        self._table[slot.number, first : len(slot.blocks)] = blocks
+        self._room[slot.number] = len(slot.blocks) * self._blocks.size

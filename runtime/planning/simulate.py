@@ -20,7 +20,8 @@ from stageline.models.errors import StagelineError
 from stageline.runtime.batching.micro_batch import default_rows
 from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.meter import Percentiles
-from stageline.runtime.generation.scheduler import Scheduler, Step, chosen_rows
+from stageline.runtime.generation.scheduler import Scheduler
+from stageline.runtime.generation.steps import Step, chosen
 from stageline.runtime.workload import Shape
 
 _MAX_LOAD = 0.95  # of the throughput when all requests arrive at once
@@ -334,13 +335,12 @@ class _GenerationRun(_Run):
 
     def left(self, step: Step) -> None:
         """A step has left the last stage, and the driver handles it."""
-        host_s = self.setting.host_step_s + self.setting.host_row_s * sum(row.last for row in step.rows)
+        host_s = self.setting.host_step_s + self.setting.host_row_s * int(step.arrays.last.sum())
         self.at(self.serve("host", host_s), partial(self.done, step))
 
     def done(self, step: Step) -> None:
         self.scheduler.done(step)
-        for _, row in chosen_rows(step):
-            continuation = row.continuation
+        for _, continuation in chosen(step):
             text = self.texts[continuation]
             continuation.tokens.append(-1)
             drawn = len(continuation.tokens) - text.request.prompt
@@ -358,10 +358,11 @@ class _GenerationRun(_Run):
 
 def _shape(step: Step) -> Shape:
     """A step as a micro-batch: packed tokens of prompts, and what is beside them, as one row."""
-    past = round(sum(row.start for row in step.rows) / len(step.rows))
+    rows = step.arrays
+    past = round(int(rows.starts.sum()) / len(rows.starts))
     if step.first_slot is None and step.kind != "decode":
-        return Shape(1, step.batch, past, sum(row.last for row in step.rows))
-    return Shape(step.batch, step.length, past, int(any(row.last for row in step.rows)))
+        return Shape(1, step.batch, past, int(rows.last.sum()))
+    return Shape(step.batch, step.length, past, int(rows.last.any()))
 
 
 def replicas_needed(

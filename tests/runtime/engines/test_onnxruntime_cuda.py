@@ -18,7 +18,7 @@ from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines.lowering import draw_graph
 from stageline.runtime.generation import sampling
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
-from stageline.runtime.generation.scheduler import Step
+from stageline.runtime.generation.steps import Step
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.stages import opening
 

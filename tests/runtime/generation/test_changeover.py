@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 from stageline.models.errors import EngineError, RequestError
 from stageline.runtime.generation.changeover import Changeover
-from stageline.runtime.generation.scheduler import Continuation, Scheduler
+from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.stages.lanes import Lanes
 
 

@@ -4,7 +4,9 @@ import random
 
 import pytest
 from stageline.runtime.bundle.manifest import RowScaling
-from stageline.runtime.generation.scheduler import Continuation, Scheduler, Step, chosen_rows
+from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.scheduler import Scheduler
+from stageline.runtime.generation.steps import Step, chosen
 
 LIMIT = 40
 TWO_KINDS = RowScaling(shortest=LIMIT, longest=LIMIT + 1)
@@ -33,11 +35,12 @@ class Cache:
                     self.cells[row.slot][place] = (row.continuation.tokens[place], row.row_length)
                 assert [token for token, _ in self.cells[row.slot][:end]] == row.continuation.tokens[:end]
             self.scheduler.done(step)
-            for _, row in chosen_rows(step):
-                self.check(row.continuation, self.cells[row.slot])
-                row.continuation.tokens.append(random.randrange(3))
-                if len(row.continuation.tokens) >= lengths[row.continuation]:
-                    self.scheduler.end(row.continuation)
+            for _, continuation in chosen(step):
+                assert continuation.slot is not None
+                self.check(continuation, self.cells[continuation.slot.number])
+                continuation.tokens.append(random.randrange(3))
+                if len(continuation.tokens) >= lengths[continuation]:
+                    self.scheduler.end(continuation)
 
     def check(self, continuation: Continuation, cells: list[tuple[int, int]]) -> None:
         length = len(continuation.tokens)

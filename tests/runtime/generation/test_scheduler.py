@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.continuation import Continuation
-from stageline.runtime.generation.scheduler import Scheduler, Step, chosen_rows
+from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.slots import MIN_SHARED
+from stageline.runtime.generation.steps import Step, chosen
 
 GARBAGE = -1  # what a failed step leaves, padding, and anything computed on top of them
 
@@ -123,9 +124,9 @@ class Machine:
                 del self.lengths[continuation]
         else:
             self.scheduler.done(step)
-            for _, row in chosen_rows(step):
-                if not row.continuation.ended:
-                    self.draw(row.continuation)
+            for _, continuation in chosen(step):
+                if not continuation.ended:
+                    self.draw(continuation)
         return step
 
     def held(self, slot: int, blocks: Sequence[int]) -> Any:

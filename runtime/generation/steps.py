@@ -1,0 +1,106 @@
+"""A step: what the stages do in one go, as the scheduler issues it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.slots import Copy
+
+StepKind = Literal["prefill", "decode", "mixed"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One row of a step: tokens `start` to `start + count` of a continuation. `last`: its logits are wanted. Its keys
+    are made for a row of `row_length` tokens. `blocks`: where its tokens lie, if the caches are blocks."""
+
+    continuation: Continuation
+    slot: int
+    start: int
+    count: int
+    last: bool
+    row_length: int
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step as arrays, int64 [rows] but for those said to be otherwise; see StepRow. They are read only:
+    steps that follow each other share what they have in common."""
+
+    continuations: tuple[Continuation, ...]
+    slots: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    last: NDArray[np.bool_]
+    row_lengths: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    """[tokens]: the new ones of all rows, one row after the other. None of a step that is issued ahead."""
+    blocks: NDArray[np.int32] | None = None
+    """[blocks]: those of all rows, one row after the other, as many as its tokens fill with the new ones."""
+    block_size: int = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[StepRow], block_size: int) -> "StepRows":
+        """Some rows, which have blocks unless `block_size` is 0."""
+        slots, starts, counts, last, lengths = np.array(
+            [(row.slot, row.start, row.count, row.last, row.row_length) for row in rows], np.int64
+        ).T.copy()
+        tokens = [token for row in rows for token in row.continuation.tokens[row.start : row.start + row.count]]
+        blocks = np.array([block for row in rows for block in row.blocks], np.int32) if block_size else None
+        continuations = tuple(row.continuation for row in rows)
+        return cls(
+            continuations, slots, starts, counts, last != 0, lengths, np.array(tokens, np.int64), blocks, block_size
+        )
+
+    def __iter__(self) -> Iterator[StepRow]:
+        blocks = [] if self.blocks is None else self.blocks.tolist()
+        columns = self.slots, self.starts, self.counts, self.last, self.row_lengths
+        for continuation, slot, start, count, last, row_length in zip(
+            self.continuations, *(column.tolist() for column in columns), strict=True
+        ):
+            own = -(-(start + count) // self.block_size) if blocks else 0
+            yield StepRow(continuation, slot, start, count, last, row_length, tuple(blocks[:own]))
+            del blocks[:own]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the stages do in one go, on `batch` rows of `length` tokens.
+
+    Of a range the batch is slots `first_slot` and on; those that are not in `rows` have nothing new. Of packed tokens
+    (`first_slot` is None) it is the new tokens of `rows`, one after the other, each a row of its own.
+    """
+
+    number: int
+    kind: StepKind
+    group: int
+    first_slot: int | None
+    batch: int
+    length: int
+    arrays: StepRows
+    copies: tuple[Copy, ...]
+
+    @cached_property
+    def rows(self) -> tuple[StepRow, ...]:
+        """Its rows one by one."""
+        return tuple(self.arrays)
+
+    def __str__(self) -> str:
+        rows = " ".join(f"{row.slot}:{row.start}+{row.count}" for row in self.rows)
+        copies = "".join(f" ({copy.source}>{copy.target}:{copy.tokens})" for copy in self.copies)
+        return f"{self.number} {self.kind} {rows}{copies}"
+
+
+def chosen(step: Step) -> list[tuple[int, Continuation]]:
+    """The continuations whose logits are wanted, each with the place of these: that of the row in the batch, or, of
+    packed tokens, among all that are wanted."""
+    rows = step.arrays
+    continuations = [one for one, last in zip(rows.continuations, rows.last.tolist(), strict=True) if last]
+    if step.first_slot is None:
+        return list(enumerate(continuations))
+    return list(zip((rows.slots[rows.last] - step.first_slot).tolist(), continuations, strict=True))
