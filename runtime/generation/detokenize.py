@@ -21,21 +21,19 @@ class TextStream:
         """Whether a stop was found; the text has ended before it."""
         self.added = ""
         """What the tokens of the last `push` or `finish` add to the text, whether it is held back, given or stopped."""
+        self.may_stop = bool(stop)
+        """Whether it looks for stops."""
         self._characters = characters_of(encoder, prompt)
         self._stops = [_Stop(text) for text in stop]
         self._beginnings = frozenset(text[0] for text in stop)
         self._unsearched = min_tokens
         self._held = ""  # the beginning of a stop, perhaps
 
-    @property
-    def may_stop(self) -> bool:
-        """Whether it looks for stops."""
-        return bool(self._stops)
-
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens and give the text that is certain now; none once stopped."""
         if not self._stops:
-            self.added = "".join([self._characters.push(token) for token in token_ids])
+            push = self._characters.push
+            self.added = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
             return self.added
         pieces = []
         self.added = ""

@@ -49,7 +49,8 @@ class RunningChoice:
 
     def take(self, token: int) -> Text | None:
         """Note a token that was drawn, and decide whether it is the last. Its text, if that had to be made for it."""
-        self.continuation.tokens.append(token)
+        tokens = self.continuation.tokens
+        tokens.append(token)
         if token in self.ends:
             self.finish_reason = "stop"
             return None
@@ -58,7 +59,7 @@ class RunningChoice:
             made = self._pushed(token)
             if self.text.stopped:
                 self.finish_reason = "stop"
-        if self.finish_reason is None and self.drawn >= self.max_tokens:
+        if self.finish_reason is None and len(tokens) - self.continuation.prompt_length >= self.max_tokens:
             self.finish_reason = "length"
         return made
 

@@ -122,13 +122,12 @@ def draw(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[int | EngineE
     likeliest = logits.argmax(axis=1)
     # argmax takes a NaN for the largest: so one look at the largest finds NaN, +infinity and rows of -infinity.
     largest = logits[np.arange(len(rows)), likeliest].tolist()
-    results: list[int | EngineError] = []
-    for number, (row, token, peak) in enumerate(zip(rows, likeliest.tolist(), largest, strict=True)):
-        likeliest_taken = row.takes_the_likeliest and math.isfinite(peak)
-        result = token if likeliest_taken else _chosen(row, logits[number], peak)
-        if type(result) is int:
+    results: list[int | EngineError] = likeliest.tolist()
+    for number, (row, peak) in enumerate(zip(rows, largest, strict=True)):
+        if not (row.takes_the_likeliest and math.isfinite(peak)):
+            results[number] = _chosen(row, logits[number], peak)
+        if type(result := results[number]) is int:
             row.record(result)
-        results.append(result)
     return results
 
 

@@ -88,8 +88,9 @@ class Slots:
         self._made_by[rows.numbers, places] = step
         if kinds is not None:
             self._made_for[rows.numbers, places] = kinds
-        for slot in rows.slots:
-            self._touch(slot)
+        for clock, slot in enumerate(rows.slots, start=self._clock + 1):
+            slot.used_at = clock
+        self._clock += len(rows.slots)
 
     def rewind(self, slot: Slot, count: int, step: int) -> bool:
         """Let the row's tokens from `count` on be computed again, which the failed step `step` was the last to compute;
