@@ -2,8 +2,9 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import perf_counter, process_time, sleep
 
 import numpy as np
 from stageline.runtime.bundle.folder import Bundle
@@ -19,17 +20,36 @@ from stageline.runtime.stages.opening import StageSet
 _ROUNDS, _ROWS, _TOKENS, _CAPACITY = 3, 8, 200, 1024
 
 
-class Instant:
-    """An engine that takes no time, so that only the host is measured."""
+@dataclass(frozen=True)
+class HostTimes:
+    """Times of a step, in seconds: from one step to the next, of all the process's cores, and that a stage is idle from
+    the end of a step to the beginning of the next (the median)."""
 
-    def __init__(self, reads: str, gives: str, logits: Array) -> None:
+    step_s: float
+    cpu_s: float
+    idle_s: float
+
+
+class Instant:
+    """An engine that computes nothing, so that only the host is measured. It takes `busy_s`, without the host."""
+
+    def __init__(self, reads: str, gives: str, logits: Array, busy_s: float) -> None:
+        self.idle_s: list[float] = []
+        """Of each step but the first: how long it was idle before."""
+        self._busy_s, self._ended_at = busy_s, 0.0
         self.input_names, self.output_names, self.max_rows = (reads,), (gives,), None
         self.packs, self.block_tokens = True, None
         self._logits = logits
 
     def step(self, inputs: Mapping[str, Value], outputs: Sequence[str], rows: int | PackedRows) -> dict[str, Array]:
         """Constant logits, one row for each that is wanted."""
-        return {outputs[0]: self._logits[: inputs[LOGITS_AT].shape[0]]}
+        if self._ended_at:
+            self.idle_s.append(perf_counter() - self._ended_at)
+        values = {outputs[0]: self._logits[: inputs[LOGITS_AT].shape[0]]}
+        if self._busy_s:
+            sleep(self._busy_s)
+        self._ended_at = perf_counter()
+        return values
 
     def copy_slot(self, source: int, target: int, tokens: int) -> None:
         """There is no cache."""
@@ -54,41 +74,43 @@ def bundle_decoder(bundle: Bundle) -> TextModel:
     return TextModel(bundle.manifest.vocabulary or 2, GenerationDefaults(), open_encoder(bundle))
 
 
-def step_s(text_model: TextModel, rows: int, stages: int, sampling: Sampling) -> float:
-    """Seconds per step when `rows` continuations run through stages that take no time."""
+def host_times(text_model: TextModel, rows: int, stages: int, sampling: Sampling, busy_s: float = 0.0) -> HostTimes:
+    """Of `rows` continuations that run through stages, each of which takes `busy_s` for a step."""
     logits = np.random.default_rng(0).standard_normal((rows, 1, text_model.vocabulary), dtype=np.float32)
     names = [INPUT_IDS, *(f"hidden.{n}" for n in range(1, stages)), "logits"]
+    engines = [Instant(names[n], names[n + 1], logits, busy_s) for n in range(stages)]
     opened = [
-        PipelineStage((names[n], LOGITS_AT), (names[n + 1],), partial(_open, names[n], names[n + 1], logits))
-        for n in range(stages)
+        PipelineStage((engine.input_names[0], LOGITS_AT), engine.output_names, partial(_open, engine))
+        for engine in engines
     ]
     lanes = Lanes(opened, None)
     hops = generation_hops(StageSet(tuple(opened)))
     generator = Generator(lanes, hops, text_model, CacheSize(rows, _CAPACITY), 128, queue=rows)
     try:
-        began = perf_counter()
+        began, cpu_began = perf_counter(), process_time()
         requests = [GenerationRequest((row % text_model.vocabulary,), sampling) for row in range(rows)]
         running = [generator.submit(request, wait=True, timeout=None) for request in requests]
         for generation in running:
             generation.result()
-        seconds = perf_counter() - began
+        seconds, cpu_s = perf_counter() - began, process_time() - cpu_began
         stats = generator.stats(lanes.stats(1))
         steps = stats.decode_steps + stats.mixed_steps
     finally:
         generator.close().result()
         lanes.close()
-    return seconds / steps
+    return HostTimes(seconds / steps, cpu_s / steps, statistics.median(engines[0].idle_s))
 
 
 def driver_times_s(bundle: Bundle) -> tuple[float, float]:
     """Seconds that the driver takes for a step, and for each row of it, with greedy sampling."""
     text_model, sampling = bundle_decoder(bundle), Sampling(max_tokens=_TOKENS)
     one_s, all_s = (
-        statistics.median(step_s(text_model, rows, 1, sampling) for _ in range(_ROUNDS)) for rows in (1, _ROWS)
+        statistics.median(host_times(text_model, rows, 1, sampling).step_s for _ in range(_ROUNDS))
+        for rows in (1, _ROWS)
     )
     row_s = max(0.0, all_s - one_s) / (_ROWS - 1)
     return max(0.0, one_s - row_s), row_s
 
 
-def _open(reads: str, gives: str, logits: Array, device: Device) -> Instant:
-    return Instant(reads, gives, logits)
+def _open(engine: Instant, device: Device) -> Instant:
+    return engine

@@ -20,6 +20,7 @@ from stageline.models.errors import CheckpointError, DeadlineError, EngineError,
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
 from stageline.runtime.bundle.recut import recut
 from stageline.runtime.engines import ENGINES, Array, Device, Engine, PackedRows, StageFile, engine_factory
+from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.request import Completion, Delta, GenerationRequest, Sampling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.pipeline import Pipeline
@@ -394,6 +395,53 @@ def test_pieces_joined_are_the_completion(bundles: Callable[[int], Path], want: 
             assert tuple(entry for piece in own for entry in piece.logprobs) == choice.logprobs
             assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [choice.finish_reason]
         assert "".join(map(str, pipeline.generate(words(PROMPTS[4]), max_tokens=6))) == " " + words(want(PROMPTS[4], 6))
+
+
+def test_the_next_step_is_on_its_way_before_the_text_is_made(
+    hooked: Callable[..., Pipeline], want: Callable[..., tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = [threading.Event() for _ in range(6)]
+    steps = iter(begun)
+    made = []
+
+    def before(stage: int, inputs: Mapping[str, Array]) -> None:
+        next(steps).set()
+
+    def push(self: TextStream, token_ids: Sequence[int]) -> str:
+        if len(made) < 5:  # no step follows the last token
+            assert begun[len(made) + 1].wait(SECONDS)
+        made.append(token_ids)
+        return original(self, token_ids)
+
+    original = TextStream.push
+    monkeypatch.setattr(TextStream, "push", push)
+    with hooked(1, before) as pipeline:
+        completion = pipeline.submit(request(PROMPTS[8], max_tokens=6)).result(SECONDS)
+    assert completion.text == " " + words(want(PROMPTS[8], 6))
+    assert len(made) == 6
+
+
+def test_pieces_come_while_the_next_step_computes(hooked: Callable[..., Pipeline]) -> None:
+    read = [threading.Event() for _ in range(6)]
+    steps = iter([None, *read])
+
+    def before(stage: int, inputs: Mapping[str, Array]) -> None:
+        piece = next(steps)
+        assert piece is None or piece.wait(SECONDS)
+
+    with hooked(1, before) as pipeline:
+        for piece, event in zip(pipeline.generate(words(PROMPTS[8]), max_tokens=6), read, strict=True):
+            assert piece.token_ids
+            event.set()
+
+
+def test_no_step_follows_a_stop_text(hooked: Callable[..., Pipeline], want: Callable[..., tuple[int, ...]]) -> None:
+    steps = []
+    expected = want(PROMPTS[8], 10)
+    with hooked(1, lambda stage, inputs: steps.append(stage)) as pipeline:
+        choice = pipeline.submit(request(PROMPTS[8], stop=WORDS[expected[4]])).result(SECONDS).choices[0]
+        assert choice.token_ids == expected[:5]
+    assert len(steps) == 5
 
 
 # What goes wrong.

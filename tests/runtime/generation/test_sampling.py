@@ -262,3 +262,20 @@ def test_logprobs_of_zero_name_no_others_and_more_than_the_vocabulary_names_all(
     assert none.logprob.top == ()
     assert every.logprob is not None
     assert sum(math.exp(value) for _, value in every.logprob.top) == pytest.approx(1)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 6000), st.integers(1, 40), st.sampled_from([3, 1000]), st.integers(0, 99), st.booleans(),
+)  # fmt: skip
+def test_the_tokens_that_top_k_leaves_are_those_of_a_sort(
+    vocabulary: int, top_k: int, levels: int, seed: int, barred: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, levels, vocabulary).astype(np.float32)  # ties, with few levels
+    if barred:
+        scores[rng.random(vocabulary) < 0.999] = -np.inf
+        scores[0] = 0  # something is left
+    ids, _ = weigh(scores, Settings(temperature=1.0, top_k=top_k))
+    edge = np.sort(scores)[-top_k] if top_k < vocabulary else -np.inf
+    np.testing.assert_array_equal(ids, np.flatnonzero(scores >= edge))

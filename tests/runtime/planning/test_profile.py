@@ -16,9 +16,10 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines import Device, Engine, StageFile, WeightDtype, engine_factory
 from stageline.runtime.engines.base import CacheSize
+from stageline.runtime.generation.request import Sampling
 from stageline.runtime.planning import measure as measuring
 from stageline.runtime.planning.cost import UseCost, use_costs
-from stageline.runtime.planning.host import driver_times_s
+from stageline.runtime.planning.host import bundle_decoder, driver_times_s, host_times
 from stageline.runtime.planning.measure import _fitting, measure, ranges, undisturbed
 from stageline.runtime.planning.profile import (
     Contention,
@@ -99,6 +100,12 @@ def test_generation_costs_the_host_for_each_step(tiny_llama: Path) -> None:
     assert 0 <= step_s < 0.05
     assert 0 <= row_s < 0.05
     assert step_s + row_s > 0
+
+
+def test_a_busy_stage_waits_for_the_host_between_its_steps(tiny_llama: Path) -> None:
+    times = host_times(bundle_decoder(Bundle.open(tiny_llama)), 2, 1, Sampling(max_tokens=20), busy_s=0.005)
+    assert 0 < times.idle_s < times.step_s - 0.005
+    assert times.cpu_s > 0
 
 
 def test_outside_the_measured_shapes_times_grow_as_the_work_does(bundle: Bundle) -> None:
