@@ -21,22 +21,19 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
 
-import numpy as np
 from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
 from stageline.runtime.admission import Admission
 from stageline.runtime.bundle.manifest import INPUT_IDS
-from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines import Array, CacheSize, Value
-from stageline.runtime.engines.lowering.draw_graph import DONE, SETTINGS
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.changeover import Changeover
 from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.drawing import settings_of, tokens_of
 from stageline.runtime.generation.flight import DRAWN, Flight, engine_error
 from stageline.runtime.generation.inputs import step_inputs
 from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
-from stageline.runtime.generation.sampling import draw
 from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.steps import Step, chosen
 from stageline.runtime.generation.stream import Generation
@@ -266,15 +263,8 @@ class Generator:
         """The settings with which the last stage's device draws all tokens of a step; None if the host must draw."""
         if not self._lanes.draws(self._hops[-1].stage):
             return None
-        settings = np.zeros((step.batch, len(SETTINGS)), np.float32)
-        settings[:] = 1, 0, 1, 0, 0, 1  # greedy, where nobody asks
-        wanted = chosen(step)
-        for place, continuation in wanted:
-            found = self._choices[continuation].row.device_settings(int(ahead))
-            if found is None:
-                return None
-            settings[place] = found
-        return settings if wanted else None
+        rows = [(place, self._choices[continuation].row) for place, continuation in chosen(step)]
+        return settings_of(rows, step.batch, ahead)
 
     def _issued(self, flight: Flight) -> None:
         """On the last stage's thread."""
@@ -321,14 +311,8 @@ class Generator:
         ]
         places, choices = [place for place, _ in wanted], [choice for _, choice in wanted]
         logits: Array | None = None
-        results: Sequence[int | EngineError]
         try:
-            if flight.drawn is None:
-                assert flight.logits is not None
-                logits = _rows_of(flight.logits, places)
-                results = draw(logits, [choice.row for choice in choices])
-            else:
-                results = self._device_tokens(flight, flight.drawn, places, choices)
+            results, logits = tokens_of(flight, places, choices, running)
         except EngineError as error:
             results = [error] * len(choices)
         taken: list[Taken] = []
@@ -352,27 +336,6 @@ class Generator:
         self._writer.put(step.group, now, taken)
         if running:
             self._go_ahead(running[-1])
-
-    def _device_tokens(
-        self, flight: Flight, drawn: Array, places: Sequence[int], choices: Sequence[RunningChoice]
-    ) -> list[int | EngineError]:
-        """The token of each choice, which is in a place of the step, as the device drew it; or drawn here where it
-        could not."""
-        results: list[int | EngineError | None] = []
-        for (token, status), choice in zip(drawn[places].tolist(), choices, strict=True):
-            if status == DONE:
-                choice.row.record_drawn(token)
-            results.append(token if status == DONE else None)
-        left = [number for number, result in enumerate(results) if result is None]
-        if left:
-            assert flight.undrawn is not None
-            logits = on_host({"logits": flight.undrawn}, ["logits"])["logits"]
-            found = draw(_rows_of(logits, [places[n] for n in left]), [choices[n].row for n in left])
-            for number, result in zip(left, found, strict=True):
-                results[number] = result
-        for ahead in self._decoding.get(flight.step.group, []):  # it has computed with the device's tokens
-            ahead.void |= {choices[number].continuation for number in left}
-        return [result for result in results if result is not None]
 
     def _finished(self, job: Job, now: float) -> None:
         """All of it is written."""
@@ -424,8 +387,3 @@ class Generator:
         self._writer.write()
         for job in list(self._jobs.values()):
             self._end(job, RequestError("the pipeline was closed before this request was finished"))
-
-
-def _rows_of(logits: Array, places: Sequence[int]) -> Array:
-    """The logits [rows, vocabulary] of rows that want one token: not a copy if all do."""
-    return logits[:, 0] if len(places) == len(logits) else logits[places, 0]

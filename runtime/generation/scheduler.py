@@ -236,9 +236,7 @@ class Scheduler:
         """All that a group can decode, with a chunk of prompts."""
         group, rows = self._next_group()
         if rows is not None and self.cache.is_short(rows):
-            # The last ones make room for the first.
-            slots = [slot for slot in rows.slots if slot.continuation is not None and self._has_room(slot)]
-            rows = Decoding.of(slots) if slots and group not in self._kept else rows if slots else None
+            rows = self._with_room(rows)
         if self._prefilling >= self.prefills or self._has_read_all():
             return None if rows is None else self._decode(group, rows)
         decoding = [] if rows is None else [self._issue(slot, 1, last=True) for slot in rows.slots]
@@ -246,6 +244,13 @@ class Scheduler:
         self._decoding[group] += bool(decoding)
         self._prefilling += 1
         return self._step("mixed" if decoding else "prefill", group, [*decoding, *prompts], None)
+
+    def _with_room(self, rows: Decoding) -> Decoding | None:
+        """Those of some rows that have room for a token each; the last ones make room for the first."""
+        slots = [slot for slot in rows.slots if slot.continuation is not None and self._has_room(slot)]
+        if len(slots) == len(rows.slots):
+            return rows
+        return Decoding.of(slots) if slots else None
 
     def _has_read_all(self) -> bool:
         self._all_read = self._all_read or not self._unread()
