@@ -35,6 +35,8 @@ def tokens_of(
 
     EngineError if the logits cannot be brought here from the device.
     """
+    if not choices:  # a chunk of a prompt, perhaps: then there are no logits
+        return [], None
     if flight.drawn is None:
         assert flight.logits is not None
         logits = _rows_of(flight.logits, places)
