@@ -1,5 +1,6 @@
 """Where a tensor is on disk: what every reader of weights, and everything that references them, agrees on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,45 @@ class TensorEntry:
     offset: int
     """First byte in the file, counted from the file's beginning."""
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a quantised weight is stored: what turns the arrays of its parts into values, and nothing about files."""
+
+    method: str
+    """A key of `stageline.models.packing.METHODS`: gptq, awq, gguf, ..."""
+    settings: Mapping[str, int | str]
+    """What the method needs beside the arrays (bits, group, type, ...), by the names that the method documents."""
+    shape: tuple[int, ...]
+    """Of the weight: [outputs, inputs] of a matrix product."""
+    dtype: str
+    """NumPy name of the floating type that the weight stands for."""
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """A quantised weight of a checkpoint, known without reading its data."""
+
+    name: str
+    packing: Packing
+    parts: Mapping[str, TensorEntry]
+    """The tensors that hold it, by their role in the method (qweight, scales, ...)."""
+
+    @property
+    def dtype(self) -> str:
+        """NumPy name of the floating type that it stands for."""
+        return self.packing.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it stands for."""
+        return self.packing.shape
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its parts on disk."""
+        return sum(part.size_bytes for part in self.parts.values())
 
 
 def same_data(one: TensorEntry, other: TensorEntry) -> bool:
