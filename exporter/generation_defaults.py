@@ -6,8 +6,8 @@ import transformers
 from stageline.exporter.failure import first_line
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.trace_model import Wanted
-from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import ExportError, RequestError
+from stageline.models.json_file import read_json_object
 from stageline.runtime.bundle.manifest import GenerationDefaults
 from stageline.runtime.generation.request import Sampling
 

@@ -10,7 +10,7 @@ from stageline.exporter import unused_tensors
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.models.quantisation import is_narrow, not_read, quantised_with
-from stageline.models.tensors import TensorEntry, same_data
+from stageline.models.tensors import Entry, same_data
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -172,7 +172,7 @@ def _sources(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> di
     return found
 
 
-def _check_plain(checkpoint: Checkpoint, stored: TensorEntry, tensor: torch.Tensor) -> None:
+def _check_plain(checkpoint: Checkpoint, stored: Entry, tensor: torch.Tensor) -> None:
     plain = "float" in stored.dtype and not is_narrow(stored.dtype)
     if tensor.is_floating_point() and not plain:
         raise TensorsError(
@@ -181,7 +181,7 @@ def _check_plain(checkpoint: Checkpoint, stored: TensorEntry, tensor: torch.Tens
         )
 
 
-def _fits(checkpoint: Checkpoint, config: Any, stored: TensorEntry, tensor: torch.Tensor) -> None:
+def _fits(checkpoint: Checkpoint, config: Any, stored: Entry, tensor: torch.Tensor) -> None:
     if stored.shape != tuple(tensor.shape):
         raise TensorsError(
             f"{checkpoint.path}: tensor {stored.name} has shape {list(stored.shape)} but config.json makes it "
@@ -189,7 +189,7 @@ def _fits(checkpoint: Checkpoint, config: Any, stored: TensorEntry, tensor: torc
         )
 
 
-def _why_another_shape(config: Any, stored: TensorEntry, tensor: torch.Tensor) -> str:
+def _why_another_shape(config: Any, stored: Entry, tensor: torch.Tensor) -> str:
     if 0 in stored.shape:
         return (
             "it is empty, as where a model that is spread over processes (DeepSpeed ZeRO-3, FSDP) is saved by one of "

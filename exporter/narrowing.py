@@ -114,7 +114,7 @@ class Narrowing:
 def not_finite(checkpoint: Checkpoint) -> list[str]:
     """A sentence on the values of a safetensors checkpoint that are not finite, if there are any. Reads all of them."""
     seen = Narrowing(checkpoint.path, "float32")
-    for entry in checkpoint.tensors.values():
+    for entry in checkpoint.stored.values():
         if checkpoint.kind == "safetensors" and "float" in entry.dtype and not is_narrow(entry.dtype):
             for values in _stored(entry):
                 seen.converted(entry.name, values.astype(np.float64))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stageline.models.checkpoint import Checkpoint, read_json_object, shards_of
+from stageline.models.checkpoint import Checkpoint, shards_of
+from stageline.models.json_file import read_json_object
 from stageline.models.weight_files import INDEX, SINGLE
 
 
@@ -23,7 +24,7 @@ def folder_for_transformers(checkpoint: Checkpoint) -> Iterator[Path]:
         names = {file: f"{number:05}-{file.name}" for number, file in enumerate(checkpoint.files)}
         for file in (*checkpoint.auxiliary, *checkpoint.files):
             (links / names.get(file, file.name)).symlink_to(file.resolve())
-        shards = {name: names[entry.file] for name, entry in checkpoint.tensors.items()}
+        shards = {name: names[entry.file] for name, entry in checkpoint.stored.items()}
         (links / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
         yield links
 

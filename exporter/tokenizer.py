@@ -16,8 +16,9 @@ import numpy as np
 import transformers
 from stageline.exporter.gguf.tokenizer import save_tokenizer
 from stageline.exporter.trace_model import Wanted
-from stageline.models.checkpoint import Checkpoint, read_json_object
+from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError
+from stageline.models.json_file import read_json_object
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import file_entry
 from stageline.runtime.bundle.manifest import FileEntry, TextSettings

@@ -11,6 +11,7 @@ from stageline.exporter.matching import TensorsError, match, missing_error
 from stageline.exporter.narrowing import Narrowing
 from stageline.exporter.standard_names import folder_for_transformers
 from stageline.models.checkpoint import Checkpoint
+from stageline.models.errors import ExportError
 from stageline.models.place_file import place_file
 from stageline.models.safetensors_file import header_sha256, write_streaming
 from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
@@ -42,6 +43,9 @@ def find(checkpoint: Checkpoint, model: Any) -> Weights:
     if checkpoint.kind == "gguf":
         return Weights(checkpoint, GgufTensors(checkpoint, model).names, converted=False)
     matched = match(checkpoint, model)
+    packed = next((name for name in matched.names.values() if name not in checkpoint.stored), None)
+    if packed is not None:
+        raise ExportError(f"{checkpoint.path}: {packed} is quantised, and such weights are not exported yet")
     return Weights(checkpoint, matched.names, matched.converted, matched.missing, matched.notes)
 
 
@@ -100,7 +104,7 @@ def _way(weights: Weights, dtype: str) -> Literal["link", "convert", "dequantise
 
 def _look_at_others(order: _Order) -> None:
     """Count what the floating tensors of another dtype lose when they are cast later on."""
-    tensors = order.weights.checkpoint.tensors
+    tensors = order.weights.checkpoint.stored
     used = tensors.values() if order.weights.converted else map(tensors.__getitem__, set(order.weights.names.values()))
     for entry in used:
         if entry.dtype in _FLOATING - {order.narrowing.dtype}:
@@ -114,7 +118,7 @@ def _link(order: _Order) -> list[FileEntry]:
     (onnx.load, onnx.checker), and copying takes less time than hashing.
     """
     _look_at_others(order)
-    tensors = order.weights.checkpoint.tensors
+    tensors = order.weights.checkpoint.stored
     files = sorted({tensors[name].file for name in order.weights.names.values()})
     hashed = sum(file.stat().st_size for file in files) <= HASH_LIMIT_BYTES
     entries = []
@@ -128,7 +132,7 @@ def _link(order: _Order) -> list[FileEntry]:
 
 def _convert(order: _Order) -> list[FileEntry]:
     """Copy the tensors that the model takes, the floating ones in another dtype, a few megabytes at a time."""
-    tensors = order.weights.checkpoint.tensors
+    tensors = order.weights.checkpoint.stored
     entries = {name: tensors[name] for name in sorted(set(order.weights.names.values()))}
     ways = dict.fromkeys(entries, order.narrowing)
     names = order.weights.names

@@ -1,6 +1,5 @@
 """A checkpoint on disk, opened without its weights: what it is, what it holds, and where each tensor is."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -8,7 +7,10 @@ from typing import Any, Literal
 
 from stageline.models import gguf_file, other_formats, safetensors_file
 from stageline.models.errors import CheckpointError
-from stageline.models.tensors import TensorEntry, same_data
+from stageline.models.json_file import read_json_object
+from stageline.models.packing.recognise import recognise
+from stageline.models.packing.stated import statements
+from stageline.models.tensors import Entry, TensorEntry, same_data
 from stageline.models.weight_files import INDEX, SINGLE, complete, weight_files
 
 _AUXILIARY = (
@@ -31,7 +33,10 @@ class Checkpoint:
     kind: Literal["safetensors", "gguf"]
     config: dict[str, Any]
     """config.json; of a .gguf its metadata without the arrays of its tokenizer."""
-    tensors: dict[str, TensorEntry]
+    stored: dict[str, TensorEntry]
+    """The tensors as they lie in the files, by name."""
+    tensors: dict[str, Entry]
+    """The same, with each weight that is quantised with a method that is read in place of the tensors that hold it."""
     files: tuple[Path, ...]
     """The files that hold the weights."""
     tokenizer: Path | None
@@ -68,27 +73,6 @@ class Checkpoint:
             raise CheckpointError(f"cannot look into {path}: {error.strerror}") from error
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
-
-    Raises:
-        CheckpointError: the file cannot be read or holds something else.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if (other := other_formats.another_file(text)) is not None:
-            raise CheckpointError(f"{path} is {other}") from error
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, an object is needed; download it again")
-    return value
-
-
 def _open_folder(folder: Path, file: str | None = None) -> Checkpoint:
     """The checkpoint in `folder`, with the weights of the set that `file` is of if it is given."""
     config = read_json_object(folder / "config.json")
@@ -112,7 +96,8 @@ def _open_folder(folder: Path, file: str | None = None) -> Checkpoint:
         path=folder,
         kind="safetensors",
         config=config,
-        tensors=tensors,
+        stored=tensors,
+        tensors=recognise(statements(config, folder), config, tensors),
         files=files,
         tokenizer=_tokenizer(folder),
         auxiliary=_auxiliary(folder),
@@ -203,7 +188,8 @@ def _open_gguf(path: Path, file: Path) -> Checkpoint:
         path=path,
         kind="gguf",
         config=metadata,
-        tensors=tensors,
+        stored=tensors,
+        tensors=dict(tensors),
         files=files,
         tokenizer=_tokenizer(file.parent),
         auxiliary=_auxiliary(file.parent),

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from stageline.models.checkpoint import Checkpoint, read_json_object
+from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError
+from stageline.models.json_file import read_json_object
 from stageline.models.sentence import max_seq_length, modules_of, prompts_of, transformer_settings
 
 _PLAIN = {"transformer_task": "sequence-classification", "module_output_name": "scores"}

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
-from stageline.models.checkpoint import Checkpoint, read_json_object
+from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import CheckpointError
+from stageline.models.json_file import read_json_object
 
 _NAMED_BY = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 PoolingMode = Literal["mean", "cls", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"]

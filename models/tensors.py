@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _CHUNK_BYTES = 16 * 1024**2
 
@@ -61,9 +65,34 @@ class PackedEntry:
         return sum(part.size_bytes for part in self.parts.values())
 
 
-def same_data(one: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes; reads both, a few megabytes at a time, up to the first
-    difference. OSError if a file cannot be read."""
+Entry = TensorEntry | PackedEntry
+
+
+def mapped(entry: TensorEntry) -> NDArray[Any]:
+    """The tensor's values, mapped from its file, read-only. OSError if that cannot be read."""
+    try:
+        dtype = np.dtype(entry.dtype)
+    except TypeError:  # NumPy itself has no bfloat16 or float8; ml_dtypes, which onnx-ir brings, adds them
+        import ml_dtypes
+
+        dtype = np.dtype(getattr(ml_dtypes, entry.dtype))
+    if not entry.size_bytes:
+        return np.empty(entry.shape, dtype)
+    data = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.size_bytes,))
+    return data.view(np.ndarray).view(dtype).reshape(entry.shape)
+
+
+def same_data(one: Entry, other: Entry) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes (quantised ones: the same packing and bytes of parts);
+    reads both, a few megabytes at a time, up to the first difference. OSError if a file cannot be read."""
+    if isinstance(one, PackedEntry) or isinstance(other, PackedEntry):
+        return (
+            isinstance(one, PackedEntry)
+            and isinstance(other, PackedEntry)
+            and one.packing == other.packing
+            and one.parts.keys() == other.parts.keys()
+            and all(same_data(part, other.parts[role]) for role, part in one.parts.items())
+        )
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with one.file.open("rb") as first, other.file.open("rb") as second:

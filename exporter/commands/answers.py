@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import BundleError, EngineError, RequestError
+from stageline.models.json_file import read_json_object
 from stageline.models.tokenizer import TextEncoder, padded
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import EMBEDDING, Manifest

@@ -7,8 +7,8 @@ import typer
 from stageline.exporter.commands import common, hub
 from stageline.exporter.commands.show import table
 from stageline.models.catalogue import CATALOGUE, default_root, fetch
-from stageline.models.checkpoint import read_json_object
 from stageline.models.hub_name import HubName
+from stageline.models.json_file import read_json_object
 from stageline.runtime import words
 
 

@@ -140,7 +140,7 @@ def _head_dim(result: dict[str, Any], known: Architecture, keys: Metadata) -> in
 
 
 def _rope(checkpoint: Checkpoint, keys: Metadata, head_dim: int, known: Architecture) -> dict[str, Any]:
-    held = {name: dequantised(checkpoint.tensors[name]) for name in rotary.TENSORS if name in checkpoint.tensors}
+    held = {name: dequantised(checkpoint.stored[name]) for name in rotary.TENSORS if name in checkpoint.tensors}
     context = int(keys["context_length"])
     full = rotary.rope_parameters(keys, held, head_dim, context, known.partial_rotary)
     if known.model_type != "gemma3_text":

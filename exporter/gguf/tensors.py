@@ -56,7 +56,7 @@ class GgufTensors:
         merged: dict[str, Any] = {}
         for source in self._sources[parameter]:
             result = self._processor.process(
-                weights=dequantised(self._checkpoint.tensors[source]),
+                weights=dequantised(self._checkpoint.stored[source]),
                 name=source,
                 tensor_key_mapping={name.removesuffix(".weight"): p for name, p in self._parameter_of.items()},
                 parsed_parameters={"tensors": merged},
@@ -94,7 +94,7 @@ class GgufTensors:
 def check_types(checkpoint: Checkpoint) -> None:
     """ExportError if the file has a tensor of a type that gguf cannot dequantise, before anything takes time."""
     seen: set[str] = set()
-    for entry in checkpoint.tensors.values():
+    for entry in checkpoint.stored.values():
         if entry.dtype not in seen:
             seen.add(entry.dtype)
             kind = gguf.GGMLQuantizationType[entry.dtype]

@@ -6,11 +6,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import CheckpointError
+from stageline.models.packing.awq import Awq
 from stageline.models.packing.base import Groups, Method, Parts
+from stageline.models.packing.compressed_tensors import CompressedTensors
+from stageline.models.packing.fp8 import Fp8
 from stageline.models.packing.gguf import Gguf
-from stageline.models.tensors import Packing
+from stageline.models.packing.gptq import Gptq
+from stageline.models.tensors import PackedEntry, Packing, mapped
 
-METHODS: dict[str, Method] = {"gguf": Gguf()}
+METHODS: dict[str, Method] = {
+    "gguf": Gguf(),
+    "gptq": Gptq(),
+    "awq": Awq(),
+    "compressed-tensors": CompressedTensors(),
+    "fp8": Fp8(),
+}
+"""Each method under the name that a `Packing` has."""
 
 
 def check(packing: Packing, parts: Parts) -> None:
@@ -18,6 +29,11 @@ def check(packing: Packing, parts: Parts) -> None:
     if packing.method not in METHODS:
         raise CheckpointError(f"the method {packing.method!r} is unknown, known are {', '.join(METHODS)}")
     METHODS[packing.method].check(packing, parts)
+
+
+def read(entry: PackedEntry) -> dict[str, NDArray[Any]]:
+    """Its parts by role, mapped from their files. OSError if one cannot be read."""
+    return {role: mapped(part) for role, part in entry.parts.items()}
 
 
 def groups(packing: Packing, arrays: Mapping[str, NDArray[Any]]) -> Groups | None:

@@ -1,13 +1,13 @@
 """What a method of quantisation is, and the two forms that all of them unpack to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import CheckpointError
-from stageline.models.tensors import Packing
+from stageline.models.tensors import Packing, TensorEntry
 
 Parts = Mapping[str, tuple[str, tuple[int, ...]]]
 """NumPy dtype and shape of each part, by its role."""
@@ -95,3 +95,28 @@ def check_part(parts: Parts, role: str, dtype: str | tuple[str, ...], shape: tup
     wanted = (dtype,) if isinstance(dtype, str) else dtype
     if held not in wanted or found != shape:
         raise CheckpointError(f"its {role} is {held} {list(found)}, {' or '.join(wanted)} {list(shape)} is needed")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A quantised weight that a method finds among a checkpoint's tensors."""
+
+    name: str
+    """Of the weight that it stands for."""
+    shape: tuple[int, ...]
+    settings: Mapping[str, int | str]
+    parts: Mapping[str, TensorEntry]
+    unneeded: tuple[str, ...] = ()
+    """Tensors that belong to it and say nothing about its values (scales of activations)."""
+
+
+class Reader(Protocol):
+    """What a method says of checkpoints. `stated` is the object in config.json that states the quantisation."""
+
+    def unread(self, stated: Mapping[str, Any]) -> str | None:
+        """What of it is not read, in a few words; empty if bits, format or type say it themselves; None if all is."""
+        ...
+
+    def find(self, stated: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> Iterator[Found]:
+        """The quantised weights. CheckpointError if a part is missing or of another rank."""
+        ...

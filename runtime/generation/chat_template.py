@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from stageline.models.checkpoint import read_json_object
 from stageline.models.errors import BundleError, CheckpointError, RequestError, StagelineError
+from stageline.models.json_file import read_json_object
 from stageline.runtime.generation import chat_process
 
 GIVEN_BYTES = 16 * 1024**2

@@ -80,7 +80,7 @@ def double_output(bundle: Bundle, number: int) -> None:
 
 
 def test_other_weights_do_not_pass(tiny_bundle: Path, tmp_path: Path) -> None:
-    from stageline.models.checkpoint import read_json_object
+    from stageline.models.json_file import read_json_object
 
     copy = read_json_object(tiny_bundle / "tokenizer/config.json")
     synthesize(copy, tmp_path / "other", seed=6, dtype="bfloat16")
