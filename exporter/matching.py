@@ -9,7 +9,7 @@ import torch
 from stageline.exporter import unused_tensors
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
-from stageline.models.quantisation import is_narrow, not_read, quantised_with
+from stageline.models.quantisation import is_narrow, not_stated, quantised_with
 from stageline.models.tensors import Entry, same_data
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -85,7 +85,7 @@ def missing_error(checkpoint: Checkpoint, model: Any, missing: Iterable[str]) ->
     lacking = sorted(missing)
     method = quantised_with(checkpoint.tensors)
     if method is not None:
-        hint = f"it is {not_read(method)}"
+        hint = f"it is {not_stated(method)}"
     elif lacking == ["lm_head.weight"]:
         hint = "if the embeddings are the head, set tie_word_embeddings to true in its config.json"
     elif "tok_embeddings.weight" in checkpoint.tensors:
@@ -177,7 +177,7 @@ def _check_plain(checkpoint: Checkpoint, stored: Entry, tensor: torch.Tensor) ->
     if tensor.is_floating_point() and not plain:
         raise TensorsError(
             f"{checkpoint.path}: tensor {stored.name} holds {stored.dtype}, where the model has real numbers, so the "
-            f"checkpoint is {not_read(quantised_with(checkpoint.tensors))}"
+            f"checkpoint is {not_stated(quantised_with(checkpoint.tensors))}"
         )
 
 

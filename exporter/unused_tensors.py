@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
-from stageline.models.quantisation import not_read, quantised_with
+from stageline.models.quantisation import not_stated, quantised_with
 from transformers import PreTrainedModel
 
 # What older versions stored and newer ones compute from the config, by the last part of the name; and the token that
@@ -103,7 +103,7 @@ def _refusal(checkpoint: Checkpoint, model: Any, inside: list[str], unused: Mapp
         if (found := re.search(r"\.(\d+)\.", unused[name])) and layers is not None and int(found[1]) >= layers
     ]
     if method is not None:
-        why = f"it is {not_read(method)}"
+        why = f"it is {not_stated(method)}"
     elif any("lora_" in name or ".modules_to_save." in name for name in inside):
         why = "they are of an adapter; merge it into the model (peft's merge_and_unload) and export that"
     elif beyond:

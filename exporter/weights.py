@@ -14,6 +14,7 @@ from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 from stageline.models.place_file import place_file
 from stageline.models.safetensors_file import header_sha256, write_streaming
+from stageline.models.tensors import PackedEntry
 from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
 from stageline.runtime.bundle.manifest import FileEntry
 from transformers.core_model_loading import build_glob_alternation
@@ -43,9 +44,10 @@ def find(checkpoint: Checkpoint, model: Any) -> Weights:
     if checkpoint.kind == "gguf":
         return Weights(checkpoint, GgufTensors(checkpoint, model).names, converted=False)
     matched = match(checkpoint, model)
-    packed = next((name for name in matched.names.values() if name not in checkpoint.stored), None)
-    if packed is not None:
-        raise ExportError(f"{checkpoint.path}: {packed} is quantised, and such weights are not exported yet")
+    for name, entry in checkpoint.tensors.items():
+        if isinstance(entry, PackedEntry):
+            method = entry.packing.method
+            raise ExportError(f"{checkpoint.path}: {name} is quantised with {method}, which is not exported yet")
     return Weights(checkpoint, matched.names, matched.converted, matched.missing, matched.notes)
 
 

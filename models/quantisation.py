@@ -46,8 +46,6 @@ _TRACES = {
     ".scales": "gptq, awq or mlx",
     ".biases": "mlx",
 }
-# The methods that transformers turns into plain weights on any processor, and the class that asks for it.
-_DEQUANTISED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 _NARROW = ("float8_", "float6_", "float4_")
 _PLAIN = "export the unquantised checkpoint, or a .gguf of it"
 
@@ -62,9 +60,7 @@ def check_plain(checkpoint: Checkpoint) -> None:
     for statement in statements(checkpoint.config, checkpoint.path):
         unread = recognise.unread(statement)
         if unread is not None:
-            raise CheckpointError(
-                f"{checkpoint.path} is quantised with {unread}, which is not read yet; {_way_out(statement.method)}"
-            )
+            raise CheckpointError(f"{checkpoint.path} is quantised with {unread}, which is not read yet; {_PLAIN}")
 
 
 def quantised_with(names: Iterable[str]) -> str | None:
@@ -73,20 +69,15 @@ def quantised_with(names: Iterable[str]) -> str | None:
     return sorted(found, key=lambda methods: (methods.count(" "), methods))[0] if found else None
 
 
-def not_read(method: str | None) -> str:
-    """The refusal of tensors that are quantised with `method` (None: nothing names it), as part of a sentence."""
-    return f"quantised{f' with {method}' if method else ''}, which is not read yet; {_PLAIN}"
+def not_stated(method: str | None) -> str:
+    """The refusal of tensors that are quantised with `method` (None: nothing names it) and of no weight that the config
+    states to be, as part of a sentence."""
+    return (
+        f"quantised{f' with {method}' if method else ''} in a way that config.json does not state; bring the "
+        f"config.json that it was saved with, or {_PLAIN}"
+    )
 
 
 def is_narrow(dtype: str) -> bool:
     """Whether a dtype (NumPy name) is a float of 8 bits or less, which weights have only with a scale."""
     return dtype.startswith(_NARROW)
-
-
-def _way_out(method: str) -> str:
-    if method not in _DEQUANTISED_BY:
-        return _PLAIN
-    return (
-        f"{_PLAIN}, or write plain weights with transformers: from_pretrained(FOLDER, quantization_config="
-        f"{_DEQUANTISED_BY[method]}(dequantize=True)).save_pretrained(NEW_FOLDER)"
-    )

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from stageline.models.errors import CheckpointError
 from stageline.models.packing.awq import Awq
 from stageline.models.packing.base import Groups, Method, Parts
+from stageline.models.packing.bitsandbytes import Bitsandbytes
 from stageline.models.packing.compressed_tensors import CompressedTensors
+from stageline.models.packing.fp4 import Mxfp4, Nvfp4
 from stageline.models.packing.fp8 import Fp8
 from stageline.models.packing.gguf import Gguf
 from stageline.models.packing.gptq import Gptq
@@ -20,6 +22,9 @@ METHODS: dict[str, Method] = {
     "awq": Awq(),
     "compressed-tensors": CompressedTensors(),
     "fp8": Fp8(),
+    "nvfp4": Nvfp4(),
+    "mxfp4": Mxfp4(),
+    "bitsandbytes": Bitsandbytes(),
 }
 """Each method under the name that a `Packing` has."""
 

@@ -62,6 +62,7 @@ class Awq:
         for stem, parts in grouped.beside(tensors, ".qweight", ("qzeros", "scales")):
             inputs, words = grouped.matrix(parts, "qweight")
             yield Found(
+                method="awq",
                 name=f"{stem}.weight",
                 shape=(words * 8, inputs),
                 settings={"bits": 4, "group_size": grouped.stated_size(stated)},

@@ -101,6 +101,8 @@ def check_part(parts: Parts, role: str, dtype: str | tuple[str, ...], shape: tup
 class Found:
     """A quantised weight that a method finds among a checkpoint's tensors."""
 
+    method: str
+    """A key of METHODS."""
     name: str
     """Of the weight that it stands for."""
     shape: tuple[int, ...]

@@ -158,7 +158,9 @@ def _found(
     stem: str, shape: tuple[int, int], settings: Mapping[str, int | str], parts: dict[str, TensorEntry]
 ) -> Found:
     stored_shape = parts.pop("weight_shape", None)
-    return Found(f"{stem}.weight", shape, settings, parts, (stored_shape.name,) if stored_shape else ())
+    return Found(
+        "compressed-tensors", f"{stem}.weight", shape, settings, parts, (stored_shape.name,) if stored_shape else ()
+    )
 
 
 def _scheme(stated: Mapping[str, Any], stem: str) -> dict[str, Any]:

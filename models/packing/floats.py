@@ -26,8 +26,7 @@ def widen(values: NDArray[Any]) -> NDArray[np.float32]:
 
 def power_of_two(exponents: NDArray[np.uint8]) -> NDArray[np.float32]:
     """2 ** (exponent - 127): what the OCP's E8M0 scales mean; 255 is NaN."""
-    result: NDArray[np.float32] = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
-    return np.where(exponents == 255, np.float32(np.nan), result)
+    return _POWERS[exponents]
 
 
 def _table(exponent_bits: int, mantissa_bits: int, infinite: bool) -> NDArray[np.float32]:
@@ -48,4 +47,5 @@ def _table(exponent_bits: int, mantissa_bits: int, infinite: bool) -> NDArray[np
     return value.astype(np.float32)
 
 
+_POWERS = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan).astype(np.float32)
 _TABLES = {"float8_e4m3fn": _table(4, 3, infinite=False), "float8_e5m2": _table(5, 2, infinite=True)}

@@ -31,10 +31,8 @@ class Fp8:
         return scaled.weight(lambda rows: widen(arrays["weight"][rows]), scales, group)
 
     def unread(self, stated: Mapping[str, Any]) -> str | None:
-        """ModelOpt's other types."""
-        inner = stated.get("quantization")
-        kind = stated.get("quant_algo") or (inner.get("quant_algo") if isinstance(inner, dict) else None)
-        return None if kind in (None, "FP8") else ""
+        """None: there is one kind."""
+        return None
 
     def find(self, stated: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> Iterator[Found]:
         """Each `.weight` of 8-bit floats that has a scale. The blocks are those stated where there is more than one
@@ -52,6 +50,7 @@ class Fp8:
             else:
                 block = tuple(stated_block) if isinstance(stated_block, list) and len(stated_block) == 2 else (-1, -1)
             yield Found(
+                method="fp8",
                 name=f"{stem}.weight",
                 shape=(rows, columns),
                 settings={"block_rows": block[0], "block_columns": block[1]},

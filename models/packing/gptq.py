@@ -79,6 +79,7 @@ class Gptq:
                 bits = rows * 32 // inputs
                 group = -(-inputs // max(parts["scales"].shape[0], 1))
             yield Found(
+                method="gptq",
                 name=f"{stem}.weight",
                 shape=(outputs, rows * 32 // max(bits, 1)),
                 settings={"bits": bits, "group_size": group, "checkpoint_format": _format(stated)},

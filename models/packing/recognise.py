@@ -7,21 +7,26 @@ from stageline.models.errors import CheckpointError
 from stageline.models.packing import check
 from stageline.models.packing.awq import Awq
 from stageline.models.packing.base import Found, Reader
+from stageline.models.packing.bitsandbytes import Bitsandbytes
 from stageline.models.packing.compressed_tensors import CompressedTensors
 from stageline.models.packing.floats import WIDE
+from stageline.models.packing.fp4 import Mxfp4
 from stageline.models.packing.fp8 import Fp8
 from stageline.models.packing.gptq import Gptq
+from stageline.models.packing.modelopt import ModelOpt
 from stageline.models.packing.stated import Statement, details
 from stageline.models.tensors import Entry, PackedEntry, Packing, TensorEntry
 
-# The method that a checkpoint states -> what reads it, and the key of METHODS.
-_READERS: dict[str, tuple[Reader, str]] = {
-    "gptq": (Gptq(), "gptq"),
-    "awq": (Awq(), "awq"),
-    "compressed-tensors": (CompressedTensors(), "compressed-tensors"),
-    "fp8": (Fp8(), "fp8"),
-    "fbgemm_fp8": (Fp8(), "fp8"),
-    "modelopt": (Fp8(), "fp8"),
+# The method that a checkpoint states -> what reads it.
+_READERS: dict[str, Reader] = {
+    "gptq": Gptq(),
+    "awq": Awq(),
+    "compressed-tensors": CompressedTensors(),
+    "fp8": Fp8(),
+    "fbgemm_fp8": Fp8(),
+    "modelopt": ModelOpt(),
+    "bitsandbytes": Bitsandbytes(),
+    "mxfp4": Mxfp4(),
 }
 _ACTIVATIONS = (
     ".input_scale", ".input_zero_point", ".input_global_scale", ".input_scale_ub", ".activation_scale",
@@ -36,7 +41,7 @@ def unread(statement: Statement) -> str | None:
     named = f"{statement.method}{f' ({said})' if said else ''}"
     if statement.method not in _READERS:
         return named
-    why = _READERS[statement.method][0].unread(statement.values)
+    why = _READERS[statement.method].unread(statement.values)
     return None if why is None else f"{named} {why}".rstrip()
 
 
@@ -54,11 +59,10 @@ def recognise(
     packed: dict[str, PackedEntry] = {}
     unneeded = {name for name in tensors if name.endswith(_ACTIVATIONS)}
     for statement in statements:
-        reader, method = _READERS[statement.method]
         try:
-            for found in reader.find(statement.values, tensors):
+            for found in _READERS[statement.method].find(statement.values, tensors):
                 if found.name not in packed:
-                    packed[found.name] = _entry(found, method, config)
+                    packed[found.name] = _entry(found, config)
                     unneeded.update(found.unneeded)
         except CheckpointError as error:
             said = details(statement.values)
@@ -76,9 +80,9 @@ def recognise(
     return result
 
 
-def _entry(found: Found, method: str, config: Mapping[str, Any]) -> PackedEntry:
+def _entry(found: Found, config: Mapping[str, Any]) -> PackedEntry:
     """CheckpointError if the parts do not fit."""
-    packing = Packing(method, found.settings, found.shape, _dtype(found, config))
+    packing = Packing(found.method, found.settings, found.shape, _dtype(found, config))
     try:
         check(packing, {role: (part.dtype, part.shape) for role, part in found.parts.items()})
     except CheckpointError as error:

@@ -14,6 +14,9 @@ from stageline.models.packing.base import Parts, check_part
 from stageline.models.packing.bits import SLAB
 from stageline.models.tensors import Packing
 
+Numbers = Callable[[slice], NDArray[np.float32]]
+"""Some rows of a matrix of numbers that have no scale yet."""
+
 
 def grid(packing: Packing) -> tuple[int, int]:
     """Scales along the rows and along the columns of a matrix. CheckpointError if the settings are no sizes."""
@@ -44,7 +47,7 @@ def by_row(packing: Packing, each: NDArray[Any]) -> tuple[NDArray[Any], int]:
     return repeated, columns if block_columns == -1 else block_columns
 
 
-def weight(numbers: Callable[[slice], NDArray[np.float32]], scales: NDArray[np.float32], group: int) -> NDArray[Any]:
+def weight(numbers: Numbers, scales: NDArray[np.float32], group: int) -> NDArray[np.float32]:
     """float32 [N, K]: `numbers` of some rows, [n, K], times the scale [N, G] of each group of columns."""
     columns = numbers(slice(0, 0)).shape[1]
     result = np.empty((len(scales), columns), np.float32)

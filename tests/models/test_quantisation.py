@@ -23,7 +23,7 @@ def refusal(folder: Path, config: dict[str, Any], **files: Any) -> str:
     return ""
 
 
-READ = {"fp8", "fbgemm_fp8"}
+READ = {"fp8", "fbgemm_fp8", "bitsandbytes", "mxfp4"}
 """Those that say nothing more in config.json."""
 PLAIN = "which is not read yet; export the unquantised checkpoint, or a .gguf of it"
 
@@ -44,12 +44,6 @@ PLAIN = "which is not read yet; export the unquantised checkpoint, or a .gguf of
 )
 def test_a_method_that_is_not_read_is_refused_by_its_name(tmp_path: Path, stated: dict[str, Any], method: str) -> None:
     assert refusal(tmp_path, {"quantization_config": stated}) == f"is quantised with {method}, {PLAIN}"
-
-
-def test_methods_that_transformers_dequantises_have_another_way_out(tmp_path: Path) -> None:
-    said = refusal(tmp_path, {"quantization_config": {"quant_method": "mxfp4"}})
-    assert said.startswith(f"is quantised with mxfp4, {PLAIN}, or write plain weights")
-    assert "Mxfp4Config(dequantize=True)" in said
 
 
 def test_every_method_of_transformers_is_read_or_refused_by_name(tmp_path: Path) -> None:
