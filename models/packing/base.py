@@ -12,7 +12,7 @@ from stageline.models.tensors import Packing, TensorEntry
 Parts = Mapping[str, tuple[str, tuple[int, ...]]]
 """NumPy dtype and shape of each part, by its role."""
 
-_SLAB = 1 << 18
+_SLAB = 1 << 17
 """Values that are computed at once, so that they stay in the processor's cache."""
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SLAB = 1 << 18
+SLAB = 1 << 16
 """Values that are unpacked at once, so that what lies between stays in the processor's cache."""
 
 
@@ -45,6 +45,16 @@ def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         four |= four << 6
         four &= 0x03030303
         return four.view(np.uint8)
-    stream = np.unpackbits(packed, axis=1, bitorder="little")
-    each = stream[:, : stream.shape[1] // bits * bits].reshape(len(packed), -1, bits)
-    return np.packbits(each, axis=2, bitorder="little")[..., 0]
+    rows, size = packed.shape
+    eights = -(-size // bits)  # eight numbers are as many bytes as one has bits
+    whole = np.zeros((rows, eights * bits), np.uint8)
+    whole[:, :size] = packed
+    eight = np.zeros((rows, eights), np.uint64)
+    for place in range(bits):
+        eight |= whole[:, place::bits].astype(np.uint64) << np.uint64(8 * place)
+    result = np.empty((rows, eights, 8), np.uint8)
+    for place in range(8):
+        np.bitwise_and(
+            eight >> np.uint64(bits * place), np.uint64(2**bits - 1), out=result[..., place], casting="unsafe"
+        )
+    return result.reshape(rows, -1)

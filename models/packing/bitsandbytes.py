@@ -11,6 +11,7 @@ from stageline.models.errors import CheckpointError
 from stageline.models.packing import grouped
 from stageline.models.packing.base import Found, Groups, Parts, check_part
 from stageline.models.packing.bits import SLAB
+from stageline.models.packing.floats import of_pairs
 from stageline.models.tensors import Packing, TensorEntry, mapped
 
 _INT8 = np.float32(1 / 127)
@@ -71,13 +72,12 @@ class Bitsandbytes:
         blocksize = int(packing.settings["blocksize"])
         scales = self._scales(packing, arrays)
         packed, table = arrays["weight"].reshape(-1), arrays["quant_map"]
-        pairs = np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1)  # the two values of a byte
         count = math.prod(packing.shape)
         result = np.empty(len(packed) * 2, np.float32)
         step = max(1, SLAB // blocksize) * blocksize
         for start in range(0, count, step):
             slab = result[start : start + step]
-            slab[:] = pairs[packed[start // 2 : (start + step) // 2]].reshape(-1)
+            slab[:] = of_pairs(packed[start // 2 : (start + step) // 2], table, high_first=True)
             slab *= np.repeat(scales[start // blocksize : (start + step) // blocksize], blocksize)[: len(slab)]
         return result[:count].reshape(packing.shape)
 

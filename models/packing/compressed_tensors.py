@@ -10,7 +10,7 @@ from stageline.models.errors import CheckpointError
 from stageline.models.packing import grouped, scaled
 from stageline.models.packing.base import Found, Groups, Parts, check_part
 from stageline.models.packing.bits import unpack_columns, unpack_rows
-from stageline.models.packing.floats import E2M1, EIGHT_BITS, WIDE, power_of_two, widen
+from stageline.models.packing.floats import E2M1, EIGHT_BITS, WIDE, of_pairs, power_of_two, widen
 from stageline.models.tensors import Packing, TensorEntry
 
 _WORDS, _BYTES, _FP8 = "pack-quantized", "int-quantized", "float-quantized"
@@ -89,9 +89,7 @@ class CompressedTensors:
         else:
             scales = power_of_two(arrays["weight_scale"])
         packed = arrays["weight_packed"]
-        return scaled.weight(
-            lambda rows: E2M1[unpack_rows(packed[rows], 4, packing.shape[1])], scales, _FP4_GROUP[str(kind)]
-        )
+        return scaled.weight(lambda rows: of_pairs(packed[rows], E2M1, high_first=False), scales, _FP4_GROUP[str(kind)])
 
     def _whole(self, packing: Packing, arrays: Mapping[str, NDArray[Any]]) -> grouped.Unpacked:
         """The numbers plus 2**(bits - 1), so that they are not negative."""

@@ -17,11 +17,17 @@ def widen(values: NDArray[Any]) -> NDArray[np.float32]:
     if kind == "bfloat16":
         return (np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if kind in EIGHT_BITS:
-        table = _TABLES[kind]
-        return table[np.ascontiguousarray(values).view(np.uint8)]
+        return _TABLES[kind].take(np.ascontiguousarray(values).view(np.uint8), mode="clip")
     if kind == "float8_e8m0fnu":
         return power_of_two(np.ascontiguousarray(values).view(np.uint8))
     return values.astype(np.float32)
+
+
+def of_pairs(packed: NDArray[np.uint8], table: NDArray[np.float32], *, high_first: bool) -> NDArray[np.float32]:
+    """packed [..., n], two 4-bit numbers in each byte -> what they mean by a table of 16: [..., 2 * n]."""
+    high, low = np.repeat(table, 16), np.tile(table, 16)
+    both = np.stack([high, low] if high_first else [low, high], axis=-1).astype(np.float32)
+    return both.view(np.complex64)[:, 0].take(packed, mode="clip").view(np.float32)  # NumPy's one type of two floats
 
 
 def power_of_two(exponents: NDArray[np.uint8]) -> NDArray[np.float32]:

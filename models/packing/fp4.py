@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from stageline.models.errors import CheckpointError
 from stageline.models.packing import grouped, scaled
 from stageline.models.packing.base import Found, Groups, Parts, check_part
-from stageline.models.packing.bits import unpack_rows
-from stageline.models.packing.floats import E2M1, power_of_two, widen
+from stageline.models.packing.floats import E2M1, of_pairs, power_of_two, widen
 from stageline.models.tensors import Packing, TensorEntry
 
 _NV, _MX = 16, 32
@@ -37,7 +36,7 @@ class Nvfp4:
     def dequantise(self, packing: Packing, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """number * scale."""
         scales = widen(arrays["weight_scale"]) * arrays["weight_scale_2"].reshape(())
-        return scaled.weight(_numbers(arrays["weight"], packing.shape[1]), scales, _NV)
+        return scaled.weight(_numbers(arrays["weight"]), scales, _NV)
 
     @staticmethod
     def find(tensors: Mapping[str, TensorEntry]) -> Iterator[Found]:
@@ -71,7 +70,7 @@ class Mxfp4:
         for expert in range(experts):
             packed = arrays["blocks"][expert].reshape(outputs, inputs // 2)
             scales = power_of_two(arrays["scales"][expert])
-            result[expert] = scaled.weight(_numbers(packed, inputs), scales, _MX).T
+            result[expert] = scaled.weight(_numbers(packed), scales, _MX).T
         return result
 
     def unread(self, stated: Mapping[str, Any]) -> str | None:
@@ -91,5 +90,5 @@ class Mxfp4:
                 yield Found("mxfp4", weight, (experts, 2 * math.prod(inputs), outputs), {}, parts)
 
 
-def _numbers(packed: NDArray[np.uint8], inputs: int) -> scaled.Numbers:
-    return lambda rows: E2M1[unpack_rows(packed[rows], 4, inputs)]
+def _numbers(packed: NDArray[np.uint8]) -> scaled.Numbers:
+    return lambda rows: of_pairs(packed[rows], E2M1, high_first=False)

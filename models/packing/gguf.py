@@ -12,7 +12,7 @@ from stageline.models.tensors import Packing
 _Bytes = NDArray[np.uint8]
 _Floats = NDArray[np.float32]
 
-_SLAB = 1 << 19
+_SLAB = 1 << 17
 """Bytes of blocks that are unpacked at once, so that what lies between stays in the processor's cache."""
 _TABLE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 """What the 4-bit numbers of IQ4_NL and IQ4_XS mean."""
@@ -118,9 +118,15 @@ def _halves(blocks: _Bytes, start: int, count: int = 1) -> _Floats:
 
 
 def _nibbles(packed: _Bytes, values: _Bytes) -> None:
-    """packed [..., n] -> values [..., 2, n]: the low halves of the bytes, then the high ones."""
-    np.bitwise_and(packed, 15, out=values[..., 0, :])
-    np.right_shift(packed, 4, out=values[..., 1, :])
+    """packed [..., n] -> values [..., 2, n]: the low halves of the bytes, then the high ones; eight bytes at once."""
+    if packed.shape[-1] % 8:
+        np.bitwise_and(packed, 15, out=values[..., 0, :])
+        np.right_shift(packed, 4, out=values[..., 1, :])
+        return
+    eights, wide, halves = np.ascontiguousarray(packed).view("<u8"), values.view("<u8"), np.uint64(0x0F0F0F0F0F0F0F0F)
+    for place in range(eights.shape[-1]):
+        np.bitwise_and(eights[..., place], halves, out=wide[..., 0, place])
+        np.bitwise_and(eights[..., place] >> np.uint64(4), halves, out=wide[..., 1, place])
 
 
 def _quarters(packed: _Bytes, values: _Bytes) -> None:
@@ -128,6 +134,15 @@ def _quarters(packed: _Bytes, values: _Bytes) -> None:
     for place in range(4):
         np.right_shift(packed, 2 * place, out=values[..., place, :])
     np.bitwise_and(values, 3, out=values)
+
+
+def _add_bits(packed: _Bytes, values: _Bytes, bit: int) -> None:
+    """packed [n, 32] -> that bit of values [n, 256]: bit p of byte i is of value 32 * p + i."""
+    source, kept = np.ascontiguousarray(packed), np.uint8(1 << bit)
+    for place in range(8):
+        moved = source << np.uint8(bit - place) if place < bit else source >> np.uint8(place - bit)
+        moved &= kept
+        values[:, 32 * place : 32 * place + 32] |= moved
 
 
 def _fifth_bits(blocks: _Bytes, start: int) -> _Bytes:
@@ -172,9 +187,7 @@ def _q2_k(blocks: _Bytes, values: _Bytes) -> tuple[_Floats, _Floats]:
 def _q3_k(blocks: _Bytes, values: _Bytes) -> tuple[_Floats, None]:
     """32 bytes of third bits, 64 of the lower two, 12 of scales of 6 bits, the scales' scale."""
     _quarters(blocks[:, 32:96].reshape(-1, 2, 32), values.reshape(-1, 2, 4, 32))
-    third = blocks[:, :32]
-    for place, part in enumerate(np.moveaxis(values.reshape(-1, 8, 32), 1, 0)):
-        part |= ((third >> np.uint8(place)) & 1) << 2
+    _add_bits(blocks[:, :32], values, 2)
     scales = np.empty((len(blocks), 2, 8), np.uint8)
     _nibbles(blocks[:, 96:104], scales)
     high = np.empty((len(blocks), 4, 4), np.uint8)
@@ -199,9 +212,7 @@ def _q4_k(blocks: _Bytes, values: _Bytes) -> tuple[_Floats, _Floats]:
 def _q5_k(blocks: _Bytes, values: _Bytes) -> tuple[_Floats, _Floats]:
     """As Q4_K, with 32 bytes of fifth bits before the values."""
     _nibbles(blocks[:, 48:].reshape(-1, 4, 32), values.reshape(-1, 4, 2, 32))
-    fifth = blocks[:, 16:48]
-    for place, part in enumerate(np.moveaxis(values.reshape(-1, 8, 32), 1, 0)):
-        part |= ((fifth >> np.uint8(place)) & 1) << 4
+    _add_bits(blocks[:, 16:48], values, 4)
     return _scales_and_minima(blocks)
 
 
