@@ -315,10 +315,13 @@ def subject_of(name: str, folder: Path) -> Subject:
     import formats
 
     kind, _, rest = name.partition(": ")
-    if kind == "quantised":
+    if kind == "refused":
         return Subject(
-            str(formats.quantised(folder / "checkpoint", rest)), "generator", None, folder, method=formats.WORD[rest]
+            str(formats.refused(folder / "checkpoint", rest)), "generator", None, folder, method=formats.WORD[rest]
         )
+    if kind == "quantised":
+        made, other = (formats.quantised(folder / n, rest, seed) for seed, n in enumerate(("one", "two")))
+        return Subject(str(made.path), "generator", made.model, folder, str(other.path), other.model)
     if kind == "gguf":
         made, other = (formats.gguf_file(folder / f"{n}.gguf", rest, seed) for seed, n in enumerate(("one", "two")))
         return Subject(str(made.path), "generator", made.model, folder, str(other.path), other.model)
@@ -332,13 +335,15 @@ def subject_of(name: str, folder: Path) -> Subject:
 def rows() -> list[str]:
     """The names of all rows."""
     import formats
+    import quantised
 
     dtypes = ("bfloat16", "float16", "float32")
     ways = [("single", dtype) for dtype in dtypes] + [(way, "bfloat16") for way in formats.FOLDERS if way != "single"]
     return [
         *(f"{kind}: {way}, {dtype}" for kind in formats.MODELS for way, dtype in ways),
         *(f"gguf: {kind}" for kind in formats.GGUF_TYPES),
-        *(f"quantised: {method}" for method in formats.QUANTISED),
+        *(f"quantised: {method}" for method in quantised.METHODS),
+        *(f"refused: {method}" for method in formats.REFUSED),
     ]
 
 
@@ -417,9 +422,9 @@ def page(results: dict[str, dict[str, Cell]]) -> str:
             for name in names for column, cell in groups[group][name].items() if cell.verdict != "yes"
         }  # fmt: skip
         lines += ["", *(f"- {place}: `{line}`" for place, line in refusals.items())] + [""] * bool(refusals)
-    if "quantised" in groups:
-        lines += ["## Quantised checkpoints", "", "They are refused by name.", "", "| | export says |", "|---|---|"]
-        lines += [f"| {name} | `{cells['export'].line}` |" for name, cells in groups["quantised"].items()] + [""]
+    if "refused" in groups:
+        lines += ["## Methods that are not read", "", "They are refused by name.", "", "| | export says |", "|---|---|"]
+        lines += [f"| {name} | `{cells['export'].line}` |" for name, cells in groups["refused"].items()] + [""]
     return "\n".join(lines)
 
 

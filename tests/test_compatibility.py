@@ -30,9 +30,9 @@ def test_a_format_gives_what_transformers_gives(row: str, tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("method", formats.QUANTISED)
-def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(method: str, tmp_path: Path) -> None:
-    subject = compatibility.subject_of(f"quantised: {method}", tmp_path)
+@pytest.mark.parametrize("method", formats.REFUSED)
+def test_a_checkpoint_of_a_method_that_is_not_read_is_refused_by_its_name(method: str, tmp_path: Path) -> None:
+    subject = compatibility.subject_of(f"refused: {method}", tmp_path)
     cell = compatibility.tried(compatibility.export_only, subject)
     assert (cell.verdict, not subject.bundle.exists()) == ("refused", True), cell.line
 

@@ -17,6 +17,7 @@ import numpy as np
 import tiny_gguf
 import torch
 import transformers
+from quantised import METHODS
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -189,115 +190,65 @@ def _gguf_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(False)
 
 
-def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-def _gptq(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    out, inner = weight.shape
-    return {
-        f"{base}qweight": _zeros(inner // 8, out, dtype=torch.int32),
-        f"{base}qzeros": _zeros(inner // 128, out // 8, dtype=torch.int32),
-        f"{base}scales": _zeros(inner // 128, out, dtype=torch.float16),
-        f"{base}g_idx": _zeros(inner, dtype=torch.int32),
-    }
-
-
-def _awq(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    out, inner = weight.shape
-    return {
-        f"{base}qweight": _zeros(inner, out // 8, dtype=torch.int32),
-        f"{base}qzeros": _zeros(inner // 128, out // 8, dtype=torch.int32),
-        f"{base}scales": _zeros(inner // 128, out, dtype=torch.float16),
-    }
-
-
-def _fp8(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    scale = weight.abs().amax() / 448
-    return {
-        f"{base}weight": (weight / scale).to(torch.float8_e4m3fn),
-        f"{base}weight_scale_inv": scale.float().reshape(1, 1).expand(weight.shape[0] // 128, weight.shape[1] // 128),
-    }
-
-
-def _bitsandbytes8(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    scale = weight.abs().amax(1)
-    return {f"{base}weight": (weight / scale[:, None] * 127).round().to(torch.int8), f"{base}SCB": scale}
-
-
-def _bitsandbytes4(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {
-        f"{base}weight": _zeros(weight.numel() // 2, 1, dtype=torch.uint8),
-        f"{base}weight.absmax": _zeros(weight.numel() // 64, dtype=torch.float32),
-        f"{base}weight.quant_map": _zeros(16, dtype=torch.float32),
-    }
-
-
-def _compressed(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def _unnamed(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     scale = weight.abs().amax(1, keepdim=True) / 127
     return {f"{base}weight": (weight / scale).round().to(torch.int8), f"{base}weight_scale": scale}
-
-
-def _packed(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    out, inner = weight.shape
-    return {
-        f"{base}weight_packed": _zeros(out, inner // 8, dtype=torch.int32),
-        f"{base}weight_scale": _zeros(out, inner // 128, dtype=torch.bfloat16),
-        f"{base}weight_shape": torch.tensor([out, inner]),
-    }
 
 
 def _mlx(base: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     out, inner = weight.shape
     return {
-        f"{base}weight": _zeros(out, inner // 8, dtype=torch.uint32),
-        f"{base}scales": _zeros(out, inner // 64, dtype=torch.bfloat16),
-        f"{base}biases": _zeros(out, inner // 64, dtype=torch.bfloat16),
+        f"{base}weight": torch.zeros(out, inner // 8, dtype=torch.uint32),
+        f"{base}scales": torch.zeros(out, inner // 64, dtype=torch.bfloat16),
+        f"{base}biases": torch.zeros(out, inner // 64, dtype=torch.bfloat16),
     }
 
 
-QUANTISED: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]] = {
-    "gptq": (_gptq, {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}),
-    "awq": (_awq, {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}}),
-    "fp8": (_fp8, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}),
-    "bitsandbytes int8": (
-        _bitsandbytes8,
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
-    ),
-    "bitsandbytes nf4": (
-        _bitsandbytes4,
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
-    ),
-    "compressed-tensors int8": (
-        _compressed,
-        {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}},
-    ),
-    "compressed-tensors w4a16": (
-        _packed,
-        {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
-    ),
+REFUSED: dict[str, tuple[Callable[[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, Any]]] = {
     "mlx": (_mlx, {"quantization": {"group_size": 64, "bits": 4}}),
-    "int8 with scales, unnamed": (_compressed, {}),
+    "int8 with scales, unnamed": (_unnamed, {}),
 }
-"""Method -> what it stores in place of a matrix (its name up to `weight`, its values), and what it adds to config.json.
+"""Method that is not read -> what it stores in place of a matrix (its name up to `weight`, its values), and what it
+adds to config.json. The values of the packed ones are zeros: they must be refused before any is read."""
 
-The values of the packed ones are zeros: they must be refused before any is read."""
-
-WORD = {method: "scale" if method.endswith("unnamed") else method.split()[0] for method in QUANTISED}
+WORD = {method: "scale" if method.endswith("unnamed") else method.split()[0] for method in REFUSED}
 """Method -> what a refusal must name."""
 
 
-def quantised(folder: Path, method: str) -> Path:
+def refused(folder: Path, method: str) -> Path:
     """The generator as `method` stores it."""
-    stored, config = QUANTISED[method]
+    stored, config = REFUSED[method]
     single(folder, "generator", "bfloat16")
+
+    def replaced(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return stored(name.removesuffix("weight"), weight)
+
+    _replace_matrices(folder, replaced, config)
+    return folder
+
+
+def quantised(folder: Path, method: str, seed: int = 0) -> Made:
+    """The generator as `method` of quantised.METHODS stores it; the reference has the values that it stores."""
+    store, stated = METHODS[method]
+    made = single(folder, "generator", "bfloat16", seed)
+
+    def replaced(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts, values = store(weight.float())
+        made.model.get_parameter(name).data = values
+        return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}
+
+    _replace_matrices(folder, replaced, {"quantization_config": dict(stated)})
+    return made
+
+
+def _replace_matrices(
+    folder: Path, replaced: Callable[[str, torch.Tensor], dict[str, torch.Tensor]], config: dict[str, Any]
+) -> None:
+    """Store something else for each matrix of the blocks, and state it in config.json."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        matrix = name.endswith("_proj.weight")
-        tensors |= stored(name.removesuffix("weight"), tensor) if matrix else {name: tensor}
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
-    )
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, **config}))
-    return folder
+        tensors |= replaced(name, tensor) if name.endswith("_proj.weight") else {name: tensor}
+    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
