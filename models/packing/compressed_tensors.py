@@ -124,9 +124,11 @@ class CompressedTensors:
             kind = scheme.get("format") or stated.get("format")
             if kind not in _FORMATS:
                 return ""
-            weights = scheme.get("weights")
-            if not isinstance(weights, dict):
+            if not isinstance(scheme.get("weights"), dict):
                 return "without quantised weights"
+            targets = scheme.get("targets") or []
+            if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+                return "with targets that are no names"
         return None
 
     def find(self, stated: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> Iterator[Found]:
@@ -135,7 +137,7 @@ class CompressedTensors:
             scheme = _scheme(stated, stem)
             if parts["weight_packed"].dtype == "int32":
                 shape = _stored_shape(stem, parts)
-                settings: dict[str, int | str] = {"format": _WORDS, "bits": scheme["num_bits"], **_block(scheme)}
+                settings: dict[str, int | str] = {"format": _WORDS, "bits": scheme.get("num_bits", 8), **_block(scheme)}
             else:
                 rows, half = grouped.matrix(parts, "weight_packed")
                 kind = _NVFP4 if "weight_global_scale" in parts else _MXFP4
@@ -146,7 +148,7 @@ class CompressedTensors:
                 shape = grouped.matrix(parts, "weight")
                 scheme = _scheme(stated, stem)
                 if parts["weight"].dtype == "int8":
-                    settings = {"format": _BYTES, "bits": scheme["num_bits"], **_block(scheme)}
+                    settings = {"format": _BYTES, "bits": scheme.get("num_bits", 8), **_block(scheme)}
                 else:
                     settings = {"format": _FP8, **_block(scheme)}
                 yield _found(stem, shape, settings, parts)
@@ -164,16 +166,22 @@ def _found(
 def _scheme(stated: Mapping[str, Any], stem: str) -> dict[str, Any]:
     """What the config states of the weights of a module: by a group that targets its name, else one that targets a
     class of modules."""
-    schemes = list(stated["config_groups"].values())
-    for scheme in schemes:
-        for target in scheme.get("targets") or ():
-            named = re.match(target.removeprefix("re:"), stem) if target.startswith("re:") else target == stem
-            if named:
-                return dict(scheme["weights"])
-    of_classes = [s for s in schemes if any(not t.startswith("re:") and "." not in t for t in s.get("targets") or ())]
-    if not of_classes:
-        raise CheckpointError(f"no group of its config_groups targets {stem}")
-    return dict(of_classes[0]["weights"])
+    targets = [
+        (target, scheme["weights"])
+        for scheme in stated["config_groups"].values()
+        for target in scheme.get("targets") or ()
+    ]
+    for target, weights in targets:
+        try:
+            named = re.match(target[3:], stem) if target.startswith("re:") else target == stem
+        except re.error as error:
+            raise CheckpointError(f"{target!r} of its config_groups is no pattern: {error}") from error
+        if named:
+            return dict(weights)
+    for target, weights in targets:
+        if not target.startswith("re:") and "." not in target:
+            return dict(weights)
+    raise CheckpointError(f"no group of its config_groups targets {stem}")
 
 
 def _block(scheme: Mapping[str, Any]) -> dict[str, int]:

@@ -1,10 +1,12 @@
 """GPTQ's layout (AutoGPTQ, GPTQModel): words along the inputs, zero points along the outputs, a group an input."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from stageline.models.errors import CheckpointError
 from stageline.models.packing import grouped
 from stageline.models.packing.base import Found, Groups, Parts, check_part
 from stageline.models.packing.bits import unpack_columns, unpack_rows
@@ -29,6 +31,10 @@ class Gptq:
         """CheckpointError unless types and shapes fit bits, groups and the weight's shape."""
         outputs, inputs = grouped.sides(packing)
         bits = grouped.bits_of(packing, _BITS)
+        if packing.settings.get("checkpoint_format") not in _FORMATS:
+            raise CheckpointError(
+                f"it has the format {packing.settings.get('checkpoint_format')!r}, read are {', '.join(_FORMATS)}"
+            )
         groups = grouped.count(inputs, grouped.size(packing))
         grouped.whole_words("inputs", inputs, bits)
         grouped.whole_words("outputs", outputs, bits)
@@ -75,9 +81,9 @@ class Gptq:
             rows, outputs = grouped.matrix(parts, "qweight")
             bits, group = stated["bits"], grouped.stated_size(stated)
             if stated.get("dynamic") and {"g_idx", "scales"} <= parts.keys():
-                inputs = max(parts["g_idx"].shape[0], 1)
+                inputs = max(math.prod(parts["g_idx"].shape), 1)
                 bits = rows * 32 // inputs
-                group = -(-inputs // max(parts["scales"].shape[0], 1))
+                group = -(-inputs // max(*parts["scales"].shape[:1], 1, 1))
             yield Found(
                 method="gptq",
                 name=f"{stem}.weight",
