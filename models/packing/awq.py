@@ -51,10 +51,14 @@ class Awq:
         )
 
     def unread(self, stated: Mapping[str, Any]) -> str | None:
-        """The versions gemv, marlin, exllama, ..., and bits that AutoAWQ does not write."""
-        version = str(stated.get("version") or "gemm").lower()
+        """The versions gemv, marlin, llm-awq, ..., and what AutoAWQ does not write as gemm."""
+        version = str(stated.get("version") or stated.get("format") or "gemm").lower()
+        if stated.get("backend") == "llm-awq":
+            version = "llm-awq"
         if version != "gemm":
             return f"in the version {version}"
+        if stated.get("zero_point") is False:
+            return "without zero points"
         return grouped.unread_bits(stated.get("bits") or stated.get("w_bit"), (4,))
 
     def find(self, stated: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> Iterator[Found]:

@@ -44,11 +44,11 @@ class CompressedTensors:
         if kind == _WORDS:
             bits = grouped.bits_of(packing, range(2, 9))
             check_part(parts, "weight_packed", "int32", (outputs, -(-inputs * bits // 32)))
-            if "weight_zero_point" in parts and len(parts["weight_zero_point"][1]) == 2:
+            scaled.check_scale(parts, "weight_scale", WIDE, grid)
+            if grid[0] == outputs and "weight_zero_point" in parts:  # of rows and groups they are packed
                 check_part(parts, "weight_zero_point", "int32", (-(-outputs * bits // 32), grid[1]))
             elif "weight_zero_point" in parts:
                 scaled.check_scale(parts, "weight_zero_point", ("int8",), grid)
-            scaled.check_scale(parts, "weight_scale", WIDE, grid)
         elif kind == _BYTES:
             grouped.bits_of(packing, range(2, 9))
             check_part(parts, "weight", "int8", (outputs, inputs))

@@ -95,4 +95,4 @@ class Gptq:
 
 def _format(stated: Mapping[str, Any]) -> str:
     named = stated.get("checkpoint_format") or stated.get("format") or "gptq"
-    return "marlin" if stated.get("is_marlin_format") else str(named)
+    return "marlin" if stated.get("is_marlin_format") else str(named).lower()

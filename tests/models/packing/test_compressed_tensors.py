@@ -85,6 +85,19 @@ def test_inputs_in_an_order_of_their_own() -> None:
     np.testing.assert_array_equal(unset, expected)
 
 
+def test_a_zero_point_of_the_whole_tensor_is_not_packed() -> None:
+    entry, _ = stored("int4_group")
+    packed = changed(entry, block_rows=-1, block_columns=-1)
+    arrays = {"weight_packed": packing.read(entry)["weight_packed"], "weight_scale": np.array([0.5], np.float32)}
+    for shape in ((1,), (1, 1), ()):
+        zero = np.full(shape, 3, np.int8)
+        packing.check(
+            packed, {role: (a.dtype.name, a.shape) for role, a in {**arrays, "weight_zero_point": zero}.items()}
+        )
+        values = packing.dequantised(packed, {**arrays, "weight_zero_point": zero})
+        np.testing.assert_array_equal(values, packing.dequantised(packed, arrays) - 1.5)
+
+
 def changed(entry: PackedEntry, **settings: Any) -> Packing:
     packed = entry.packing
     return Packing(packed.method, {**packed.settings, **settings}, packed.shape, packed.dtype)

@@ -142,7 +142,10 @@ def test_layers_with_bits_of_their_own(tmp_path: Path) -> None:
         ({**GPTQ, "bits": 6}, "gptq (6 bits, groups of 32)"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "gptq (4 bits, groups of 32) in the format marlin"),
         ({**GPTQ, "is_marlin_format": True}, "gptq (4 bits, groups of 32) in the format marlin"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq (4 bits) in the version gemv"),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "awq (4 bits) in the version gemv"),
+        ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "awq (4 bits) in the version llm-awq"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": False}, "awq (4 bits) without zero points"),
+        ({"quant_method": "awq", "version": "GEMM"}, "awq without a number of bits"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt (W4A8_AWQ)"),
     ],
 )
