@@ -46,19 +46,18 @@ class Groups:
         step = max(1, _SLAB // max(columns, 1))
         for start in range(0, rows, step):
             slab = slice(start, start + step)
-            numbers = self.values[slab].astype(np.float32)
-            scales, offsets = self._spread(self.scales[slab]), self._spread(self.offsets[slab])
-            parts = numbers.reshape(scales.shape[:2] + (-1,))
+            target = result[slab] if self.order is None else np.empty_like(result[slab])
+            np.copyto(target, self.values[slab])
+            scales = self._spread(self.scales[slab])
+            parts = target.reshape(*scales.shape[:2], -1)
             if self.zeros is None:
                 parts *= scales
-                parts += offsets
+                parts += self._spread(self.offsets[slab])
             else:
-                parts -= self._spread(self.zeros[slab])
+                parts -= self._spread(self.zeros[slab].astype(np.float32))
                 parts *= scales
-            if self.order is None:
-                result[slab] = numbers
-            else:
-                result[slab, self.order] = numbers
+            if self.order is not None:
+                result[slab, self.order] = target
         return result
 
     def _spread(self, each: NDArray[Any]) -> NDArray[Any]:

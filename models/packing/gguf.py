@@ -37,8 +37,8 @@ class Gguf:
         """CheckpointError unless the blocks are as many as the shape needs."""
         kind = str(packing.settings.get("type"))
         block, block_bytes = _block(kind)
-        *rows, columns = packing.shape
-        if columns % block:
+        *rows, columns = packing.shape or (0,)
+        if columns < 1 or columns % block:
             raise CheckpointError(f"{kind} has blocks of {block} values, but a row has {columns:,}")
         check_part(parts, "blocks", "uint8", (*rows, columns // block * block_bytes))
 

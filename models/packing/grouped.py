@@ -71,7 +71,7 @@ def _in_range(group_of: NDArray[Any], count: int) -> None:
 
 def sides(packing: Packing) -> tuple[int, int]:
     """Outputs and inputs. CheckpointError unless the weight is a matrix."""
-    if len(packing.shape) != 2:
+    if len(packing.shape) != 2 or min(packing.shape) < 1:
         raise CheckpointError(f"it has the shape {list(packing.shape)}, a matrix is needed")
     return packing.shape
 

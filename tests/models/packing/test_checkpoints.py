@@ -60,6 +60,6 @@ def test_settings_and_shapes_from_elsewhere_are_checked(method: str, tmp_path: P
             settings: Any = {**packed.settings, name: value}
             with pytest.raises(CheckpointError):
                 packing.check(replace(packed, settings=settings), parts)
-    for shape in ((), (256,), (129, 256), (2, 256, 128), (256, 129)):
+    for shape in ((), (256,), (256, 0), (129, 256), (2, 256, 128), (256, 129)):
         with pytest.raises(CheckpointError):
             packing.check(replace(packed, shape=shape), parts)

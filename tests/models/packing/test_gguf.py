@@ -88,6 +88,8 @@ def test_types_with_a_table_are_no_groups(kind: str) -> None:
         ("Q4_1", (2, 64), {"blocks": ("int8", (2, 40))}, "its blocks is int8 [2, 40], uint8 [2, 40] is needed"),
         ("Q4_K", (2, 64), {}, "Q4_K has blocks of 256 values, but a row has 64"),
         ("Q4_1", (2, 64), {}, "its blocks is missing"),
+        ("Q4_1", (2, 0), {"blocks": ("uint8", (2, 0))}, "Q4_1 has blocks of 32 values, but a row has 0"),
+        ("Q4_1", (), {"blocks": ("uint8", ())}, "Q4_1 has blocks of 32 values, but a row has 0"),
         ("Q9_K", (2, 64), {}, "the type 'Q9_K' is unknown to the installed gguf; update it"),
     ],
 )
