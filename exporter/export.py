@@ -16,18 +16,16 @@ from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
 from stageline.exporter.verify.at_export import check_runs_here, run_at_export
-from stageline.exporter.weights import linked_note, majority_dtype, place
+from stageline.exporter.weights import Placed, linked_note, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.cross_encoder import cross_encoder
 from stageline.models.errors import ExportError
 from stageline.models.new_folder import new_folder
 from stageline.models.quantisation import check_plain
-from stageline.models.safetensors_file import read_header
 from stageline.models.sentence import pooling
-from stageline.models.tensors import TensorEntry
-from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
+from stageline.runtime.bundle.folder import Bundle, file_entry, tensors_of, write_manifest
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of
-from stageline.runtime.bundle.manifest import FileEntry, Manifest, Part, TensorSpec, UncutManifest
+from stageline.runtime.bundle.manifest import Manifest, Part, TensorSpec, UncutManifest
 from stageline.runtime.bundle.recut import plan_stages, write_stages
 
 
@@ -42,7 +40,8 @@ def export(
 ) -> Bundle:
     """Export the checkpoint at `path` to a new bundle folder.
 
-    `stages` is how many, or how many blocks each has. Default for `dtype`: the checkpoint's own; for `task`: the one
+    `stages` is how many, or how many blocks each has. Default for `dtype`: the checkpoint's own, and weights that it
+    has quantised stay as they are; with a `dtype` they are written with that. Default for `task`: the one
     that the checkpoint was saved for. `progress` is called with the name of each step when it begins. The bundle
     appears complete or not at all. StagelineError if it cannot be made.
     """
@@ -55,18 +54,18 @@ def export(
         traced = trace_model(wanted)
         parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
         progress("placing weights")
-        weights = place(traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes)
+        weights = place(traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes, wanted.keep_packed)
         if wanted.pooling is not None:
-            weights += place_head(wanted.pooling, wanted.checkpoint, wanted.dtype, folder, wanted.notes)
-        wanted.notes.extend(linked_note(folder, weights))
+            weights.files.extend(place_head(wanted.pooling, wanted.checkpoint, wanted.dtype, folder, wanted.notes))
+        wanted.notes.extend(linked_note(folder, weights.files))
         progress("stitching stages")
         uncut = _manifest(wanted, traced, folder, parts, weights)
         manifest = _stitch(folder, uncut, stages)
         write_manifest(folder, manifest)
-        checked = run_at_export(Bundle(folder, manifest, _tensors(folder, manifest)), wanted)
+        checked = run_at_export(Bundle(folder, manifest, tensors_of(folder, manifest)), wanted)
         manifest = manifest.model_copy(update={"checked": checked})
         write_manifest(folder, manifest)
-    return Bundle(target, manifest, _tensors(target, manifest))
+    return Bundle(target, manifest, tensors_of(target, manifest))
 
 
 def _wanted(
@@ -97,7 +96,7 @@ def _wanted(
     ]
     sentence = head if task == "sentence-similarity" else None
     image = image_settings(checkpoint, notes) if reads_images(config, task) else None
-    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, scored, image, notes)
+    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, scored, image, notes, dtype is None)
 
 
 def _write_part(folder: Path, number: int, part: PartGraph) -> Part:
@@ -113,19 +112,12 @@ def _write_part(folder: Path, number: int, part: PartGraph) -> Part:
 def _stitch(folder: Path, uncut: UncutManifest, stages: int | Sequence[int]) -> Manifest:
     """Write the stages, from the parts as any later re-cut will read them."""
     parts = [ir.load(folder / part.file) for part in uncut.parts]
-    written, entries = write_stages(folder, uncut, _tensors(folder, uncut), parts, plan_stages(uncut, parts, stages))
+    written, entries = write_stages(folder, uncut, tensors_of(folder, uncut), parts, plan_stages(uncut, parts, stages))
     return Manifest(**{**dict(uncut), "stages": tuple(written), "files": (*uncut.files, *entries)})
 
 
-def _tensors(folder: Path, manifest: UncutManifest) -> dict[str, TensorEntry]:
-    tensors: dict[str, TensorEntry] = {}
-    for name in manifest.weight_files:
-        tensors.update(read_header(folder / name))
-    return tensors
-
-
 def _manifest(
-    wanted: Wanted, traced: TracedModel, folder: Path, parts: tuple[Part, ...], weights: list[FileEntry]
+    wanted: Wanted, traced: TracedModel, folder: Path, parts: tuple[Part, ...], weights: Placed
 ) -> UncutManifest:
     config, last = wanted.config, traced.uses[-1]
     final = {last.writes[spec.name]: spec for spec in parts[last.part].outputs}
@@ -133,6 +125,7 @@ def _manifest(
     max_positions = min((limit for limit in places if limit is not None), default=None)
     text, extra = write_tokenizer(wanted, folder, max_positions)
     return UncutManifest(
+        version=5 if weights.packed else 4,
         task=wanted.task,
         architecture=config.model_type,
         dtype=wanted.dtype,
@@ -152,8 +145,9 @@ def _manifest(
         labels=classifier.labels(wanted),
         activation=classifier.activation(wanted),
         generation=generation_defaults(wanted) if wanted.task == "text-generation" else None,
-        weight_files=tuple(entry.path for entry in weights),
-        files=(*(file_entry(folder, part.file) for part in parts), *weights, *extra),
+        packed=weights.packed or None,
+        weight_files=tuple(entry.path for entry in weights.files),
+        files=(*(file_entry(folder, part.file) for part in parts), *weights.files, *extra),
         trace=traced.how,
         attention=traced.attention,
         refused=traced.refused,

@@ -139,6 +139,12 @@ def _more(seen: dict[str, _Seen]) -> str:
 
 def _stored(entry: TensorEntry) -> Iterator[np.ndarray[Any, Any]]:
     """The tensor's values as they are stored, flat, a few megabytes at a time."""
+    for data in stored_bytes(entry):
+        yield np.frombuffer(data, ir_dtype(entry.dtype).numpy())
+
+
+def stored_bytes(entry: TensorEntry) -> Iterator[bytes]:
+    """The tensor's bytes, a few megabytes at a time."""
     with entry.file.open("rb") as file:
         file.seek(entry.offset)
         left = entry.size_bytes
@@ -147,4 +153,4 @@ def _stored(entry: TensorEntry) -> Iterator[np.ndarray[Any, Any]]:
             if not data:
                 raise CheckpointError(f"{entry.file} ends inside tensor {entry.name}; download it again")
             left -= len(data)
-            yield np.frombuffer(data, ir_dtype(entry.dtype).numpy())
+            yield data

@@ -48,6 +48,8 @@ class Wanted:
     image: ImageSettings | None = None
     notes: list[str] = field(default_factory=list)
     """Grows while the export finds what a user should know of the bundle; each is a sentence without its full stop."""
+    keep_packed: bool = True
+    """Whether quantised weights stay as they are."""
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,22 @@
 """Bringing the checkpoint's weights into a bundle: placed as they are if they need no change, else streamed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from stageline.exporter.gguf.tensors import GgufTensors
 from stageline.exporter.matching import TensorsError, match, missing_error
-from stageline.exporter.narrowing import Narrowing
+from stageline.exporter.narrowing import Narrowing, stored_bytes
 from stageline.exporter.standard_names import folder_for_transformers
 from stageline.models.checkpoint import Checkpoint
-from stageline.models.errors import ExportError
 from stageline.models.place_file import place_file
 from stageline.models.safetensors_file import header_sha256, write_streaming
-from stageline.models.tensors import PackedEntry
+from stageline.models.tensors import Entry, PackedEntry, Packing, TensorEntry
 from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
-from stageline.runtime.bundle.manifest import FileEntry
+from stageline.runtime.bundle.manifest import FileEntry, PackedWeight
+from stageline.runtime.engines.lowering.packed import Packed
 from transformers.core_model_loading import build_glob_alternation
 
 FOLDER = "weights"
@@ -44,10 +44,6 @@ def find(checkpoint: Checkpoint, model: Any) -> Weights:
     if checkpoint.kind == "gguf":
         return Weights(checkpoint, GgufTensors(checkpoint, model).names, converted=False)
     matched = match(checkpoint, model)
-    for name, entry in checkpoint.tensors.items():
-        if isinstance(entry, PackedEntry):
-            method = entry.packing.method
-            raise ExportError(f"{checkpoint.path}: {name} is quantised with {method}, which is not exported yet")
     return Weights(checkpoint, matched.names, matched.converted, matched.missing, matched.notes)
 
 
@@ -64,13 +60,34 @@ def majority_dtype(checkpoint: Checkpoint) -> str:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """The weight files of a bundle, and its packed weights by name."""
+
+    files: list[FileEntry]
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Order:
-    """What to write, and where: every floating tensor with `narrowing.dtype`, into the folder `target`."""
+    """What to write, and where: every floating tensor with `narrowing.dtype`, into the folder `target`. `keep`: packed
+    weights as they are; else unpacked, as floating ones."""
 
     weights: Weights
     model: Any
     narrowing: Narrowing
     target: Path
+    keep: bool
+
+    @property
+    def sources(self) -> dict[str, Entry]:
+        """The checkpoint's tensors that the model takes."""
+        tensors = self.weights.checkpoint.tensors
+        return {name: tensors[name] for name in sorted(set(self.weights.names.values()))}
+
+    @property
+    def packed(self) -> dict[str, PackedEntry]:
+        """Those of them that stay packed."""
+        return {n: entry for n, entry in self.sources.items() if self.keep and isinstance(entry, PackedEntry)}
 
     def write(self, tensors: list[tuple[str, str, tuple[int, ...]]], data: Callable[[str], Iterable[Any]]) -> FileEntry:
         """Write one file of `tensors` (name, dtype, shape), whose `data` are asked for one by one."""
@@ -78,8 +95,9 @@ class _Order:
         return _entry(file, write_streaming(file, tensors, data))
 
 
-def place(weights: Weights, model: Any, dtype: str, folder: Path, notes: list[str]) -> list[FileEntry]:
-    """Put the weights into `folder`/weights with `dtype` for every floating tensor, and return the files' entries.
+def place(weights: Weights, model: Any, dtype: str, folder: Path, notes: list[str], keep: bool = True) -> Placed:
+    """Put the weights into `folder`/weights with `dtype` for every floating tensor; quantised ones stay packed as they
+    are with `keep`.
 
     Links keep the few tensors that have another dtype: the stages cast them. What a user should know of the values is
     added to `notes`. ExportError if values do not fit into `dtype`.
@@ -87,18 +105,23 @@ def place(weights: Weights, model: Any, dtype: str, folder: Path, notes: list[st
     target = folder / FOLDER
     target.mkdir()
     narrowing = Narrowing(weights.checkpoint.path, dtype)
-    entries = _WAYS[_way(weights, dtype)](_Order(weights, model, narrowing, target))
+    order = _Order(weights, model, narrowing, target, keep)
+    placed = _WAYS[_way(order)](order)
     notes += narrowing.check()
-    return entries
+    return placed
 
 
-def _way(weights: Weights, dtype: str) -> Literal["link", "convert", "dequantise", "materialise"]:
+def _way(order: _Order) -> Literal["link", "convert", "gguf", "materialise"]:
+    weights, dtype = order.weights, order.narrowing.dtype
     checkpoint = weights.checkpoint
     if weights.converted:
         return "materialise"
     if checkpoint.kind == "gguf":
-        return "dequantise"
-    floating = {checkpoint.tensors[name].dtype for name in weights.names.values()} & _FLOATING
+        return "gguf"
+    plain = {name: entry for name, entry in order.sources.items() if name not in order.packed}
+    if any(isinstance(entry, PackedEntry) for entry in plain.values()):
+        return "convert"
+    floating = {entry.dtype for entry in plain.values()} & _FLOATING
     if "float64" in floating:  # some engines have no such type to cast from
         return "convert"
     return "link" if floating <= {dtype} or majority_dtype(checkpoint) == dtype else "convert"
@@ -106,22 +129,21 @@ def _way(weights: Weights, dtype: str) -> Literal["link", "convert", "dequantise
 
 def _look_at_others(order: _Order) -> None:
     """Count what the floating tensors of another dtype lose when they are cast later on."""
-    tensors = order.weights.checkpoint.stored
-    used = tensors.values() if order.weights.converted else map(tensors.__getitem__, set(order.weights.names.values()))
+    checkpoint = order.weights.checkpoint
+    used = checkpoint.stored.values() if order.weights.converted else order.sources.values()
     for entry in used:
-        if entry.dtype in _FLOATING - {order.narrowing.dtype}:
+        if isinstance(entry, TensorEntry) and entry.dtype in _FLOATING - {order.narrowing.dtype}:
             order.narrowing.look_at(entry)
 
 
-def _link(order: _Order) -> list[FileEntry]:
+def _link(order: _Order) -> Placed:
     """Place the files as they are. Beyond HASH_LIMIT_BYTES they are linked and not hashed, so that no byte is read.
 
     The others are copied where no reflink can be made: onnx refuses weights in a file with several hard links
     (onnx.load, onnx.checker), and copying takes less time than hashing.
     """
     _look_at_others(order)
-    tensors = order.weights.checkpoint.stored
-    files = sorted({tensors[name].file for name in order.weights.names.values()})
+    files = sorted({part.file for entry in order.sources.values() for part in _parts(entry).values()})
     hashed = sum(file.stat().st_size for file in files) <= HASH_LIMIT_BYTES
     entries = []
     names = [file.name for file in files]
@@ -129,23 +151,54 @@ def _link(order: _Order) -> list[FileEntry]:
         copy = order.target / (file.name if names.count(file.name) == 1 else f"{number:05}-{file.name}")
         place_file(file, copy, link=not hashed)
         entries.append(_entry(copy, file_sha256(copy) if hashed else None))
-    return entries
+    return Placed(entries, {name: _described(entry) for name, entry in order.packed.items()})
 
 
-def _convert(order: _Order) -> list[FileEntry]:
+def _convert(order: _Order) -> Placed:
     """Copy the tensors that the model takes, the floating ones in another dtype, a few megabytes at a time."""
-    tensors = order.weights.checkpoint.stored
-    entries = {name: tensors[name] for name in sorted(set(order.weights.names.values()))}
+    entries, kept = order.sources, order.packed
     ways = dict.fromkeys(entries, order.narrowing)
     names = order.weights.names
     for name in {names[wide] for wide in kept_wide(order.model, order.narrowing.dtype, names)}:
-        order.narrowing.look_at(entries[name])  # the stages cast it
-        ways[name] = Narrowing(order.narrowing.path, "float32")
+        entry = entries[name]
+        if isinstance(entry, TensorEntry):
+            order.narrowing.look_at(entry)  # the stages cast it
+            ways[name] = Narrowing(order.narrowing.path, "float32")
+    parts = {part.name: part for entry in kept.values() for part in entry.parts.values()}
     specs = [
         (name, ways[name].dtype if entry.dtype in _FLOATING else entry.dtype, entry.shape)
         for name, entry in entries.items()
-    ]
-    return [order.write(specs, lambda name: ways[name].chunks(entries[name]))]
+        if name not in kept
+    ] + [(part.name, part.dtype, part.shape) for part in parts.values()]
+
+    def chunks(name: str) -> Iterable[Any]:
+        if name in parts:
+            return stored_bytes(parts[name])
+        entry = entries[name]
+        if isinstance(entry, PackedEntry):
+            return [ways[name].converted(name, Packed.of(entry).numpy())]
+        return ways[name].chunks(entry)
+
+    return Placed([order.write(specs, chunks)], {name: _described(entry) for name, entry in kept.items()})
+
+
+def _parts(entry: Entry) -> Mapping[str, TensorEntry]:
+    return entry.parts if isinstance(entry, PackedEntry) else {"": entry}
+
+
+def _described(entry: PackedEntry) -> PackedWeight:
+    """What the manifest says of it: its parts keep their names."""
+    return _packed_weight(entry.packing, {role: part.name for role, part in entry.parts.items()})
+
+
+def _packed_weight(packing: Packing, parts: dict[str, str]) -> PackedWeight:
+    return PackedWeight(
+        method=packing.method,
+        settings=dict(packing.settings),
+        shape=packing.shape,
+        dtype=packing.dtype,  # type: ignore[arg-type]
+        parts=parts,
+    )
 
 
 def kept_wide(model: Any, dtype: str, names: Iterable[str]) -> set[str]:
@@ -158,18 +211,40 @@ def kept_wide(model: Any, dtype: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if pattern.search(name)}
 
 
-def _dequantise(order: _Order) -> list[FileEntry]:
-    """Write a .gguf file's tensors as floating ones, in transformers' layout."""
+def _gguf(order: _Order) -> Placed:
+    """Write a .gguf file's tensors in transformers' layout: packed ones as bytes [rows, bytes of a row], the others as
+    floating ones."""
     names = order.weights.names
     tensors = dict([*order.model.named_parameters(remove_duplicate=False), *order.model.named_buffers()])
     shapes = {names[name]: tuple(tensor.shape) for name, tensor in tensors.items() if name in names}
-    read = GgufTensors(order.weights.checkpoint, order.model).read
-    specs = [(name, order.narrowing.dtype, shape) for name, shape in shapes.items()]
-    return [order.write(specs, lambda name: [order.narrowing.converted(name, read(name))])]
+    held = GgufTensors(order.weights.checkpoint, order.model)
+    rows = {name: found for name in shapes if order.keep and (found := held.packed_rows(name)) is not None}
+    packed = {
+        name: _packed_weight(
+            Packing("gguf", {"type": found.type}, shapes[name], order.narrowing.dtype), {"blocks": name}
+        )
+        for name, found in rows.items()
+    }
+    specs = [
+        (name, "uint8", rows[name].shape) if name in rows else (name, order.narrowing.dtype, shape)
+        for name, shape in shapes.items()
+    ]
+
+    def data(name: str) -> Iterable[Any]:
+        return rows[name].chunks() if name in rows else [order.narrowing.converted(name, held.read(name))]
+
+    return Placed([order.write(specs, data)], packed)
 
 
-def _materialise(order: _Order) -> list[FileEntry]:
+def _materialise(order: _Order) -> Placed:
     """Let transformers load the model, merging or splitting tensors as it does, and write what it got."""
+    for entry in order.weights.checkpoint.tensors.values():
+        if isinstance(entry, PackedEntry):
+            raise TensorsError(
+                f"{order.weights.checkpoint.path} is quantised ({entry.packing.method}), and its tensors have to be "
+                f"merged into those of {type(order.model).__name__}, which is not supported; export the checkpoint "
+                "that it was made of"
+            )
     _look_at_others(order)
     try:
         with folder_for_transformers(order.weights.checkpoint) as folder:
@@ -199,9 +274,10 @@ def _materialise(order: _Order) -> list[FileEntry]:
         raise missing_error(order.weights.checkpoint, model, missing)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in order.weights.names}
     specs = [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()]
-    return [
-        order.write(specs, lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))])
-    ]
+    written = order.write(
+        specs, lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))]
+    )
+    return Placed([written])
 
 
 def linked_note(folder: Path, entries: Sequence[FileEntry]) -> list[str]:
@@ -215,7 +291,7 @@ def linked_note(folder: Path, entries: Sequence[FileEntry]) -> list[str]:
     ]
 
 
-_WAYS = {"link": _link, "convert": _convert, "dequantise": _dequantise, "materialise": _materialise}
+_WAYS = {"link": _link, "convert": _convert, "gguf": _gguf, "materialise": _materialise}
 
 
 def _entry(file: Path, sha256: str | None) -> FileEntry:

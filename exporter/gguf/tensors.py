@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,8 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 _UNUSED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # what the rotary base gives; llama.cpp does not read it
+_FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+_CHUNK_BYTES = 16 * 1024**2
 _name_map = lru_cache(maxsize=4)(gguf.get_tensor_name_map)
 
 
@@ -58,8 +61,7 @@ class GgufTensors:
             result = self._processor.process(
                 weights=dequantised(self._checkpoint.stored[source]),
                 name=source,
-                tensor_key_mapping={name.removesuffix(".weight"): p for name, p in self._parameter_of.items()},
-                parsed_parameters={"tensors": merged},
+                **self._about(merged),
             )
         values = np.asarray(merged.get(parameter, result.weights))
         if values.shape != self._shapes[parameter]:
@@ -68,6 +70,31 @@ class GgufTensors:
                 f"{list(self._shapes[parameter])} by the metadata; the file is damaged or was converted wrongly"
             )
         return values
+
+    def packed_rows(self, tensor: str) -> "PackedRows | None":
+        """The rows of a quantised matrix as they lie in the file, in transformers' order; None for other tensors, and
+        where transformers makes its parameter of it in another way than by moving rows."""
+        entry, parameter = self._checkpoint.stored[tensor], self._parameter_of[tensor]
+        if entry.dtype in _FLOATING or len(entry.shape) != 2 or self._sources[parameter] != [tensor]:
+            return None
+        count, shown = entry.shape[0], min(2, entry.shape[1])
+        marks = (np.arange(count)[:, None] * shown + np.arange(shown)).astype(np.float64)
+        try:
+            moved = np.asarray(self._processor.process(weights=marks, name=tensor, **self._about({})).weights)
+        except (ValueError, RuntimeError, IndexError, TypeError):  # it looks at more than rows
+            return None
+        if moved.shape != marks.shape or self._shapes[parameter] != entry.shape:
+            return None
+        order = moved[:, 0].astype(np.int64) // shown
+        if not np.array_equal(moved, marks[order.clip(0, count - 1)]) or not np.array_equal(
+            np.sort(order), np.arange(count)
+        ):
+            return None
+        return PackedRows(entry, order)
+
+    def _about(self, merged: dict[str, Any]) -> dict[str, Any]:
+        mapping = {name.removesuffix(".weight"): p for name, p in self._parameter_of.items()}
+        return {"tensor_key_mapping": mapping, "parsed_parameters": {"tensors": merged}}
 
     def _names(self, model: Any) -> dict[str, str]:
         tied: dict[int, list[str]] = {}
@@ -89,6 +116,32 @@ class GgufTensors:
                 )
             found[name] = self._sources[source][0]
         return found
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The rows of a quantised tensor in another order: row i is row `order[i]` of the file."""
+
+    entry: TensorEntry
+    order: NDArray[np.int64]
+
+    @property
+    def type(self) -> str:
+        """gguf's name of the quantisation."""
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and bytes of each."""
+        count = len(self.order)
+        return count, self.entry.size_bytes // count
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes, a few megabytes at a time."""
+        data = np.memmap(self.entry.file, np.uint8, "r", self.entry.offset, self.shape)
+        step = max(1, _CHUNK_BYTES // self.shape[1])
+        for first in range(0, len(self.order), step):
+            yield data[self.order[first : first + step]].reshape(-1).data
 
 
 def check_types(checkpoint: Checkpoint) -> None:

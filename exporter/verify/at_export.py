@@ -23,7 +23,7 @@ from stageline.models.errors import ExportError, StagelineError
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import LENGTH, Manifest
-from stageline.runtime.engines import Array, engine_factory
+from stageline.runtime.engines import Array, WeightDtype, engine_factory
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline
@@ -64,7 +64,13 @@ def run_at_export(bundle: Bundle, wanted: Wanted) -> str:
             return run_one_block(bundle, _long(bundle, bundle.parameters // bundle.manifest.blocks), WHOLE_BYTES)
         wanted.progress("running it")
         threads = 1 if bundle.parameters * _LONG < _ONE_CORE else None
-        options = PipelineOptions(threads=threads, slots=1, capacity=_capacity(bundle.manifest), prefill_chunk=_CHUNK)
+        options = PipelineOptions(
+            threads=threads,
+            slots=1,
+            capacity=_capacity(bundle.manifest),
+            prefill_chunk=_CHUNK,
+            quantise=_exact(bundle.manifest),
+        )
         with Pipeline.open(bundle.path, options) as pipeline, _torch_threads(threads):
             return _Trial.of(pipeline, bundle, wanted).run()
     except StagelineError as error:
@@ -80,6 +86,11 @@ def _what_to_do(wanted: Wanted) -> str:
         return f"{damage}; download it again, or ask who trained it"
     report = "report this line with the checkpoint's config.json"
     return report if wanted.dtype == "float32" else f"try --dtype float32, and {report}"
+
+
+def _exact(manifest: Manifest) -> WeightDtype | None:
+    """With what weights it runs: those that a checkpoint has quantised as the numbers that they mean."""
+    return "float32" if manifest.packed else None
 
 
 def _capacity(manifest: Manifest) -> int | None:

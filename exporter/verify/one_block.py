@@ -41,7 +41,10 @@ def run_one_block(bundle: Bundle, long: int, most_bytes: int) -> str:
         file = Path(folder) / stage.file
         ir.save(model, file)
         engine = engine_factory("onnxruntime")(
-            StageFile(number, file, bundle.path, stage.caches), CpuDevice(allowed_cores()), _cache(stage, long)
+            StageFile(number, file, bundle.path, stage.caches),
+            CpuDevice(allowed_cores()),
+            _cache(stage, long),
+            quantise="float32" if manifest.packed else None,
         )
     names = [spec.name for spec in stage.outputs]
     rng = np.random.default_rng(0)

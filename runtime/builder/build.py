@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from stageline.models.errors import BundleError, EngineError
+from stageline.models.tensors import PackedEntry
 from stageline.runtime.builder.memory import at_a_time, check_fits
 from stageline.runtime.builder.network import REVISION
 from stageline.runtime.builder.processes import Answer, Workers
@@ -211,12 +212,16 @@ def _digests(bundle: Bundle) -> Callable[[tuple[str, ...]], str]:
     def of_tensor(name: str) -> bytes:
         entry = bundle.tensors[name]
         digest = hashlib.sha256(f"{entry.dtype} {entry.shape}".encode())
-        with entry.file.open("rb") as file:
-            file.seek(entry.offset)
-            left = entry.size_bytes
-            while left and (data := file.read(min(left, 1 << 24))):
-                digest.update(data)
-                left -= len(data)
+        if isinstance(entry, PackedEntry):
+            digest.update(f"{entry.packing.method} {sorted(entry.packing.settings.items())}".encode())
+        parts = entry.parts.values() if isinstance(entry, PackedEntry) else [entry]
+        for part in parts:
+            with part.file.open("rb") as file:
+                file.seek(part.offset)
+                left = part.size_bytes
+                while left and (data := file.read(min(left, 1 << 24))):
+                    digest.update(data)
+                    left -= len(data)
         return digest.digest()
 
     @cache

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
+from stageline.models import packing
 from stageline.models.errors import BundleError, CheckpointError
 from stageline.models.safetensors_file import header_sha256, read_header
-from stageline.models.tensors import TensorEntry
+from stageline.models.tensors import Entry, PackedEntry, Packing, TensorEntry
 from stageline.runtime.bundle.hub_cache import stays_inside
-from stageline.runtime.bundle.manifest import FileEntry, Manifest
+from stageline.runtime.bundle.manifest import FileEntry, Manifest, UncutManifest
 from stageline.runtime.validation import read_document
 
 MANIFEST = "manifest.json"
@@ -29,7 +30,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    tensors: dict[str, TensorEntry] = field(repr=False)
+    tensors: dict[str, Entry] = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":
@@ -48,27 +49,23 @@ class Bundle:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(lambda entry: _check_file(folder, entry), manifest.files):
                 pass
-        tensors: dict[str, TensorEntry] = {}
-        for name in manifest.weight_files:
-            try:
-                tensors.update(read_header(folder / name))
-            except CheckpointError as error:
-                raise BundleError(f"bundle {folder}: {error}") from error
-        return cls(folder, manifest, tensors)
+        return cls(folder, manifest, tensors_of(folder, manifest))
 
     @property
     def parameters(self) -> int:
         """Parameters of the whole model; a tensor that two stages read counts once."""
-        return sum(math.prod(entry.shape) for entry in self._weights())
+        return sum(math.prod(entry.shape) for entry in self.weights.values())
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the whole model's weights on disk."""
-        return sum(entry.size_bytes for entry in self._weights())
+        return sum(entry.size_bytes for entry in self.weights.values())
 
-    def _weights(self) -> list[TensorEntry]:
-        names = {name for use in self.manifest.uses for name in use.weights.values()}
-        return [self.tensors[name] for name in names]
+    @property
+    def weights(self) -> dict[str, Entry]:
+        """The tensors that the model reads, by name; those that hold a packed weight are only in it."""
+        names = dict.fromkeys(name for use in self.manifest.uses for name in use.weights.values())
+        return {name: self.tensors[name] for name in names}
 
     def parts(self) -> list[ir.Model]:
         """The graphs of the parts. BundleError if one can no longer be read."""
@@ -78,6 +75,38 @@ class Bundle:
             raise BundleError(
                 f"bundle {self.path}: {error.filename} cannot be read ({error.strerror}); export the bundle again"
             ) from error
+
+
+def tensors_of(folder: Path, manifest: UncutManifest) -> dict[str, Entry]:
+    """Where each tensor of the bundle's weight files lies, and what its packed weights are made of, by name.
+
+    BundleError if a file cannot be read, or a packed weight is of an unknown method or of tensors that are not there.
+    """
+    stored: dict[str, TensorEntry] = {}
+    for name in manifest.weight_files:
+        try:
+            stored.update(read_header(folder / name))
+        except CheckpointError as error:
+            raise BundleError(f"bundle {folder}: {error}") from error
+    tensors: dict[str, Entry] = {**stored}
+    for name, packed in (manifest.packed or {}).items():
+        for part in packed.parts.values():
+            if part not in stored:
+                raise BundleError(
+                    f"bundle {folder}: no weight file holds tensor {part!r}, which {name} is packed in; "
+                    "export the bundle again"
+                )
+        entry = PackedEntry(
+            name,
+            Packing(packed.method, packed.settings, packed.shape, packed.dtype),
+            {role: stored[part] for role, part in packed.parts.items()},
+        )
+        try:
+            packing.check(entry.packing, {role: (part.dtype, part.shape) for role, part in entry.parts.items()})
+        except CheckpointError as error:
+            raise BundleError(f"bundle {folder}: packed weight {name}: {error}; export the bundle again") from error
+        tensors[name] = entry
+    return tensors
 
 
 def read_manifest(folder: Path) -> Manifest:

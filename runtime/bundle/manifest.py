@@ -68,6 +68,17 @@ class CacheSpec(Data):
     value_size: int = Field(gt=0)
 
 
+class PackedWeight(Data):
+    """A quantised weight. `method` and `settings` say how the tensors `parts` of the weight files, by their role, are
+    unpacked to its values, of `shape` (docs/reference/bundle.md); `dtype`: the type of the model that it is of."""
+
+    method: str
+    settings: dict[str, int | str] = Field(default_factory=dict)
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    parts: dict[str, ValueName] = Field(min_length=1)
+
+
 class Part(Data):
     """One traced graph: the prologue, one distinct kind of block, or the epilogue.
 
@@ -205,7 +216,7 @@ class UncutManifest(Data):
     """The manifest of a bundle, except its stages: what they are stitched from."""
 
     format: Literal["stageline-bundle"] = "stageline-bundle"
-    version: Literal[2, 3, 4] = 4
+    version: Literal[2, 3, 4, 5] = 4  # 5 where weights are packed
     task: str  # as Hugging Face names it: feature-extraction, sentence-similarity, text-classification, ...
     architecture: str  # the config's model_type
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -222,6 +233,7 @@ class UncutManifest(Data):
     labels: tuple[str, ...] | None = None  # of a classifier
     generation: GenerationDefaults | None = None  # of a model that generates; None up to version 3
     activation: Activation = "softmax"  # makes a classifier's scores of its logits
+    packed: dict[str, PackedWeight] | None = None  # quantised weights, by the names that uses have for them
     weight_files: tuple[BundlePath, ...]
     files: tuple[FileEntry, ...]
     trace: str  # "stamped" or "full", and why

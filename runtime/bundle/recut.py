@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 from stageline.models.errors import BundleError, StagelineError
 from stageline.models.place_file import place_file
-from stageline.models.tensors import TensorEntry
+from stageline.models.tensors import Entry
 from stageline.runtime.bundle.balance import balance, part_costs
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.folder import (
@@ -48,7 +48,7 @@ def check_stages(blocks: int, stages: int | Sequence[int]) -> None:
 def write_stages(
     folder: Path,
     manifest: UncutManifest,
-    tensors: dict[str, TensorEntry],
+    tensors: dict[str, Entry],
     parts: Sequence[ir.Model],
     counts: Sequence[int],
 ) -> tuple[list[Stage], list[FileEntry]]:

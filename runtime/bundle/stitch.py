@@ -11,13 +11,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 from stageline.models.errors import BundleError
-from stageline.models.tensors import TensorEntry
+from stageline.models.tensors import Entry, PackedEntry, TensorEntry
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, ir_dtype, size_read
 from stageline.runtime.bundle.manifest import CacheSpec, Stage, TensorSpec, Use, uses_of
+from stageline.runtime.bundle.packed import dequantise_node
 
 
-def stitch(crossing: Crossing, number: int, tensors: Mapping[str, TensorEntry], folder: Path) -> tuple[ir.Model, Stage]:
+def stitch(crossing: Crossing, number: int, tensors: Mapping[str, Entry], folder: Path) -> tuple[ir.Model, Stage]:
     """Stage `number` as a model whose weights are references into the weight files of `folder`."""
     first, end = crossing.ranges[number]
     uses = uses_of(crossing.manifest.uses, first, end)
@@ -55,7 +56,7 @@ def stitch(crossing: Crossing, number: int, tensors: Mapping[str, TensorEntry], 
 class _Builder:
     """Builds one stage's graph use by use. `values` maps names of the model's values to values of the graph."""
 
-    def __init__(self, crossing: Crossing, tensors: Mapping[str, TensorEntry], folder: Path):
+    def __init__(self, crossing: Crossing, tensors: Mapping[str, Entry], folder: Path):
         self.crossing, self.tensors, self.folder = crossing, tensors, folder
         self.values: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []
@@ -160,7 +161,8 @@ class _Builder:
         raise BundleError(f"no tensor that crosses the cut has dimension {size!r}; export the bundle again")
 
     def weight(self, name: str, local: ir.Value) -> ir.Value:
-        """The weight `name` as an initializer that refers to its file, with a Cast if the file has another dtype."""
+        """The weight `name` as an initializer that refers to its file, with a Cast if the file has another dtype; of a
+        packed one its parts, and the operator that unpacks them."""
         if name in self.weights:
             return self.weights[name]
         entry = self.tensors.get(name)
@@ -172,6 +174,29 @@ class _Builder:
                 f"bundle {self.folder}: tensor {name!r} has shape {list(entry.shape)}, the graph needs "
                 f"{list(local.shape)}; export the bundle again"
             )
+        if isinstance(entry, PackedEntry):
+            self.weights[name] = self.unpacked(entry, local)
+            return self.weights[name]
+        value = self.stored(name, entry)
+        if local.dtype is not None and value.dtype != local.dtype:
+            cast = ir.node("Cast", [value], {"to": int(local.dtype)})
+            value = cast.outputs[0]
+            value.name, value.shape, value.type = f"{name}.{local.dtype.name.lower()}", local.shape, local.type
+            self.nodes.append(cast)
+        self.weights[name] = value
+        return value
+
+    def unpacked(self, entry: PackedEntry, local: ir.Value) -> ir.Value:
+        parts = {role: self.stored(f"{entry.name}.{role}", part) for role, part in entry.parts.items()}
+        node = dequantise_node(entry.packing, parts)
+        node.name = f"{entry.name}.dequantise"
+        value = node.outputs[0]
+        value.name, value.shape, value.type = entry.name, local.shape, local.type
+        self.nodes.append(node)
+        self.opsets[node.domain] = 1
+        return value
+
+    def stored(self, name: str, entry: TensorEntry) -> ir.Value:
         dtype = ir_dtype(entry.dtype)
         data = ir.ExternalTensor(
             location=entry.file.relative_to(self.folder).as_posix(),
@@ -184,12 +209,6 @@ class _Builder:
         )
         value = ir.Value(name=name, shape=ir.Shape(entry.shape), type=ir.TensorType(dtype), const_value=data)
         self.initializers[name] = value
-        if local.dtype is not None and dtype != local.dtype:
-            cast = ir.node("Cast", [value], {"to": int(local.dtype)})
-            value = cast.outputs[0]
-            value.name, value.shape, value.type = f"{name}.{local.dtype.name.lower()}", local.shape, local.type
-            self.nodes.append(cast)
-        self.weights[name] = value
         return value
 
 

@@ -9,7 +9,7 @@ from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.devices.base import Array, Device, Value
 
 CacheDtype = Literal["float32", "float16"]
-WeightDtype = Literal["int4", "int8"]
+WeightDtype = Literal["int4", "int8", "float32"]
 __all__ = [
     "Array",
     "CacheDtype",

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from stageline.models.tensors import TensorEntry
+from stageline.models.tensors import Entry, PackedEntry
 from stageline.runtime.bundle.crossing import Crossing
 from stageline.runtime.bundle.graph import ir_dtype
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.engines.lowering.nbits import MIN_WEIGHTS, bytes_per_weight
+from stageline.runtime.engines.lowering.nbits import MIN_WEIGHTS, packed_bytes, quantised_bytes
 from stageline.runtime.workload import Shape
 
 _FREE_SIZE = 64  # of a dimension that is neither batch, length nor picks, as in bundle.graph.size_bytes
@@ -44,7 +44,7 @@ class UseCost:
 
 def use_costs(
     manifest: Manifest,
-    tensors: Mapping[str, TensorEntry],
+    tensors: Mapping[str, Entry],
     parts: Sequence[ir.Model],
     shape: Shape,
     cache_itemsize: int = 4,
@@ -53,17 +53,14 @@ def use_costs(
 ) -> list[UseCost]:
     """The cost of each use in order: prologue, blocks, epilogue. A cache holds elements of `cache_itemsize` bytes.
 
-    Weights count as `itemsize` bytes each, whatever the files hold (engines for the CPU compute in float32), or with
-    `quantise` as engines opened with it hold them: matrices quantised, the rest in float32.
+    Weights count as ONNX Runtime on CPUs holds them with this `quantise`: quantised matrices, the rest in float32; with
+    "float32", or without packed weights and `quantise`, as `itemsize` bytes each, whatever the files hold.
     """
     graphs = [_Graph(part, [w.name for w in manifest.parts[n].weights], shape) for n, part in enumerate(parts)]
     costs = []
     for use in manifest.uses:
         graph, caches = graphs[use.part], manifest.parts[use.part].caches
-        held = {
-            local: bytes_per_weight(quantise) if quantise and local in graph.matrices else itemsize
-            for local in use.weights
-        }
+        held = {local: graph.held(local, tensors[name], quantise, itemsize) for local, name in use.weights.items()}
         # By the tensor's name, so that one that is used twice counts once.
         held_bytes = {name: held[local] * math.prod(tensors[name].shape) for local, name in use.weights.items()}
         token_bytes = cache_itemsize * sum(cache.heads * (cache.key_size + cache.value_size) for cache in caches)
@@ -90,7 +87,8 @@ class _Graph:
         self.dims: dict[ir.Value, _Dims | None] = {}
         self.weight_of: dict[ir.Value, str] = {v: str(v.name) for v in model.graph.inputs if v.name in set(weights)}
         self.weight_reads: dict[str, int] = {}  # elements
-        self.matrices: set[str] = set()  # weights that engines quantise if asked to
+        self.matrices: dict[str, int] = {}  # weights that are multiplied by, and how many rows of a product's operand
+        self.tables: set[str] = set()  # weights whose rows are looked up
         self.flops = self.elementwise = self.activation_bytes = 0
         for node in model.graph.all_nodes():
             self._visit(node)
@@ -141,16 +139,31 @@ class _Graph:
                 looked_up = node.op_type.startswith("Gather") and value is first
                 count = self.elements(node.outputs[0]) if looked_up else self.elements(value)
                 self.weight_reads[self.weight_of[value]] = count
-                if self._quantised(node, value):
-                    self.matrices.add(self.weight_of[value])
+                if looked_up:
+                    self.tables.add(self.weight_of[value])
+                if node.op_type in ("MatMul", "Gemm") and value is node.inputs[1] and len(self.of(value) or ()) == 2:
+                    self.matrices[self.weight_of[value]] = self._summed(node, value)
             elif value.const_value is None:
                 self.activation_bytes += self.bytes_of(value)
         self.activation_bytes += sum(self.bytes_of(value) for value in node.outputs)
 
-    def _quantised(self, node: ir.Node, weight: ir.Value) -> bool:
-        """Whether engines quantise the weight on request: a large matrix that the first input is multiplied by."""
-        multiplies = node.op_type in ("MatMul", "Gemm") and weight is node.inputs[1]
-        return multiplies and len(self.of(weight) or ()) == 2 and self.elements(weight) >= MIN_WEIGHTS
+    def _summed(self, node: ir.Node, weight: ir.Value) -> int:
+        """The size of the matrix that the product is summed over."""
+        turned = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+        return (self.of(weight) or (0, 0))[1 if turned else 0]
+
+    def held(self, local: str, tensor: Entry, quantise: WeightDtype | None, itemsize: float) -> float:
+        """Bytes that an engine holds of each value of the weight."""
+        size, columns = math.prod(tensor.shape), self.matrices.get(local)
+        if isinstance(tensor, PackedEntry) and quantise != "float32":
+            product, table = packed_bytes(tensor)
+            if columns is not None and columns == tensor.shape[-1]:
+                return product / size
+            if local in self.tables:
+                return table / size
+        elif columns is not None and quantise not in (None, "float32") and size >= MIN_WEIGHTS:
+            return quantised_bytes(size // columns, columns, quantise) / size
+        return itemsize
 
 
 def _inferred(node: ir.Node, inputs: Sequence[_Dims | None]) -> _Dims | None:

@@ -81,12 +81,16 @@ class Planner:
         if quantise is not None:
             return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, quantise=quantise)))
         cached, held = 2 if quantise_for(self.dtype) else 4, _ITEMSIZE[self.dtype]
-        return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, cached, itemsize=held)))
+        packed: WeightDtype | None = None if self._here else "float32"
+        return cache(lambda shape: tuple(use_costs(manifest, self.bundle.tensors, parts, shape, cached, packed, held)))
+
+    @property
+    def _here(self) -> bool:
+        return self.cluster.local or any(isinstance(kind.device, Cores) for kind in self.cluster.kinds)
 
     @property
     def _quantise(self) -> WeightDtype | None:
-        here = self.cluster.local or any(isinstance(kind.device, Cores) for kind in self.cluster.kinds)
-        return quantise_for(self.dtype) if here else None
+        return quantise_for(self.dtype) if self._here else None
 
     @cached_property
     def _timings(self) -> Callable[[int], Timings]:
@@ -109,7 +113,7 @@ class Planner:
         cached_tokens = self.workload.slots * self.workload.capacity if manifest.cached else 0
         first, last = manifest.uses[0], manifest.uses[-1]
         tied = set(first.weights.values()) & set(last.weights.values())
-        if self._quantise is not None:  # the embedding table stays beside the quantised matrix
+        if self._quantise is not None or (manifest.packed and self._here):  # the table is beside the matrix
             tied = set()
         return Problem(
             devices=tuple(self._device(kind, shape, costs, beside) for kind in self.cluster.kinds),
@@ -319,7 +323,7 @@ class Planner:
 
 def quantise_for(dtype: str) -> WeightDtype | None:
     """The `quantise` option that makes an engine hold weights in `dtype`; None if it needs none."""
-    return next((known for known in get_args(WeightDtype) if known == dtype), None)
+    return next((known for known in get_args(WeightDtype) if known == dtype != "float32"), None)
 
 
 def _rounded(shape: Shape) -> Shape:

@@ -107,7 +107,7 @@ class Opener:
 def check_same_model(running: Bundle, new: Bundle) -> None:
     """BundleError unless `new` differs from `running` in its weights only: it can then take over a running pipeline."""
     a, b = running.manifest, new.manifest
-    shapes = [{name: tuple(entry.shape) for name, entry in bundle.tensors.items()} for bundle in (running, new)]
+    shapes = [{name: tuple(entry.shape) for name, entry in bundle.weights.items()} for bundle in (running, new)]
     unlike = next((name for name, shape in shapes[0].items() if shapes[1].get(name) != shape), None)
     for what, old, other in (
         ("architecture", a.architecture, b.architecture),

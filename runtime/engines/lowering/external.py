@@ -5,16 +5,36 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from stageline.models.tensors import TensorEntry
+from stageline.runtime.bundle.graph import ir_dtype
 from stageline.runtime.bundle.hub_cache import repository_of
 from stageline.runtime.engines.base import Array
 
+Stored = ir.ExternalTensor | ir.LazyTensor
+"""A weight that stays on disk until it is read; a lazy one is unpacked then."""
 
-def read_external(tensor: ir.ExternalTensor) -> Array:
-    """The tensor on disk as an array, memory-mapped. onnx_ir itself refuses to read hard-linked files, which a bundle's
-    weights may be."""
+
+def read_stored(tensor: Stored) -> Array:
+    """The weight as an array, memory-mapped unless it is unpacked. onnx_ir itself refuses to read hard-linked files,
+    which a bundle's weights may be."""
+    if isinstance(tensor, ir.LazyTensor):
+        return tensor.numpy()
     kind = tensor.dtype.numpy()
     data = np.memmap(tensor.path, np.uint8, "r", tensor.offset or 0, (tensor.size * kind.itemsize,))
     return data.view(kind).reshape(tensor.shape.numpy())
+
+
+def in_file(entry: TensorEntry) -> ir.ExternalTensor:
+    """A tensor of a weight file, not read."""
+    return ir.ExternalTensor(
+        entry.file.name,
+        entry.offset,
+        entry.size_bytes,
+        ir_dtype(entry.dtype),
+        shape=ir.Shape(entry.shape),
+        name=entry.name,
+        base_dir=entry.file.parent,
+    )
 
 
 def root_of(folder: Path) -> Path:

@@ -1,9 +1,12 @@
-"""Lower the matrix products of a stage to ONNX Runtime's MatMulNBits: weights of 4 or 8 bits, quantised on opening.
+"""Lower the matrix products of a stage to ONNX Runtime's MatMulNBits: weights of 4 or 8 bits, a checkpoint's own or
+quantised on opening.
 
-Each block of 32 weights of a row has its own scale and zero point, which cover its minimum, its maximum and zero
-evenly. Activations are quantised to 8 bits inside the operator (accuracy level 4), as in llama.cpp.
+Weights of other widths are stored in the next one. Activations are quantised to 8 bits inside the operator (accuracy
+level 4), as in llama.cpp.
 """
 
+import math
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -11,67 +14,74 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from stageline.models.errors import EngineError
+from stageline.models.tensors import PackedEntry
 from stageline.runtime.engines.base import WeightDtype
-from stageline.runtime.engines.lowering.external import read_external
+from stageline.runtime.engines.lowering.external import Stored, read_stored
+from stageline.runtime.engines.lowering.nbits_operands import BLOCK, Operands, operand_bytes, operands
+from stageline.runtime.engines.lowering.packed import Packed
+from stageline.runtime.engines.lowering.packed_rows import table_bytes
+from stageline.runtime.engines.lowering.rounding import rounded
 
-BLOCK = 32
-MIN_WEIGHTS = 1 << 14  # smaller matrices are not quantised
+MIN_WEIGHTS = 1 << 14  # smaller matrices are not quantised on opening
 MAX_GRAPH_BYTES = 1_900_000_000  # of one graph: protobuf ends at 2 GiB
 _BITS = {"int4": 4, "int8": 8}
+_PACKED_BYTES: dict[Hashable, tuple[int, int]] = {}
 
 
-def to_nbits(model: ir.Model, dtype: WeightDtype) -> ir.Model:
-    """Lower `model`, whose activations are float32, in place and return it. EngineError if its weights do not fit into
-    one graph."""
-    bits = _BITS[dtype]
-    made: dict[ir.Value, list[ir.Value]] = {}
-    total = 0
+def to_nbits(model: ir.Model, dtype: WeightDtype | None) -> ir.Model:
+    """Lower `model`, whose activations are float32, in place and return it: the products of packed weights, and with
+    `dtype` those of others. EngineError if its weights do not fit into one graph."""
+    lowering = _Lowering(model.graph, dtype)
     for node in list(model.graph):
-        found = multiplied_weight(node, MIN_WEIGHTS)
-        if found is None:
-            continue
-        weight, transposed = found
-        if weight not in made:
-            array = _values(weight)
-            tensors = quantise(array if transposed else array.T, bits)
-            total += sum(tensor.nbytes for tensor in tensors)
-            if total > MAX_GRAPH_BYTES:
-                raise EngineError(
-                    f"the {dtype} weights of one stage have more than {MAX_GRAPH_BYTES / 1e9} GB; cut the bundle into "
-                    "more stages: stageline recut BUNDLE --stages N"
-                )
-            made[weight] = [_initializer(model.graph, f"{weight.name}.{dtype}.{i}", t) for i, t in enumerate(tensors)]
-        _replace(model.graph, node, made[weight], bits, weight, transposed)
+        found = multiplied_weight(node)
+        if found is not None:
+            lowering.visit(node, *found)
     model.graph.opset_imports["com.microsoft"] = 1
     RemoveUnusedNodesPass()(model)
     return model
 
 
 def bytes_per_weight(dtype: WeightDtype) -> float:
-    """Bytes of a quantised weight, including its share of its block's scale and zero point."""
-    return (BLOCK * _BITS[dtype] + 32 + _BITS[dtype]) / 8 / BLOCK
+    """Bytes of a quantised weight, including its share of its block's scale and zero point, and of what is left of its
+    offset."""
+    columns = BLOCK * BLOCK
+    return quantised_bytes(1, columns, dtype) / columns
 
 
-def quantise(weight: NDArray[np.float32], bits: int) -> list[NDArray[Any]]:
-    """weight [N, K] -> values uint8 [N, blocks, BLOCK * bits / 8], scales float32 [N, blocks], zero points uint8 [N,
-    blocks * bits / 8]. Two of four bits share a byte, the first in the lower half. weight ~ (value - zero) * scale."""
-    rows, columns = weight.shape
-    blocks = -(-columns // BLOCK)
-    padded = np.zeros((rows, blocks * BLOCK), np.float32)
-    padded[:, :columns] = weight
-    grouped = padded.reshape(rows, blocks, BLOCK)
-    top = 2**bits - 1
-    low, high = grouped.min(axis=2).clip(max=0), grouped.max(axis=2).clip(min=0)
-    scales = (high - low) / np.float32(top)
-    scales[scales == 0] = 1
-    zeros = np.rint(-low / scales).clip(0, top).astype(np.uint8)
-    values = (np.rint(grouped / scales[:, :, None]) + zeros[:, :, None]).clip(0, top).astype(np.uint8)
-    if bits == 4:
-        values = values[:, :, 0::2] | values[:, :, 1::2] << 4
-        even = np.zeros((rows, blocks + blocks % 2), np.uint8)
-        even[:, :blocks] = zeros
-        zeros = even[:, 0::2] | even[:, 1::2] << 4
-    return [values, scales, zeros]
+def quantised_bytes(rows: int, columns: int, dtype: WeightDtype) -> int:
+    """Bytes of a matrix that is quantised on opening."""
+    found = 4 * rows * columns if dtype == "float32" else operand_bytes(rows, columns, _BITS[dtype], BLOCK, False)
+    assert found is not None
+    return found
+
+
+def packed_bytes(entry: PackedEntry) -> tuple[int, int]:
+    """Bytes of a packed weight where it is multiplied by, and where its rows are looked up. Reads it, unless one of
+    this kind and shape was read before."""
+    packing = entry.packing
+    key = (packing.method, tuple(sorted(packing.settings.items())), packing.shape)
+    if key not in _PACKED_BYTES:
+        groups = Packed.of(entry).groups() if len(packing.shape) == 2 else None
+        wide = 4 * math.prod(packing.shape)
+        product, table = wide, wide
+        if groups is not None:
+            rows, columns = packing.shape
+            product = operand_bytes(rows, columns, groups.bits, groups.group, groups.zeros is not None) or wide
+            table = table_bytes(groups) or wide
+        _PACKED_BYTES[key] = product, table
+    return _PACKED_BYTES[key]
+
+
+def check_graph_size(model: ir.Model, what: str) -> None:
+    """EngineError if what would lie in the graph itself is more than one may hold."""
+    inside = (
+        v.const_value for v in model.graph.initializers.values() if not isinstance(v.const_value, ir.ExternalTensor)
+    )
+    if sum(tensor.nbytes for tensor in inside if tensor is not None) > MAX_GRAPH_BYTES:
+        raise EngineError(
+            f"the {what} weights of one stage have more than {MAX_GRAPH_BYTES / 1e9} GB; cut the bundle into more "
+            "stages: stageline recut BUNDLE --stages N"
+        )
 
 
 def multiplied_weight(node: ir.Node, min_weights: int = 1) -> tuple[ir.Value, bool] | None:
@@ -95,38 +105,104 @@ def multiplied_weight(node: ir.Node, min_weights: int = 1) -> tuple[ir.Value, bo
     return (value, transposed) if value.const_value.size >= min_weights else None
 
 
-def _values(weight: ir.Value) -> NDArray[np.float32]:
-    """The weight in float32."""
-    tensor = weight.const_value
-    assert tensor is not None
-    array = read_external(tensor) if isinstance(tensor, ir.ExternalTensor) else np.asarray(tensor.numpy())
-    return array.astype(np.float32)
+class _Lowering:
+    """Replaces products by MatMulNBits. What several of them read is made once: a weight's operands, and activations
+    in another order or with the sums of their blocks."""
 
+    def __init__(self, graph: ir.Graph, dtype: WeightDtype | None) -> None:
+        self.graph, self.dtype = graph, dtype
+        self.operands: dict[tuple[ir.Value, bool], tuple[Operands, list[ir.Value]] | None] = {}
+        self.made: dict[Hashable, ir.Value] = {}
 
-def _initializer(graph: ir.Graph, name: str, tensor: NDArray[Any]) -> ir.Value:
-    data = ir.tensor(tensor, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(data.dtype), const_value=data)
-    graph.register_initializer(value)
-    return value
+    def visit(self, node: ir.Node, weight: ir.Value, transposed: bool) -> None:
+        """Replace the product, if it is one of a packed weight or of one to be quantised."""
+        if (weight, transposed) not in self.operands:
+            found = self.operands_of(weight, transposed)
+            named = (
+                []
+                if found is None
+                else [self.initializer(f"{weight.name}.nbits.{i}", array) for i, array in enumerate(found.arrays)]
+            )
+            self.operands[weight, transposed] = None if found is None else (found, named)
+        held = self.operands[weight, transposed]
+        if held is not None:
+            self.replace(node, *held)
 
+    def operands_of(self, weight: ir.Value, transposed: bool) -> Operands | None:
+        tensor = weight.const_value
+        assert tensor is not None
+        if isinstance(tensor, Packed):
+            groups = tensor.groups() if transposed else None
+            return None if groups is None else operands(groups)
+        if self.dtype is None or tensor.size < MIN_WEIGHTS:
+            return None
+        array = read_stored(tensor) if isinstance(tensor, Stored) else np.asarray(tensor.numpy())
+        array = array.astype(np.float32)
+        return operands(rounded(array if transposed else array.T, _BITS[self.dtype], BLOCK))
 
-def _replace(
-    graph: ir.Graph, node: ir.Node, tensors: list[ir.Value], bits: int, weight: ir.Value, transposed: bool
-) -> None:
-    assert weight.const_value is not None
-    first, second = (int(size) for size in weight.const_value.shape.numpy())
-    rows, columns = (first, second) if transposed else (second, first)
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    product = ir.node(
-        "MatMulNBits",
-        [node.inputs[0], *tensors, None, bias],
-        {"K": columns, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": 4},
-        domain="com.microsoft",
-        name=f"{node.name}.nbits",
-    )
-    graph.insert_before(node, product)
-    result = product.outputs[0]
-    old = node.outputs[0]
-    result.name, result.shape, result.type = old.name, old.shape, old.type
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    def replace(self, node: ir.Node, weight: Operands, named: list[ir.Value]) -> None:
+        given = node.inputs[0]
+        assert given is not None
+        if weight.order is not None:
+            given = self.ordered(node, given, weight.order)
+        if weight.levels:
+            given = self.with_sums(node, given, weight)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        product = ir.node(
+            "MatMulNBits",
+            [given, *named, None, bias],
+            {
+                "K": weight.width, "N": len(weight.values), "bits": weight.bits, "block_size": weight.block,
+                "accuracy_level": 4,
+            },
+            domain="com.microsoft",
+            name=f"{node.name}.nbits",
+        )  # fmt: skip
+        self.graph.insert_before(node, product)
+        result, old = product.outputs[0], node.outputs[0]
+        result.name, result.shape, result.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+    def ordered(self, node: ir.Node, given: ir.Value, order: NDArray[np.int64]) -> ir.Value:
+        """The columns of the activations in another order."""
+        key = given, "order", order.tobytes()
+        if key not in self.made:
+            places = self.initializer(f"{node.name}.order", order)
+            self.made[key] = self.added(node, "Gather", [given, places], axis=-1)
+        return self.made[key]
+
+    def with_sums(self, node: ir.Node, given: ir.Value, weight: Operands) -> ir.Value:
+        """The activations [..., K], and after them the sum of each block, as often as there are levels."""
+        key = given, weight.block, weight.levels
+        if key not in self.made:
+            rank = 2 if node.op_type == "Gemm" else len(given.shape or node.outputs[0].shape or ())
+            shape = self.initializer(
+                f"{node.name}.blocks", np.array([0] * (rank - 1) + [weight.sums, weight.block], np.int64)
+            )
+            grouped = self.added(node, "Reshape", [given, shape])
+            last = self.initializer(f"{node.name}.last", np.array([-1], np.int64))
+            sums = self.added(node, "ReduceSum", [grouped, last], keepdims=0)
+            spaced = sums
+            if weight.levels > 1 and weight.padding:
+                pads = self.initializer(
+                    f"{node.name}.pads", np.array([0] * (2 * rank - 1) + [weight.padding], np.int64)
+                )
+                spaced = self.added(node, "Pad", [sums, pads])
+            parts = [given, *[spaced] * (weight.levels - 1), sums]
+            self.made[key] = self.added(node, "Concat", parts, axis=-1)
+        return self.made[key]
+
+    def added(self, node: ir.Node, operator: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        """The output of a new operator before the node."""
+        new = ir.node(operator, inputs, attributes, name=f"{node.name}.{operator.lower()}")
+        value = new.outputs[0]
+        value.name, value.type = f"{new.name}.out", ir.TensorType(ir.DataType.FLOAT)
+        self.graph.insert_before(node, new)
+        return value
+
+    def initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
+        data = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(data.dtype), const_value=data)
+        self.graph.register_initializer(value)
+        return value

@@ -11,8 +11,10 @@ from stageline.runtime.engines.lowering.external import locate_in, root_of
 from stageline.runtime.engines.lowering.flat_attention import has_caches
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.group_query import to_group_query
-from stageline.runtime.engines.lowering.nbits import to_nbits
+from stageline.runtime.engines.lowering.nbits import check_graph_size, to_nbits
+from stageline.runtime.engines.lowering.packed import has_packed, open_stage
 from stageline.runtime.engines.lowering.packed_picks import pick_tokens
+from stageline.runtime.engines.lowering.packed_rows import look_up
 from stageline.runtime.engines.lowering.paged import to_paged
 from stageline.runtime.engines.lowering.precision import read_as_stored, to_precision, widen_initializers
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
@@ -46,14 +48,13 @@ def lowered(
 
     `grouped`: caches for GroupQueryAttention, in `cache_dtype`, and a graph for packed tokens; else for standard
     operators, in float32."""
-    model = ir.load(stage.file)
+    model = open_stage(stage)
     inputs, outputs = dimensions(model.graph.inputs), dimensions(model.graph.outputs)
-    ir.external_data.set_base_dir(model.graph, stage.folder)
     halves, caches = has_types(model), has_caches(model)
     root = root_of(stage.folder)
     if root != stage.folder:
         locate_in(root, model)
-    elif not halves and not caches and quantise is None:
+    elif not halves and not caches and quantise is None and not has_packed(model):
         return LoweredForCpu(stage.file.read_bytes(), inputs, outputs)
     if halves:
         model = to_float32(model)
@@ -62,8 +63,10 @@ def lowered(
         pick_tokens(model.graph)
     elif caches:
         to_tensor_scatter(model, None)
-    if quantise is not None:
-        model = to_nbits(model, quantise)
+    if quantise != "float32":
+        look_up(model)
+        to_nbits(model, quantise)
+    check_graph_size(model, quantise or "packed")
     return LoweredForCpu(ir.to_proto(model).SerializeToString(), inputs, outputs)
 
 
@@ -79,8 +82,7 @@ def lowered_for_cuda(stage: StageFile, quantise: WeightDtype | None) -> LoweredF
     """The stage's graph for GPUs. It computes in the bundle's type; its inputs and outputs are float32, except caches.
 
     Caches, and attention to them, are bfloat16 or float16: the bundle's own type, and float16 for one of float32."""
-    model = ir.load(stage.file)
-    ir.external_data.set_base_dir(model.graph, stage.folder)
+    model = open_stage(stage)
     dtype = next((one for one in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16) if has_types(model, {one})), None)
     root = root_of(stage.folder)
     if root != stage.folder:
@@ -90,8 +92,9 @@ def lowered_for_cuda(stage: StageFile, quantise: WeightDtype | None) -> LoweredF
         to_float32(model)
     if has_caches(model):
         to_paged(model, ir.DataType.FLOAT if dtype else ir.DataType.FLOAT16)
-    if quantise is not None:
+    if quantise is not None and quantise != "float32":
         to_nbits(model, quantise)
+    check_graph_size(model, quantise or "packed")
     IdentityEliminationPass()(model)
     if dtype is not None:
         names = {name for spec in stage.caches for name in (*past_names(spec.name), *present_names(spec.name))}

@@ -21,11 +21,14 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.onnx import ConversionExtension
 from openvino.op import _PagedAttentionExtension
 from stageline.models.errors import EngineError
+from stageline.models.packing.base import Groups
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of, dimensions, static
 from stageline.runtime.engines.base import StageFile, WeightDtype
 from stageline.runtime.engines.lowering.cache_names import past_names
+from stageline.runtime.engines.lowering.external import Stored
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
 from stageline.runtime.engines.lowering.nbits import MIN_WEIGHTS, multiplied_weight
+from stageline.runtime.engines.lowering.packed import Packed, open_stage
 from stageline.runtime.engines.lowering.packed_picks import pick_tokens
 
 CONTROL: dict[str, list[str]] = {
@@ -57,8 +60,7 @@ class LoweredForOpenVino:
 def lowered_for_openvino(stage: StageFile, quantise: WeightDtype | None) -> LoweredForOpenVino:
     """The stage, whose inputs and outputs are float32 where they are half-precision. EngineError if OpenVINO lacks
     something that it needs."""
-    model = ir.load(stage.file)
-    ir.external_data.set_base_dir(model.graph, stage.folder)
+    model = open_stage(stage)
     if has_types(model):
         to_float32(model)
     inputs, outputs = dimensions(model.graph.inputs), dimensions(model.graph.outputs)
@@ -71,7 +73,7 @@ def lowered_for_openvino(stage: StageFile, quantise: WeightDtype | None) -> Lowe
         pick_tokens(model.graph)
     _break_up_gates(model.graph)
     RemoveUnusedNodesPass()(model)
-    products = _products(model.graph) if quantise is not None else {}
+    products = _products(model.graph) if quantise not in (None, "float32") else {}
     weights = _weights_as_inputs(model.graph)
     frontend = FrontEndManager().load_by_framework("onnx")
     frontend.add_extension(ConversionExtension("PagedAttention", "stageline", _paged_attention))
@@ -80,7 +82,10 @@ def lowered_for_openvino(stage: StageFile, quantise: WeightDtype | None) -> Lowe
     for parameter in list(made.get_parameters()):
         name = parameter.get_friendly_name()
         if name in weights:
-            if name in products and quantise is not None:
+            groups = _groups_of(weights[name]) if quantise != "float32" else None
+            if groups is not None:
+                constant = _grouped(groups)
+            elif name in products and quantise is not None:
                 constant = _quantised(_values(weights[name]), quantise, products[name])
             else:
                 memory.append(_values(weights[name]))
@@ -185,7 +190,7 @@ def _weights_as_inputs(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
     weights: dict[str, ir.TensorProtocol] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is not None and (isinstance(tensor, ir.ExternalTensor) or tensor.size > _SMALL):
+        if tensor is not None and (isinstance(tensor, Stored) or tensor.size > _SMALL):
             weights[name] = tensor
             del graph.initializers[name]
             value.const_value = None
@@ -236,17 +241,45 @@ def _quantised(weight: NDArray[Any], dtype: WeightDtype, by_rows: bool) -> ov.No
     """A matrix of 4 or 8 bits a value, each group's times its scale, from its zero point on, which is a float16: a
     whole one would lose what a checkpoint of the kind d * q + m says."""
     values, scales, zeros = quantise_groups(np.asarray(weight if by_rows else weight.T, np.float32), dtype)
-    rows, groups, group = values.shape
-    shape = ov.Shape([rows, groups, group])
-    if dtype == "int4":
-        halves = values.reshape(-1)
-        packed = ov.Tensor(halves[0::2] | halves[1::2] << 4, shape, ov.Type.u4)
-    else:
-        packed = ov.Tensor(values)
-    wide = ops.convert(ov.op.Constant(packed, shared_memory=False), "f16")
-    found = ops.multiply(ops.subtract(wide, ops.constant(zeros)), ops.constant(scales))
-    matrix = ops.convert(ops.reshape(found, _ints(rows, groups * group), False), "f32")
+    matrix = _matrix(values, scales, zeros, dtype == "int4")
     return matrix if by_rows else ops.transpose(matrix, _ints(1, 0))
+
+
+def _groups_of(tensor: ir.TensorProtocol) -> Groups | None:
+    """A packed weight as OpenVINO takes it: whole groups, in the order of its columns. None for others."""
+    groups = tensor.groups() if isinstance(tensor, Packed) and len(tensor.shape) == 2 else None
+    if groups is None or groups.order is not None:
+        return None
+    columns = groups.values.shape[1]
+    return groups if columns % groups.group == 0 or groups.group > columns else None
+
+
+def _grouped(groups: Groups) -> ov.Node:
+    """A packed weight: its own whole numbers, scales and zero points, in float16 if that holds them."""
+    scales, offsets = groups.scales[:, :, None], groups.offsets[:, :, None]
+    values, flat = groups.values.reshape(*groups.scales.shape, -1), scales == 0
+    if groups.zeros is not None:
+        zeros = groups.zeros[:, :, None].astype(np.float32)
+    else:  # a group of one value is (0 - -1) * value
+        values = np.where(flat, np.uint8(0), values)
+        zeros = np.where(flat, np.float32(-1), -offsets / np.where(flat, np.float32(1), scales))
+        scales = np.where(flat, offsets, scales)
+    kind = np.float16 if all(np.array_equal(x.astype(np.float16), x) for x in (scales, zeros)) else np.float32
+    return _matrix(values, scales.astype(kind), zeros.astype(kind), groups.bits <= 4)
+
+
+def _matrix(values: NDArray[np.uint8], scales: NDArray[Any], zeros: NDArray[Any], four_bits: bool) -> ov.Node:
+    """(values [N, groups, group] - zeros [N, groups, 1]) * scales, as float32 [N, K]; in their type before."""
+    rows, groups, group = values.shape
+    if four_bits and values.size % 2 == 0:
+        halves = values.reshape(-1)
+        packed = ov.Tensor(halves[0::2] | halves[1::2] << np.uint8(4), ov.Shape(list(values.shape)), ov.Type.u4)
+    else:
+        packed = ov.Tensor(np.ascontiguousarray(values))
+    wide = ops.convert(ov.op.Constant(packed, shared_memory=False), "f16" if scales.dtype == np.float16 else "f32")
+    found = ops.multiply(ops.subtract(wide, ops.constant(zeros)), ops.constant(scales))
+    matrix = ops.reshape(found, _ints(rows, groups * group), False)
+    return ops.convert(matrix, "f32") if scales.dtype == np.float16 else matrix
 
 
 def quantise_groups(weight: NDArray[np.float32], dtype: WeightDtype) -> tuple[NDArray[Any], ...]:

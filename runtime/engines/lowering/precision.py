@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from stageline.models.errors import EngineError
+from stageline.runtime.engines.lowering.external import Stored
 from stageline.runtime.engines.lowering.float32 import HALVES
 
 _WIDE = frozenset(
@@ -255,4 +256,4 @@ def _to(cast: ir.Node) -> ir.DataType:
 def _is_weight(value: ir.Value) -> bool:
     """Whether the value is an initializer of floating type in a file."""
     tensor = value.const_value
-    return value.is_initializer() and isinstance(tensor, ir.ExternalTensor) and tensor.dtype.is_floating_point()
+    return value.is_initializer() and isinstance(tensor, Stored) and tensor.dtype.is_floating_point()

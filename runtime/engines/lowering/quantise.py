@@ -8,6 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from stageline.runtime.engines.lowering.external import Stored
 from stageline.runtime.engines.lowering.nbits import multiplied_weight
 from stageline.runtime.engines.lowering.weights import QuantisedWeight, Scales, Weight, unread
 
@@ -35,7 +36,7 @@ def to_quantised(model: ir.Model, kind: Quantisation, scales: ir.DataType) -> di
             continue
         value, transposed = found
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
+        if not isinstance(tensor, Stored):
             continue
         axis = 1 if transposed else 0  # that the products are summed over
         columns = int(tensor.shape.numpy()[axis])

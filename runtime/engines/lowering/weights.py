@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
 from stageline.runtime.engines.base import Array
-from stageline.runtime.engines.lowering.external import read_external
+from stageline.runtime.engines.lowering.external import Stored, read_stored
 from stageline.runtime.engines.lowering.float32 import HALVES
 
 _LARGEST = {ir.DataType.INT8: 127, ir.DataType.INT4: 7, ir.DataType.FLOAT8E4M3FN: 448}
@@ -29,9 +29,9 @@ class BeyondRangeError(EngineError):
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor on disk and its type in the graph."""
+    """A tensor on disk, which may be packed there, and its type in the graph."""
 
-    tensor: ir.ExternalTensor
+    tensor: Stored
     dtype: ir.DataType
 
     @property
@@ -47,7 +47,7 @@ class Weight:
     def read(self) -> Array:
         """The values, contiguous: memory-mapped if the file has the same type, else converted. EngineError if one is
         beyond the type's range."""
-        array = read_external(self.tensor)
+        array = read_stored(self.tensor)
         if self.tensor.dtype == self.dtype:
             return array
         return np.ascontiguousarray(self._converted(array))
@@ -97,7 +97,7 @@ class QuantisedWeight(Weight):
     def _parts(self) -> Iterator[tuple[tuple[slice, ...], NDArray[np.float32]]]:
         """Channels of the matrix, some at a time because they are widened to float32: where they are, and their values
         with `axis` split into groups."""
-        array, other = read_external(self.tensor), 1 - self.axis
+        array, other = read_stored(self.tensor), 1 - self.axis
         channels = max(1, _PART // self.shape[self.axis])
         for first in range(0, self.shape[other], channels):
             place = [slice(None), slice(None)]

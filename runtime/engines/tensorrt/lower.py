@@ -9,7 +9,9 @@ from onnx_ir.passes.common import IdentityEliminationPass
 from stageline.runtime.bundle.manifest import CacheSpec, TensorSpec, UncutManifest
 from stageline.runtime.engines.base import StageFile
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
+from stageline.runtime.engines.lowering.external import Stored
 from stageline.runtime.engines.lowering.float32 import has_types, to_float32
+from stageline.runtime.engines.lowering.packed import open_stage
 from stageline.runtime.engines.lowering.precision import to_precision, widen_initializers
 from stageline.runtime.engines.lowering.quantise import Quantisation, to_quantised
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
@@ -76,14 +78,14 @@ def lower(stage: StageFile, precision: Precision, capacity: int, stripped: bool,
 
     The result depends only on the arguments and the stage's graph. EngineError if the graph cannot be lowered.
     """
-    model = ir.load(stage.file)
+    model = open_stage(stage)
     dtype = _compute_dtype(model, precision)
     return _lower(model, dtype, _quantisation(precision), dtype, capacity, stripped, wide)
 
 
 def lower_exactly(stage: StageFile, precision: Precision, capacity: int) -> Lowered:
     """The stage with weights in `precision`, computed in float32: the reference for an engine."""
-    model = ir.load(stage.file)
+    model = open_stage(stage)
     scales = _compute_dtype(model, precision)
     return _lower(model, ir.DataType.FLOAT, _quantisation(precision), scales, capacity, stripped=False)
 
@@ -118,7 +120,7 @@ def _lower(
     outputs = tuple(_spec(value) for value in model.graph.outputs if value.name not in state)
     weights = to_quantised(model, quantisation, scales) if quantisation is not None else {}
     for name, value in list(model.graph.initializers.items()):
-        if isinstance(value.const_value, ir.ExternalTensor) and name not in weights:
+        if isinstance(value.const_value, Stored) and name not in weights:
             assert value.dtype is not None
             weights[name] = weight = Weight(value.const_value, value.dtype)
             if stripped:

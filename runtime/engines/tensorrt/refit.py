@@ -7,16 +7,17 @@ refit: at load and, for a checkpoint of the same shapes, at any time between two
 
 from collections.abc import Iterator, Mapping
 
-import onnx_ir as ir
 from stageline.models.errors import EngineError
-from stageline.models.tensors import TensorEntry
+from stageline.models.tensors import Entry, PackedEntry
 from stageline.runtime.bundle.graph import ir_dtype
 from stageline.runtime.engines.base import Array
+from stageline.runtime.engines.lowering.external import in_file
+from stageline.runtime.engines.lowering.packed import Packed
 from stageline.runtime.engines.lowering.weights import Weight
 from stageline.runtime.engines.tensorrt.records import EngineRecord
 
 
-def weights_of(record: EngineRecord, tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Array]]:
+def weights_of(record: EngineRecord, tensors: Mapping[str, Entry]) -> Iterator[tuple[str, Array]]:
     """Name and values of each of `record.weights`, in its type and shape, contiguous; one in memory at a time.
 
     `tensors` are the bundle's own (`Bundle.tensors`), or those of a checkpoint with the same names and shapes, of any
@@ -34,14 +35,6 @@ def weights_of(record: EngineRecord, tensors: Mapping[str, TensorEntry]) -> Iter
     return ((spec.name, _weight(tensors[spec.name], spec.dtype).read()) for spec in record.weights)
 
 
-def _weight(entry: TensorEntry, dtype: str) -> Weight:
-    tensor = ir.ExternalTensor(
-        entry.file.name,
-        entry.offset,
-        entry.size_bytes,
-        ir_dtype(entry.dtype),
-        shape=ir.Shape(entry.shape),
-        name=entry.name,
-        base_dir=entry.file.parent,
-    )
+def _weight(entry: Entry, dtype: str) -> Weight:
+    tensor = Packed.of(entry) if isinstance(entry, PackedEntry) else in_file(entry)
     return Weight(tensor, ir_dtype(dtype))
