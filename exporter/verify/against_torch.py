@@ -213,6 +213,8 @@ def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = 
             f"{checkpoint.path} is a {config.model_type}, the bundle was made from a {manifest.architecture}; "
             "give the checkpoint that the bundle was exported from"
         )
+    if hasattr(config, "quantization_config"):  # the folder's weights are unpacked
+        del config.quantization_config
     factory = tasks.class_of(config, manifest.task)
     try:
         if is_gguf:

@@ -44,13 +44,15 @@ def to_nbits(model: ir.Model, dtype: WeightDtype | None) -> ir.Model:
 def bytes_per_weight(dtype: WeightDtype) -> float:
     """Bytes of a quantised weight, including its share of its block's scale and zero point, and of what is left of its
     offset."""
+    if dtype == "float32":
+        return 4.0
     columns = BLOCK * BLOCK
     return quantised_bytes(1, columns, dtype) / columns
 
 
 def quantised_bytes(rows: int, columns: int, dtype: WeightDtype) -> int:
     """Bytes of a matrix that is quantised on opening."""
-    found = 4 * rows * columns if dtype == "float32" else operand_bytes(rows, columns, _BITS[dtype], BLOCK, False)
+    found = operand_bytes(rows, columns, _BITS[dtype], BLOCK, whole=columns % BLOCK > 0)
     assert found is not None
     return found
 

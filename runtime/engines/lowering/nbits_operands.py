@@ -63,7 +63,7 @@ def operands(groups: Groups) -> Operands | None:
     """The matrix for the operator; None if it takes no such groups."""
     columns = groups.values.shape[1]
     bits, block = _stored_bits(groups.bits), _block(groups.group, columns)
-    if block is None:
+    if block is None or (groups.zeros is None and columns % block):
         return None
     blocks = -(-columns // block)
     of = np.minimum(np.arange(blocks) * block // groups.group, groups.scales.shape[1] - 1)
@@ -74,7 +74,7 @@ def operands(groups: Groups) -> Operands | None:
     else:
         zeros, rest = _split(scales, offsets, 2**bits - 1)
     values = _blocks(groups.values, blocks, block, zeros)
-    levels = _LEVELS[bits] if rest is not None and columns % block == 0 else 0
+    levels = 0 if rest is None else _LEVELS[bits]
     for _ in range(levels):
         assert rest is not None
         more, their_scales, rest = _symmetric(rest, bits, block)
@@ -95,10 +95,10 @@ def operands(groups: Groups) -> Operands | None:
 def operand_bytes(rows: int, columns: int, bits: int, group: int, whole: bool) -> int | None:
     """Bytes of the operands of a matrix [rows, columns]; `whole`: of whole zero points. None as of `operands`."""
     bits, block = _stored_bits(bits), _block(group, columns)
-    if block is None:
+    if block is None or (not whole and columns % block):
         return None
     blocks = -(-columns // block)
-    if not whole and columns % block == 0:
+    if not whole:
         blocks += _LEVELS[bits] * -(-blocks // block)
     return rows * (blocks * block * bits // 8 + 4 * blocks + -(-blocks * bits // 8))
 
@@ -110,7 +110,7 @@ def _stored_bits(bits: int) -> int:
 def _block(group: int, columns: int) -> int | None:
     """The values of a block: all of one have one scale."""
     if group >= columns:
-        return BLOCK
+        return 16 if columns % BLOCK == 16 else BLOCK
     return next((block for block in _BLOCKS if group % block == 0), None)
 
 

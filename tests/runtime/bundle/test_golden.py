@@ -58,7 +58,7 @@ def test_version_2_states_no_attention() -> None:
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(1, "export the bundle again"), (5, "install a newer stageline, or export the bundle again")],
+    [(1, "export the bundle again"), (6, "install a newer stageline, or export the bundle again")],
 )
 def test_other_versions_are_refused_in_one_line(version: int, advice: str, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(GOLDEN / "v2" / "classifier", tmp_path / "bundle"))
@@ -66,4 +66,6 @@ def test_other_versions_are_refused_in_one_line(version: int, advice: str, tmp_p
     file.write_text(file.read_text().replace('"version": 2,', f'"version": {version},'))
     with pytest.raises(BundleError) as refused:
         Bundle.open(copy)
-    assert str(refused.value) == (f"{file} has version {version}; this stageline reads versions 2, 3 and 4: {advice}")
+    assert str(refused.value) == (
+        f"{file} has version {version}; this stageline reads versions 2, 3, 4 and 5: {advice}"
+    )

@@ -98,7 +98,7 @@ def test_quantised_weights_count_as_an_engine_holds_them(
     ir.external_data.set_base_dir(model.graph, bundle)
     lowered = to_nbits(to_float32(model), weights).graph.initializers
     held = {name: tensor for name, value in lowered.items() if (tensor := value.const_value) is not None}
-    assert any(name.endswith(f".{weights}.0") for name in held)
+    assert any(name.endswith(".nbits.0") for name in held)
     wide = {name: 2 * tensor.nbytes if tensor.dtype in HALVES else tensor.nbytes for name, tensor in held.items()}
     found = use_costs(opened.manifest, opened.tensors, opened.parts(), Shape(1, 1), quantise=weights)
     total = sum(cost.parameter_bytes for cost in found)
