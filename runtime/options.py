@@ -51,7 +51,8 @@ class PipelineOptions:
     micro_batch: int | None = None
     """Max rows of a micro-batch. None: chosen from the batch and the number of stages."""
     quantise: WeightDtype | None = None
-    """Quantise the weights of matrix products on opening ("int8", "int4"): faster and smaller, and less exact."""
+    """Quantise the weights of matrix products on opening ("int8", "int4"): faster and smaller, and less exact. Those
+    that the checkpoint has quantised stay as they are, unless it is "float32": then they are unpacked."""
     slots: int = 8
     """Continuations that run at a time; this and the next three options are for models that generate."""
     capacity: int | None = None

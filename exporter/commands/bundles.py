@@ -1,6 +1,7 @@
 """The commands `stageline export`, `recut` and `inspect`: making a bundle, cutting it, looking at it."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.graph import size_bytes
 from stageline.runtime.bundle.recut import recut, recut_copy
+from stageline.runtime.engines.lowering.kept import kept
 
 StagesOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Number of stages; blocks are spread so that costs are even.")
@@ -29,7 +31,10 @@ def export_command(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The new bundle's folder.")],
     stages: StagesOption = None,
     layers: common.LayersOption = None,
-    dtype: Annotated[common.DtypeName | None, typer.Option(help="Weights' type (default: the checkpoint's).")] = None,
+    dtype: Annotated[
+        common.DtypeName | None,
+        typer.Option(help="Weights' type (default: the checkpoint's; quantised ones stay as they are)."),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help="The model's task, such as text-generation (default: the checkpoint's).")
     ] = None,
@@ -61,7 +66,15 @@ def export_command(
         summary,
         f"{output}: {words.counted(summary['stages'], 'stage')}, {words.counted(summary['blocks'], 'block')}, "
         f"{bundle.parameters:,} parameters, {words.size(bundle.weight_bytes)} of weights, in {seconds:.1f} s\n"
-        + "\n".join([manifest.trace, show.attention(manifest), *show.generation(manifest), *show.notes(manifest)]),
+        + "\n".join(
+            [
+                manifest.trace,
+                show.attention(manifest),
+                *show.generation(manifest),
+                *show.notes(manifest),
+                *show.quantised(bundle),
+            ]
+        ),
     )
 
 
@@ -126,6 +139,7 @@ def _description(bundle: Bundle) -> dict[str, Any]:
             for name in ("task", "architecture", "dtype", "trace", "attention", "no_cache_reason", "checked", "notes")
         },
         **_summary(bundle),
+        "quantised": [asdict(way) for way in kept(bundle.weights.values())],
         "stages": [stage.model_dump(exclude={"inputs", "outputs"}) for stage in manifest.stages],
         "cuts": [
             [{**spec.model_dump(), "nominal_bytes": size_bytes(spec.shape, spec.dtype)} for spec in specs]

@@ -7,6 +7,7 @@ from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.graph import NOMINAL, size_bytes
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
+from stageline.runtime.engines.lowering.kept import kept
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -30,6 +31,7 @@ def bundle(opened: Bundle) -> str:
         attention(manifest),
         *generation(manifest),
         *notes(manifest),
+        *quantised(opened),
         "",
         table(
             ["stage", "blocks", "parameters", "weights"],
@@ -48,6 +50,20 @@ def bundle(opened: Bundle) -> str:
         sizes = " x ".join(f"{name} {size}" for name, size in NOMINAL.items())
         head += ["", table(["cut", "value", "dtype", "shape", f"at {sizes}"], crossing)]
     return "\n".join(head)
+
+
+def quantised(opened: Bundle) -> list[str]:
+    """How weights are quantised, and what each engine makes of them, a line for each way."""
+    lines = []
+    for way in kept(opened.weights.values()):
+        settings = " ".join(str(value) if name == "type" else f"{name} {value}" for name, value in way.settings.items())
+        engines = ((name, getattr(way, name)) for name in ("onnxruntime", "openvino"))
+        said = ", ".join(f"{name} {'unpacks them' if bits is None else f'keeps {bits} bits'}" for name, bits in engines)
+        lines.append(
+            f"quantised: {words.counted(way.count, 'weight')}, {way.method} {settings}, "
+            f"{8 * way.size_bytes / way.parameters:.2f} bits each; {said}, engines for GPUs unpack them"
+        )
+    return lines
 
 
 def notes(manifest: Manifest) -> list[str]:

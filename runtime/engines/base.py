@@ -168,7 +168,7 @@ class Sampler(Protocol):
 class EngineFactory(Protocol):
     """Opens a stage on the given device, on the thread that will run it. With a `CacheSize` its caches are allocated
     once, here; without, it cannot `step`. `quantise`: the type that the weights of matrix products are quantised to,
-    None: not at all."""
+    None: not at all. Those that the checkpoint has quantised stay as they are; "float32" unpacks them."""
 
     def __call__(
         self,
