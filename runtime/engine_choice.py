@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 from stageline.models.errors import EngineError, StagelineError
 from stageline.models.user_cache import user_cache
-from stageline.runtime.bundle.folder import MANIFEST
+from stageline.runtime.bundle.folder import MANIFEST, read_manifest
 from stageline.runtime.devices.base import Array
 from stageline.runtime.devices.cpu import allowed_cores
 from stageline.runtime.engines import ENGINES, WeightDtype
@@ -116,6 +116,10 @@ def _measured(path: Path, options: PipelineOptions, budget: float | None, progre
     if options.quantise is None and budget is not None:
         weights += _QUANTISED
     wanted: dict[str, Array] = {}
+    exact = read_manifest(path).exact
+    if exact is not None:
+        with Pipeline.open(path, replace(options, engine="onnxruntime", quantise=exact, rebalance="off")) as pipeline:
+            wanted = pipeline.run(_feed(pipeline))
     for engine in sorted(ENGINES):
         for quantise in weights:
             candidate = Candidate(engine=engine, quantise=quantise)

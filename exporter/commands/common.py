@@ -64,8 +64,8 @@ ThreadsOption = Annotated[
 QuantiseOption = Annotated[
     WeightDtype | None,
     typer.Option(
-        help="Quantise the weights of matrix products when the pipeline opens: faster, less exact. float32: unpack those "
-        "that the checkpoint has quantised."
+        help="Quantise the weights of matrix products when the pipeline opens: faster, less exact. float32: unpack "
+        "those that the checkpoint has quantised."
     ),
 ]
 SlotsOption = Annotated[int, typer.Option(min=1, help="Sequences generated at a time, one KV-cache row each.")]

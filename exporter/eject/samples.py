@@ -72,7 +72,7 @@ class Sampler:
         stage = self._bundle.manifest.stages[number]
         file = StageFile(number, self._bundle.path / stage.file, self._bundle.path, stage.caches)
         size = CacheSize(_ROWS, self._capacity, "float32") if stage.caches else None
-        engine = engine_factory("onnxruntime")(file, CpuDevice(allowed_cores()), size)
+        engine = engine_factory("onnxruntime")(file, CpuDevice(allowed_cores()), size, self._bundle.manifest.exact)
         try:
             found = _with_caches(engine, stage, self._values) if stage.caches else _plain(engine, stage, self._values)
         finally:

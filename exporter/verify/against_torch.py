@@ -99,7 +99,7 @@ def verify(
     progress("loading the checkpoint into torch")
     model = rounded(load_reference(checkpoint, manifest), manifest.dtype)
     tolerance = TOLERANCE[manifest.dtype]
-    with Pipeline.open(path, engine=engine) as pipeline:
+    with Pipeline.open(path, engine=engine, quantise=manifest.exact) as pipeline:
         drawn = [inputs for inputs in (random_inputs(manifest, seed), long_inputs(manifest, seed)) if inputs]
         usual: dict[str, float] = {}
         compared = [
@@ -254,7 +254,7 @@ def _badness(comparison: TorchComparison) -> float:
 def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None], engine: str) -> dict[str, Array]:
     stage = bundle.manifest.stages[number]
     file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
-    opened = engine_factory(engine)(file, CpuDevice(allowed_cores()))
+    opened = engine_factory(engine)(file, CpuDevice(allowed_cores()), None, bundle.manifest.exact)
     try:
         given = {name: value for name, value in inputs.items() if value is not None}
         names = [spec.name for spec in stage.outputs]

@@ -23,7 +23,7 @@ from stageline.models.errors import ExportError, StagelineError
 from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import LENGTH, Manifest
-from stageline.runtime.engines import Array, WeightDtype, engine_factory
+from stageline.runtime.engines import Array, engine_factory
 from stageline.runtime.generation.request import GenerationRequest, Sampling
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline
@@ -69,7 +69,7 @@ def run_at_export(bundle: Bundle, wanted: Wanted) -> str:
             slots=1,
             capacity=_capacity(bundle.manifest),
             prefill_chunk=_CHUNK,
-            quantise=_exact(bundle.manifest),
+            quantise=bundle.manifest.exact,
         )
         with Pipeline.open(bundle.path, options) as pipeline, _torch_threads(threads):
             return _Trial.of(pipeline, bundle, wanted).run()
@@ -86,11 +86,6 @@ def _what_to_do(wanted: Wanted) -> str:
         return f"{damage}; download it again, or ask who trained it"
     report = "report this line with the checkpoint's config.json"
     return report if wanted.dtype == "float32" else f"try --dtype float32, and {report}"
-
-
-def _exact(manifest: Manifest) -> WeightDtype | None:
-    """With what weights it runs: those that a checkpoint has quantised as the numbers that they mean."""
-    return "float32" if manifest.packed else None
 
 
 def _capacity(manifest: Manifest) -> int | None:

@@ -225,7 +225,7 @@ def reference(bundle: Bundle, seed: int) -> list[FedStage]:
     for number, stage in enumerate(bundle.manifest.stages):
         file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
         names = [spec.name for spec in stage.outputs]
-        engine = engine_factory("onnxruntime")(file, CpuDevice(allowed_cores()))
+        engine = engine_factory("onnxruntime")(file, CpuDevice(allowed_cores()), None, bundle.manifest.exact)
         try:
             outputs = on_host(engine.run(values, names), names)
         finally:

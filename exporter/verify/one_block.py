@@ -44,7 +44,7 @@ def run_one_block(bundle: Bundle, long: int, most_bytes: int) -> str:
             StageFile(number, file, bundle.path, stage.caches),
             CpuDevice(allowed_cores()),
             _cache(stage, long),
-            quantise="float32" if manifest.packed else None,
+            quantise=manifest.exact,
         )
     names = [spec.name for spec in stage.outputs]
     rng = np.random.default_rng(0)

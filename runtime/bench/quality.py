@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import padded
 from stageline.runtime.bench.records import Quality
-from stageline.runtime.bundle.folder import Bundle
+from stageline.runtime.bundle.folder import Bundle, read_manifest
 from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.engines import Array
 from stageline.runtime.options import PipelineOptions
@@ -31,8 +31,9 @@ def reference_of(bundle: Bundle, options: PipelineOptions, against: Path | None)
     numbers, as its checkpoint has them, on the CPU. None if they do not."""
     plain = PipelineOptions(threads=options.threads, queue=options.queue)
     if against is not None:
-        return Subject(str(against), against, plain)
-    if options.quantise is None and options.engine == plain.engine:
+        return Subject(str(against), against, replace(plain, quantise=read_manifest(against).exact))
+    plain = replace(plain, quantise=bundle.manifest.exact)
+    if options.quantise == plain.quantise and options.engine == plain.engine:
         return None
     return Subject("the same bundle in onnxruntime, not quantised", bundle.path, plain)
 

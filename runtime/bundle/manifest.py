@@ -251,6 +251,11 @@ class UncutManifest(Data):
         return any(part.caches for part in self.parts)
 
     @property
+    def exact(self) -> Literal["float32"] | None:
+        """The `quantise` of engines that compute with the numbers that the weights mean, as a reference does."""
+        return "float32" if self.packed else None
+
+    @property
     def generation_defaults(self) -> GenerationDefaults:
         """What the checkpoint says of generation, whatever the bundle's version."""
         return self.generation or GenerationDefaults(end_ids=self.text.eos_ids if self.text else ())
