@@ -124,6 +124,10 @@ def plan_command(
         raise common.UsageError("give --devices or --cluster, not both")
     if dtype is not None and quantise is not None:
         raise common.UsageError("give --dtype or --quantise, not both")
+    if quantise == "float32":
+        raise common.UsageError(
+            "a plan counts weights that the checkpoint has quantised as engines keep them; leave --quantise float32 out"
+        )
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     devices = devices or (None if cluster is not None else _this_machine())
