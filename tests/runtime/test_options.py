@@ -17,7 +17,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         ({name: 0}, f"^{name} is 0; it must be at least 1$")
         for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk")
     ),
-    ({"quantise": "int3"}, "^quantise is 'int3'; it must be one of int4, int8$"),
+    ({"quantise": "int3"}, "^quantise is 'int3'; it must be one of int4, int8, float32$"),
     ({"cache_dtype": "int8"}, "^cache_dtype is 'int8'; it must be one of float32, float16$"),
     ({"rebalance": None}, "^rebalance is None; it must be one of off, advise, auto$"),
 ]
