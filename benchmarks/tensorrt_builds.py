@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from stageline.exporter.commands.show import table
 from stageline.exporter.export import export
+from stageline.models.tensors import TensorEntry
 from stageline.runtime import words
 from stageline.runtime.builder.build import BuildOutcome, WantedEngine, build
 from stageline.runtime.bundle.folder import Bundle, file_entry, write_manifest
@@ -204,6 +205,7 @@ def _change_one_weight(path: Path) -> tuple[str, int]:
     use = manifest.uses[manifest.stages[last].last_block + 1]
     name = next(name for name in use.weights.values() if len(bundle.tensors[name].shape) == 2)
     entry = bundle.tensors[name]
+    entry = entry if isinstance(entry, TensorEntry) else next(iter(entry.parts.values()))
     data = np.memmap(entry.file, np.uint8, "r+", entry.offset, (entry.size_bytes,))
     data[1] ^= 1
     data.flush()

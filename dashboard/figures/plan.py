@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stageline.models.errors import BundleError, CheckpointError, StagelineError
-from stageline.models.safetensors_file import read_header
+from stageline.models.errors import BundleError, StagelineError
 from stageline.runtime.bench.records import OURS, Run
-from stageline.runtime.bundle.folder import Bundle, read_manifest
+from stageline.runtime.bundle.folder import Bundle, read_manifest, tensors_of
 from stageline.runtime.bundle.manifest import Manifest, uses_of
 from stageline.runtime.planning.cluster import Cluster, parse_devices, unmeasured
 from stageline.runtime.planning.cost import cut_values, values_bytes
@@ -26,13 +25,10 @@ MAX_STAGES = 8  # that the page offers
 def open_unverified(folder: Path) -> Bundle:
     """A bundle to look at: manifest and weight headers. Digests are checked only when it runs."""
     manifest = read_manifest(folder)
-    tensors = {}
-    for name in manifest.weight_files:
-        try:
-            tensors.update(read_header(folder / name))
-        except (CheckpointError, OSError) as error:
-            raise BundleError(f"bundle {folder}: {error}; export the bundle again") from error
-    return Bundle(folder, manifest, tensors)
+    try:
+        return Bundle(folder, manifest, tensors_of(folder, manifest))
+    except OSError as error:
+        raise BundleError(f"bundle {folder}: {error}; export the bundle again") from error
 
 
 def profile_of(folder: Path) -> tuple[MachineProfile | None, str | None]:
