@@ -17,7 +17,8 @@ def size_bytes(shape: Sequence[int | str], dtype: str) -> int:
 
 def ir_dtype(name: str) -> ir.DataType:
     """The ONNX data type of a NumPy name."""
-    return ir.DataType[{"float32": "FLOAT", "float64": "DOUBLE"}.get(name, name.upper())]
+    named = {"float32": "FLOAT", "float64": "DOUBLE", "float8_e8m0fnu": "FLOAT8E8M0"}
+    return ir.DataType[named.get(name, name.upper().replace("FLOAT8_", "FLOAT8"))]
 
 
 def cache_of(node: ir.Node, name: str) -> CacheSpec:
