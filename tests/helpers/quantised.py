@@ -44,7 +44,7 @@ def _whole(weight: torch.Tensor, bits: int, group: int, kind: torch.dtype, *, sy
 def _words(numbers: torch.Tensor, bits: int, order: list[int] | None = None) -> torch.Tensor:
     """Along the last axis, 32 / bits numbers an int32; place p of a word has number order[p]."""
     count = 32 // bits
-    each = numbers.long().unflatten(-1, (-1, count))[..., order or list(range(count))]
+    each = numbers.long().reshape(*numbers.shape[:-1], -1, count)[..., order or list(range(count))]
     word = sum(each[..., place] << bits * place for place in range(count))
     return torch.as_tensor(word).to(torch.int32)
 
