@@ -5,9 +5,11 @@ Every contender gets the same prompts as token ids and draws the same number of 
 tokens/s are those drawn over the whole time, prompts included. Prefill is one prompt of 512 tokens. The last table has
 requests that arrive at random, in each precision at 70 % of what its slowest contender does at 8 streams.
 
-    python benchmarks/generation.py bundles/smollm2 --peers peers.json --python peers/bin/python \\
+    python benchmarks/generation.py bundles/smollm2-float --packed bundles/smollm2 \\
+        --peers peers.json --python peers/bin/python \\
         --node-llama-cpp node_modules/node-llama-cpp/dist/index.js --json results.json
 
+The first bundle has weights in float32 (`stageline export --dtype float32`), the packed one the 4 bits of a .gguf file.
 `peers.json` names the peers that take part, each with its kind (a key of PEERS in generation_contenders.py, or
 llama.cpp), its precision and its model: {"llama.cpp Q4_1": ["llama.cpp", "int4", "SmolLM2-135M-Instruct.Q4_1.gguf"]}.
 `--python` is the interpreter of an environment with their packages (openvino-genai, onnxruntime-genai, transformers);
@@ -31,7 +33,7 @@ from typing import Any
 from generation_contenders import NEW, PROMPT
 
 OURS = (("fp32", "", 1), ("fp32", "", 2), ("int8", "int8", 1), ("int4", "int4", 1))
-"""Precision, what `quantise` is then, and stages, which share the threads."""
+"""Precision, what `quantise` is then, and stages, which share the threads. The last gives way to a packed bundle."""
 
 
 @dataclass
@@ -137,6 +139,7 @@ def main() -> None:
     """Measure, print tables, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--packed", type=Path, help="a bundle whose own weights have 4 bits, for int4")
     parser.add_argument("--peers", type=Path, help="JSON: a name -> [kind, precision, model]")
     parser.add_argument("--python", default=sys.executable, help="the peers' interpreter")
     parser.add_argument("--node-llama-cpp", default="node-llama-cpp", help="node-llama-cpp's dist/index.js")
@@ -153,6 +156,7 @@ def main() -> None:
         from stageline.runtime.bundle.recut import recut_copy
 
         bundles = {n: str(recut_copy(arguments.bundle, Path(folder) / str(n), n).path) for n in (1, 2)}
+        packed = str(recut_copy(arguments.packed, Path(folder) / "packed", 1).path) if arguments.packed else ""
         peers = json.loads(arguments.peers.read_text()) if arguments.peers else {}
         contenders: dict[str, Process] = {}
         for wanted in dict.fromkeys(precision for precision, _, _ in OURS):
@@ -161,7 +165,10 @@ def main() -> None:
                 for precision, quantise, stages in OURS:
                     if precision == wanted:
                         name = f"stageline {engine} {precision}, {stages} x {2 // stages} thread{'s' * (stages == 1)}"
-                        command = [sys.executable, script, "stageline", bundles[stages], engine, quantise, slots]
+                        bundle = bundles[stages]
+                        if precision == "int4" and arguments.packed:
+                            name, bundle, quantise = f"stageline {engine} packed, 1 x 2 threads", packed, ""
+                        command = [sys.executable, script, "stageline", bundle, engine, quantise, slots]
                         opened[name] = Process.start(precision, True, *command)
             for name, (kind, precision, model) in peers.items():
                 if precision == wanted:

@@ -110,11 +110,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    model = load_reference(Checkpoint.open(arguments.checkpoint), Bundle.open(arguments.bundle).manifest)
+    manifest = Bundle.open(arguments.bundle).manifest
+    exact = manifest.exact
+    model = load_reference(Checkpoint.open(arguments.checkpoint), manifest)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as folder:
         bundle = recut_copy(arguments.bundle, Path(folder) / "bundle", 1).path
-        with Pipeline.open(bundle) as pipeline:
+        with Pipeline.open(bundle, quantise=exact) as pipeline:
             assert pipeline.encoder is not None
             given = prompts(pipeline.encoder.ids, arguments.prompts, arguments.longest)
         began = time.perf_counter()
@@ -151,15 +153,17 @@ def main() -> None:
         for engine in arguments.engines.split(","):
             for stages in map(int, arguments.stages.split(",")):
                 recut(bundle, stages)
-                with Pipeline.open(bundle, engine=engine) as pipeline:
+                with Pipeline.open(bundle, engine=engine, quantise=exact) as pipeline:
                     measure(f"{engine}, {stages} stages", pipeline, 0, False)
             recut(bundle, 2)
             for chunk in (7, 64, 512):
-                with Pipeline.open(bundle, engine=engine, prefill_chunk=chunk) as pipeline:
+                with Pipeline.open(bundle, engine=engine, quantise=exact, prefill_chunk=chunk) as pipeline:
                     measure(f"{engine}, 2 stages, random arrivals and cancels, chunks of {chunk}", pipeline, 0.4, True)
             if engine in WITH_BLOCKS:
                 memory = 1200 * token_bytes
-                with Pipeline.open(bundle, engine=engine, capacity=1024, cache_memory=memory) as pipeline:
+                with Pipeline.open(
+                    bundle, engine=engine, quantise=exact, capacity=1024, cache_memory=memory
+                ) as pipeline:
                     measure(f"{engine}, 2 stages, a cache of 1,200 tokens", pipeline, 0, False)
                     stats = pipeline.stats().generation
                     assert stats is not None
