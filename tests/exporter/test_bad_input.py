@@ -226,9 +226,9 @@ def edit(bundle: Path, old: str, new: str) -> None:
 
 
 def test_a_newer_version(bundle: Path, message: Run) -> None:
-    edit(bundle, '"version": 4,', '"version": 5,')
+    edit(bundle, '"version": 4,', '"version": 6,')
     line = message("inspect", bundle)
-    assert "has version 5; this stageline reads versions 2, 3 and 4: install a newer stageline, or export" in line
+    assert "has version 6; this stageline reads versions 2, 3, 4 and 5: install a newer stageline, or export" in line
 
 
 def test_a_path_that_leaves_the_bundle(bundle: Path, message: Run) -> None:

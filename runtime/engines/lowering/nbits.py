@@ -6,7 +6,7 @@ level 4), as in llama.cpp.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,28 +178,31 @@ class _Lowering:
         """The activations [..., K], and after them the sum of each block, as often as there are levels."""
         key = given, weight.block, weight.levels
         if key not in self.made:
-            rank = 2 if node.op_type == "Gemm" else len(given.shape or node.outputs[0].shape or ())
-            shape = self.initializer(
-                f"{node.name}.blocks", np.array([0] * (rank - 1) + [weight.sums, weight.block], np.int64)
-            )
-            grouped = self.added(node, "Reshape", [given, shape])
+            grouped = self.added(node, "Reshape", [given, self.block_shape(node, given, weight)])
             last = self.initializer(f"{node.name}.last", np.array([-1], np.int64))
             sums = self.added(node, "ReduceSum", [grouped, last], keepdims=0)
             spaced = sums
             if weight.levels > 1 and weight.padding:
-                pads = self.initializer(
-                    f"{node.name}.pads", np.array([0] * (2 * rank - 1) + [weight.padding], np.int64)
-                )
-                spaced = self.added(node, "Pad", [sums, pads])
+                pads = self.initializer(f"{node.name}.pads", np.array([0, weight.padding], np.int64))
+                spaced = self.added(node, "Pad", [sums, pads, None, last])
             parts = [given, *[spaced] * (weight.levels - 1), sums]
             self.made[key] = self.added(node, "Concat", parts, axis=-1)
         return self.made[key]
 
-    def added(self, node: ir.Node, operator: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+    def block_shape(self, node: ir.Node, given: ir.Value, weight: Operands) -> ir.Value:
+        """[..., blocks, block], of activations whose rank the graph may not say."""
+        rank = 2 if node.op_type == "Gemm" else len(given.shape or node.outputs[0].shape or ())
+        name, blocks = f"{node.name}.blocks", [weight.sums, weight.block]
+        if rank:
+            return self.initializer(name, np.array([0] * (rank - 1) + blocks, np.int64))
+        before = self.added(node, "Shape", [given], end=-1)
+        return self.added(node, "Concat", [before, self.initializer(name, np.array(blocks, np.int64))], axis=0)
+
+    def added(self, node: ir.Node, operator: str, inputs: Sequence[ir.Value | None], **attributes: int) -> ir.Value:
         """The output of a new operator before the node."""
-        new = ir.node(operator, inputs, attributes, name=f"{node.name}.{operator.lower()}")
+        new = ir.node(operator, inputs, attributes, name=f"{node.name}.{operator.lower()}.{len(self.graph)}")
         value = new.outputs[0]
-        value.name, value.type = f"{new.name}.out", ir.TensorType(ir.DataType.FLOAT)
+        value.name = f"{new.name}.out"
         self.graph.insert_before(node, new)
         return value
 

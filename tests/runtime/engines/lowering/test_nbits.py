@@ -56,6 +56,21 @@ def test_it_computes_nearly_the_same(dtype: WeightDtype, most: float) -> None:
     assert 0 < np.sqrt(np.square(got - want).mean() / np.square(want).mean()) < most
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_activations_of_a_rank_that_the_graph_does_not_say(dtype: WeightDtype) -> None:
+    made = model((128, 256))
+    product = made.graph[0]
+    same = ir.node("Identity", [product.inputs[0]])
+    made.graph.insert_before(product, same)
+    product.replace_input_with(0, same.outputs[0])
+    want, got = (
+        ort.InferenceSession(ir.to_proto(one).SerializeToString())
+        for one in (to_nbits(model((128, 256)), dtype), to_nbits(made, dtype))
+    )
+    x = np.random.default_rng(2).normal(0, 1, (3, 128)).astype(np.float32)
+    np.testing.assert_array_equal(got.run(None, {"x": x})[0], want.run(None, {"x": x})[0])
+
+
 def test_products_of_one_value_share_the_sums_of_its_blocks() -> None:
     made = model((128, 256))
     product = made.graph[0]
