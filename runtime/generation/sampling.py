@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +46,15 @@ class Row:
         self._greedy = settings.temperature == 0
         self.drawn = 0
         """Tokens drawn so far."""
-        seed = settings.seed
-        self._generator = np.random.default_rng(None if seed is None else seed + choice)
+        self._choice = choice
         self._uniform: deque[float] = deque()  # of the next tokens, as far as they were asked for
         self.processors = Processors(settings, vocabulary, prompt, end_ids)
+
+    @cached_property
+    def _generator(self) -> np.random.Generator:
+        """Made when it is first asked for, which greedy rows never do."""
+        seed = self.settings.seed
+        return np.random.default_rng(None if seed is None else seed + self._choice)
 
     @property
     def takes_the_likeliest(self) -> bool:

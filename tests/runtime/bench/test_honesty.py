@@ -238,7 +238,7 @@ def generated(prompt: int, new: int, seconds: float) -> Generated:
     """One request after the other through two sleeping stages, for so long."""
     vocabulary = 8
     names = [(("input_ids",), ("h",)), (("h", *CACHED_INPUTS[1:]), ("logits",))]
-    engines = [Sleeper(("h", (1,)), deque([0.030])), Sleeper(("logits", (1, vocabulary)), deque([0.050]))]
+    engines = [Sleeper(("h", (1,)), deque([0.060])), Sleeper(("logits", (1, vocabulary)), deque([0.100]))]
     stages = [
         PipelineStage(reads, gives, lambda device, engine=engine: engine)  # type: ignore[misc]
         for (reads, gives), engine in zip(names, engines, strict=True)
@@ -261,7 +261,7 @@ def generated(prompt: int, new: int, seconds: float) -> Generated:
 
 def test_generation_gives_the_times_of_its_steps() -> None:
     prompt, new = 5, 6
-    done = undisturbed(lambda: generated(prompt, new, 1.7), lambda done: done.engines)
+    done = undisturbed(lambda: generated(prompt, new, 3.4), lambda done: done.engines)
     steps = np.array([engine.slept for engine in done.engines]).sum(axis=0).reshape(-1, new)
     whole, first = steps.sum(axis=1), steps[:, 0]
     found = figures.of_requests(done.answers, 1, Slo())
