@@ -11,12 +11,12 @@ from stageline.exporter.matching import TensorsError, match, missing_error
 from stageline.exporter.narrowing import Narrowing, stored_bytes
 from stageline.exporter.standard_names import folder_for_transformers
 from stageline.models.checkpoint import Checkpoint
+from stageline.models.packing import dequantised, read
 from stageline.models.place_file import place_file
 from stageline.models.safetensors_file import header_sha256, write_streaming
 from stageline.models.tensors import Entry, PackedEntry, Packing, TensorEntry
 from stageline.runtime.bundle.folder import HASH_LIMIT_BYTES, file_sha256
 from stageline.runtime.bundle.manifest import FileEntry, PackedWeight
-from stageline.runtime.engines.lowering.packed import Packed
 from transformers.core_model_loading import build_glob_alternation
 
 FOLDER = "weights"
@@ -176,7 +176,7 @@ def _convert(order: _Order) -> Placed:
             return stored_bytes(parts[name])
         entry = entries[name]
         if isinstance(entry, PackedEntry):
-            return [ways[name].converted(name, Packed.of(entry).numpy())]
+            return [ways[name].converted(name, dequantised(entry.packing, read(entry)))]
         return ways[name].chunks(entry)
 
     return Placed([order.write(specs, chunks)], {name: _described(entry) for name, entry in kept.items()})
