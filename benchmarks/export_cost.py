@@ -55,6 +55,8 @@ MODELS = {
     "Llama 8B shapes": llama(4096, 32, 14_336, 32),
     "Llama 70B shapes": llama(8192, 80, 28_672, 64),
 }
+LLAMA_7B = llama(4096, 32, 11_008, 32, 32, vocabulary=32_000)
+PACKED = {"gptq": "7B shapes, GPTQ", "gguf": "7B shapes, Q4_K"}
 SWEEPS = {
     **{f"width {width}, 8 layers": llama(width, 8, 4 * width, width // 64) for width in (512, 2048, 8192)},
     **{f"width 512, {layers} layers": llama(512, layers, 2048, 8) for layers in (4, 16, 64)},
@@ -104,12 +106,15 @@ def size_bytes(checkpoint: Path) -> int:
 # In a child process
 
 
-def write(config: dict[str, Any], folder: Path) -> None:
-    """Write a synthetic checkpoint without data."""
+def write(config: dict[str, Any], folder: Path, packed: str | None) -> None:
+    """Write a synthetic checkpoint without data, quantised by the method `packed` if one is given."""
     import torch
+    from packed_shapes import write_gguf, write_gptq
     from stageline.exporter import skeleton
     from stageline.models.synthetic import write_sparse
 
+    if packed is not None:
+        return {"gptq": write_gptq, "gguf": write_gguf}[packed](config, folder)
     model = skeleton.build(skeleton.config_of(config), "text-generation", torch.bfloat16, "eager")
     write_sparse(folder, config, skeleton.parameter_shapes(model), shard_bytes=5 * 1000**3)
 
@@ -176,7 +181,7 @@ def measure_peer(name: str, checkpoint: Path, folder: Path) -> Cost:
 def child(order: dict[str, Any]) -> None:
     """Do one job and print its cost as JSON."""
     if order["job"] == "write":
-        write(order["config"], Path(order["to"]))
+        write(order["config"], Path(order["to"]), order["packed"])
         return
     job = measure_peer if order["job"] == "peer" else measure
     print(json.dumps(asdict(job(order["name"], Path(order["checkpoint"]), Path(order["to"])))))
@@ -195,11 +200,12 @@ def in_child(**order: Any) -> str:
 
 
 @contextmanager
-def synthetic(config: dict[str, Any], folder: Path) -> Iterator[Path]:
+def synthetic(config: dict[str, Any], folder: Path, packed: str | None = None) -> Iterator[Path]:
     """A temporary checkpoint of these shapes."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        in_child(job="write", config=config, to=f"{made}/checkpoint")
-        yield Path(made, "checkpoint")
+        file = Path(made, "checkpoint.gguf" if packed == "gguf" else "checkpoint")
+        in_child(job="write", config=config, to=str(file), packed=packed)
+        yield file
 
 
 def run(job: str, name: str, checkpoint: Path, folder: Path) -> Cost:
@@ -244,6 +250,9 @@ def main() -> None:
             costs.append(run("export", title, arguments.checkpoints / name, folder))
         for title, config in {**MODELS, **({} if arguments.no_sweeps else SWEEPS)}.items():
             with synthetic(config, folder) as checkpoint:
+                costs.append(run("export", title, checkpoint, folder))
+        for packed, title in PACKED.items():
+            with synthetic(LLAMA_7B, folder, packed) as checkpoint:
                 costs.append(run("export", title, checkpoint, folder))
         if arguments.peers:
             costs.append(run("peer", "transformers, SmolLM2", arguments.checkpoints / "smollm2", folder))

@@ -20,6 +20,7 @@ from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.bundle.recut import recut_copy
 from stageline.runtime.engines import Array, StageFile
 from stageline.runtime.engines.lowering.onnxruntime import lowered
+from stageline.runtime.engines.lowering.session_weights import put_back
 from stageline.runtime.options import PipelineOptions
 from stageline.runtime.pipeline import Pipeline
 
@@ -91,7 +92,8 @@ class _OneStage:
             if not self.bundle.manifest.cached:
                 stage = StageFile(0, self.file, self.bundle.path, ())
                 self.file = self.file.with_suffix(".float32.onnx")
-                self.file.write_bytes(lowered(stage, ir.DataType.FLOAT, None).proto)
+                graph = lowered(stage, ir.DataType.FLOAT, None)
+                self.file.write_bytes(put_back(graph.proto, graph.weights) if graph.weights else graph.proto)
         except BaseException:
             self.close()
             raise

@@ -15,7 +15,7 @@ from stageline.runtime.bundle.manifest import CacheSpec
 from stageline.runtime.engines.base import Array
 from stageline.runtime.engines.lowering.cache_names import past_names, present_names
 from stageline.runtime.engines.lowering.float32 import HALVES, to_float32
-from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES
+from stageline.runtime.engines.lowering.session_weights import give_weights, take_weights
 from stageline.runtime.engines.tensorrt.lower import Lowered
 
 
@@ -33,12 +33,10 @@ class EmulatedStage:
         options.log_severity_level = 4
         # Otherwise products of quantised weights are fused into operators that also quantise activations.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        proto = ir.to_proto(model)
-        if proto.ByteSize() > MAX_GRAPH_BYTES:
-            raise EngineError(
-                "the stage is too large to be emulated; cut the bundle into more: stageline recut BUNDLE --stages N"
-            )
-        self._session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        weights = take_weights(model)
+        proto = ir.to_proto(model).SerializeToString()
+        self._weights = give_weights(options, weights)
+        self._session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
         self.output_names = tuple(spec.name for spec in lowered.outputs) + tuple(values)
         self.caches = {
             name: np.zeros(shape, np.float32)

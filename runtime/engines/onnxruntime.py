@@ -24,6 +24,7 @@ from stageline.runtime.engines.lowering.external import root_of
 from stageline.runtime.engines.lowering.flat_attention import padded_size
 from stageline.runtime.engines.lowering.group_query import row_inputs
 from stageline.runtime.engines.lowering.onnxruntime import first_line, lowered
+from stageline.runtime.engines.lowering.session_weights import give_weights
 from stageline.runtime.engines.packing import packed, token_shape
 
 _BINDINGS = 64  # row ranges whose caches stay bound
@@ -53,11 +54,9 @@ class OnnxRuntimeEngine:
             raise EngineError(f"ONNX Runtime {ort.__version__} has no {dtype} caches on CPUs; leave cache_dtype out")
         try:
             graph = lowered(stage, ir.DataType.from_numpy(dtype), quantise, grouped)
-            self._session = ort.InferenceSession(
-                graph.proto,
-                options or session_options(stage, device.cores),
-                providers=["CPUExecutionProvider"],
-            )
+            options = options or session_options(stage, device.cores)
+            self._weights = give_weights(options, graph.weights)
+            self._session = ort.InferenceSession(graph.proto, options, providers=["CPUExecutionProvider"])
         except EngineError:
             raise
         except Exception as error:  # the backend's exceptions have no common base
@@ -122,7 +121,7 @@ class OnnxRuntimeEngine:
         """Free the session, its threads and the caches."""
         self._bindings.clear()
         self._slots = {}
-        self._session = None
+        self._session, self._weights = None, []
 
     def _kinds_of(self, spec: CacheSpec, rows: int, tokens: int) -> Kinds:
         """Keys and values of a cache. GroupQueryAttention takes one size for both.

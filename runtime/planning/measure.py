@@ -34,7 +34,7 @@ from stageline.runtime.devices.base import on_host
 from stageline.runtime.devices.cpu import CpuDevice, allowed_cores, others_cpu_s, pin, share_cores, start_worker
 from stageline.runtime.engines import Array, Engine, StageFile, engine_factory
 from stageline.runtime.engines.base import CacheSize, WeightDtype
-from stageline.runtime.engines.lowering.nbits import MAX_GRAPH_BYTES, bytes_per_weight, packed_bytes
+from stageline.runtime.engines.lowering.nbits import bytes_per_weight, packed_bytes
 from stageline.runtime.planning.cost import use_costs
 from stageline.runtime.planning.host import driver_times_s
 from stageline.runtime.planning.profile import Contention, Grid, Machine, MachineProfile, Point
@@ -177,13 +177,13 @@ def ranges(bundle: Bundle, quantise: WeightDtype | None = None) -> list[tuple[in
 
 
 def _opens_whole(bundle: Bundle, quantise: WeightDtype | None) -> bool:
-    """Whether ranges longer than a quarter are measured: quantised weights of a stage must fit into one graph."""
-    tensors = bundle.weights.values()
-    if quantise is None and not bundle.manifest.packed:
-        return sum(entry.size_bytes for entry in tensors) <= _WHOLE_LIMIT_BYTES
-    if quantise is None:
-        return sum(packed_bytes(e)[0] for e in tensors if isinstance(e, PackedEntry)) <= MAX_GRAPH_BYTES
-    return sum(math.prod(entry.shape) for entry in tensors) * bytes_per_weight(quantise) <= MAX_GRAPH_BYTES
+    """Whether ranges longer than a quarter are measured: the weights of all blocks are not too many for that."""
+    entries = bundle.weights.values()
+    if quantise is not None:
+        size = sum(math.prod(entry.shape) for entry in entries) * bytes_per_weight(quantise)
+    else:
+        size = sum(packed_bytes(e)[0] if isinstance(e, PackedEntry) else e.size_bytes for e in entries)
+    return size <= _WHOLE_LIMIT_BYTES
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from stageline.runtime.engines.lowering.packed_picks import pick_tokens
 from stageline.runtime.engines.lowering.packed_rows import look_up
 from stageline.runtime.engines.lowering.paged import to_paged
 from stageline.runtime.engines.lowering.precision import read_as_stored, to_precision, widen_initializers
+from stageline.runtime.engines.lowering.session_weights import SessionWeights, take_weights
 from stageline.runtime.engines.lowering.tensor_scatter import to_tensor_scatter
 
 _NO_BFLOAT16 = frozenset(
@@ -32,10 +33,11 @@ which it lists only where TensorRT is installed). Computing them in float32 is r
 
 @dataclass(frozen=True)
 class LoweredForCpu:
-    """A stage's graph as ONNX bytes, and the dimensions of its inputs and outputs in the bundle, without those of its
-    caches."""
+    """A stage's graph as ONNX bytes, its weights that are in no file, and the dimensions of its inputs and outputs in
+    the bundle, without those of its caches."""
 
     proto: bytes
+    weights: SessionWeights
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
 
@@ -55,7 +57,7 @@ def lowered(
     if root != stage.folder:
         locate_in(root, model)
     elif not halves and not caches and quantise is None and not has_packed(model):
-        return LoweredForCpu(stage.file.read_bytes(), inputs, outputs)
+        return LoweredForCpu(stage.file.read_bytes(), {}, inputs, outputs)
     if halves:
         model = to_float32(model)
     if caches and grouped:
@@ -66,8 +68,8 @@ def lowered(
     if quantise != "float32":
         look_up(model)
         to_nbits(model, quantise)
-    check_graph_size(model, quantise or "packed")
-    return LoweredForCpu(ir.to_proto(model).SerializeToString(), inputs, outputs)
+    weights = take_weights(model)
+    return LoweredForCpu(ir.to_proto(model).SerializeToString(), weights, inputs, outputs)
 
 
 @dataclass(frozen=True)

@@ -231,12 +231,13 @@ def test_other_weights_of_this_machine_are_nearer_than_another_machine(bundle: B
     )
 
 
-def test_a_model_too_large_for_one_quantised_graph_is_measured_in_quarters(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantise", [None, "int8"])
+def test_a_model_too_large_to_be_opened_whole_is_measured_in_quarters(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, quantise: WeightDtype | None
 ) -> None:
-    monkeypatch.setattr(measuring, "MAX_GRAPH_BYTES", 1000)
-    assert (0, 3) in ranges(bundle)
-    assert set(ranges(bundle, "int8")) == {(0, 1), (1, 2), (2, 3)}
+    assert (0, 3) in ranges(bundle, quantise)
+    monkeypatch.setattr(measuring, "_WHOLE_LIMIT_BYTES", 1000)
+    assert set(ranges(bundle, quantise)) == {(0, 1), (1, 2), (2, 3)}
 
 
 def test_a_missing_or_broken_profile_is_reported_in_one_line(bundle: Bundle) -> None:
