@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from stageline.exporter.commands import common, hub
@@ -65,6 +65,10 @@ def serve_command(
     rebalance: Annotated[
         RebalanceMode, typer.Option(help="Measure the stages, and log a better cut (advise) or switch to it (auto).")
     ] = PipelineOptions.rebalance,
+    unknown_parameters: Annotated[
+        Literal["refuse", "ignore"],
+        typer.Option(help="What an unknown parameter does: refuse the request, or be left out with a warning header."),
+    ] = "refuse",
     max_body_mb: Annotated[int, typer.Option(min=1, help="Max size of a request's body.")] = 4,
     drain_s: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests have to finish after SIGTERM or SIGINT.")
@@ -97,6 +101,7 @@ def serve_command(
             pipelines,
             api_key=api_key,
             max_body_bytes=max_body_mb * 2**20,
+            unknown_parameters=unknown_parameters,
             concurrency=_PER_PERMIT * queue * len(bundles),
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"

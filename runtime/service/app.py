@@ -5,7 +5,7 @@ app = create_app({"smollm2": pipeline})  # run it with uvicorn, or mount it in y
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,7 +15,7 @@ from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service import chat, completions, embeddings, schema
 from stageline.runtime.service.errors import ApiError, as_json, from_stageline, from_validation
-from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware
+from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
 from stageline.runtime.service.model import Model
 from starlette.exceptions import HTTPException
@@ -31,11 +31,13 @@ def create_app(
     api_key: str | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     concurrency: int = CONCURRENCY,
+    unknown_parameters: Literal["refuse", "ignore"] = "refuse",
 ) -> FastAPI:
     """The app for pipelines opened from bundles, each under the name that clients use.
 
     At most `concurrency` requests are answered at a time. The queue of each pipeline bounds how many of them generate
-    or wait. BundleError for a bundle that can neither generate nor embed.
+    or wait. Parameters that are not known are refused, or left out and named in the header
+    Warning. BundleError for a bundle that can neither generate nor embed.
     """
     models = {name: Model(name, pipeline) for name, pipeline in pipelines.items()}
     responses = ResponseCounter()
@@ -44,6 +46,8 @@ def create_app(
     ProcessCollector(registry=registry)
 
     app = FastAPI(title="Stageline", version=version("stageline"), description="Pipelines behind OpenAI's API.")
+    if unknown_parameters == "ignore":
+        app.add_middleware(UnknownMiddleware)
     app.add_middleware(ConnectionMiddleware, max_body_bytes=max_body_bytes)
     app.add_middleware(AccessMiddleware, api_key=api_key, concurrency=concurrency)
     app.add_middleware(CountingMiddleware, responses=responses)

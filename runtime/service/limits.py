@@ -5,12 +5,14 @@ import hmac
 from contextlib import suppress
 
 from stageline.runtime.service.errors import ApiError, busy
+from stageline.runtime.service.schema import UNKNOWN_DROPPED
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_TO_ALL = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 STALL_S = 300.0  # a client that neither sends nor reads anything for this long is cut off
 _DISCARD_S = 10.0
+_WARNING = 1000  # characters of a header
 
 
 class _StalledError(Exception):
@@ -121,6 +123,32 @@ class ConnectionMiddleware:
         if not answer.cancelled():
             with suppress(_StalledError):  # the server closes the connection: the response is not whole
                 answer.result()
+
+
+class UnknownMiddleware:
+    """Lets requests have unknown parameters, which are left out and named in the response's header Warning."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        names: list[str] = []
+
+        async def warned(message: Message) -> None:
+            if message["type"] == "http.response.start" and names:
+                listed = "".join(c if " " <= c <= "~" and c not in '"\\' else "?" for c in ", ".join(names))
+                warning = f'299 stageline "ignored: {listed[:_WARNING]}"'
+                message = {**message, "headers": [*message["headers"], (b"warning", warning.encode())]}
+            await send(message)
+
+        token = UNKNOWN_DROPPED.set(names)
+        try:
+            await self._app(scope, receive, warned)
+        finally:
+            UNKNOWN_DROPPED.reset(token)
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
