@@ -72,7 +72,7 @@ class TextEncoder:
         inputs = _inputs(texts, pairs)
         if before := self._prompt(prompt):
             inputs = _inputs([before + text for text in texts], pairs)
-        encodings = self._tokenizer.encode_batch(inputs)
+        encodings = list(self._tokenizer.encode_batch(inputs))
         if limit is not None:
             encodings = [self._cut(one, text, limit) for one, text in zip(encodings, inputs, strict=True)]
         for number, encoding in enumerate(encodings):
@@ -93,7 +93,7 @@ class TextEncoder:
             types = np.zeros_like(ids)
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
-    def _cut(self, encoding: Any, text: str | tuple[str, str], limit: int) -> Any:
+    def _cut(self, encoding: Any, text: Any, limit: int) -> Any:
         """The encoding, or that of the beginning of its text that fits into `limit` tokens with the special ones."""
         if len(encoding.ids) <= limit:
             return encoding
@@ -138,14 +138,18 @@ class TextEncoder:
         (checked,) = _inputs([text], None)
         return len(self._tokenizer.encode(checked).ids)
 
-    def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
-        """The text of these tokens [length], without the special ones.
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each of these tokens; empty for an id that it does not have."""
+        return [str(self._tokenizer.id_to_token(i) or "") for i in ids]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int64], special: bool = False) -> str:
+        """The text of these tokens [length], without the special ones unless they are asked for.
 
         Raises:
             RequestError: an id is negative or does not fit 32 bits.
         """
         try:
-            return str(self._tokenizer.decode([int(i) for i in ids]))
+            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special))
         except OverflowError as error:
             raise RequestError("a token id is negative or too large; ids come from encode or a model") from error
 
@@ -163,7 +167,9 @@ class TextEncoder:
         """A tokenizer that knows one special token more, and the id of that."""
         tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-        return TextEncoder(tokenizer, self.max_length, self.pad_id), int(tokenizer.token_to_id(text))
+        number = tokenizer.token_to_id(text)
+        assert number is not None
+        return TextEncoder(tokenizer, self.max_length, self.pad_id), number
 
     @cached_property
     def token_bytes(self) -> TokenBytes | None:

@@ -29,7 +29,8 @@ class Spelling:
         """The same value (messages, tools, ... as JSON has them) with each special token in its texts broken."""
         if self._special is None:
             return value
-        return self._broken(value, self._special)
+        broken: _Value = self._broken(value, self._special)
+        return broken
 
     def _broken(self, value: Any, special: re.Pattern[str]) -> Any:
         if isinstance(value, str):

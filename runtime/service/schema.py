@@ -47,7 +47,12 @@ class _Body(BaseModel):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        left = {name: value for name, value in values.items() if not (name in IGNORED or _neutral(name, value))}
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        left = {
+            name: value
+            for name, value in values.items()
+            if not (name in IGNORED or value is None or (name not in needed and _neutral(name, value)))
+        }
         dropped = UNKNOWN_DROPPED.get()
         if dropped is None:
             return left
@@ -57,7 +62,7 @@ class _Body(BaseModel):
 
 def _neutral(name: str, value: Any) -> bool:
     """Whether the value says nothing; 0 is not False here."""
-    return value is None or any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
+    return any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
 
 
 class StreamOptions(_Body):
@@ -140,15 +145,10 @@ class Message(_Body):
         return {"role": self.role, "content": "\n".join(parts), **named}
 
 
-class ChatRequest(Generating):
-    """/v1/chat/completions"""
+class Templated(_Body):
+    """Messages, and how the template makes a prompt of them."""
 
     messages: list[Message]
-    max_completion_tokens: int | None = None
-    """The newer name of `max_tokens`; wins if both are given."""
-    logprobs: bool = False
-    top_logprobs: int | None = None
-    modalities: list[Literal["text"]] = Field(default_factory=list)
     # vLLM's.
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -171,6 +171,16 @@ class ChatRequest(Generating):
                 "chat_template_kwargs", "chat_template_kwargs may not set {name}", {"name": repr(reserved[0])}
             )
         return self
+
+
+class ChatRequest(Generating, Templated):
+    """/v1/chat/completions"""
+
+    max_completion_tokens: int | None = None
+    """The newer name of `max_tokens`; wins if both are given."""
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    modalities: list[Literal["text"]] = Field(default_factory=list)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -244,3 +254,67 @@ class EmbeddingRequest(_Body):
     """Cohere's and NVIDIA's: what the texts are; chooses among the model's prompts, if it has some."""
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     """vLLM's: keep this many tokens of each text; -1: as many as the model takes."""
+
+
+class RerankDocument(_Body):
+    """A document of /rerank that is no plain text."""
+
+    text: str
+
+
+class RerankRequest(_Body):
+    """/rerank, as Cohere and Jina have it"""
+
+    model: str
+    query: str
+    documents: list[str | RerankDocument]
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool = True
+
+
+class ScoreRequest(_Body):
+    """/score, vLLM's"""
+
+    model: str
+    text_1: str | list[str]
+    text_2: str | list[str]
+
+    @validator(mode="before")
+    @classmethod
+    def _newer_names(cls, values: Any) -> Any:
+        """vLLM has renamed them twice."""
+        if not isinstance(values, Mapping):
+            return values
+        names = {"queries": "text_1", "data_1": "text_1", "documents": "text_2", "data_2": "text_2"}
+        return {names.get(name, name): value for name, value in values.items()}
+
+
+class ClassifyRequest(_Body):
+    """/classify, vLLM's"""
+
+    model: str
+    input: str | list[str]
+    truncate: bool = False
+
+
+class TokenizeRequest(_Body):
+    """/tokenize, of a text"""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatRequest(Templated):
+    """/tokenize, of messages"""
+
+    model: str | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Body):
+    """/detokenize"""
+
+    model: str | None = None
+    tokens: list[Token]
