@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import CheckpointError, RequestError
 from stageline.models.token_bytes import TokenBytes, is_byte_level
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 
 class TextEncoder:
@@ -57,9 +57,11 @@ class TextEncoder:
         pairs: Sequence[str] | None = None,
         truncate: bool = False,
         prompt: str | None = None,
+        limit: int | None = None,
     ) -> dict[str, NDArray[np.int64]]:
         """Turn texts, or each text with its pair, into arrays padded on the right to the longest of them. `prompt`: the
-        name of what is put before each text; default: the default prompt, if there is one.
+        name of what is put before each text; default: the default prompt, if there is one. `limit`: the most tokens
+        that are kept of a text, special ones included; what comes after them is cut off.
 
         Returns input_ids, attention_mask and token_type_ids, each int64 [batch, length].
 
@@ -70,7 +72,9 @@ class TextEncoder:
         inputs = _inputs(texts, pairs)
         if before := self._prompt(prompt):
             inputs = _inputs([before + text for text in texts], pairs)
-        encodings = self._tokenizer.encode_batch(inputs)
+        encodings = list(self._tokenizer.encode_batch(inputs))
+        if limit is not None:
+            encodings = [self._cut(one, text, limit) for one, text in zip(encodings, inputs, strict=True)]
         for number, encoding in enumerate(encodings):
             if len(encoding.ids) > self.max_length:
                 if not truncate:
@@ -89,6 +93,19 @@ class TextEncoder:
             types = np.zeros_like(ids)
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
+    def _cut(self, encoding: Any, text: Any, limit: int) -> Any:
+        """The encoding, or that of the beginning of its text that fits into `limit` tokens with the special ones."""
+        if len(encoding.ids) <= limit:
+            return encoding
+        if not isinstance(text, str):
+            raise RequestError("pairs of texts cannot be cut to a number of tokens; shorten them")
+        room = limit - self._tokenizer.num_special_tokens_to_add(False)
+        if room < 1:
+            raise RequestError(f"a text cut to {limit} tokens has none of its own; keep at least {limit + 1 - room}")
+        plain = self._tokenizer.encode(text, add_special_tokens=False)
+        plain.truncate(room, direction=self._truncation_side)
+        return self._tokenizer.post_process(plain)
+
     def _prompt(self, name: str | None) -> str:
         name = self._default_prompt if name is None else name
         if name is None:
@@ -97,6 +114,11 @@ class TextEncoder:
             known = f"known are {', '.join(self._prompts)}" if self._prompts else "this model has none"
             raise RequestError(f"prompt {name!r} is not known; {known}")
         return self._prompts[name]
+
+    @property
+    def prompt_names(self) -> list[str]:
+        """The names that `encode` knows prompts by."""
+        return list(self._prompts)
 
     def ids(self, text: str, special: bool = True) -> list[int]:
         """The tokens of one text, of any number; `special`: with those that the tokenizer adds to every text.
@@ -116,20 +138,38 @@ class TextEncoder:
         (checked,) = _inputs([text], None)
         return len(self._tokenizer.encode(checked).ids)
 
-    def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
-        """The text of these tokens [length], without the special ones.
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each of these tokens; empty for an id that it does not have."""
+        return [str(self._tokenizer.id_to_token(i) or "") for i in ids]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int64], special: bool = False) -> str:
+        """The text of these tokens [length], without the special ones unless they are asked for.
 
         Raises:
             RequestError: an id is negative or does not fit 32 bits.
         """
         try:
-            return str(self._tokenizer.decode([int(i) for i in ids]))
+            return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special))
         except OverflowError as error:
             raise RequestError("a token id is negative or too large; ids come from encode or a model") from error
 
     def leaves_out(self, token: int) -> bool:
         """Whether decode leaves this token out: it is a special one, or unknown to the tokenizer."""
         return token in self._special_ids or self._tokenizer.id_to_token(token) is None
+
+    @property
+    def special_texts(self) -> list[str]:
+        """How the special tokens are spelt."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return [token.content for token in added.values() if token.special and token.content]
+
+    def with_special(self, text: str) -> tuple["TextEncoder", int]:
+        """A tokenizer that knows one special token more, and the id of that."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+        number = tokenizer.token_to_id(text)
+        assert number is not None
+        return TextEncoder(tokenizer, self.max_length, self.pad_id), number
 
     @cached_property
     def token_bytes(self) -> TokenBytes | None:

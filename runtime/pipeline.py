@@ -29,6 +29,7 @@ from stageline.runtime.executor import ChangeoverTimes, Executor
 from stageline.runtime.generation.generator import Generator
 from stageline.runtime.generation.meter import GenerationStats
 from stageline.runtime.generation.request import Completion, GenerationRequest, Sampling
+from stageline.runtime.generation.spelling import Spelling
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel, open_encoder
 from stageline.runtime.images import Picture, pixel_values
@@ -213,13 +214,22 @@ class Pipeline:
         return await (await self.astart(request))
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[int, ...]:
-        """The token ids that the chat template makes of messages; `variables` (`tools`, ...) are given to it.
+        """The token ids that the chat template makes of messages; `variables` (`tools`, ...) are given to it. What
+        they spell is text: only the template's own special tokens become such tokens.
 
         BundleError where the bundle has no chat template.
         """
         generator = self._generator
-        text = self.chat_text(messages, **variables)
-        return tuple(generator.text_model.prompt_ids(text, generator.capacity, special=False))
+        ids = self.chat_ids(messages, **variables)
+        return tuple(generator.text_model.prompt_ids(ids, generator.capacity))
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """The token ids of `chat_prompt`, however many they are."""
+        spelling = self._spelling
+        if spelling is None:
+            raise RequestError("this bundle has no tokenizer; give the prompt as token ids")
+        text = self.chat_text(spelling.broken(messages), **spelling.broken(variables))
+        return spelling.ids(text)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt of `chat_prompt` as a text, its special tokens included."""
@@ -246,6 +256,10 @@ class Pipeline:
         if generator is not None:
             return generator.text_model.encoder
         return open_encoder(bundle) if bundle is not None else None
+
+    @cached_property
+    def _spelling(self) -> Spelling | None:
+        return None if self.encoder is None else Spelling(self.encoder)
 
     @property
     def bundle(self) -> Bundle:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from socket import gethostname
+from typing import Annotated, Literal
 
 import typer
 from stageline.exporter.commands import common, hub
@@ -40,7 +41,29 @@ def serve_command(
         ),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="STAGELINE_API_KEY", help="Key that clients must send (default: none).")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="STAGELINE_API_KEY",
+            help="Key that clients must send (default: none). Several: one for each.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of keys, one a line; lines that begin with # are not.")
+    ] = None,
+    allowed_hosts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="Names that the service may be called by, beside localhost, addresses and --host; *: any.",
+        ),
+    ] = None,
+    cors_origins: Annotated[
+        str | None,
+        typer.Option(metavar="URL,URL,...", help="Sites whose pages may call it, such as https://example.com; *: any."),
+    ] = None,
+    log_format: Annotated[
+        Literal["text", "json"] | None, typer.Option(help="Log each request on stderr (default: only what is wrong).")
     ] = None,
     engine: common.EngineOption = "onnxruntime",
     error_budget: common.BudgetOption = None,
@@ -65,6 +88,10 @@ def serve_command(
     rebalance: Annotated[
         RebalanceMode, typer.Option(help="Measure the stages, and log a better cut (advise) or switch to it (auto).")
     ] = PipelineOptions.rebalance,
+    unknown_parameters: Annotated[
+        Literal["refuse", "ignore"],
+        typer.Option(help="What an unknown parameter does: refuse the request, or be left out with a warning header."),
+    ] = "refuse",
     max_body_mb: Annotated[int, typer.Option(min=1, help="Max size of a request's body.")] = 4,
     drain_s: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests have to finish after SIGTERM or SIGINT.")
@@ -78,6 +105,8 @@ def serve_command(
     """
     with common.needs("this command needs the service", "serve", "fastapi", "prometheus_client", "uvicorn"):
         from stageline.runtime.service.app import create_app
+        from stageline.runtime.service.connections import raise_file_limit
+        from stageline.runtime.service.request_log import log_to_stderr
         from stageline.runtime.service.server import DrainingServer, bound_socket
 
     options = PipelineOptions(
@@ -85,6 +114,10 @@ def serve_command(
         capacity=capacity, cache_dtype=cache_dtype, cache_memory=_bytes(cache_memory), rebalance=rebalance,
     )  # fmt: skip
     names = _names(bundles, name or [])
+    keys = [*(api_key or []), *_keys(api_key_file)]
+    if log_format is not None:
+        log_to_stderr(log_format)
+    raise_file_limit()
     if rebalance != "off":
         _log_rebalancing()
     folders = [hub.bundle_of(bundle) for bundle in bundles]
@@ -95,12 +128,15 @@ def serve_command(
         }
         app = create_app(
             pipelines,
-            api_key=api_key,
+            api_key=keys,
+            allowed_hosts=[host, gethostname(), *(common.split(allowed_hosts) or [])],
+            cors_origins=common.split(cors_origins) or [],
             max_body_bytes=max_body_mb * 2**20,
+            unknown_parameters=unknown_parameters,
             concurrency=_PER_PERMIT * queue * len(bundles),
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        if api_key is None and not _is_local(host):
+        if not keys and not _is_local(host):
             print(f"stageline: {url} has no API key: anyone who can reach it can use it", file=sys.stderr)
 
         def ready() -> None:
@@ -112,6 +148,20 @@ def serve_command(
 def _bytes(size: str | None) -> int | None:
     given = common.size_bytes(size, "--cache-memory")
     return None if given is None else int(given)
+
+
+def _keys(file: Path | None) -> list[str]:
+    """The keys in a file. A usage error where it cannot be read or has none."""
+    if file is None:
+        return []
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise common.UsageError(f"cannot read --api-key-file {file} ({error})") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise common.UsageError(f"--api-key-file {file} has no key; write one a line")
+    return keys
 
 
 def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:

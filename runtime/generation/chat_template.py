@@ -64,6 +64,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt for these messages; its special tokens are in the text already.
@@ -72,12 +73,16 @@ class ChatTemplate:
             messages: each with a role and, unless it has tool_calls, a content: a text or a list of parts.
             add_generation_prompt: end with what begins the assistant's answer.
             tools: JSON schemas of functions.
+            continue_final_message: end with the text of the last message, as it stands in the prompt; the answer
+                continues it. Not together with add_generation_prompt.
             variables: whatever else the template knows (documents, enable_thinking, ...), as JSON has it.
 
         Raises:
             RequestError: something is not a chat, or the template refuses it.
             BundleError: the template is broken, unsafe or takes more than it may.
         """
+        if continue_final_message and add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt exclude each other; give one of them")
         given = {
             **self._tokens,
             "documents": None,
@@ -94,7 +99,8 @@ class ChatTemplate:
         if len(line) > GIVEN_BYTES:
             raise RequestError(f"the chat has {len(line)} bytes as JSON, at most {GIVEN_BYTES} fit; shorten it")
         with self._lock:
-            return self._ask(self._running(), line)
+            text = self._ask(self._running(), line)
+        return _up_to_the_last(text, messages[-1]) if continue_final_message else text
 
     def close(self) -> None:
         """End the process. May be called again."""
@@ -241,6 +247,18 @@ def _read_json(file: Path) -> dict[str, Any]:
         return read_json_object(file)
     except CheckpointError as error:
         raise BundleError(str(error)) from error
+
+
+def _up_to_the_last(text: str, message: Mapping[str, Any]) -> str:
+    """The prompt to the end of its last message's text; spaces after that stay if the template has kept them."""
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip():
+        raise RequestError("the last message has no text to continue; give one, or leave out continue_final_message")
+    begin = text.rfind(content.strip())
+    if begin < 0:
+        raise RequestError("the chat template changes the last message, so it cannot be continued")
+    whole = content.lstrip()
+    return text[:begin] + (whole if text.startswith(whole, begin) else content.strip())
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:

@@ -43,6 +43,8 @@ class Sampling:
     stop: tuple[str, ...] | None = None
     """Texts that end a choice; they are not part of its text."""
     stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    """Whether the checkpoint's end tokens do not end a choice."""
     logprobs: int | None = None
     """How many of the likeliest tokens to name beside each token drawn, 0 to 20; None: no logprobs at all."""
     n: int = 1
@@ -67,6 +69,8 @@ class Sampling:
                 raise RequestError(f"{name} is {value}; give {low} to {high}")
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}; lower it")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; give True or False")
         stops = self.stop or ()
         if len(stops) > MAX_STOPS or len(self.stop_token_ids) > MAX_STOPS:
             raise RequestError(f"more than {MAX_STOPS} stops were given; give fewer")

@@ -113,7 +113,8 @@ class Job:
         """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
         settings = self.settings
         self.unfinished = settings.n
-        ends = frozenset((*text_model.defaults.end_ids, *settings.stop_token_ids))
+        end_ids = () if settings.ignore_eos else text_model.defaults.end_ids
+        ends = frozenset((*end_ids, *settings.stop_token_ids))
         room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache
         max_tokens = room if settings.max_tokens is None else min(room, settings.max_tokens)
         leader = None

@@ -3,9 +3,9 @@
 app = create_app({"smollm2": pipeline})  # run it with uvicorn, or mount it in your own app
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,12 +13,15 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.service import chat, completions, embeddings, schema
+from stageline.runtime.service import chat, completions, embeddings, schema, scoring, tokens
 from stageline.runtime.service.errors import ApiError, as_json, from_stageline, from_validation
-from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware
+from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
 from stageline.runtime.service.model import Model
+from stageline.runtime.service.origin import HostMiddleware
+from stageline.runtime.service.request_log import RequestIdMiddleware
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 MAX_BODY_BYTES = 4 * 2**20
@@ -28,14 +31,19 @@ CONCURRENCY = 256
 def create_app(
     pipelines: Mapping[str, Pipeline],
     *,
-    api_key: str | None = None,
+    api_key: str | Sequence[str] | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     concurrency: int = CONCURRENCY,
+    unknown_parameters: Literal["refuse", "ignore"] = "refuse",
+    allowed_hosts: Sequence[str] | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The app for pipelines opened from bundles, each under the name that clients use.
 
     At most `concurrency` requests are answered at a time. The queue of each pipeline bounds how many of them generate
-    or wait. BundleError for a bundle that can neither generate nor embed.
+    or wait. Parameters that are not known are refused, or left out and named in the header Warning. Requests must have
+    a key of `api_key`, if there is one, and a Host that is localhost, an address or one of `allowed_hosts` (None: any).
+    Pages of `cors_origins` may call it. BundleError for a bundle that can neither generate, embed nor classify.
     """
     models = {name: Model(name, pipeline) for name, pipeline in pipelines.items()}
     responses = ResponseCounter()
@@ -44,9 +52,17 @@ def create_app(
     ProcessCollector(registry=registry)
 
     app = FastAPI(title="Stageline", version=version("stageline"), description="Pipelines behind OpenAI's API.")
+    if unknown_parameters == "ignore":
+        app.add_middleware(UnknownMiddleware)
     app.add_middleware(ConnectionMiddleware, max_body_bytes=max_body_bytes)
-    app.add_middleware(AccessMiddleware, api_key=api_key, concurrency=concurrency)
+    keys = [api_key] if isinstance(api_key, str) else api_key or ()
+    app.add_middleware(AccessMiddleware, api_keys=keys, concurrency=concurrency)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    if allowed_hosts is not None:
+        app.add_middleware(HostMiddleware, allowed_hosts=allowed_hosts, origins=cors_origins)
     app.add_middleware(CountingMiddleware, responses=responses)
+    app.add_middleware(RequestIdMiddleware)
     _add_error_handlers(app, models)
     _add_routes(app, models)
 
@@ -59,20 +75,14 @@ def create_app(
 
 
 def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
-    def model_of(name: str, ability: str, instead: str) -> Model:
-        if name not in models:
-            raise ApiError(
-                404,
-                f"there is no model {name!r}; models: {', '.join(models)}",
-                param="model",
-                code="model_not_found",
-            )
+    def model_of(name: str, ability: str) -> Model:
+        _named(models, name)
         if not getattr(models[name], ability):
-            raise ApiError(400, f"the model {name!r} {instead}", param="model")
+            raise ApiError(400, f"the model {name!r} {models[name].routes}", param="model")
         return models[name]
 
     def generating(name: str) -> Model:
-        return model_of(name, "generates", "embeds and does not generate; send the request to /v1/embeddings")
+        return model_of(name, "generates")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: schema.ChatRequest) -> Response:
@@ -87,8 +97,44 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.post("/v1/embeddings")
     async def embeddings_(body: schema.EmbeddingRequest) -> Response:
         """A vector for each text."""
-        model = model_of(body.model, "embeds", "generates and does not embed; send the request to /v1/chat/completions")
-        return await embeddings.embed(model, body)
+        return await embeddings.embed(model_of(body.model, "embeds"), body)
+
+    @app.post("/rerank")
+    @app.post("/v1/rerank")
+    @app.post("/v2/rerank")
+    async def rerank(body: schema.RerankRequest) -> Response:
+        """Documents in the order of their relevance to a query."""
+        return await scoring.rerank(model_of(body.model, "scores"), body)
+
+    @app.post("/score")
+    async def score(body: schema.ScoreRequest) -> Response:
+        """A score for each pair of texts."""
+        return await scoring.score(model_of(body.model, "scores"), body)
+
+    @app.post("/classify")
+    async def classify(body: schema.ClassifyRequest) -> Response:
+        """A score for each label of each text."""
+        return await scoring.classify(model_of(body.model, "classifies"), body)
+
+    @app.post("/tokenize")
+    async def tokenize(body: schema.TokenizeRequest | schema.TokenizeChatRequest) -> Response:
+        """The tokens of a text, or of the prompt that messages make."""
+        return await tokens.tokenize(_named(models, body.model), body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: schema.DetokenizeRequest) -> Response:
+        """The text of tokens."""
+        return await tokens.detokenize(_named(models, body.model), body)
+
+    @app.get("/version")
+    async def version_() -> Response:
+        """The version of Stageline."""
+        return _json({"version": version("stageline")})
+
+    @app.get("/load")
+    async def load() -> Response:
+        """How many requests the pipelines run or hold back."""
+        return _json({"server_load": sum(_load(model) for model in models.values())})
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -120,6 +166,10 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
         "/v1/chat/completions": list(schema.ChatRequest.model_fields),
         "/v1/completions": list(schema.CompletionRequest.model_fields),
         "/v1/embeddings": list(schema.EmbeddingRequest.model_fields),
+        **{route: list(schema.RerankRequest.model_fields) for route in ("/rerank", "/v1/rerank", "/v2/rerank")},
+        "/score": list(schema.ScoreRequest.model_fields),
+        "/classify": list(schema.ClassifyRequest.model_fields),
+        "/detokenize": list(schema.DetokenizeRequest.model_fields),
     }
 
     @app.exception_handler(StagelineError)
@@ -141,6 +191,21 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         return ApiError(500, "the service has a bug; see its log", "server_error").response
+
+
+def _named(models: Mapping[str, Model], name: str | None) -> Model:
+    """The model of this name, the first one without a name. ApiError if there is none."""
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        message = f"there is no model {name!r}; models: {', '.join(models)}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return models[name]
+
+
+def _load(model: Model) -> int:
+    stats = model.pipeline.stats()
+    return stats.in_flight + (stats.generation.running + stats.generation.waiting if stats.generation else 0)
 
 
 def _described(model: Model) -> dict[str, Any]:

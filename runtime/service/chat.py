@@ -39,8 +39,8 @@ async def chat(model: Model, body: ChatRequest) -> Response:
 
 
 def _prompt(model: Model, body: ChatRequest) -> list[int]:
-    text = model.pipeline.chat_text([message.for_template for message in body.messages])
-    return model.fitting(model.encoder.ids(text, special=False))
+    messages = [message.for_template for message in body.messages]
+    return model.fitting(model.pipeline.chat_ids(messages, **body.template_variables))
 
 
 def _choice(model: Model, body: ChatRequest, number: int, choice: Choice) -> dict[str, Any]:
@@ -60,7 +60,9 @@ async def _chunks(
         head = {**head, "usage": None}
 
     def chunk(number: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> dict[str, Any]:
-        return {**head, "choices": [{"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]}
+        so_far = {"usage": generations.usage()} if body.stream_options.continuous_usage_stats else {}
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return {**head, "choices": [choice], **so_far}
 
     begun: set[int] = set()
     async with aclosing(generations.pieces()) as pieces:

@@ -63,6 +63,7 @@ async def _chunks(
             if piece.text or logprobs or piece.finish_reason:
                 reason = piece.finish_reason
                 choice = {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": reason}
-                yield {**head, "choices": [choice]}
+                so_far = {"usage": generations.usage()} if body.stream_options.continuous_usage_stats else {}
+                yield {**head, "choices": [choice], **so_far}
     if body.stream_options.include_usage:
         yield {**head, "choices": [], "usage": usage(generations.finished())}

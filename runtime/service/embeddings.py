@@ -4,6 +4,7 @@ import asyncio
 import base64
 from typing import Any
 
+import numpy as np
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import padded
 from stageline.runtime.bundle.manifest import EMBEDDING
@@ -14,6 +15,12 @@ from stageline.runtime.service.schema import EmbeddingRequest, each
 from starlette.responses import Response
 
 MAX_INPUTS = 2048  # OpenAI's limit
+_INPUT_TYPES = {
+    "query": ("query", "search_query"), "search_query": ("query", "search_query"),
+    "passage": ("passage", "document", "search_document"), "document": ("document", "passage", "search_document"),
+    "search_document": ("document", "passage", "search_document"), "": (),
+}  # fmt: skip
+"""Cohere's and NVIDIA's names of what a text is -> names of prompts in sentence-transformers' files."""
 
 
 async def embed(model: Model, body: EmbeddingRequest) -> Response:
@@ -34,11 +41,16 @@ def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
     given = each(body.input)
     if not 1 <= len(given) <= MAX_INPUTS:
         raise ApiError(400, f"input holds {len(given)} texts; send 1 to {MAX_INPUTS}", param="input")
+    limit = body.truncate_prompt_tokens
+    truncate = body.truncate or limit is not None
+    limit = None if limit in (None, -1) else limit
     if isinstance(given[0], str):
-        return dict(model.encoder.encode(given, truncate=body.truncate, prompt=body.prompt_name))
+        prompt = body.prompt_name if body.input_type is None else _prompt_of(model, body.input_type, body.prompt_name)
+        return dict(model.encoder.encode(given, truncate=truncate, prompt=prompt, limit=limit))
     if body.prompt_name is not None:
         raise ApiError(400, "prompt_name is for texts; put the prompt's tokens before the others", param="prompt_name")
-    rows = [row[: model.length] if body.truncate else model.fitting(row) for row in given]
+    most = min(model.length, limit or model.length)
+    rows = [row[:most] if truncate else model.fitting(row) for row in given]
     for place, row in enumerate(rows):
         if not row:
             raise RequestError(f"input {place} has no tokens; give some")
@@ -46,7 +58,35 @@ def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _prompt_of(model: Model, input_type: str, prompt: str | None) -> str | None:
+    """The name of the model's prompt for texts of this type; None where it has none at all, or the type says nothing.
+    ApiError where a model with prompts has none for it."""
+    names = model.encoder.prompt_names
+    wanted = _INPUT_TYPES.get(input_type, (input_type,))
+    if prompt is not None or not names or not wanted:
+        return prompt
+    for name in wanted:
+        if name in names:
+            return name
+    known = f"this model's prompts are {', '.join(names)}"
+    raise ApiError(400, f"there is no prompt for input_type {input_type!r}; {known}", param="input_type")
+
+
+def _cut(vectors: Array, dimensions: int) -> Array:
+    """The first `dimensions` numbers of vectors [inputs, width], each vector with length one again."""
+    width = vectors.shape[1]
+    if dimensions > width:
+        raise ApiError(400, f"dimensions is {dimensions}, the model's vectors have {width}", param="dimensions")
+    cut = vectors[:, :dimensions]
+    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    result: Array = cut / np.where(lengths == 0, 1, lengths)
+    return result
+
+
 def _answer(model: Model, body: EmbeddingRequest, vectors: Array, tokens: int) -> bytes:
+    if body.dimensions is not None:
+        vectors = _cut(vectors, body.dimensions)
+
     def written(vector: Array) -> Any:
         if body.encoding_format == "float":
             return vector.tolist()

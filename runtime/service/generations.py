@@ -15,6 +15,7 @@ class Generations:
 
     def __init__(self) -> None:
         self._all: list[Generation] = []
+        self._prompt_tokens = self._new_tokens = 0
 
     @classmethod
     async def start(
@@ -29,6 +30,7 @@ class Generations:
         if len(prompts) * requests[0].sampling.n > MAX_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts with n choices each are more than {MAX_CHOICES}; send fewer")
         started = cls()
+        started._prompt_tokens = sum(map(len, prompts))
         try:
             started._all.append(model.pipeline.start(requests[0], wait=False))
             for request in requests[1:]:
@@ -58,11 +60,16 @@ class Generations:
                     if piece is None:
                         continue
                     coming[asyncio.ensure_future(anext(sources[number], None))] = number
+                    self._new_tokens += len(piece.token_ids)
                     yield number, piece
         finally:
             for task in coming:
                 task.cancel()
             self.cancel()
+
+    def usage(self) -> dict[str, int]:
+        """Token counts of the prompts and of the pieces so far."""
+        return _counts(self._prompt_tokens, self._new_tokens)
 
     def finished(self) -> list[Completion]:
         """All completions, once `pieces` has ended."""
@@ -77,9 +84,9 @@ class Generations:
 def usage(completions: Sequence[Completion]) -> dict[str, Any]:
     """Token counts under OpenAI's names. A prompt counts once, however many choices it has."""
     prompt, new = (sum(getattr(c, name) for c in completions) for name in ("prompt_tokens", "completion_tokens"))
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in completions)},
-    }
+    cached = sum(c.cached_tokens for c in completions)
+    return {**_counts(prompt, new), "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _counts(prompt: int, new: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -2,15 +2,18 @@
 
 import asyncio
 import hmac
+from collections.abc import Sequence
 from contextlib import suppress
 
 from stageline.runtime.service.errors import ApiError, busy
+from stageline.runtime.service.schema import UNKNOWN_DROPPED
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_TO_ALL = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 STALL_S = 300.0  # a client that neither sends nor reads anything for this long is cut off
 _DISCARD_S = 10.0
+_WARNING = 1000  # characters of a header
 
 
 class _StalledError(Exception):
@@ -18,12 +21,12 @@ class _StalledError(Exception):
 
 
 class AccessMiddleware:
-    """Passes on at most `concurrency` requests at a time, and only with the API key if there is one. Health and metrics
-    are open to all."""
+    """Passes on at most `concurrency` requests at a time, and only with an API key if there are some. Health and
+    metrics are open to all."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, concurrency: int) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], concurrency: int) -> None:
         self._app, self._concurrency = app, concurrency
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._keys = [f"Bearer {key}".encode() for key in api_keys]
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,8 +34,9 @@ class AccessMiddleware:
         if scope["type"] != "http" or route_of(scope) in OPEN_TO_ALL:
             return await self._app(scope, receive, send)
         given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        if self._key is not None and not hmac.compare_digest(given, self._key):
-            message = "send the service's API key, as Authorization: Bearer KEY"
+        right = [hmac.compare_digest(given, key) for key in self._keys]  # all of them: none shall be known by its time
+        if self._keys and not any(right):
+            message = "send an API key of the service, as Authorization: Bearer KEY"
             return await refuse(ApiError(401, message, code="invalid_api_key"), scope, receive, send)
         if self._inside >= self._concurrency:
             return await refuse(
@@ -121,6 +125,32 @@ class ConnectionMiddleware:
         if not answer.cancelled():
             with suppress(_StalledError):  # the server closes the connection: the response is not whole
                 answer.result()
+
+
+class UnknownMiddleware:
+    """Lets requests have unknown parameters, which are left out and named in the response's header Warning."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        names: list[str] = []
+
+        async def warned(message: Message) -> None:
+            if message["type"] == "http.response.start" and names:
+                listed = "".join(c if " " <= c <= "~" and c not in '"\\' else "?" for c in ", ".join(names))
+                warning = f'299 stageline "ignored: {listed[:_WARNING]}"'
+                message = {**message, "headers": [*message["headers"], (b"warning", warning.encode())]}
+            await send(message)
+
+        token = UNKNOWN_DROPPED.set(names)
+        try:
+            await self._app(scope, receive, warned)
+        finally:
+            UNKNOWN_DROPPED.reset(token)
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

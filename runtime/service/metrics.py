@@ -18,7 +18,10 @@ from stageline.runtime.service.model import Model
 from stageline.runtime.times import BOUNDS_S, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-ROUTES = OPEN_TO_ALL | {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models"}
+ROUTES = OPEN_TO_ALL | {
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/rerank", "/v1/rerank", "/v2/rerank",
+    "/score", "/classify", "/tokenize", "/detokenize", "/version", "/load",
+}  # fmt: skip
 _DISCONNECTED = 499  # the client disconnected before the response started
 
 

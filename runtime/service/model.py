@@ -14,7 +14,7 @@ from stageline.runtime.service.errors import ApiError
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A pipeline and its name. BundleError if it can neither generate nor embed, or has no tokenizer."""
+    """A pipeline and its name. BundleError if it can neither generate, embed nor classify, or has no tokenizer."""
 
     name: str
     pipeline: Pipeline
@@ -22,9 +22,10 @@ class Model:
 
     def __post_init__(self) -> None:
         manifest = self.pipeline.bundle.manifest
-        if not self.generates and not self.embeds:
+        if not (self.generates or self.embeds or self.classifies):
             raise BundleError(
-                f"bundle {self.pipeline.bundle.path} can neither generate nor embed: {manifest.no_generation_reason}; "
+                f"bundle {self.pipeline.bundle.path} can neither generate, embed nor classify texts: "
+                f"{manifest.no_generation_reason}; "
                 "run it from Python: Pipeline.open(...).run(...)"
             )
         if manifest.text is None:
@@ -42,6 +43,27 @@ class Model:
     def embeds(self) -> bool:
         """Whether it answers embeddings."""
         return any(spec.name == EMBEDDING for spec in self.pipeline.signature.outputs)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it answers classifications, or ranks documents."""
+        return self.pipeline.bundle.manifest.task == "text-classification"
+
+    @property
+    def scores(self) -> bool:
+        """Whether it answers what compares two texts."""
+        return self.classifies or self.embeds
+
+    @property
+    def routes(self) -> str:
+        """Where to send requests."""
+        if self.generates:
+            return "generates; send requests to /v1/chat/completions or /v1/completions"
+        return (
+            "classifies; send requests to /classify or /rerank"
+            if self.classifies
+            else ("embeds; send requests to /v1/embeddings, /score or /rerank")
+        )
 
     @property
     def encoder(self) -> TextEncoder:

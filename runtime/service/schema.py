@@ -6,6 +6,7 @@ not get an answer made without them.
 """
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, WrapValidator
@@ -17,9 +18,9 @@ IGNORED = frozenset(
      "prediction", "parallel_tool_calls"}
 )  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],), "audio": ({},), "bad_words": ([],), "chat_template_kwargs": ({},),
-    "continue_final_message": (False,), "documents": ([],), "early_stopping": (False,), "echo": (False,),
-    "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
+    "annotations": ([],), "audio": ({},), "bad_words": ([],), "cache_prompt": (True,),
+    "documents": ([],), "early_stopping": (False,), "echo": (False,),
+    "function_call": ("none", "auto"), "functions": ([],),
     "include_stop_str_in_output": (False,), "length_penalty": (1, 1.0), "logit_bias": ({},), "logprobs": (False,),
     "priority": (0,), "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
     "response_format": ({"type": "text"},), "seed": (-1,), "skip_special_tokens": (True,),
@@ -27,6 +28,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "use_beam_search": (False,), "verbosity": ("medium",),
 }  # fmt: skip
 """Parameters of OpenAI's and vLLM's servers -> the values that change nothing here."""
+UNKNOWN_DROPPED: ContextVar[list[str] | None] = ContextVar("UNKNOWN_DROPPED", default=None)
+"""Where the names of unknown parameters go, which are then left out; None: they are refused."""
+RESERVED = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "self", "chat_template", "tokenize",
+     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"}
+)  # fmt: skip
+"""Names that chat_template_kwargs may not set: a prompt without the template's rules would be made of them."""
 _MOST_BIAS = 100  # OpenAI's range of a logit's bias
 _DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat continues until it ends
 
@@ -39,18 +47,30 @@ class _Body(BaseModel):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {name: value for name, value in values.items() if not (name in IGNORED or _neutral(name, value))}
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        left = {
+            name: value
+            for name, value in values.items()
+            if not (name in IGNORED or value is None or (name not in needed and _neutral(name, value)))
+        }
+        dropped = UNKNOWN_DROPPED.get()
+        if dropped is None:
+            return left
+        dropped.extend(str(name) for name in left if name not in cls.model_fields)
+        return {name: value for name, value in left.items() if name in cls.model_fields}
 
 
 def _neutral(name: str, value: Any) -> bool:
     """Whether the value says nothing; 0 is not False here."""
-    return value is None or any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
+    return any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
 
 
 class StreamOptions(_Body):
-    """`include_usage`: add a last chunk with the token counts."""
+    """`include_usage`: add a last chunk with the token counts. `continuous_usage_stats` (vLLM's): also give the counts
+    so far with each chunk."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False  # OpenAI pads chunks; not here
 
 
@@ -75,6 +95,7 @@ class Generating(_Body):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
+    ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default_factory=list)
     # Ours: seconds.
     deadline_s: float | None = None
@@ -84,7 +105,7 @@ class Generating(_Body):
         """Keywords for the runtime's `Sampling`."""
         names = (
             "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "max_tokens",
-            "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids",
+            "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
         )  # fmt: skip
         bias = tuple(((int(token),), bias) for token, bias in self.logit_bias.items())
         top_k = 0 if self.top_k == -1 else self.top_k
@@ -124,10 +145,37 @@ class Message(_Body):
         return {"role": self.role, "content": "\n".join(parts), **named}
 
 
-class ChatRequest(Generating):
-    """/v1/chat/completions"""
+class Templated(_Body):
+    """Messages, and how the template makes a prompt of them."""
 
     messages: list[Message]
+    # vLLM's.
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the template knows beside messages, such as enable_thinking."""
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Keywords for `Pipeline.chat_ids`."""
+        return {
+            **self.chat_template_kwargs,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+        }
+
+    @validator(mode="after")
+    def _nothing_of_ours(self) -> Self:
+        if reserved := sorted(RESERVED & self.chat_template_kwargs.keys()):
+            raise PydanticCustomError(
+                "chat_template_kwargs", "chat_template_kwargs may not set {name}", {"name": repr(reserved[0])}
+            )
+        return self
+
+
+class ChatRequest(Generating, Templated):
+    """/v1/chat/completions"""
+
     max_completion_tokens: int | None = None
     """The newer name of `max_tokens`; wins if both are given."""
     logprobs: bool = False
@@ -200,3 +248,73 @@ class EmbeddingRequest(_Body):
     """Not OpenAI's: truncate texts that are too long instead of refusing them."""
     prompt_name: str | None = None
     """Not OpenAI's: which of the model's prompts is put before each text."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """How many of a vector's first numbers to give, normalised again."""
+    input_type: str | None = None
+    """Cohere's and NVIDIA's: what the texts are; chooses among the model's prompts, if it has some."""
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    """vLLM's: keep this many tokens of each text; -1: as many as the model takes."""
+
+
+class RerankDocument(_Body):
+    """A document of /rerank that is no plain text."""
+
+    text: str
+
+
+class RerankRequest(_Body):
+    """/rerank, as Cohere and Jina have it"""
+
+    model: str
+    query: str
+    documents: list[str | RerankDocument]
+    top_n: int | None = Field(default=None, ge=1)
+    return_documents: bool = True
+
+
+class ScoreRequest(_Body):
+    """/score, vLLM's"""
+
+    model: str
+    text_1: str | list[str]
+    text_2: str | list[str]
+
+    @validator(mode="before")
+    @classmethod
+    def _newer_names(cls, values: Any) -> Any:
+        """vLLM has renamed them twice."""
+        if not isinstance(values, Mapping):
+            return values
+        names = {"queries": "text_1", "data_1": "text_1", "documents": "text_2", "data_2": "text_2"}
+        return {names.get(name, name): value for name, value in values.items()}
+
+
+class ClassifyRequest(_Body):
+    """/classify, vLLM's"""
+
+    model: str
+    input: str | list[str]
+    truncate: bool = False
+
+
+class TokenizeRequest(_Body):
+    """/tokenize, of a text"""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatRequest(Templated):
+    """/tokenize, of messages"""
+
+    model: str | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Body):
+    """/detokenize"""
+
+    model: str | None = None
+    tokens: list[Token]

@@ -10,7 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
+from stageline.runtime.service.connections import ConnectionWatch
 
+_HEAD_BYTES = 64 * 1024  # of a request's head; h11 bounds it, other parsers do not
 _ERRORS_S = 5  # for the errors of requests that were cut off to reach their clients
 
 
@@ -35,7 +37,16 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI, pipelines: Sequence[Pipeline], drain_s: float, ready: Callable[[], None]) -> None:
         shutdown_s = math.ceil(drain_s) + _ERRORS_S
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=shutdown_s))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                timeout_graceful_shutdown=shutdown_s,
+                h11_max_incomplete_event_size=_HEAD_BYTES,
+                http="h11",
+            )
+        )
+        self._watch: asyncio.Task[None] | None = None
         self._pipelines, self._drain_s, self._ready = pipelines, drain_s, ready
 
     def run_until_signal(self, listening: socket.socket) -> None:
@@ -51,6 +62,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and report that the service is ready."""
         await super().startup(sockets)
+        self._watch = asyncio.create_task(ConnectionWatch(self.server_state.connections).run())
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -58,6 +70,8 @@ class DrainingServer(uvicorn.Server):
         closing = asyncio.create_task(self._close_after_drain())
         await super().shutdown(sockets)
         closing.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
 
     async def _close_after_drain(self) -> None:
         await asyncio.sleep(self._drain_s)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from stageline.exporter.commands.cli import main
+from stageline.runtime.bundle.folder import Bundle, write_manifest
 
 COMMAND = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; raise SystemExit(main())", "serve"]
 
@@ -96,9 +97,11 @@ def message(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
 def test_what_cannot_be_served_is_reported_in_a_line(
     llama: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, said = message(capsys, tiny_bundle, "--port", "0")
+    other_task = Path(shutil.copytree(tiny_bundle, tmp_path / "fill-mask"))
+    write_manifest(other_task, Bundle.open(other_task).manifest.model_copy(update={"task": "fill-mask"}))
+    status, said = message(capsys, other_task, "--port", "0")
     assert status == 1
-    assert "text-classification" in said
+    assert "can neither generate, embed nor classify texts: its task is fill-mask" in said
     status, said = message(capsys, tmp_path / "nothing", "--port", "0")
     assert status == 1
     assert "nothing" in said

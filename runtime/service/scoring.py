@@ -1,0 +1,115 @@
+"""/rerank, /score and /classify: scores of texts, and of pairs of texts, by a classifier or by an embedding model.
+
+Shapes: /rerank as Cohere's and Jina's clients read it, /score and /classify as vLLM's do.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from stageline.runtime.bundle.manifest import EMBEDDING
+from stageline.runtime.engines import Array
+from stageline.runtime.scores import scores
+from stageline.runtime.service.errors import ApiError, as_json
+from stageline.runtime.service.model import Model
+from stageline.runtime.service.schema import ClassifyRequest, RerankRequest, ScoreRequest
+from starlette.responses import Response
+
+MAX_INPUTS = 2048
+
+
+async def rerank(model: Model, body: RerankRequest) -> Response:
+    """Respond with the documents' places, the most relevant first."""
+    documents = [one if isinstance(one, str) else one.text for one in body.documents]
+    relevance, tokens = await _relevance(model, [body.query] * len(documents), documents, "documents")
+    order = np.argsort(-relevance, kind="stable")[: body.top_n]
+    results = [
+        {
+            "index": int(place),
+            "relevance_score": float(relevance[place]),
+            **({"document": {"text": documents[place]}} if body.return_documents else {}),
+        }
+        for place in order
+    ]
+    answer = {"id": f"rerank-{uuid.uuid4().hex}", "model": model.name, "results": results, "usage": _usage(tokens)}
+    return _json(answer)
+
+
+async def score(model: Model, body: ScoreRequest) -> Response:
+    """Respond with a score for each pair of texts; a single first text goes with each of the others."""
+    first, second = ([one] if isinstance(one, str) else one for one in (body.text_1, body.text_2))
+    if len(first) not in (1, len(second)):
+        raise ApiError(400, f"{len(first)} texts go with {len(second)}; give one, or as many", param="text_1")
+    relevance, tokens = await _relevance(model, first * (len(second) // len(first)), second, "text_2")
+    data = [{"index": place, "object": "score", "score": one} for place, one in enumerate(relevance.tolist())]
+    return _json({**_head("score", model), "data": data, "usage": _usage(tokens)})
+
+
+async def classify(model: Model, body: ClassifyRequest) -> Response:
+    """Respond with each text's scores, and the name of the highest."""
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    values, tokens = await _scores(model, texts, None, "input", truncate=body.truncate)
+    labels = model.pipeline.bundle.manifest.labels or tuple(f"LABEL_{i}" for i in range(values.shape[1]))
+    data = [
+        {"index": place, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row)}
+        for place, row in enumerate(values)
+    ]
+    return _json({**_head("classify", model), "data": data, "usage": _usage(tokens)})
+
+
+async def _relevance(
+    model: Model, first: Sequence[str], second: Sequence[str], param: str
+) -> tuple[np.ndarray[Any, Any], int]:
+    """A score for each pair, float64 [pairs], and the tokens read: a reranker's, or the cosine of two embeddings."""
+    if not model.classifies:
+        _check(second, param)
+        vectors, tokens = await _run(model, [*dict.fromkeys(first), *second], None, EMBEDDING, True)
+        places = {text: place for place, text in enumerate(dict.fromkeys(first))}
+        units = vectors.astype(np.float64)
+        units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
+        return (units[[places[text] for text in first]] * units[len(places) :]).sum(axis=1), tokens
+    values, tokens = await _scores(model, first, second, param, truncate=True)
+    if values.shape[1] != 1:
+        labels = f"gives {values.shape[1]} scores for a text, a reranker gives one; send the request to /classify"
+        raise ApiError(400, f"the model {model.name!r} {labels}", param="model")
+    return values[:, 0], tokens
+
+
+async def _scores(
+    model: Model, texts: Sequence[str], pairs: Sequence[str] | None, param: str, truncate: bool
+) -> tuple[np.ndarray[Any, Any], int]:
+    """A classifier's scores, float64 [texts, labels], and the tokens read."""
+    _check(texts, param)
+    logits, tokens = await _run(model, texts, pairs, "logits", truncate)
+    return scores(logits, model.pipeline.bundle.manifest.activation), tokens
+
+
+def _check(texts: Sequence[str], param: str) -> None:
+    if not 1 <= len(texts) <= MAX_INPUTS:
+        raise ApiError(400, f"{param} holds {len(texts)} texts; send 1 to {MAX_INPUTS}", param=param)
+
+
+async def _run(
+    model: Model, texts: Sequence[str], pairs: Sequence[str] | None, output: str, truncate: bool
+) -> tuple[Array, int]:
+    encoded = await asyncio.to_thread(model.encoder.encode, texts, pairs, truncate)
+    given = {spec.name: encoded[spec.name] for spec in model.pipeline.signature.inputs}
+    values = await asyncio.wrap_future(model.pipeline.submit(given, [output], wait=False))
+    return values[output], int(encoded["attention_mask"].sum())
+
+
+def _head(kind: str, model: Model) -> dict[str, Any]:
+    return {
+        "id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model.name,
+    }  # fmt: skip
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+
+
+def _json(answer: dict[str, Any]) -> Response:
+    return Response(as_json(answer), media_type="application/json")
