@@ -19,7 +19,7 @@ from stageline.models.errors import RequestError, StagelineError
 from stageline.runtime.generation.structure import Structure
 from stageline.runtime.pipeline import Pipeline
 
-BATCH, TEMPERATURE, MAX_TOKENS = 8, 1.5, 120
+BATCH, TEMPERATURE, MAX_TOKENS = 8, 1.5, 200
 
 
 def schemas(suite: Path) -> list[tuple[str, Any]]:
