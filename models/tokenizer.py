@@ -153,6 +153,15 @@ class TextEncoder:
         except OverflowError as error:
             raise RequestError("a token id is negative or too large; ids come from encode or a model") from error
 
+    @property
+    def size(self) -> int:
+        """How many tokens there are, the special ones included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def leaves_out(self, token: int) -> bool:
         """Whether decode leaves this token out: it is a special one, or unknown to the tokenizer."""
         return token in self._special_ids or self._tokenizer.id_to_token(token) is None

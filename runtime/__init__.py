@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TokenLogprob,
     )
     from stageline.runtime.generation.stream import Generation
+    from stageline.runtime.generation.structure import Structure
     from stageline.runtime.options import PipelineOptions
     from stageline.runtime.pipeline import Pipeline, PipelineStats
 
@@ -47,6 +48,7 @@ __all__ = [
     "Sampling",
     "StagelineError",
     "StoreError",
+    "Structure",
     "TokenLogprob",
     "recut",
 ]
@@ -72,6 +74,7 @@ _MODULES = {
     "Sampling": _REQUEST,
     "StagelineError": _ERRORS,
     "StoreError": _ERRORS,
+    "Structure": "stageline.runtime.generation.structure",
     "TokenLogprob": _REQUEST,
     "recut": "stageline.runtime.bundle.recut",
 }

@@ -194,6 +194,11 @@ class Pipeline:
         """Queue a request that generates; `wait` and `timeout` as in `submit`. Iterate over what it returns."""
         return self._generator.submit(request, wait, timeout)
 
+    def prepare(self, request: GenerationRequest) -> None:
+        """Compile the structure that a request's texts must have, which may take a second the first time; `start` does
+        it otherwise. RequestError where it cannot be followed."""
+        self._generator.prepare(request)
+
     async def astart(self, request: GenerationRequest) -> Generation:
         """`start` for coroutines: waits for a free place without blocking the event loop."""
         return await self._generator.submit_async(request)

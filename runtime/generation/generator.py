@@ -12,6 +12,7 @@ A step's tokens are written while the next step computes. Since Python's threads
 moment, in which the stage's worker hands the step to its engine, unless something else happens.
 """
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Sequence
@@ -91,8 +92,14 @@ class Generator:
         self._admission.take(wait, timeout)
         return self._start(job)
 
+    def prepare(self, request: GenerationRequest) -> None:
+        """See `Pipeline.prepare`."""
+        self.text_model.matcher(request.sampling.structure)
+
     async def submit_async(self, request: GenerationRequest) -> Generation:
         """See `Pipeline.astart`."""
+        if request.sampling.structure is not None:
+            await asyncio.to_thread(self.prepare, request)
         job = self._job(request)
         await self._admission.take_async()
         return self._start(job)
@@ -100,7 +107,8 @@ class Generator:
     def _job(self, request: GenerationRequest) -> Job:
         prompt = self.text_model.prompt_ids(request.prompt, self.capacity)
         settings = self.text_model.settings(request.sampling, len(prompt))
-        return Job(request, settings, prompt, Generation(), perf_counter())
+        matcher = self.text_model.matcher(settings.structure)
+        return Job(request, settings, prompt, Generation(), perf_counter(), matcher)
 
     def _start(self, job: Job) -> Generation:
         with self._lock:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from stageline.models.errors import RequestError
+from stageline.runtime.generation.structure import Structure
 
 FinishReason = Literal["stop", "length"]
 """Why a choice ended: an end token or a stop of the user's; or `max_tokens` or the cache's capacity."""
@@ -55,6 +56,8 @@ class Sampling:
     bad_words_ids: tuple[tuple[int, ...], ...] | None = None
     suppress_tokens: tuple[int, ...] | None = None
     begin_suppress_tokens: tuple[int, ...] | None = None
+    structure: Structure | None = None
+    """What the text must look like; the choice ends where nothing may follow, even before `min_tokens`."""
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -87,6 +90,8 @@ class Sampling:
             for token in tokens:
                 if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                     raise RequestError(f"{name} holds {token!r}; give token ids")
+        if self.structure is not None and not isinstance(self.structure, Structure):
+            raise RequestError(f"structure is {self.structure!r}; give a Structure, such as Structure.regex('[0-9]+')")
         for sequence, bias in self.sequence_bias or ():
             if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not math.isfinite(bias):
                 raise RequestError(f"sequence_bias of {list(sequence)} is {bias!r}; give a finite number")

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.detokenize import TextStream
+from stageline.runtime.generation.grammars import Matcher
 from stageline.runtime.generation.request import (
     Choice,
     Completion,
@@ -59,6 +60,8 @@ class RunningChoice:
             made = self._pushed(token)
             if self.text.stopped:
                 self.finish_reason = "stop"
+        if self.finish_reason is None and self.row.complete:
+            self.finish_reason = "stop"
         if self.finish_reason is None and len(tokens) - self.continuation.prompt_length >= self.max_tokens:
             self.finish_reason = "length"
         return made
@@ -101,6 +104,8 @@ class Job:
     prompt: list[int]
     generation: Generation
     submitted_at: float
+    matcher: Matcher | None = None
+    """What the structure of its choices starts from."""
     number: int = 0
     choices: list[RunningChoice] = field(default_factory=list)
     unfinished: int = 0
@@ -121,7 +126,8 @@ class Job:
         for number in range(settings.n):
             continuation = Continuation(list(self.prompt), len(self.prompt), leader)
             leader = leader or continuation
-            row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number)
+            matcher = None if self.matcher is None else self.matcher.copy()
+            row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number, matcher)
             encoder = text_model.encoder
             text = None if encoder is None else TextStream(encoder, settings.stop, settings.min_tokens, self.prompt)
             self.choices.append(RunningChoice(self, number, continuation, row, text, max_tokens, ends))

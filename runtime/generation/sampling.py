@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError
 from stageline.runtime.engines.lowering.draw_graph import CANDIDATES
+from stageline.runtime.generation.grammars import Matcher
 from stageline.runtime.generation.processors import Processors
 from stageline.runtime.generation.request import TokenLogprob
 from stageline.runtime.generation.settings import Settings
@@ -39,9 +40,11 @@ class Row:
         prompt: Sequence[int] = (),
         end_ids: Sequence[int] = (),
         choice: int = 0,
+        matcher: Matcher | None = None,
     ) -> None:
         """`prompt`: token ids below `vocabulary`, the width of the logits. `end_ids`: tokens that end a text, which are
-        not drawn before `min_tokens`. `choice`: which of the n, counted from 0."""
+        not drawn before `min_tokens`. `choice`: which of the n, counted from 0. `matcher`: where its text stands in the
+        structure that it must have; the Row's own."""
         self.settings = settings
         self._greedy = settings.temperature == 0
         self.drawn = 0
@@ -49,6 +52,7 @@ class Row:
         self._choice = choice
         self._uniform: deque[float] = deque()  # of the next tokens, as far as they were asked for
         self.processors = Processors(settings, vocabulary, prompt, end_ids)
+        self.matcher = matcher
 
     @cached_property
     def _generator(self) -> np.random.Generator:
@@ -59,14 +63,21 @@ class Row:
     @property
     def takes_the_likeliest(self) -> bool:
         """Whether the next token is the raw logits' argmax."""
-        return self._greedy and self.processors.idle
+        return self._greedy and self.processors.idle and self.matcher is None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the structure that its text must have allows nothing more."""
+        return self.matcher is not None and self.matcher.complete
 
     def device_settings(self, ahead: int) -> tuple[float, ...] | None:
         """What a `Sampler` needs to draw the token `ahead` tokens after the next (see `lowering.draw_graph.SETTINGS`).
 
-        None if only the host can, for penalties, bans and log probabilities."""
+        None if only the host can, for penalties, bans, structures and log probabilities."""
         settings = self.settings
         if not self.processors.idle or settings.logprobs is not None or settings.top_k > CANDIDATES:
+            return None
+        if self.matcher is not None:
             return None
         if settings.temperature == 0:
             return 1.0, 0.0, 1.0, 0.0, 0.0, 1.0
@@ -76,6 +87,8 @@ class Row:
     def choose(self, logits: NDArray[np.float32]) -> int | None:
         """The next token from the row's logits [vocabulary], which are not changed. None if no token is left."""
         scores = self.processors.apply(logits)
+        if self.matcher is not None:
+            scores = self.matcher.masked(scores)
         best = int(scores.argmax())
         if not np.isfinite(scores[best]):
             return None
@@ -95,6 +108,8 @@ class Row:
         self.drawn += 1
         if not self.processors.idle:
             self.processors.record(token)
+        if self.matcher is not None:
+            self.matcher.take(token)
 
     def record_drawn(self, token: int) -> None:
         """Take a token that a device has drawn, by `device_settings`."""
@@ -144,10 +159,13 @@ def _chosen(row: Row, logits: NDArray[np.float32], peak: float) -> int | EngineE
             "export with --dtype float32, and compare with: stageline verify"
         )
     token = row.choose(logits)
+    if token is None and row.matcher is not None and row.matcher.error:
+        return EngineError(f"the structure cannot be followed beyond token {row.drawn}: {row.matcher.error}")
     if token is None:
+        structure = "" if row.matcher is None else "the structure, "
         return EngineError(
-            f"no token is left for token {row.drawn}: min_tokens ({row.settings.min_tokens}), bad_words_ids, "
-            "suppress_tokens or no_repeat_ngram_size bar all that the model allows; loosen them"
+            f"no token is left for token {row.drawn}: {structure}min_tokens ({row.settings.min_tokens}), "
+            "bad_words_ids, suppress_tokens or no_repeat_ngram_size bar all that the model allows; loosen them"
         )
     return token
 

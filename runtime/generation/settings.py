@@ -9,8 +9,8 @@ from stageline.runtime.generation.request import Sampling
 
 @dataclass(frozen=True)
 class Settings(Sampling):
-    """A Sampling in which nothing is left to the checkpoint: only `seed`, `max_tokens` (the cache's capacity) and
-    `logprobs` may be None."""
+    """A Sampling in which nothing is left to the checkpoint: only `seed`, `max_tokens` (the cache's capacity),
+    `logprobs` and `structure` may be None."""
 
     top_k: int = 0
     top_p: float = 1.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -9,8 +10,10 @@ from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import GenerationDefaults, RowScaling
+from stageline.runtime.generation.grammars import Grammars, Matcher
 from stageline.runtime.generation.request import Sampling
 from stageline.runtime.generation.settings import Settings, decide
+from stageline.runtime.generation.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ class TextModel:
                     f"a bias is given for token {max(sequence)}, outside the vocabulary (0 to {self.vocabulary - 1})"
                 )
         return decide(asked, self.defaults, prompt_tokens)
+
+    def matcher(self, structure: Structure | None) -> Matcher | None:
+        """What the choices of a request of this structure start from; see `Grammars.matcher`."""
+        if structure is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("this bundle has no tokenizer, so its texts can have no structure")
+        return self._grammars.matcher(structure)
+
+    @cached_property
+    def _grammars(self) -> Grammars | None:
+        return None if self.encoder is None else Grammars(self.encoder, self.vocabulary, self.defaults.end_ids)
 
 
 def open_encoder(bundle: Bundle) -> TextEncoder | None:

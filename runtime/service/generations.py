@@ -29,6 +29,8 @@ class Generations:
         requests = [model.pipeline.request(prompt, deadline_s=deadline_s, **asked) for prompt in prompts]
         if len(prompts) * requests[0].sampling.n > MAX_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts with n choices each are more than {MAX_CHOICES}; send fewer")
+        if requests[0].sampling.structure is not None:
+            await asyncio.to_thread(model.pipeline.prepare, requests[0])
         started = cls()
         started._prompt_tokens = sum(map(len, prompts))
         try:

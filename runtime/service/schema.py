@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, WrapValidator
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
+from stageline.runtime.service.structured import ResponseFormat, StructuredOutputs, structure
 
 IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -97,6 +98,8 @@ class Generating(_Body):
     min_tokens: int | None = None
     ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default_factory=list)
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None  # OpenAI's, of chats
     # Ours: seconds.
     deadline_s: float | None = None
 
@@ -109,7 +112,12 @@ class Generating(_Body):
         )  # fmt: skip
         bias = tuple(((int(token),), bias) for token, bias in self.logit_bias.items())
         top_k = 0 if self.top_k == -1 else self.top_k
-        return {**{name: getattr(self, name) for name in names}, "top_k": top_k, "sequence_bias": bias or None}
+        return {
+            **{name: getattr(self, name) for name in names},
+            "top_k": top_k,
+            "sequence_bias": bias or None,
+            "structure": structure(self.response_format, self.structured_outputs),
+        }
 
     @validator(mode="after")
     def _bias_of_tokens(self) -> Self:

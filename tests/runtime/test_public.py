@@ -25,6 +25,7 @@ PUBLIC = [
     "Sampling",
     "StagelineError",
     "StoreError",
+    "Structure",
     "TokenLogprob",
     "recut",
 ]
