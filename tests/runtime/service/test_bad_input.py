@@ -83,7 +83,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usge": True}}, "stream_options.include_usge"),
     ({"model": 5}, "model: input should be a valid string"),
     ({"model": None}, "model is missing"),
-    ({"model": "bert"}, "embeds and does not generate"),
+    ({"model": "bert"}, "embeds; send requests to /v1/embeddings"),
 ]
 
 
@@ -134,7 +134,7 @@ EMBEDDINGS: list[tuple[dict[str, Any], str]] = [
     ({"dimensions": 0}, "dimensions: input should be greater than or equal to 1"),
     ({"truncate_prompt_tokens": 1}, "a text cut to 1 tokens has none of its own"),
     ({"encoding_format": "hex"}, "encoding_format"),
-    ({"model": "llama"}, "generates and does not embed"),
+    ({"model": "llama"}, "generates; send requests to /v1/chat/completions"),
     ({"prompt_name": "query"}, "prompt 'query' is not known; this model has none"),
     ({"prompt_name": "query", "input": [5]}, "prompt_name is for texts"),
 ]
