@@ -6,7 +6,7 @@ is left out. Where nobody spells a special token, all is as without.
 """
 
 import re
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -21,8 +21,10 @@ class Spelling:
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
-        self._mark = f"\uf8f0{uuid.uuid4().hex}\uf8f0"  # nobody can guess it
-        names = sorted(encoder.special_texts, key=len, reverse=True)
+        # Nobody can guess it, and no special token is spelt in it: 150 bits in characters for private use.
+        self._mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(12))
+        # One of a single character has no inside to break.
+        names = sorted((name for name in encoder.special_texts if len(name) > 1), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
 
     def broken(self, value: _Value) -> _Value:
