@@ -39,7 +39,7 @@ class Grammars:
         self._ends = np.array([token for token in dict.fromkeys(end_ids) if token < vocabulary], np.int64)
         self._tokenizer: Any = None
         self._prototypes: OrderedDict[Structure, Matcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
 
     def matcher(self, structure: Structure) -> "Matcher":
@@ -49,14 +49,25 @@ class Grammars:
             RequestError: the structure is impossible, too complex, or beyond llguidance; the tokenizer is; or
                 llguidance is not installed.
         """
+        if (found := self._kept(structure)) is None:
+            with self._compiling:
+                found = self._kept(structure) or self._keep(structure, self._compiled(structure))
+        return found
+
+    def _kept(self, structure: Structure) -> "Matcher | None":
+        """What was compiled before. It does not wait for what is being compiled: an event loop may ask."""
         with self._lock:
             found = self._prototypes.get(structure)
-            if found is None:
-                found = self._prototypes[structure] = self._compiled(structure)
-            self._prototypes.move_to_end(structure)
+            if found is not None:
+                self._prototypes.move_to_end(structure)
+            return found
+
+    def _keep(self, structure: Structure, matcher: "Matcher") -> "Matcher":
+        with self._lock:
+            self._prototypes[structure] = matcher
             while len(self._prototypes) > KEPT:
                 self._prototypes.popitem(last=False)
-            return found
+        return matcher
 
     def _compiled(self, structure: Structure) -> "Matcher":
         try:

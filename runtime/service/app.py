@@ -14,7 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service import chat, completions, embeddings, schema, scoring, tokens
-from stageline.runtime.service.errors import ApiError, as_json, from_stageline, from_validation
+from stageline.runtime.service.errors import ApiError, from_stageline, from_validation, json_response
 from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
 from stageline.runtime.service.model import Model
@@ -117,7 +117,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         return await scoring.classify(model_of(body.model, "classifies"), body)
 
     @app.post("/tokenize")
-    async def tokenize(body: schema.TokenizeRequest | schema.TokenizeChatRequest) -> Response:
+    async def tokenize(body: schema.TextOrChat) -> Response:
         """The tokens of a text, or of the prompt that messages make."""
         return await tokens.tokenize(_named(models, body.model), body)
 
@@ -129,36 +129,38 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.get("/version")
     async def version_() -> Response:
         """The version of Stageline."""
-        return _json({"version": version("stageline")})
+        return json_response({"version": version("stageline")})
 
     @app.get("/load")
     async def load() -> Response:
         """How many requests the pipelines run or hold back."""
-        return _json({"server_load": sum(_load(model) for model in models.values())})
+        return json_response({"server_load": sum(_load(model) for model in models.values())})
 
     @app.get("/v1/models")
     async def list_models() -> Response:
         """All models."""
-        return _json({"object": "list", "data": [_described(model) for model in models.values()]})
+        return json_response({"object": "list", "data": [_described(model) for model in models.values()]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         """One model."""
         if name not in models:
             raise ApiError(404, f"there is no model {name!r}", param="model", code="model_not_found")
-        return _json(_described(models[name]))
+        return json_response(_described(models[name]))
 
     @app.get("/health/live")
     async def live() -> Response:
         """200 while the process runs."""
-        return _json({"status": "live"})
+        return json_response({"status": "live"})
 
     @app.get("/health/ready")
     @app.get("/health")
     async def ready() -> Response:
         """200 while all pipelines are open."""
         closed = [name for name, model in models.items() if model.pipeline.closed]
-        return _json({"status": "closed", "models": closed}, 503) if closed else _json({"status": "ready"})
+        return (
+            json_response({"status": "closed", "models": closed}, 503) if closed else json_response({"status": "ready"})
+        )
 
 
 def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
@@ -216,7 +218,3 @@ def _described(model: Model) -> dict[str, Any]:
         "owned_by": "stageline",
         "max_model_len": model.length,
     }
-
-
-def _json(data: Any, status: int = 200) -> Response:
-    return Response(as_json(data), status, media_type="application/json")

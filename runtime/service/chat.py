@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from stageline.runtime.generation.request import Choice
-from stageline.runtime.service.errors import as_json
+from stageline.runtime.service.errors import json_response
 from stageline.runtime.service.generations import Generations, usage
 from stageline.runtime.service.logprobs import of_chat
 from stageline.runtime.service.model import Model
@@ -35,7 +35,7 @@ async def chat(model: Model, body: ChatRequest) -> Response:
         "choices": [_choice(model, body, number, choice) for number, choice in enumerate(completion.choices)],
         "usage": usage([completion]),
     }
-    return Response(as_json(answer), media_type="application/json")
+    return json_response(answer)
 
 
 def _prompt(model: Model, body: ChatRequest) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from stageline.runtime.service.errors import ApiError, as_json
+from stageline.runtime.service.errors import ApiError, json_response
 from stageline.runtime.service.generations import Generations, usage
 from stageline.runtime.service.logprobs import of_completion
 from stageline.runtime.service.model import Model
@@ -39,7 +39,7 @@ async def complete(model: Model, body: CompletionRequest) -> Response:
         }
         for index, choice in enumerate(choice for completion in completions for choice in completion.choices)
     ]
-    return Response(as_json({**head, "choices": choices, "usage": usage(completions)}), media_type="application/json")
+    return json_response({**head, "choices": choices, "usage": usage(completions)})
 
 
 def _prompts(model: Model, body: CompletionRequest) -> list[list[int]]:

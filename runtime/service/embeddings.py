@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,16 @@ async def embed(model: Model, body: EmbeddingRequest) -> Response:
     )
 
 
+def check_count(texts: Sequence[Any], param: str) -> None:
+    """ApiError unless there are 1 to MAX_INPUTS texts in the parameter."""
+    if not 1 <= len(texts) <= MAX_INPUTS:
+        raise ApiError(400, f"{param} holds {len(texts)} texts; send 1 to {MAX_INPUTS}", param=param)
+
+
 def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
     """The model's inputs by name, int64 [inputs, length]."""
     given = each(body.input)
-    if not 1 <= len(given) <= MAX_INPUTS:
-        raise ApiError(400, f"input holds {len(given)} texts; send 1 to {MAX_INPUTS}", param="input")
+    check_count(given, "input")
     limit = body.truncate_prompt_tokens
     truncate = body.truncate or limit is not None
     limit = None if limit in (None, -1) else limit

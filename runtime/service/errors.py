@@ -44,6 +44,11 @@ def as_json(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
 
 
+def json_response(data: Any, status: int = 200) -> Response:
+    """`data` as the response of a route."""
+    return Response(as_json(data), status, media_type="application/json")
+
+
 def from_stageline(error: StagelineError, closed: bool) -> ApiError:
     """The response to a runtime error. `closed`: a pipeline was closed, which fails its unfinished requests."""
     message = str(error)

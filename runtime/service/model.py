@@ -59,11 +59,9 @@ class Model:
         """Where to send requests."""
         if self.generates:
             return "generates; send requests to /v1/chat/completions or /v1/completions"
-        return (
-            "classifies; send requests to /classify or /rerank"
-            if self.classifies
-            else ("embeds; send requests to /v1/embeddings, /score or /rerank")
-        )
+        if self.classifies:
+            return "classifies; send requests to /classify or /rerank"
+        return "embeds; send requests to /v1/embeddings, /score or /rerank"
 
     @property
     def encoder(self) -> TextEncoder:

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    Tag,
+    ValidationError,
+    WrapValidator,
+)
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
 from stageline.runtime.service.structured import ResponseFormat, StructuredOutputs, structure
@@ -319,6 +328,16 @@ class TokenizeChatRequest(Templated):
 
     model: str | None = None
     return_token_strs: bool = False
+
+
+def _has_messages(body: Any) -> str:
+    return "chat" if isinstance(body, Mapping) and "messages" in body else "text"
+
+
+# Chosen by what it has: a body tried as the other kind would have its own parameters named as unknown.
+TextOrChat = Annotated[
+    Annotated[TokenizeRequest, Tag("text")] | Annotated[TokenizeChatRequest, Tag("chat")], Discriminator(_has_messages)
+]
 
 
 class DetokenizeRequest(_Body):

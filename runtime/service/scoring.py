@@ -13,12 +13,11 @@ import numpy as np
 from stageline.runtime.bundle.manifest import EMBEDDING
 from stageline.runtime.engines import Array
 from stageline.runtime.scores import scores
-from stageline.runtime.service.errors import ApiError, as_json
+from stageline.runtime.service.embeddings import check_count
+from stageline.runtime.service.errors import ApiError, json_response
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import ClassifyRequest, RerankRequest, ScoreRequest
 from starlette.responses import Response
-
-MAX_INPUTS = 2048
 
 
 async def rerank(model: Model, body: RerankRequest) -> Response:
@@ -35,17 +34,19 @@ async def rerank(model: Model, body: RerankRequest) -> Response:
         for place in order
     ]
     answer = {"id": f"rerank-{uuid.uuid4().hex}", "model": model.name, "results": results, "usage": _usage(tokens)}
-    return _json(answer)
+    return json_response(answer)
 
 
 async def score(model: Model, body: ScoreRequest) -> Response:
     """Respond with a score for each pair of texts; a single first text goes with each of the others."""
     first, second = ([one] if isinstance(one, str) else one for one in (body.text_1, body.text_2))
-    if len(first) not in (1, len(second)):
+    if len(first) == 1:
+        first = first * len(second)
+    if len(first) != len(second):
         raise ApiError(400, f"{len(first)} texts go with {len(second)}; give one, or as many", param="text_1")
-    relevance, tokens = await _relevance(model, first * (len(second) // len(first)), second, "text_2")
+    relevance, tokens = await _relevance(model, first, second, "text_2")
     data = [{"index": place, "object": "score", "score": one} for place, one in enumerate(relevance.tolist())]
-    return _json({**_head("score", model), "data": data, "usage": _usage(tokens)})
+    return json_response({**_head("score", model), "data": data, "usage": _usage(tokens)})
 
 
 async def classify(model: Model, body: ClassifyRequest) -> Response:
@@ -57,7 +58,7 @@ async def classify(model: Model, body: ClassifyRequest) -> Response:
         {"index": place, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row)}
         for place, row in enumerate(values)
     ]
-    return _json({**_head("classify", model), "data": data, "usage": _usage(tokens)})
+    return json_response({**_head("classify", model), "data": data, "usage": _usage(tokens)})
 
 
 async def _relevance(
@@ -65,7 +66,7 @@ async def _relevance(
 ) -> tuple[np.ndarray[Any, Any], int]:
     """A score for each pair, float64 [pairs], and the tokens read: a reranker's, or the cosine of two embeddings."""
     if not model.classifies:
-        _check(second, param)
+        check_count(second, param)
         vectors, tokens = await _run(model, [*dict.fromkeys(first), *second], None, EMBEDDING, True)
         places = {text: place for place, text in enumerate(dict.fromkeys(first))}
         units = vectors.astype(np.float64)
@@ -82,14 +83,9 @@ async def _scores(
     model: Model, texts: Sequence[str], pairs: Sequence[str] | None, param: str, truncate: bool
 ) -> tuple[np.ndarray[Any, Any], int]:
     """A classifier's scores, float64 [texts, labels], and the tokens read."""
-    _check(texts, param)
+    check_count(texts, param)
     logits, tokens = await _run(model, texts, pairs, "logits", truncate)
     return scores(logits, model.pipeline.bundle.manifest.activation), tokens
-
-
-def _check(texts: Sequence[str], param: str) -> None:
-    if not 1 <= len(texts) <= MAX_INPUTS:
-        raise ApiError(400, f"{param} holds {len(texts)} texts; send 1 to {MAX_INPUTS}", param=param)
 
 
 async def _run(
@@ -109,7 +105,3 @@ def _head(kind: str, model: Model) -> dict[str, Any]:
 
 def _usage(tokens: int) -> dict[str, int]:
     return {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
-
-
-def _json(answer: dict[str, Any]) -> Response:
-    return Response(as_json(answer), media_type="application/json")

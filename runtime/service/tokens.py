@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from stageline.runtime.service.errors import as_json
+from stageline.runtime.service.errors import json_response
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from starlette.responses import Response
@@ -15,13 +15,13 @@ async def tokenize(model: Model, body: TokenizeRequest | TokenizeChatRequest) ->
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": model.length, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = model.encoder.names(ids)
-    return Response(as_json(answer), media_type="application/json")
+    return json_response(answer)
 
 
 async def detokenize(model: Model, body: DetokenizeRequest) -> Response:
     """Respond with the text of token ids, special tokens by their names."""
     text = await asyncio.to_thread(model.encoder.decode, body.tokens, True)
-    return Response(as_json({"prompt": text}), media_type="application/json")
+    return json_response({"prompt": text})
 
 
 def _ids(model: Model, body: TokenizeRequest | TokenizeChatRequest) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -187,6 +188,30 @@ def test_threads_share_the_compiled_structures(grammars: Grammars) -> None:
     structure = Structure.regex("shared[0-9]+")
     with ThreadPoolExecutor(8) as pool:
         assert len({id(one) for one in pool.map(lambda _: grammars.matcher(structure), range(16))}) == 1
+
+
+def test_what_is_kept_does_not_wait_for_what_is_being_compiled(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event loop asks for the one while a thread compiles the other."""
+    kept, slow = Structure.regex("kept"), Structure.regex("slow")
+    compiled = grammars.matcher(kept)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def compiles(structure: Structure) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        return compiled
+
+    monkeypatch.setattr(grammars, "_compiled", compiles)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(grammars.matcher, slow)
+        assert begun.wait(10)
+        try:
+            assert pool.submit(grammars.matcher, kept).result(5) is compiled
+            assert not waiting.done()
+        finally:
+            go_on.set()
 
 
 def test_a_tokenizer_of_words_follows_no_structure(word_llama: Path) -> None:

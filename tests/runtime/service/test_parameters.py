@@ -146,4 +146,7 @@ def test_unknown_parameters_are_left_out_where_the_service_says_so(
         assert answer.headers["warning"] == '299 stageline "ignored: tool_servers, x??y: z, echo"'
         assert "y" not in answer.headers
         assert "warning" not in service.post("completions", model="llama", prompt="a", max_tokens=2).headers
+        for what in ({"prompt": "a"}, {"messages": CHAT}):
+            answer = service.client.post("/tokenize", json={"model": "llama", "mood": "good", **what})
+            assert answer.headers["warning"] == '299 stageline "ignored: mood"'
         assert service.post("completions", model="llama", prompt="a", temperature="hot").status_code == 400
