@@ -5,6 +5,7 @@ StagelineError
 ├── ExportError         the checkpoint cannot be traced or cut
 ├── BundleError         the bundle is missing, changed, unsafe or of another version
 ├── EngineError         an engine is not installed, or failed to open or to run a stage
+│   └── StructureError  a text cannot go on by the structure that its request asks for
 ├── RequestError        what was submitted to a pipeline cannot be run
 ├── QueueFullError      the pipeline's queue is full and the submitter asked not to wait
 ├── DeadlineError       a request was not finished by its deadline
@@ -33,6 +34,10 @@ class BundleError(StagelineError):
 
 class EngineError(StagelineError):
     """An engine is not installed, or failed to open or to run a stage."""
+
+
+class StructureError(EngineError):
+    """A text cannot go on by the structure that its request asks for. Seen while the stages run, for one request."""
 
 
 class RequestError(StagelineError):

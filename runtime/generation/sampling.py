@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from stageline.models.errors import EngineError
+from stageline.models.errors import EngineError, StructureError
 from stageline.runtime.engines.lowering.draw_graph import CANDIDATES
 from stageline.runtime.generation.grammars import Matcher
 from stageline.runtime.generation.processors import Processors
@@ -160,7 +160,9 @@ def _chosen(row: Row, logits: NDArray[np.float32], peak: float) -> int | EngineE
         )
     token = row.choose(logits)
     if token is None and row.matcher is not None and row.matcher.error:
-        return EngineError(f"the structure cannot be followed beyond token {row.drawn}: {row.matcher.error}")
+        return StructureError(
+            f"the structure cannot be followed beyond token {row.drawn}: {row.matcher.error}; ask for a simpler one"
+        )
     if token is None:
         structure = "" if row.matcher is None else "the structure, "
         return EngineError(

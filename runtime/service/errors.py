@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from stageline.models.errors import DeadlineError, EngineError, QueueFullError, RequestError, StagelineError
+from stageline.models.errors import (
+    DeadlineError,
+    EngineError,
+    QueueFullError,
+    RequestError,
+    StagelineError,
+    StructureError,
+)
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -58,7 +65,7 @@ def from_stageline(error: StagelineError, closed: bool) -> ApiError:
         return ApiError(504, message, "timeout_error", code="timeout")
     if isinstance(error, RequestError) and closed:
         return ApiError(503, "the service is shutting down", "server_error", code="shutting_down")
-    if isinstance(error, RequestError):
+    if isinstance(error, (RequestError, StructureError)):
         return ApiError(400, message)
     return ApiError(500, message, "server_error", code="engine_error" if isinstance(error, EngineError) else None)
 

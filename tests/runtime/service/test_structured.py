@@ -76,3 +76,11 @@ def test_an_impossible_structure_is_400(client: openai.OpenAI) -> None:
         client.completions.create(
             model="bytes", prompt="x", extra_body={"structured_outputs": {"json": {"type": "nonsense"}}}
         )
+
+
+def test_a_structure_too_complex_to_go_on_with_is_400(client: openai.OpenAI) -> None:
+    """It compiles, and the limit is met only while the text is made."""
+    with pytest.raises(openai.BadRequestError, match="the structure cannot be followed beyond token"):
+        client.completions.create(
+            model="bytes", prompt="x", extra_body={"structured_outputs": {"regex": "(x{1000}){1000}"}}
+        )
