@@ -36,7 +36,7 @@ class AccessMiddleware:
         given = Headers(scope=scope).get("authorization", "").encode("latin-1")
         right = [hmac.compare_digest(given, key) for key in self._keys]  # all of them: none shall be known by its time
         if self._keys and not any(right):
-            message = "send an API key of the service, as Authorization: Bearer KEY"
+            message = "send the service's API key, as Authorization: Bearer KEY"
             return await refuse(ApiError(401, message, code="invalid_api_key"), scope, receive, send)
         if self._inside >= self._concurrency:
             return await refuse(
