@@ -10,19 +10,21 @@ from stageline.exporter.cut import PartGraph
 from stageline.exporter.generation_defaults import generation_defaults
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.images import image_settings
+from stageline.exporter.quantise.choice import Quantisation
 from stageline.exporter.sentence_head import place_head
 from stageline.exporter.tasks import reads_images
 from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace import OPSET
 from stageline.exporter.trace_model import Dtype, TracedModel, Wanted, trace_model
 from stageline.exporter.verify.at_export import check_runs_here, run_at_export
-from stageline.exporter.weights import Placed, linked_note, majority_dtype, place
+from stageline.exporter.weights import GGUF_FLOATING, Placed, linked_note, majority_dtype, place
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.cross_encoder import cross_encoder
 from stageline.models.errors import ExportError
 from stageline.models.new_folder import new_folder
 from stageline.models.quantisation import check_plain
 from stageline.models.sentence import pooling
+from stageline.models.tensors import PackedEntry, TensorEntry
 from stageline.runtime.bundle.folder import Bundle, file_entry, tensors_of, write_manifest
 from stageline.runtime.bundle.graph import CACHE_ATTENTION, cache_of
 from stageline.runtime.bundle.manifest import Manifest, Part, TensorSpec, UncutManifest
@@ -36,25 +38,28 @@ def export(
     stages: int | Sequence[int] = 1,
     dtype: Dtype | None = None,
     task: str | None = None,
+    quantise: Quantisation | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Bundle:
     """Export the checkpoint at `path` to a new bundle folder.
 
     `stages` is how many, or how many blocks each has. Default for `dtype`: the checkpoint's own, and weights that it
-    has quantised stay as they are; with a `dtype` they are written with that. Default for `task`: the one
-    that the checkpoint was saved for. `progress` is called with the name of each step when it begins. The bundle
-    appears complete or not at all. StagelineError if it cannot be made.
+    has quantised stay as they are; with a `dtype` they are written with that. Default for `task`: the one that the
+    checkpoint was saved for. With `quantise`, matrices are rounded to whole numbers. `progress` is called with the name
+    of each step when it begins. The bundle appears complete or not at all. StagelineError if it cannot be made.
     """
     check_runs_here()
     progress("reading the checkpoint")
-    wanted = _wanted(Path(path), stages, dtype, task, progress)
+    wanted = _wanted(Path(path), stages, dtype, task, quantise, progress)
     target = Path(bundle)
     with new_folder(target) as folder:
         progress("tracing")
         traced = trace_model(wanted)
         parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
         progress("placing weights")
-        weights = place(traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes, wanted.keep_packed)
+        weights = place(
+            traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes, wanted.keep_packed, traced.schemes
+        )
         if wanted.pooling is not None:
             weights.files.extend(place_head(wanted.pooling, wanted.checkpoint, wanted.dtype, folder, wanted.notes))
         wanted.notes.extend(linked_note(folder, weights.files))
@@ -69,11 +74,18 @@ def export(
 
 
 def _wanted(
-    path: Path, stages: int | Sequence[int], dtype: Dtype | None, task: str | None, progress: Callable[[str], None]
+    path: Path,
+    stages: int | Sequence[int],
+    dtype: Dtype | None,
+    task: str | None,
+    quantise: Quantisation | None,
+    progress: Callable[[str], None],
 ) -> Wanted:
     """What to trace, with the choices that the checkpoint makes if the caller does not."""
     checkpoint = Checkpoint.open(path)
     check_plain(checkpoint)
+    if quantise is not None and dtype is None:
+        _check_floats(checkpoint)
     head = pooling(checkpoint) if checkpoint.kind == "safetensors" else None
     scored = None
     if checkpoint.kind == "safetensors" and task in (None, "text-classification"):
@@ -96,7 +108,21 @@ def _wanted(
     ]
     sentence = head if task == "sentence-similarity" else None
     image = image_settings(checkpoint, notes) if reads_images(config, task) else None
-    return Wanted(checkpoint, config, task, chosen, sentence, stages, progress, scored, image, notes, dtype is None)
+    return Wanted(
+        checkpoint, config, task, chosen, sentence, stages, progress, scored, image, notes, dtype is None, quantise
+    )
+
+
+def _check_floats(checkpoint: Checkpoint) -> None:
+    """ExportError if weights are quantised already."""
+    for name, entry in checkpoint.tensors.items():
+        gguf = checkpoint.kind == "gguf" and entry.dtype not in GGUF_FLOATING
+        if gguf or isinstance(entry, PackedEntry):
+            how = entry.dtype if isinstance(entry, TensorEntry) else entry.packing.method
+            raise ExportError(
+                f"{checkpoint.path} is quantised already ({name}: {how}), and stays as it is without --quantise; give "
+                "the checkpoint that it was made of, or --dtype float32 to unpack it first"
+            )
 
 
 def _write_part(folder: Path, number: int, part: PartGraph) -> Part:

@@ -17,6 +17,8 @@ from stageline.exporter.falcon_alibi import rounded_alibi
 from stageline.exporter.fuse import fuse_norms
 from stageline.exporter.last_token import find_by_mask
 from stageline.exporter.matching import TensorsError, missing_error
+from stageline.exporter.quantise.choice import Quantisation, schemes
+from stageline.exporter.quantise.nearest import Scheme
 from stageline.exporter.scans import any_length
 from stageline.exporter.sentence_head import PREFIX, SentenceHead
 from stageline.exporter.skeleton import COMPUTES_ITSELF, NoCacheError, RefusedError
@@ -50,6 +52,8 @@ class Wanted:
     """Grows while the export finds what a user should know of the bundle; each is a sentence without its full stop."""
     keep_packed: bool = True
     """Whether quantised weights stay as they are."""
+    quantise: Quantisation | None = None
+    """How matrices of floats are quantised."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class TracedModel:
     longest: int | None
     how: str
     attention: str
+    schemes: Mapping[str, Scheme]
+    """How tensors of the checkpoint are quantised, by name."""
     refused: tuple[Refusal, ...] = ()
     no_cache_reason: str | None = None
 
@@ -115,6 +121,7 @@ class _FakeModel:
     mode: FakeTensorMode
     buffers: Mapping[str, torch.Tensor]
     """The task's buffers that half precision rounds, in float32."""
+    schemes: Mapping[str, Scheme]
 
     @classmethod
     def of(cls, wanted: Wanted, attention: Attention) -> "_FakeModel":
@@ -124,6 +131,12 @@ class _FakeModel:
         buffers = take_buffers(model, build(dtype=torch.float32)) if dtype != torch.float32 else {}
         find_by_mask(model)
         weights = find(wanted.checkpoint, model)
+        ways = {} if wanted.quantise is None else schemes(model, weights.names, wanted.quantise)
+        if wanted.quantise is not None and not ways:  # said before what takes time
+            raise TensorsError(
+                f"{wanted.checkpoint.path} has no matrix to quantise (of linear layers or embeddings, with rows that a "
+                "group of 16 divides); leave out --quantise"
+            )
         mode = skeleton.fake_mode()
         skeleton.fake_weights(model, mode, weights.names.keys() | weights.missing)
         head = None
@@ -133,7 +146,7 @@ class _FakeModel:
             skeleton.fake_weights(head, mode, ())
         size = wanted.image.size if wanted.image else None
         task = attention.wrap(model, dtype, wanted.task, head, size).eval()
-        return cls(task, weights, mode, {"model." + name: buffer for name, buffer in buffers.items()})
+        return cls(task, weights, mode, {"model." + name: buffer for name, buffer in buffers.items()}, ways)
 
     def samples(self) -> tuple[torch.Tensor, ...]:
         """Fresh inputs."""
@@ -197,7 +210,7 @@ def _cut(
     bound = tuple(_bound(use, source) for use in uses)
     needed = {name: tensor for name, tensor in fake.weights.names.items() if "model." + name in read}
     weights = replace(fake.weights, names=needed)
-    return TracedModel(fake.task, weights, parts, bound, traced.longest, how, attention.name)
+    return TracedModel(fake.task, weights, parts, bound, traced.longest, how, attention.name, fake.schemes)
 
 
 def _bound(use: Use, source: dict[str, str]) -> Use:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from stageline.exporter.gguf.tensors import GgufTensors
 from stageline.exporter.matching import TensorsError, match, missing_error
 from stageline.exporter.narrowing import Narrowing, stored_bytes
+from stageline.exporter.quantise.nearest import Scheme
+from stageline.exporter.quantise.streaming import quantised
 from stageline.exporter.standard_names import folder_for_transformers
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.packing import dequantised, read
@@ -22,7 +25,8 @@ from transformers.core_model_loading import build_glob_alternation
 FOLDER = "weights"
 _FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
 _OURS = _FLOATING - {"float64"}  # what a bundle's weights may have
-_GGUF_FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+GGUF_FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The types of a .gguf that are not quantised, and their NumPy names."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def majority_dtype(checkpoint: Checkpoint) -> str:
     """The floating dtype that most bytes of the checkpoint have; float32 if most are quantised."""
     sizes: dict[str, int] = {}
     for entry in checkpoint.tensors.values():
-        dtype = _GGUF_FLOATING.get(entry.dtype, entry.dtype)
+        dtype = GGUF_FLOATING.get(entry.dtype, entry.dtype)
         sizes[dtype] = sizes.get(dtype, 0) + entry.size_bytes
     if checkpoint.kind == "safetensors":
         sizes = {dtype: size for dtype, size in sizes.items() if dtype in _OURS}
@@ -70,13 +74,14 @@ class Placed:
 @dataclass(frozen=True)
 class _Order:
     """What to write, and where: every floating tensor with `narrowing.dtype`, into the folder `target`. `keep`: packed
-    weights as they are; else unpacked, as floating ones."""
+    weights as they are; else unpacked, as floating ones. `schemes`: how floating tensors are quantised, by name."""
 
     weights: Weights
     model: Any
     narrowing: Narrowing
     target: Path
     keep: bool
+    schemes: Mapping[str, Scheme]
 
     @property
     def sources(self) -> dict[str, Entry]:
@@ -89,15 +94,26 @@ class _Order:
         """Those of them that stay packed."""
         return {n: entry for n, entry in self.sources.items() if self.keep and isinstance(entry, PackedEntry)}
 
-    def write(self, tensors: list[tuple[str, str, tuple[int, ...]]], data: Callable[[str], Iterable[Any]]) -> FileEntry:
-        """Write one file of `tensors` (name, dtype, shape), whose `data` are asked for one by one."""
+    def write(self, tensors: list[tuple[str, str, tuple[int, ...]]], data: Callable[[str], Iterable[Any]]) -> Placed:
+        """Write one file of `tensors` (name, dtype, shape), whose `data` are asked for one by one, those that have a
+        scheme quantised."""
         file = self.target / "model.safetensors"
-        return _entry(file, write_streaming(file, tensors, data))
+        tensors, data, packed = quantised(self.schemes, tensors, data)
+        entry = _entry(file, write_streaming(file, tensors, data))
+        return Placed([entry], {name: _packed_weight(packing, parts) for name, (packing, parts) in packed.items()})
 
 
-def place(weights: Weights, model: Any, dtype: str, folder: Path, notes: list[str], keep: bool = True) -> Placed:
+def place(
+    weights: Weights,
+    model: Any,
+    dtype: str,
+    folder: Path,
+    notes: list[str],
+    keep: bool = True,
+    schemes: Mapping[str, Scheme] = MappingProxyType({}),
+) -> Placed:
     """Put the weights into `folder`/weights with `dtype` for every floating tensor; quantised ones stay packed as they
-    are with `keep`.
+    are with `keep`. Tensors with a scheme are quantised.
 
     Links keep the few tensors that have another dtype: the stages cast them. What a user should know of the values is
     added to `notes`. ExportError if values do not fit into `dtype`.
@@ -105,7 +121,7 @@ def place(weights: Weights, model: Any, dtype: str, folder: Path, notes: list[st
     target = folder / FOLDER
     target.mkdir()
     narrowing = Narrowing(weights.checkpoint.path, dtype)
-    order = _Order(weights, model, narrowing, target, keep)
+    order = _Order(weights, model, narrowing, target, keep, schemes)
     placed = _WAYS[_way(order)](order)
     notes += narrowing.check()
     return placed
@@ -122,7 +138,7 @@ def _way(order: _Order) -> Literal["link", "convert", "gguf", "materialise"]:
     if any(isinstance(entry, PackedEntry) for entry in plain.values()):
         return "convert"
     floating = {entry.dtype for entry in plain.values()} & _FLOATING
-    if "float64" in floating:  # some engines have no such type to cast from
+    if order.schemes or "float64" in floating:  # some engines have no such type to cast from
         return "convert"
     return "link" if floating <= {dtype} or majority_dtype(checkpoint) == dtype else "convert"
 
@@ -179,7 +195,8 @@ def _convert(order: _Order) -> Placed:
             return [ways[name].converted(name, dequantised(entry.packing, read(entry)))]
         return ways[name].chunks(entry)
 
-    return Placed([order.write(specs, chunks)], {name: _described(entry) for name, entry in kept.items()})
+    placed = order.write(specs, chunks)
+    return Placed(placed.files, {**placed.packed, **{name: _described(entry) for name, entry in kept.items()}})
 
 
 def _parts(entry: Entry) -> Mapping[str, TensorEntry]:
@@ -233,7 +250,8 @@ def _gguf(order: _Order) -> Placed:
     def data(name: str) -> Iterable[Any]:
         return rows[name].chunks() if name in rows else [order.narrowing.converted(name, held.read(name))]
 
-    return Placed([order.write(specs, data)], packed)
+    placed = order.write(specs, data)
+    return Placed(placed.files, {**placed.packed, **packed})
 
 
 def _materialise(order: _Order) -> Placed:
@@ -274,10 +292,7 @@ def _materialise(order: _Order) -> Placed:
         raise missing_error(order.weights.checkpoint, model, missing)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in order.weights.names}
     specs = [(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()]
-    written = order.write(
-        specs, lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))]
-    )
-    return Placed([written])
+    return order.write(specs, lambda name: [memoryview(state[name].contiguous().view(torch.uint8).numpy().reshape(-1))])
 
 
 def linked_note(folder: Path, entries: Sequence[FileEntry]) -> list[str]:

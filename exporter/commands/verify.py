@@ -12,6 +12,7 @@ from stageline.runtime import words
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.engines import ON_GPUS
 from stageline.runtime.engines.tensorrt.lower import Precision, default_precision
+from stageline.runtime.options import PipelineOptions
 
 if TYPE_CHECKING:
     from stageline.exporter.verify.engines import EngineComparison
@@ -53,6 +54,16 @@ def verify_command(
             help="Find the nodes that must stay float32 in engines of fp16 or bf16, and let build keep them so.",
         ),
     ] = False,
+    perplexity: Annotated[
+        bool,
+        typer.Option(
+            "--perplexity",
+            help="Measure the perplexity of texts, beside the checkpoint's in float32 with --against.",
+        ),
+    ] = False,
+    texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="--perplexity: a text per line (default: ten built in).")
+    ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Compare a bundle with its checkpoint: its stages with torch on random inputs, and its answers to texts.
@@ -73,10 +84,18 @@ def verify_command(
     is shown, and a smallest set of nodes that must compute in float32: without any one of them, it fails. The set is
     written into the bundle's manifest, where stageline build finds it.
 
+    stageline verify BUNDLE --perplexity --against CHECKPOINT measures instead what quantised weights cost a model that
+    generates: exp of the mean surprise of each token of some texts, and how often the likeliest token is the
+    checkpoint's.
+
     Example: stageline verify minilm.bundle --against models/checkpoints/minilm
     """
     if find_precision:
         _find_precision(hub.bundle_of(bundle), precision, as_json)
+    if texts is not None and not perplexity:
+        raise common.UsageError("--texts is for --perplexity")
+    if perplexity:
+        _perplexity(hub.bundle_of(bundle), against, engine, texts, as_json)
     if engine not in ON_GPUS and against is None:
         raise common.UsageError("give --against and the checkpoint that the bundle was exported from")
     bundle = hub.bundle_of(bundle)
@@ -101,13 +120,36 @@ def verify_command(
     compared = show.table(["what", "value", "max error", "mean error", "relative", ""], rows)
     verdict = "agrees with torch" if done.passed else "DIFFERS from torch"
     comparisons = [{**asdict(c), "passed": c.passed} for c in done.comparisons]
-    texts = [{**asdict(t), "passed": t.passed} for t in done.texts]
+    answers = [{**asdict(t), "passed": t.passed} for t in done.texts]
     common.print_result(
         as_json,
-        {**asdict(done), "comparisons": comparisons, "texts": texts, "passed": done.passed},
+        {**asdict(done), "comparisons": comparisons, "texts": answers, "passed": done.passed},
         f"{compared}\n{bundle} {verdict} ({done.dtype}: relative error up to {done.tolerance:.0e}; seed {done.seed})",
     )
     raise typer.Exit(0 if done.passed else 1)
+
+
+def _perplexity(bundle: Path, against: Path | None, engine: str, file: Path | None, as_json: bool) -> NoReturn:
+    with common.needs(*common.EXPORTER):
+        from stageline.exporter.verify.perplexity import evaluation_texts, perplexity
+    from stageline.runtime.bench.inputs import read_texts
+
+    texts = evaluation_texts() if file is None else read_texts(file)
+    checkpoint = None if against is None else hub.checkpoint_of(against)
+    with common.progress_steps() as progress:
+        done = perplexity(bundle, checkpoint, texts, PipelineOptions(engine=engine), progress)
+    lines = [
+        f"{bundle}: perplexity {done.perplexity:.3f} of {done.tokens:,} tokens of {words.counted(done.texts, 'text')} "
+        f"(windows of {done.window}, {engine})"
+    ]
+    if done.reference_perplexity is not None:
+        lines.append(
+            f"{against} in float32: {done.reference_perplexity:.3f}; the bundle's is {done.increase:+.2%}, and its "
+            f"likeliest token the same for {done.agreement:.1%}"
+        )
+    document = {"bundle": str(bundle), "engine": engine, **asdict(done), "increase": done.increase}
+    common.print_result(as_json, document, "\n".join(lines))
+    raise typer.Exit(0)
 
 
 def _short(text: str) -> str:

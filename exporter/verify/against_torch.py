@@ -1,7 +1,8 @@
 """Verifying a bundle: each stage alone, and all of them together, against torch on fresh random inputs, then texts.
 
 The reference is transformers with eager attention, in float32, loaded from the checkpoint, its weights rounded to the
-bundle's dtype. A stage gets torch's values as its inputs, so an error shows in the stage that makes it. An error is a
+bundle's dtype; weights that the export quantised are the bundle's own: what quantising costs is for `--perplexity`. A
+stage gets torch's values as its inputs, so an error shows in the stage that makes it. An error is a
 fraction of how large torch's values are (stageline.exporter.verify.scale). The tolerances leave room for another order
 of summation (float32), and for constants of the model's code that are rounded to 11 and 8 bits (the halves).
 """
@@ -24,9 +25,11 @@ from stageline.exporter.verify.gguf_reference import load_gguf_reference
 from stageline.exporter.verify.random_inputs import long_inputs, random_inputs
 from stageline.exporter.verify.rows_alone import rows_alone
 from stageline.exporter.verify.scale import token_errors, typical
-from stageline.exporter.weights import kept_wide
+from stageline.exporter.weights import find, kept_wide
 from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
+from stageline.models.packing import dequantised, read
+from stageline.models.tensors import PackedEntry
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import Manifest, TensorSpec
 from stageline.runtime.bundle.signature import Signature
@@ -97,7 +100,7 @@ def verify(
     manifest = bundle.manifest
     checkpoint = Checkpoint.open(Path(against))
     progress("loading the checkpoint into torch")
-    model = rounded(load_reference(checkpoint, manifest), manifest.dtype)
+    model = with_quantised(rounded(load_reference(checkpoint, manifest), manifest.dtype), checkpoint, bundle)
     tolerance = TOLERANCE[manifest.dtype]
     with Pipeline.open(path, engine=engine, quantise=manifest.exact) as pipeline:
         drawn = [inputs for inputs in (random_inputs(manifest, seed), long_inputs(manifest, seed)) if inputs]
@@ -244,6 +247,25 @@ def rounded(model: Any, dtype: str) -> Any:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and name not in wide:
                 tensor.copy_(tensor.to(getattr(torch, dtype)))
+    return model
+
+
+def with_quantised(model: Any, checkpoint: Checkpoint, bundle: Bundle) -> Any:
+    """The same model, with the bundle's values of the weights that are quantised there and not in the checkpoint."""
+    packed = bundle.manifest.packed or {}
+    if checkpoint.kind == "gguf":
+        made = {name for name, held in packed.items() if held.method != "gguf"}
+    else:
+        made = {name for name in packed if not isinstance(checkpoint.tensors.get(name), PackedEntry)}
+    if not made:
+        return model
+    names, tensors = find(checkpoint, model).names, model.state_dict()
+    with torch.no_grad():
+        for name, source in names.items():
+            if source in made and name in tensors:
+                entry = bundle.tensors[source]
+                assert isinstance(entry, PackedEntry)
+                tensors[name].copy_(torch.from_numpy(dequantised(entry.packing, read(entry))))
     return model
 
 

@@ -15,7 +15,7 @@ import torch
 from stageline.exporter.failure import first_line
 from stageline.exporter.narrowing import not_finite
 from stageline.exporter.trace_model import Wanted
-from stageline.exporter.verify.against_torch import load_reference, real_tokens, rounded, torch_values
+from stageline.exporter.verify.against_torch import load_reference, real_tokens, rounded, torch_values, with_quantised
 from stageline.exporter.verify.one_block import run_one_block
 from stageline.exporter.verify.random_inputs import drawn_inputs
 from stageline.exporter.verify.scale import token_errors, typical
@@ -133,7 +133,7 @@ class _Trial:
         manifest = bundle.manifest
         picks = any(node.op_type == "TopK" for part in bundle.parts() for node in part.graph)
         share = _SURE if picks else 1.0
-        reference, why_not = _reference(manifest, wanted)
+        reference, why_not = _reference(bundle, wanted)
         return cls(pipeline, manifest, _long(bundle, bundle.parameters), share, reference, why_not)
 
     def run(self) -> str:
@@ -214,15 +214,17 @@ def _rows(lengths: Sequence[int]) -> str:
     return f"rows of {' and '.join(map(str, lengths))} tokens"
 
 
-def _reference(manifest: Manifest, wanted: Wanted) -> tuple[_Values | None, str]:
-    """transformers' model in float32 with weights of the bundle's dtype; None and why if there is none."""
-    checkpoint = wanted.checkpoint
+def _reference(bundle: Bundle, wanted: Wanted) -> tuple[_Values | None, str]:
+    """transformers' model in float32 with weights of the bundle's dtype, or as the export quantised them; None and why
+    if there is none."""
+    checkpoint, manifest = wanted.checkpoint, bundle.manifest
     size = 4 * sum(int(np.prod(entry.shape)) for entry in checkpoint.tensors.values())
     if size > COMPARED_BYTES:
         return None, f"the checkpoint has {words.size(size)} in float32"
     wanted.progress("comparing it with transformers")
     try:
         model = rounded(load_reference(checkpoint, manifest), manifest.dtype)
+        model = with_quantised(model, checkpoint, bundle)
     except ExportError as error:
         return None, str(error)
     return lambda inputs: torch_values(model, checkpoint, manifest, inputs), ""

@@ -109,9 +109,13 @@ def _inputs(pipeline: Pipeline, row: tuple[int, ...]) -> dict[str, Array]:
 
 
 def _next_tokens(pipeline: Pipeline, row: tuple[int, ...]) -> NDArray[np.float64]:
-    """The likeliest next token after each but the last, and the surprise of the one that comes. float64 [2, length-1]:
-    ids, and -ln of a probability."""
-    logits = pipeline.run(_inputs(pipeline, row), ["logits"])["logits"][0, :-1].astype(np.float64)
+    return next_tokens(pipeline.run(_inputs(pipeline, row), ["logits"])["logits"][0], row)
+
+
+def next_tokens(logits: Array, row: tuple[int, ...]) -> NDArray[np.float64]:
+    """The likeliest next token after each of the row but the last, and the surprise of the one that comes, of logits
+    [length, vocabulary]. float64 [2, length-1]: ids, and -ln of a probability."""
+    logits = logits[:-1].astype(np.float64)
     largest = logits.max(axis=1)
     total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
     return np.stack([logits.argmax(axis=1), total - logits[np.arange(len(row) - 1), list(row[1:])]])

@@ -1,0 +1,1 @@
+"""Quantising a checkpoint's weights while they are exported."""
