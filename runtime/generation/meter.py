@@ -1,6 +1,6 @@
 """Counters and distributions of generation: TTFT, TPOT, queue, slots, steps, host time, bubble ratio."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -101,7 +101,7 @@ class Meter:
         self._latencies, self._queued, self._first, self._later, *_ = self._times
         *_, self._prefills, self._decodes, self._inferences, self._means = self._times
         self._prompts, self._lengths = Tally(BOUNDS_TOKENS), Tally(BOUNDS_TOKENS)
-        self._reasons: Counter[FinishReason] = Counter(stop=0, length=0)
+        self._reasons: dict[FinishReason, int] = {"stop": 0, "length": 0}
         self._active_since: float | None = None
         self._earlier_busy_s = self._earlier_stage_s = self._earlier_active_s = 0.0
 

@@ -20,6 +20,7 @@ from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounte
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.origin import HostMiddleware
 from stageline.runtime.service.request_log import RequestIdMiddleware
+from stageline.runtime.service.server_sent_events import PING_S, PingMiddleware
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -37,13 +38,18 @@ def create_app(
     unknown_parameters: Literal["refuse", "ignore"] = "refuse",
     allowed_hosts: Sequence[str] | None = None,
     cors_origins: Sequence[str] = (),
+    root_path: str = "",
+    ping_s: float = PING_S,
 ) -> FastAPI:
     """The app for pipelines opened from bundles, each under the name that clients use.
 
     At most `concurrency` requests are answered at a time. The queue of each pipeline bounds how many of them generate
     or wait. Parameters that are not known are refused, or left out and named in the header Warning. Requests must have
     a key of `api_key`, if there is one, and a Host that is localhost, an address or one of `allowed_hosts` (None: any).
-    Pages of `cors_origins` may call it. BundleError for a bundle that can neither generate, embed nor classify.
+    Pages of `cors_origins` may call it. `root_path` is where a proxy shows it, such as /llm, whether or not the proxy
+    takes that off. A stream that is idle for `ping_s` seconds sends a comment.
+
+    BundleError for a bundle that can neither generate, embed nor classify.
     """
     models = {name: Model(name, pipeline) for name, pipeline in pipelines.items()}
     responses = ResponseCounter()
@@ -51,9 +57,11 @@ def create_app(
     registry.register(ServiceCollector(list(models.values()), responses))
     ProcessCollector(registry=registry)
 
-    app = FastAPI(title="Stageline", version=version("stageline"), description="Pipelines behind OpenAI's API.")
+    description = "Pipelines behind OpenAI's API."
+    app = FastAPI(title="Stageline", version=version("stageline"), description=description, root_path=root_path)
     if unknown_parameters == "ignore":
         app.add_middleware(UnknownMiddleware)
+    app.add_middleware(PingMiddleware, ping_s=ping_s)
     app.add_middleware(ConnectionMiddleware, max_body_bytes=max_body_bytes)
     keys = [api_key] if isinstance(api_key, str) else api_key or ()
     app.add_middleware(AccessMiddleware, api_keys=keys, concurrency=concurrency)

@@ -65,8 +65,9 @@ def vllm_metrics(stats: Sequence[tuple[str, PipelineStats]]) -> Iterator[Metric]
         times = s.generation.times.latency if s.generation else s.latency
         latency.add_metric([name, "0"], buckets(times, _REQUEST_S), times.total)
         counted = s.generation or s
-        reasons = s.generation.finished if s.generation else {"stop": s.done}
-        for reason, count in {**reasons, "abort": counted.cancelled, "error": counted.failed}.items():
+        reasons: dict[str, int] = {"abort": counted.cancelled, "error": counted.failed}
+        reasons.update(s.generation.finished if s.generation else {"stop": s.done})
+        for reason, count in reasons.items():
             ended.add_metric([name, "0", reason], count)
     yield from (running, waiting, latency, ended)
     generation = [(name, s.generation) for name, s in stats if s.generation is not None]
@@ -91,4 +92,4 @@ def buckets(histogram: Histogram, bounds: Sequence[float]) -> list[tuple[str, fl
     """What lies at or below each of `bounds`, which are all among the histogram's own, and in all."""
     below = list(itertools.accumulate(histogram.counts))
     at = dict(zip(histogram.bounds, below, strict=False))
-    return [*((floatToGoString(bound), at[bound]) for bound in bounds), ("+Inf", below[-1])]
+    return [*zip(map(floatToGoString, bounds), (at[bound] for bound in bounds), strict=True), ("+Inf", below[-1])]
