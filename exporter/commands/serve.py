@@ -32,6 +32,13 @@ _PER_MODEL = (
 )  # fmt: skip - options that each model may have of its own
 _PER_PERMIT = 4  # responses being sent per request in a queue: clients may read more slowly than the pipeline answers
 
+NameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Name that clients use (default: the folder's, or ORG/NAME). One for each bundle."
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -70,12 +77,7 @@ def serve_command(
         Path | None, typer.Option(metavar="FILE", help="Its key (PEM; default: in the same file).")
     ] = None,
     root_path: Annotated[str, typer.Option(metavar="PATH", help="Where a proxy shows the service, such as /llm.")] = "",
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Name that clients use (default: the folder's, or ORG/NAME). One for each bundle."
-        ),
-    ] = None,
+    name: NameOption = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -220,7 +222,7 @@ def _served(context: typer.Context, bundles: Sequence[Path], names: Sequence[str
     """The bundles of the command line, all with its options; without some, the models of --config with their own."""
     general = {option: context.params[option] for option in _PER_MODEL}
     if bundles:
-        called = _names(bundles, names)
+        called = names_of(bundles, names)
         return [_of(name, bundle, general) for name, bundle in zip(called, bundles, strict=True)]
     models = serve_config.models_of(context, _PER_MODEL)
     if not models:
@@ -260,7 +262,8 @@ def _keys(file: Path | None) -> list[str]:
     return keys
 
 
-def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
+def names_of(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """What clients call the bundles. A usage error where names are missing, or come twice."""
     if given and len(given) != len(bundles):
         raise common.UsageError(f"{len(given)} names for {words.counted(len(bundles), 'bundle')}; give each one --name")
     names = list(given) or [_name(bundle) for bundle in bundles]

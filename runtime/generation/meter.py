@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-from stageline.runtime.generation.request import Completion, FinishReason
+from stageline.runtime.generation.request import Completion
 from stageline.runtime.generation.steps import Step
 from stageline.runtime.stages.lanes import StageStats
 from stageline.runtime.times import BOUNDS_TOKENS, Histogram, Tally
@@ -80,7 +80,7 @@ class GenerationStats:
     ttft_s: Percentiles
     tpot_s: Percentiles
     times: GenerationTimes
-    finished: Mapping[FinishReason, int]
+    finished: Mapping[str, int]
     prompt_length: Histogram
     length: Histogram
 
@@ -101,7 +101,7 @@ class Meter:
         self._latencies, self._queued, self._first, self._later, *_ = self._times
         *_, self._prefills, self._decodes, self._inferences, self._means = self._times
         self._prompts, self._lengths = Tally(BOUNDS_TOKENS), Tally(BOUNDS_TOKENS)
-        self._reasons: dict[FinishReason, int] = {"stop": 0, "length": 0}
+        self._reasons: dict[str, int] = {"stop": 0, "length": 0}
         self._active_since: float | None = None
         self._earlier_busy_s = self._earlier_stage_s = self._earlier_active_s = 0.0
 
