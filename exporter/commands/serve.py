@@ -1,14 +1,15 @@
 """The command `stageline serve`."""
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from socket import gethostname
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from stageline.exporter.commands import common, hub, serve_config
@@ -16,6 +17,9 @@ from stageline.runtime import words
 from stageline.runtime.engines import CacheDtype
 from stageline.runtime.options import PipelineOptions, RebalanceMode
 from stageline.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from stageline.runtime.service.telemetry import Telemetry
 
 _PER_MODEL = (
     "engine",
@@ -103,6 +107,14 @@ def serve_command(
     log_format: Annotated[
         Literal["text", "json"] | None, typer.Option(help="Log each request on stderr (default: only what is wrong).")
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=["STAGELINE_SERVE_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"],
+            help="An OpenTelemetry collector, such as http://localhost:4318, that gets traces and metrics.",
+        ),
+    ] = None,
     engine: common.EngineOption = "onnxruntime",
     error_budget: common.BudgetOption = None,
     devices: common.DevicesOption = None,
@@ -174,6 +186,7 @@ def serve_command(
         _log_rebalancing()
     folders = [hub.bundle_of(one.bundle) for one in served]
     with ExitStack() as stack:
+        telemetry = None if otlp_endpoint is None else stack.enter_context(closing(_telemetry(otlp_endpoint)))
         where = bound_socket(host, port) if unix_socket is None else bound_path(unix_socket)
         listening = stack.enter_context(where)
         pipelines = {
@@ -192,6 +205,7 @@ def serve_command(
             concurrency=_PER_PERMIT * sum(one.options.queue for one in served),
             root_path=root_path,
             ping_s=ping_s,
+            telemetry=telemetry,
         )
         if unix_socket is not None:
             url = f"unix:{unix_socket}"
@@ -236,6 +250,15 @@ def _of(name: str, bundle: Path, given: Mapping[str, Any]) -> _Served:
     own = {option: given[option] for option in _PER_MODEL if option != "error_budget"}
     own |= {"devices": common.split(given["devices"]), "cache_memory": _bytes(given["cache_memory"])}
     return _Served(name, bundle, PipelineOptions(**own), given["error_budget"])
+
+
+def _telemetry(endpoint: str) -> "Telemetry":
+    if not endpoint.startswith(("http://", "https://")):
+        raise common.UsageError(f"--otlp-endpoint is {endpoint!r}; give a URL such as http://localhost:4318")
+    with common.needs("--otlp-endpoint needs OpenTelemetry", "otel", "opentelemetry"):
+        from stageline.runtime.service.telemetry import Telemetry
+
+    return Telemetry.over_http(None if endpoint == os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") else endpoint)
 
 
 def _check_root_path(path: str) -> None:

@@ -259,6 +259,7 @@ def test_what_cannot_be_listened_on_is_reported_in_a_line(
         (["--unix-socket", tmp_path / "none" / "s"], 1, "cannot listen on"),
         (["--unix-socket", tmp_path / ("x" * 200)], 1, "cannot listen on"),
         (["--ping-s", "0"], 2, "--ping-s"),
+        (["--otlp-endpoint", "localhost:4318"], 2, "give a URL such as http://localhost:4318"),
     ):
         found, said = message(capsys, llama, *options)
         assert found == status, said
