@@ -12,6 +12,7 @@ from stageline.exporter.commands import (
     bench,
     build,
     bundles,
+    chat,
     checkpoints,
     dashboard,
     doctor,
@@ -19,6 +20,7 @@ from stageline.exporter.commands import (
     layers,
     plan,
     run,
+    run_batch,
     serve,
     verify,
 )
@@ -61,7 +63,7 @@ def stageline(
 
 
 for command in (
-    bundles, verify, eject, run, plan, layers, build, serve, bench, doctor, dashboard, checkpoints
+    bundles, verify, eject, run, chat, plan, layers, build, serve, run_batch, bench, doctor, dashboard, checkpoints
 ):  # fmt: skip
     command.register(app)
 

@@ -1,50 +1,92 @@
 """The command `stageline serve`."""
 
 import logging
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from socket import gethostname
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from stageline.exporter.commands import common, hub
+from stageline.exporter.commands import common, hub, serve_config
 from stageline.runtime import words
 from stageline.runtime.engines import CacheDtype
 from stageline.runtime.options import PipelineOptions, RebalanceMode
 from stageline.runtime.pipeline import Pipeline
 
+if TYPE_CHECKING:
+    from stageline.runtime.service.telemetry import Telemetry
+
+_PER_MODEL = (
+    "engine",
+    "error_budget",
+    "devices",
+    "threads",
+    "quantise",
+    "slots",
+    "capacity",
+    "cache_dtype",
+    "cache_memory",
+    "queue",
+    "rebalance",
+)  # fmt: skip - options that each model may have of its own
 _PER_PERMIT = 4  # responses being sent per request in a queue: clients may read more slowly than the pipeline answers
+
+NameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Name that clients use (default: the folder's, or ORG/NAME). One for each bundle."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("serve")(serve_command)
+    app.command("serve", context_settings={"auto_envvar_prefix": "STAGELINE_SERVE"})(serve_command)
 
 
 def serve_command(
+    context: typer.Context,
     bundles: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="BUNDLE...",
-            help="Bundles that generate or embed: folders, or ORG/NAME[@REVISION][:FILE] on the Hub.",
-        ),
-    ],
-    host: common.HostOption = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: any free one.")] = 8000,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Name that clients use (default: the folder's, or ORG/NAME). One for each bundle."
+            help="Bundles that generate or embed: folders, or ORG/NAME[@REVISION][:FILE] on the Hub (default: those "
+            "of --config).",
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=serve_config.read,
+            help="TOML with values of these options, and [models.NAME] with each one's bundle, engine, slots, ...",
+        ),
+    ] = None,
+    host: common.HostOption = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: any free one.")] = 8000,
+    unix_socket: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Listen on a Unix socket, which only this user may use, not on a port."),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Serve over TLS with this certificate, or chain (PEM).")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its key (PEM; default: in the same file).")
+    ] = None,
+    root_path: Annotated[str, typer.Option(metavar="PATH", help="Where a proxy shows the service, such as /llm.")] = "",
+    name: NameOption = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY",
-            envvar="STAGELINE_API_KEY",
+            envvar=["STAGELINE_API_KEY", "STAGELINE_SERVE_API_KEY"],
             help="Key that clients must send (default: none). Several: one for each.",
         ),
     ] = None,
@@ -64,6 +106,14 @@ def serve_command(
     ] = None,
     log_format: Annotated[
         Literal["text", "json"] | None, typer.Option(help="Log each request on stderr (default: only what is wrong).")
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar=["STAGELINE_SERVE_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"],
+            help="An OpenTelemetry collector, such as http://localhost:4318, that gets traces and metrics.",
+        ),
     ] = None,
     engine: common.EngineOption = "onnxruntime",
     error_budget: common.BudgetOption = None,
@@ -93,6 +143,9 @@ def serve_command(
         typer.Option(help="What an unknown parameter does: refuse the request, or be left out with a warning header."),
     ] = "refuse",
     max_body_mb: Annotated[int, typer.Option(min=1, help="Max size of a request's body.")] = 4,
+    ping_s: Annotated[
+        float, typer.Option(min=0.1, help="Idle seconds of a stream until it sends a comment, for proxies.")
+    ] = 15.0,
     drain_s: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests have to finish after SIGTERM or SIGINT.")
     ] = 30.0,
@@ -101,30 +154,46 @@ def serve_command(
 
     Chats, completions and embeddings, with /health for probes and /metrics for Prometheus.
 
+    Each option may also come from the environment (--max-body-mb from STAGELINE_SERVE_MAX_BODY_MB) or from a file
+    (max-body-mb = 8). The command line goes before the environment, and that before the file.
+
     Example: stageline serve smollm2.bundle --port 8000
     """
     with common.needs("this command needs the service", "serve", "fastapi", "prometheus_client", "uvicorn"):
         from stageline.runtime.service.app import create_app
         from stageline.runtime.service.connections import raise_file_limit
         from stageline.runtime.service.request_log import log_to_stderr
-        from stageline.runtime.service.server import DrainingServer, bound_socket
+        from stageline.runtime.service.server import (
+            DrainingServer,
+            bound_socket,
+            check_certificate,
+        )
+        from stageline.runtime.service.server import (
+            unix_socket as bound_path,
+        )
 
-    options = PipelineOptions(
-        engine=engine, devices=common.split(devices), threads=threads, queue=queue, quantise=quantise, slots=slots,
-        capacity=capacity, cache_dtype=cache_dtype, cache_memory=_bytes(cache_memory), rebalance=rebalance,
-    )  # fmt: skip
-    names = _names(bundles, name or [])
+    served = _served(context, bundles or [], name or [])
     keys = [*(api_key or []), *_keys(api_key_file)]
+    _check_root_path(root_path)
+    if tls_cert is not None:
+        check_certificate(tls_cert, tls_key)
+    elif tls_key is not None:
+        raise common.UsageError("--tls-key needs --tls-cert")
     if log_format is not None:
         log_to_stderr(log_format)
     raise_file_limit()
-    if rebalance != "off":
+    if any(one.options.rebalance != "off" for one in served):
         _log_rebalancing()
-    folders = [hub.bundle_of(bundle) for bundle in bundles]
-    with bound_socket(host, port) as listening, ExitStack() as stack:
+    folders = [hub.bundle_of(one.bundle) for one in served]
+    with ExitStack() as stack:
+        telemetry = None if otlp_endpoint is None else stack.enter_context(closing(_telemetry(otlp_endpoint)))
+        where = bound_socket(host, port) if unix_socket is None else bound_path(unix_socket)
+        listening = stack.enter_context(where)
         pipelines = {
-            called: stack.enter_context(Pipeline.open(folder, common.with_engine(folder, options, error_budget)))
-            for called, folder in zip(names, folders, strict=True)
+            one.name: stack.enter_context(
+                Pipeline.open(folder, common.with_engine(folder, one.options, one.error_budget))
+            )
+            for one, folder in zip(served, folders, strict=True)
         }
         app = create_app(
             pipelines,
@@ -133,16 +202,68 @@ def serve_command(
             cors_origins=common.split(cors_origins) or [],
             max_body_bytes=max_body_mb * 2**20,
             unknown_parameters=unknown_parameters,
-            concurrency=_PER_PERMIT * queue * len(bundles),
+            concurrency=_PER_PERMIT * sum(one.options.queue for one in served),
+            root_path=root_path,
+            ping_s=ping_s,
+            telemetry=telemetry,
         )
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        if not keys and not _is_local(host):
-            print(f"stageline: {url} has no API key: anyone who can reach it can use it", file=sys.stderr)
+        if unix_socket is not None:
+            url = f"unix:{unix_socket}"
+        else:
+            scheme = "http" if tls_cert is None else "https"
+            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+            if not keys and not _is_local(host):
+                print(f"stageline: {url} has no API key: anyone who can reach it can use it", file=sys.stderr)
 
         def ready() -> None:
-            print(f"serving {', '.join(names)} at {url}", flush=True)
+            print(f"serving {', '.join(pipelines)} at {url}", flush=True)
 
-        DrainingServer(app, list(pipelines.values()), drain_s, ready).run_until_signal(listening)
+        server = DrainingServer(app, list(pipelines.values()), drain_s, ready, tls_cert, tls_key)
+        server.run_until_signal(listening)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A model to be served."""
+
+    name: str
+    bundle: Path
+    options: PipelineOptions
+    error_budget: float | None
+
+
+def _served(context: typer.Context, bundles: Sequence[Path], names: Sequence[str]) -> list[_Served]:
+    """The bundles of the command line, all with its options; without some, the models of --config with their own."""
+    general = {option: context.params[option] for option in _PER_MODEL}
+    if bundles:
+        called = names_of(bundles, names)
+        return [_of(name, bundle, general) for name, bundle in zip(called, bundles, strict=True)]
+    models = serve_config.models_of(context, _PER_MODEL)
+    if not models:
+        raise common.UsageError("there is nothing to serve; give a BUNDLE, or --config with [models.NAME]")
+    if names:
+        raise common.UsageError("--name is for BUNDLEs; the models of --config have names")
+    return [_of(name, bundle, {**general, **own}) for name, (bundle, own) in models.items()]
+
+
+def _of(name: str, bundle: Path, given: Mapping[str, Any]) -> _Served:
+    own = {option: given[option] for option in _PER_MODEL if option != "error_budget"}
+    own |= {"devices": common.split(given["devices"]), "cache_memory": _bytes(given["cache_memory"])}
+    return _Served(name, bundle, PipelineOptions(**own), given["error_budget"])
+
+
+def _telemetry(endpoint: str) -> "Telemetry":
+    if not endpoint.startswith(("http://", "https://")):
+        raise common.UsageError(f"--otlp-endpoint is {endpoint!r}; give a URL such as http://localhost:4318")
+    with common.needs("--otlp-endpoint needs OpenTelemetry", "otel", "opentelemetry"):
+        from stageline.runtime.service.telemetry import Telemetry
+
+    return Telemetry.over_http(None if endpoint == os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") else endpoint)
+
+
+def _check_root_path(path: str) -> None:
+    if path and (not path.startswith("/") or path.endswith("/")):
+        raise common.UsageError(f"--root-path is {path!r}; give a path such as /llm")
 
 
 def _bytes(size: str | None) -> int | None:
@@ -164,7 +285,8 @@ def _keys(file: Path | None) -> list[str]:
     return keys
 
 
-def _names(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
+def names_of(bundles: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """What clients call the bundles. A usage error where names are missing, or come twice."""
     if given and len(given) != len(bundles):
         raise common.UsageError(f"{len(given)} names for {words.counted(len(bundles), 'bundle')}; give each one --name")
     names = list(given) or [_name(bundle) for bundle in bundles]

@@ -37,7 +37,7 @@ from stageline.runtime.stages.lanes import Lane, Lanes, PipelineStage
 from stageline.runtime.stages.recorder import Kind
 from stageline.runtime.stages.route import Hop, route
 from stageline.runtime.stages.trip import Trip
-from stageline.runtime.times import Histogram, TimeCounter
+from stageline.runtime.times import Histogram, Tally
 
 WINDOW = 2  # micro-batches a stage: one that runs and one that is next
 
@@ -142,7 +142,7 @@ class Batches:
         self._lock = threading.Lock()  # guards the rest, and the tracks
         self._unsettled: dict[Future[dict[str, Array]], _Request] = {}
         self._done = self._failed = self._cancelled = 0
-        self._latencies = TimeCounter()
+        self._latencies = Tally()
         self._closed = False
         self._request_numbers, self._batch_numbers = itertools.count(), itertools.count()
 

@@ -1,14 +1,14 @@
 """Counters and distributions of generation: TTFT, TPOT, queue, slots, steps, host time, bubble ratio."""
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from stageline.runtime.generation.request import Completion
 from stageline.runtime.generation.steps import Step
 from stageline.runtime.stages.lanes import StageStats
-from stageline.runtime.times import Histogram, TimeCounter
+from stageline.runtime.times import BOUNDS_TOKENS, Histogram, Tally
 
 _KEPT = 10_000  # the latest times, of which percentiles are taken
 
@@ -35,12 +35,17 @@ class Percentiles:
 @dataclass(frozen=True)
 class GenerationTimes:
     """All times since the pipeline opened: of whole requests (`latency`), in the queue, to the first token, and per
-    token after it."""
+    token after it. Of requests that are done: from the first step to the first token (`prefill`), from there to the
+    last one (`decode`), both together (`inference`), and `decode` per token of the first choice (`mean_tpot`)."""
 
     latency: Histogram
     queue: Histogram
     ttft: Histogram
     tpot: Histogram
+    prefill: Histogram
+    decode: Histogram
+    inference: Histogram
+    mean_tpot: Histogram
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ class GenerationStats:
     `cache_usage` is the share of the KV cache that running sequences fill, 0 to 1. `set_back` is how often a sequence
     gave its part of it to an older one, to be computed again. `host_s` is the time of the driver's thread (scheduling,
     sampling, detokenising). `bubble_ratio` is the share of stage time that was idle while steps were running:
-    1 - busy time / (stages x `active_s`).
+    1 - busy time / (stages x `active_s`). `finished` counts choices by why they ended; `prompt_length` and `length` are
+    the tokens of prompts and of choices that are done.
     """
 
     slots: int
@@ -74,6 +80,9 @@ class GenerationStats:
     ttft_s: Percentiles
     tpot_s: Percentiles
     times: GenerationTimes
+    finished: Mapping[str, int]
+    prompt_length: Histogram
+    length: Histogram
 
 
 class Meter:
@@ -88,7 +97,11 @@ class Meter:
         self.queue_s: deque[float] = deque(maxlen=_KEPT)
         self.ttft_s: deque[float] = deque(maxlen=_KEPT)
         self.tpot_s: deque[float] = deque(maxlen=_KEPT)
-        self._latencies, self._queued, self._first, self._later = (TimeCounter() for _ in range(4))
+        self._times = tuple(Tally() for _ in fields(GenerationTimes))
+        self._latencies, self._queued, self._first, self._later, *_ = self._times
+        *_, self._prefills, self._decodes, self._inferences, self._means = self._times
+        self._prompts, self._lengths = Tally(BOUNDS_TOKENS), Tally(BOUNDS_TOKENS)
+        self._reasons: dict[str, int] = {"stop": 0, "length": 0}
         self._active_since: float | None = None
         self._earlier_busy_s = self._earlier_stage_s = self._earlier_active_s = 0.0
 
@@ -138,6 +151,16 @@ class Meter:
         self.prompt_tokens += completion.prompt_tokens
         self.cached_tokens += completion.cached_tokens
         self._latencies.add(completion.total_s)
+        decode_s, later = completion.total_s - completion.ttft_s, len(completion.choices[0].token_ids) - 1
+        self._prefills.add(completion.ttft_s - completion.queue_s)
+        self._decodes.add(decode_s)
+        self._inferences.add(completion.total_s - completion.queue_s)
+        if later:
+            self._means.add(decode_s / later)
+        self._prompts.add(completion.prompt_tokens)
+        for choice in completion.choices:
+            self._lengths.add(len(choice.token_ids))
+            self._reasons[choice.finish_reason] += 1
 
     def stats(
         self, stages: Sequence[StageStats], running: int, waiting: int, cache_usage: float, set_back: int
@@ -167,7 +190,8 @@ class Meter:
             Percentiles.of(list(self.queue_s)),
             Percentiles.of(list(self.ttft_s)),
             Percentiles.of(list(self.tpot_s)),
-            GenerationTimes(
-                self._latencies.histogram(), self._queued.histogram(), self._first.histogram(), self._later.histogram()
-            ),
+            GenerationTimes(*(tally.histogram() for tally in self._times)),
+            dict(self._reasons),
+            self._prompts.histogram(),
+            self._lengths.histogram(),
         )

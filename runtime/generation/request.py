@@ -221,6 +221,10 @@ class Completion:
     total_s: float
     token_times_s: tuple[float, ...] = field(default=(), repr=False)
     """When each token of choice 0 came, from submission."""
+    submitted_s: float = field(default=0.0, repr=False, compare=False)
+    """When it was submitted, by `time.perf_counter`."""
+    number: int = field(default=-1, repr=False, compare=False)
+    """Of the requests in the order of their arrival, as a Recorder counts them."""
 
     @property
     def text(self) -> str:

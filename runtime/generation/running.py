@@ -142,4 +142,6 @@ class Job:
             self.token_times[0] - self.submitted_at,
             now - self.submitted_at,
             tuple(at - self.submitted_at for at in self.token_times),
+            self.submitted_at,
+            self.number,
         )

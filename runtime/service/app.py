@@ -5,7 +5,7 @@ app = create_app({"smollm2": pipeline})  # run it with uvicorn, or mount it in y
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,11 +18,16 @@ from stageline.runtime.service.errors import ApiError, from_stageline, from_vali
 from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
 from stageline.runtime.service.model import Model
+from stageline.runtime.service.noted import note_model
 from stageline.runtime.service.origin import HostMiddleware
 from stageline.runtime.service.request_log import RequestIdMiddleware
+from stageline.runtime.service.server_sent_events import PING_S, PingMiddleware
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+
+if TYPE_CHECKING:
+    from stageline.runtime.service.telemetry import Telemetry
 
 MAX_BODY_BYTES = 4 * 2**20
 CONCURRENCY = 256
@@ -37,13 +42,20 @@ def create_app(
     unknown_parameters: Literal["refuse", "ignore"] = "refuse",
     allowed_hosts: Sequence[str] | None = None,
     cors_origins: Sequence[str] = (),
+    root_path: str = "",
+    ping_s: float = PING_S,
+    telemetry: "Telemetry | None" = None,
 ) -> FastAPI:
     """The app for pipelines opened from bundles, each under the name that clients use.
 
     At most `concurrency` requests are answered at a time. The queue of each pipeline bounds how many of them generate
     or wait. Parameters that are not known are refused, or left out and named in the header Warning. Requests must have
     a key of `api_key`, if there is one, and a Host that is localhost, an address or one of `allowed_hosts` (None: any).
-    Pages of `cors_origins` may call it. BundleError for a bundle that can neither generate, embed nor classify.
+    Pages of `cors_origins` may call it. `root_path` is where a proxy shows it, such as /llm, whether or not the proxy
+    takes that off. A stream that is idle for `ping_s` seconds sends a comment. `telemetry`, which is borrowed,
+    gets a trace and metrics of each request.
+
+    BundleError for a bundle that can neither generate, embed nor classify.
     """
     models = {name: Model(name, pipeline) for name, pipeline in pipelines.items()}
     responses = ResponseCounter()
@@ -51,9 +63,11 @@ def create_app(
     registry.register(ServiceCollector(list(models.values()), responses))
     ProcessCollector(registry=registry)
 
-    app = FastAPI(title="Stageline", version=version("stageline"), description="Pipelines behind OpenAI's API.")
+    description = "Pipelines behind OpenAI's API."
+    app = FastAPI(title="Stageline", version=version("stageline"), description=description, root_path=root_path)
     if unknown_parameters == "ignore":
         app.add_middleware(UnknownMiddleware)
+    app.add_middleware(PingMiddleware, ping_s=ping_s)
     app.add_middleware(ConnectionMiddleware, max_body_bytes=max_body_bytes)
     keys = [api_key] if isinstance(api_key, str) else api_key or ()
     app.add_middleware(AccessMiddleware, api_keys=keys, concurrency=concurrency)
@@ -63,6 +77,11 @@ def create_app(
         app.add_middleware(HostMiddleware, allowed_hosts=allowed_hosts, origins=cors_origins)
     app.add_middleware(CountingMiddleware, responses=responses)
     app.add_middleware(RequestIdMiddleware)
+    if telemetry is not None:
+        from stageline.runtime.service.telemetry import TelemetryMiddleware  # imports OpenTelemetry
+
+        telemetry.watch(pipelines)
+        app.add_middleware(TelemetryMiddleware, telemetry=telemetry)
     _add_error_handlers(app, models)
     _add_routes(app, models)
 
@@ -197,11 +216,11 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
 
 def _named(models: Mapping[str, Model], name: str | None) -> Model:
     """The model of this name, the first one without a name. ApiError if there is none."""
-    if name is None:
-        return next(iter(models.values()))
+    name = next(iter(models)) if name is None else name
     if name not in models:
         message = f"there is no model {name!r}; models: {', '.join(models)}"
         raise ApiError(404, message, param="model", code="model_not_found")
+    note_model(name)
     return models[name]
 
 

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Self
 
-from stageline.runtime.generation.request import MAX_CHOICES, Completion, Delta
+from stageline.runtime.generation.request import MAX_CHOICES, Completion, Delta, GenerationRequest
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.service.errors import ApiError
 from stageline.runtime.service.model import Model
+from stageline.runtime.service.noted import note_generation
 
 
 class Generations:
@@ -34,13 +35,17 @@ class Generations:
         started = cls()
         started._prompt_tokens = sum(map(len, prompts))
         try:
-            started._all.append(model.pipeline.start(requests[0], wait=False))
+            started._add(requests[0], model.pipeline.start(requests[0], wait=False))
             for request in requests[1:]:
-                started._all.append(await model.pipeline.astart(request))
+                started._add(request, await model.pipeline.astart(request))
         except BaseException:
             started.cancel()
             raise
         return started
+
+    def _add(self, request: GenerationRequest, generation: Generation) -> None:
+        self._all.append(generation)
+        note_generation(request, generation)
 
     async def completions(self) -> list[Completion]:
         """Wait for all of them. If one fails or the waiting task is cancelled, all are cancelled."""

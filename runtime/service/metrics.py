@@ -1,21 +1,19 @@
 """/metrics: the pipelines' stats and the service's responses in Prometheus' text format.
 
-Where vLLM reports the same thing, its name follows our prefix: a board for vLLM works once `vllm:` is `stageline_` and
-its label `model_name` is `model`.
+Where vLLM reports the same thing, its name follows our prefix; `vllm_metrics` reports it under vLLM's own as well.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 from stageline.runtime.generation.meter import GenerationStats, GenerationTimes
 from stageline.runtime.pipeline import PipelineStats
 from stageline.runtime.service.limits import OPEN_TO_ALL, route_of
 from stageline.runtime.service.model import Model
-from stageline.runtime.times import BOUNDS_S, Histogram
+from stageline.runtime.service.vllm_metrics import buckets, vllm_metrics
+from stageline.runtime.times import Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ROUTES = OPEN_TO_ALL | {
@@ -91,6 +89,7 @@ class ServiceCollector(Collector):
         yield _times("e2e_request_latency", "From submission to the end of a request.", latencies)
         for name, (help_text, times) in _TIMES.items():
             yield _times(name, help_text, {model: times(s.times) for model, s in generation})
+        yield from vllm_metrics(stats)
 
 
 _GAUGES: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
@@ -114,6 +113,8 @@ _TIMES: dict[str, tuple[str, Callable[[GenerationTimes], Histogram]]] = {
     "request_queue_time": ("From submission to the first step.", lambda t: t.queue),
     "time_to_first_token": ("From submission to the first token.", lambda t: t.ttft),
     "inter_token_latency": ("Between the tokens of a request.", lambda t: t.tpot),
+    "request_prefill_time": ("From the first step to the first token.", lambda t: t.prefill),
+    "request_decode_time": ("From the first token to the last one.", lambda t: t.decode),
 }
 
 
@@ -121,9 +122,7 @@ def _times(name: str, help_text: str, found: Mapping[str, Histogram]) -> Metric:
     """A histogram in seconds, by model."""
     family = HistogramMetricFamily(f"stageline_{name}_seconds", help_text, labels=["model"])
     for model, times in found.items():
-        below = itertools.accumulate(times.counts)
-        buckets = list(zip([*map(floatToGoString, BOUNDS_S), "+Inf"], below, strict=True))
-        family.add_metric([model], buckets, times.total_s)
+        family.add_metric([model], buckets(times, times.bounds), times.total)
     return family
 
 

@@ -1,16 +1,21 @@
 """The service as a process: uvicorn with a shutdown that lets running requests finish."""
 
 import asyncio
+import contextlib
 import math
+import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import ssl
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.service.connections import ConnectionWatch
+from stageline.runtime.service.connections import ConnectionWatch, GuardedSocket
 
 _HEAD_BYTES = 64 * 1024  # of a request's head; h11 bounds it, other parsers do not
 _ERRORS_S = 5  # for the errors of requests that were cut off to reach their clients
@@ -28,6 +33,60 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
+@contextlib.contextmanager
+def unix_socket(path: Path) -> Iterator[socket.socket]:
+    """Yield a socket at a path, which only this user may use, and remove it in the end. It listens already, so that who
+    comes meanwhile sees that it is taken. One that nobody listens to any more is replaced.
+
+    StagelineError if somebody does, if something else lies there, or if it cannot be made.
+    """
+    with socket.socket(socket.AF_UNIX) as bound:
+        try:
+            if path.exists() or path.is_symlink():
+                _remove_stale(path)
+            before = os.umask(0o177)
+            try:
+                bound.bind(str(path))
+            finally:
+                os.umask(before)
+        except OSError as error:
+            raise StagelineError(f"cannot listen on {path} ({error.strerror or error}); choose another") from error
+        bound.listen(1)
+        try:
+            yield bound
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    if not stat.S_ISSOCK(path.lstat().st_mode):
+        raise StagelineError(f"{path} is there, and no socket; choose another path")
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(1)
+        try:
+            asking.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError:
+            pass
+    raise StagelineError(f"another process listens on {path}; end it, or choose another path")
+
+
+def check_certificate(certificate: Path, key: Path | None) -> None:
+    """StagelineError unless these PEM files are a certificate and its key (None: in the same file)."""
+    files = f"--tls-cert {certificate}" + (f" with --tls-key {key}" if key is not None else "")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key, password=lambda: b"")  # or OpenSSL would ask for it
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, ssl.SSLError):
+            said = error.reason.replace("_", " ").lower() if error.reason else "not in PEM"
+        advice = "give a certificate and its key, in PEM, not encrypted"
+        raise StagelineError(f"cannot use {files} ({said}); {advice}") from error
+
+
 class DrainingServer(uvicorn.Server):
     """Serves until a signal, then accepts no new requests and gives running ones `drain_s` seconds to finish.
 
@@ -35,7 +94,16 @@ class DrainingServer(uvicorn.Server):
     requests can come.
     """
 
-    def __init__(self, app: FastAPI, pipelines: Sequence[Pipeline], drain_s: float, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        pipelines: Sequence[Pipeline],
+        drain_s: float,
+        ready: Callable[[], None],
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
+        """With a `certificate` it serves over TLS."""
         shutdown_s = math.ceil(drain_s) + _ERRORS_S
         super().__init__(
             uvicorn.Config(
@@ -44,9 +112,12 @@ class DrainingServer(uvicorn.Server):
                 timeout_graceful_shutdown=shutdown_s,
                 h11_max_incomplete_event_size=_HEAD_BYTES,
                 http="h11",
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
             )
         )
-        self._watch: asyncio.Task[None] | None = None
+        self._watch = ConnectionWatch(self.server_state.connections)
+        self._watching: asyncio.Task[None] | None = None
         self._pipelines, self._drain_s, self._ready = pipelines, drain_s, ready
 
     def run_until_signal(self, listening: socket.socket) -> None:
@@ -61,8 +132,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and report that the service is ready."""
-        await super().startup(sockets)
-        self._watch = asyncio.create_task(ConnectionWatch(self.server_state.connections).run())
+        await super().startup([GuardedSocket(bound, self._watch) for bound in sockets or ()])
+        self._watching = asyncio.create_task(self._watch.run())
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -70,8 +141,8 @@ class DrainingServer(uvicorn.Server):
         closing = asyncio.create_task(self._close_after_drain())
         await super().shutdown(sockets)
         closing.cancel()
-        if self._watch is not None:
-            self._watch.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
 
     async def _close_after_drain(self) -> None:
         await asyncio.sleep(self._drain_s)

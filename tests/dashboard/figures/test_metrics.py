@@ -5,17 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stageline.dashboard.figures.metrics import Buckets, percentile
-from stageline.runtime.times import BOUNDS_S, TimeCounter
+from stageline.runtime.times import BOUNDS_S, Tally
 
 TIMES = st.lists(st.floats(1e-4, 600.0), min_size=100, max_size=300)
 
 
 def buckets(times: list[float]) -> Buckets:
-    counter = TimeCounter()
+    counter = Tally()
     for one in times:
         counter.add(one)
     histogram = counter.histogram()
-    assert histogram.total_s == pytest.approx(sum(times))
+    assert histogram.total == pytest.approx(sum(times))
     return Buckets((*BOUNDS_S, float("inf")), np.cumsum(histogram.counts).astype(float))
 
 

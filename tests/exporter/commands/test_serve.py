@@ -1,9 +1,11 @@
 """`stageline serve` as a process: what it says, and how it ends."""
 
 import json
+import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
-from stageline.exporter.commands.cli import main
+import trustme
+from stageline.exporter.commands.cli import app, main
+from stageline.models.errors import StagelineError
 from stageline.runtime.bundle.folder import Bundle, write_manifest
+from stageline.runtime.service.server import unix_socket
+from typer.main import get_command
 
 COMMAND = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; raise SystemExit(main())", "serve"]
 
@@ -30,7 +36,7 @@ def serving(*arguments: str | Path, **environment: str) -> Iterator[tuple[subpro
     """The process, its address, and what it said."""
     command = [*COMMAND, *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment or None
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
     )
     try:
         assert process.stdout is not None
@@ -126,3 +132,135 @@ def test_what_cannot_be_served_is_reported_in_a_line(
         status, said = message(capsys, llama, "--port", str(taken.getsockname()[1]))
     assert status == 1
     assert "Address already in use" in said
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, ssl.SSLContext]:
+    """A certificate for localhost, its key, and a context that trusts it."""
+    authority, folder = trustme.CA(), tmp_path_factory.mktemp("tls")
+    made, context = authority.issue_cert("localhost", "127.0.0.1"), ssl.create_default_context()
+    authority.configure_trust(context)
+    made.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    made.private_key_pem.write_to_path(folder / "key.pem")
+    return folder / "cert.pem", folder / "key.pem", context
+
+
+def test_a_file_and_the_environment_configure_it(
+    llama: Path, certificate: tuple[Path, Path, ssl.SSLContext], tmp_path: Path
+) -> None:
+    """Two models with limits of their own, over TLS on a Unix socket that somebody left behind."""
+    path, (cert, key, context) = tmp_path / "s", certificate
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    config = tmp_path / "serve.toml"
+    config.write_text(f"""
+        unix-socket = "{path}"
+        tls-cert = "{cert}"
+        tls-key = "{key}"
+        root-path = "/llm"
+        api-key = ["one", "two"]
+        allowed-hosts = ["models.example", "other.example"]
+        max-body-mb = 1
+        slots = 5
+        capacity = 64
+        threads = 1
+        [models.small]
+        bundle = "{llama}"
+        capacity = 32
+        queue = 3
+        [models.large]
+        bundle = "{llama}"
+        slots = 7
+    """)
+    environment = {
+        "STAGELINE_SERVE_CONFIG": str(config),
+        "STAGELINE_SERVE_SLOTS": "4",
+        "STAGELINE_SERVE_MAX_BODY_MB": "2",
+    }
+    with serving("--slots", "2", **environment) as (process, url, said):
+        assert said.split()[:3] == ["serving", "small,", "large"]
+        assert url == f"unix:{path}"
+        assert path.stat().st_mode & 0o777 == 0o600
+        transport = httpx.HTTPTransport(uds=str(path), verify=context)
+        with httpx.Client(transport=transport, base_url="https://localhost") as client:
+            for prefix in ("/llm", ""):  # a proxy may leave it, or take it off
+                assert client.get(f"{prefix}/health").status_code == 200
+                assert client.get(f"{prefix}/v1/models").status_code == 401
+            client.headers["authorization"] = "Bearer two"
+            found = {one["id"]: one["max_model_len"] for one in client.get("/v1/models").json()["data"]}
+            assert found == {"small": 32, "large": 64}
+            assert client.get("/v1/models", headers={"host": "other.example"}).status_code == 200
+            assert client.get("/v1/models", headers={"host": "third.example"}).status_code == 421
+            metrics = client.get("/metrics").text
+            for name in found:  # the command line goes first
+                assert f'stageline_slots{{model="{name}"}} 2.0' in metrics
+            assert client.post("/v1/completions", content=b" " * 1_500_000).status_code == 400
+            assert client.post("/v1/completions", content=b" " * 2_200_000).status_code == 413
+        with pytest.raises(StagelineError, match="another process listens on"), unix_socket(path):
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("slots =", "is not TOML"),
+        ("slotz = 3", "unknown name 'slotz'; known: allowed-hosts, api-key,"),
+        ("config = 'x'", "unknown name 'config'"),
+        ("slots = 0", "slots: must be at least 1"),
+        ("slots = 1.5", "slots: must be a whole number"),
+        ("slots = true", "slots is True; give a text or a number"),
+        ("engine = 'cuda'", "engine: 'cuda' is not one of"),
+        ("models = 3", "models is not of tables; write [models.NAME]"),
+        ("[models.a]\nslots = 3", "[models.a] has no bundle;"),
+        ("[models.a]\nbundle = 'x'\nport = 3", "[models.a]: unknown name 'port'; known: bundle, cache-dtype,"),
+        ("[models.a]\nbundle = 'x'\nqueue = 0", "[models.a]: queue: must be at least 1"),
+        ("[models.a]\nbundle = 'x'\ncache-memory = 'much'", "'much' is not a size such as 8GB"),
+        ("port = 0", "there is nothing to serve; give a BUNDLE, or --config with [models.NAME]"),
+    ],
+)
+def test_what_a_file_gets_wrong_is_reported_in_a_line(
+    text: str, wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "serve.toml").write_text(text)
+    status, said = message(capsys, "--config", tmp_path / "serve.toml")
+    assert status == 2
+    assert wrong in said
+
+
+def test_every_option_may_come_from_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    names = [option.opts[0] for option in get_command(app).commands["serve"].params if option.opts[0].startswith("--")]
+    assert len(names) > 20
+    for name in names:
+        if name != "--help":
+            assert f"STAGELINE_SERVE_{name[2:].replace('-', '_').upper()}" in said, name
+
+
+def test_what_cannot_be_listened_on_is_reported_in_a_line(
+    llama: Path, certificate: tuple[Path, Path, ssl.SSLContext], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cert, key, _ = certificate
+    other, encrypted = tmp_path / "other.pem", tmp_path / "encrypted.pem"
+    trustme.CA().issue_cert("localhost").private_key_pem.write_to_path(other)
+    encrypted.write_text(key.read_text().replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY"))
+    (tmp_path / "file").touch()
+    for options, status, wrong in (
+        (["--tls-cert", cert, "--tls-key", other], 1, "key values mismatch"),
+        (["--tls-cert", cert], 1, "(not in PEM)"),
+        (["--tls-cert", cert, "--tls-key", encrypted], 1, "cannot use --tls-cert"),
+        (["--tls-cert", tmp_path / "none", "--tls-key", key], 1, "(No such file or directory)"),
+        (["--tls-key", key], 2, "--tls-key needs --tls-cert"),
+        (["--root-path", "llm"], 2, "give a path such as /llm"),
+        (["--unix-socket", tmp_path / "file"], 1, "is there, and no socket"),
+        (["--unix-socket", tmp_path / "none" / "s"], 1, "cannot listen on"),
+        (["--unix-socket", tmp_path / ("x" * 200)], 1, "cannot listen on"),
+        (["--ping-s", "0"], 2, "--ping-s"),
+        (["--otlp-endpoint", "localhost:4318"], 2, "give a URL such as http://localhost:4318"),
+    ):
+        found, said = message(capsys, llama, *options)
+        assert found == status, said
+        assert wrong in said

@@ -177,6 +177,33 @@ def test_shutdown_tells_those_it_cuts_off(serve: Any) -> None:
         assert service.pipelines["llama"].closed
 
 
+def test_an_idle_stream_sends_comments(serve: Any) -> None:
+    """Also before its first token, when an error would have no status of its own any more."""
+    with serve(slots=1, ping_s=0.2) as service:
+        service.faults.step = lambda stage, inputs, outputs: time.sleep(0.35)
+        with service.stream("completions", model="llama", prompt="a", max_tokens=2, min_tokens=2, logprobs=0) as answer:
+            assert answer.status_code == 200
+            lines = list(filter(None, answer.iter_lines()))
+        chunks = [place for place, line in enumerate(lines) if line.startswith("data: {")]
+        assert len(chunks) == 2
+        assert lines[-1] == "data: [DONE]"
+        assert {line for line in lines if not line.startswith("data: ")} == {": ping"}
+        before, between = chunks[0], chunks[1] - chunks[0] - 1
+        assert 2 <= before <= 4
+        assert 2 <= between <= 4  # 0.7 s a token, of two stages
+
+        def fail(stage: int, inputs: Any, outputs: Any) -> None:
+            time.sleep(0.7)
+            raise ZeroDivisionError
+
+        service.faults.step = fail
+        with service.stream("completions", model="llama", prompt="a cat") as answer:
+            assert answer.status_code == 200
+            lines = list(filter(None, answer.iter_lines()))
+        assert lines[0] == ": ping"
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_error"
+
+
 def test_the_app_can_be_mounted_in_another(serve: Any) -> None:
     with serve() as service:
         outer = FastAPI()

@@ -158,17 +158,27 @@ class Fake:
     def close(self) -> None:
         self.closed = True
 
+    def is_closing(self) -> bool:
+        return self.closed
+
 
 def test_of_too_many_connections_the_longest_silent_go_first() -> None:
     first, busy, second = Fake(), Fake(answers=True), Fake()
     held: set[Any] = {first, busy}
     watch = ConnectionWatch(held)
-    watch.look(0.0, most=3)
+    watch.look(0.0)
     held.add(second)
-    watch.look(1.0, most=2)
+    watch.make_room(1.0)
     assert [one.closed for one in (first, busy, second)] == [True, False, False]
-    watch.look(connections.HEAD_S + 1.5, most=2)
+    watch.make_room(2.0)
     assert [one.closed for one in (busy, second)] == [False, True]
+    third = Fake()
+    held.add(third)
+    watch.look(3.0)
+    watch.look(connections.HEAD_S + 2.9)
+    assert not third.closed
+    watch.look(connections.HEAD_S + 3.1)
+    assert [one.closed for one in (busy, third)] == [False, True]
 
 
 def test_a_request_keeps_its_id(guarded: Any) -> None:
