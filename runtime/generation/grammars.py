@@ -17,14 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.generation.structure import Structure
+from stageline.runtime.generation.structure import JSON_OPTIONS, Structure
 
 KEPT = 64
 """Compiled structures that a model keeps for later requests."""
 _THREADS = 2
-# Unbounded, a model that does not know how to go on writes spaces for ever.
-_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}", "lenient": False}
-
 # Of llguidance's default: a fifth, a quarter, a twelfth. `(x{1000}){1000}` is refused after 0.5 s, not after 6.
 _LIMITS = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000, "max_lexer_states": 20_000}
 
@@ -151,7 +148,7 @@ def _grammar(llguidance: Any, structure: Structure) -> str:
     """The structure as an LLMatcher takes it."""
     match structure.kind:
         case "json_schema":
-            return str(llguidance.LLMatcher.grammar_from_json_schema(structure.source, overrides=_JSON))
+            return str(llguidance.LLMatcher.grammar_from_json_schema(structure.source, overrides=JSON_OPTIONS))
         case "regex":
             return str(llguidance.LLMatcher.grammar_from_regex(structure.source))
         case "choice":
@@ -159,6 +156,8 @@ def _grammar(llguidance: Any, structure: Structure) -> str:
             return f"start: {' | '.join(texts)}"
         case "grammar":
             return str(llguidance.grammar_from("grammar", structure.source))
+        case "tools":
+            return structure.source
 
 
 def _refused(structure: Structure, why: str) -> RequestError:
