@@ -74,7 +74,7 @@ class Grammars:
         if self._tokenizer is None:
             self._tokenizer = self._opened(llguidance)
         try:
-            source = _grammar(llguidance, structure)
+            source = self._unforced(structure, _grammar(llguidance, structure))
         except ValueError as error:
             raise _refused(structure, str(error)) from error
         limits = llguidance.LLParserLimits(verbose_errors=False, **_LIMITS)
@@ -82,6 +82,16 @@ class Grammars:
         if matcher.is_error():
             raise _refused(structure, matcher.get_error())
         return Matcher(matcher, self._pool, self._tokenizer.vocab_size, self._vocabulary, self._ends)
+
+    def _unforced(self, structure: Structure, source: str) -> str:
+        """The grammar, which leaves it to the model how to spell what is certain if a special token is spelt in it:
+        llguidance 1.9 would force that token itself, and then find that it does not belong there."""
+        special = (text for text, token in self._encoder.added.items() if self._tokenizer.is_special_token(token))
+        if not any(text in structure.source for text in special):
+            return source
+        if source.startswith("{"):
+            source = json.loads(source)["grammars"][0]["lark_grammar"] or f"start: {structure.lark_json}"
+        return f'%llguidance {{"no_forcing": true}}\n{source}'
 
     def _opened(self, llguidance: Any) -> Any:
         size = max(self._vocabulary, self._encoder.size)

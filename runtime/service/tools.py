@@ -63,7 +63,7 @@ def _one_message(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(value)
     except ValidationError:
         raise PydanticCustomError(
-            "tool_choice", 'give none, auto, required, or {{"type": "function", "function": {{"name": ...}}}}'
+            "tool_choice", 'give none, auto, required, or {"type": "function", "function": {"name": ...}}'
         ) from None
 
 

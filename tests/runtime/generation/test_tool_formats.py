@@ -254,6 +254,20 @@ def test_a_grammar_gives_calls_that_fit_their_schemas(form: ToolFormat, special:
     assert (max(counts) > 1) == (form.between is not None)
 
 
+@pytest.mark.parametrize(
+    "structure",
+    [
+        Structure.json_schema({"const": "<tool_call>"}),
+        Structure.regex("<tool_call>"),
+        Structure.choice(["<tool_call>"]),
+        Structure.grammar('start: "<tool_call>"'),
+        Structure.grammar('root ::= "<tool_call>"'),
+    ],
+)
+def test_a_certain_text_may_spell_a_special_token(structure: Structure) -> None:
+    assert drawn(structure, encoder(), 0).strip('"') == "<tool_call>"
+
+
 def test_an_answer_of_a_structure_may_come_instead_of_a_call() -> None:
     tokens, answer = encoder(), Structure.json_schema({"const": "no"})
     texts = {drawn(calls(HERMES, TOOLS, tokens, False, answer), tokens, seed) for seed in range(12)}
