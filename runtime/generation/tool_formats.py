@@ -56,6 +56,7 @@ _OTHERS = (
     "<|START_ACTION|>", "<start_function_call>",
 )  # fmt: skip
 """Of templates that have their models write calls in other ways than JSON."""
+_NAMED_SCHEMAS, _SCHEMAS = {"properties", "$defs", "definitions"}, {"items", "prefixItems", "anyOf", "oneOf"}
 _NAMES_TOOLS = re.compile(r"\{[{%](?:(?![%}]\}).)*\btools\b", re.DOTALL)
 
 
@@ -129,4 +130,23 @@ def _schema(tool: Mapping[str, Any]) -> str:
         given = {"type": "object", "properties": {}, "additionalProperties": False}
     if given.get("type", "object") != "object":
         raise RequestError(f"the parameters of the tool {tool['name']!r} are no object; give a schema of one")
-    return Structure.json_schema({"type": "object", **given}).lark_json
+    schema = {"type": "object", **given}
+    return Structure.json_schema(schema if '"allOf"' in json.dumps(schema) else _closed(schema)).lark_json
+
+
+def _closed(schema: Any) -> Any:
+    """The same schema, whose objects have no properties but those that it names unless it says so: clients seldom say
+    that there are no others, and a small model goes on to invent some. (Beside allOf it would forbid all.)"""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = dict(schema)
+    for name in _NAMED_SCHEMAS & schema.keys():
+        if isinstance(schema[name], Mapping):
+            closed[name] = {key: _closed(one) for key, one in schema[name].items()}
+    for name in _SCHEMAS & schema.keys():
+        closed[name] = _closed(schema[name])
+    if "properties" in schema and "patternProperties" not in schema:
+        closed.setdefault("additionalProperties", False)
+    return closed

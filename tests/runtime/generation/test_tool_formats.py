@@ -279,6 +279,24 @@ def test_an_answer_of_a_structure_may_come_instead_of_a_call() -> None:
         calls(HERMES, TOOLS, tokens, False, Structure.regex("a"))
 
 
+def test_arguments_have_no_properties_that_are_not_named() -> None:
+    """Unless the schema says that they may."""
+    inner = {"type": "object", "properties": {"properties": {"const": 1}}, "required": ["properties"]}
+    schema: dict[str, Any] = {
+        "properties": {"a": {"items": {"$ref": "#/$defs/I"}, "type": "array", "minItems": 1, "maxItems": 1}},
+        "required": ["a"],
+        "$defs": {"I": inner},
+    }
+    tokens = encoder()
+    texts = [
+        drawn(calls(LLAMA, [{"name": "f", "parameters": schema}], tokens, False, None), tokens, n) for n in range(4)
+    ]
+    assert all(json.loads(text)["parameters"] == {"a": [{"properties": 1}]} for text in texts)
+    free = {"properties": {}, "additionalProperties": {"const": 2}, "minProperties": 1, "maxProperties": 1}
+    text = drawn(calls(LLAMA, [{"name": "f", "parameters": free}], tokens, False, None), tokens, 0)
+    assert list(json.loads(text)["parameters"].values()) == [2]
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
