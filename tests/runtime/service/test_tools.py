@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
 import openai
 import pydantic
@@ -183,6 +184,97 @@ def test_the_history_has_calls_and_their_results(hermes: openai.OpenAI, says: An
     assert answer.usage.prompt_tokens == len("<tool_call>x" + "sunny")
 
 
+def test_an_answer_of_a_schema_or_a_call(hermes: openai.OpenAI) -> None:
+    """What agents ask for whose last answer has a type. The weights are random."""
+    answer = hermes.chat.completions.create(
+        model="m", messages=CHAT, tools=TOOLS, parallel_tool_calls=False, n=12, temperature=2,
+        response_format={"type": "json_schema", "json_schema": {"name": "yes", "schema": {"enum": [1, 2]}}},
+    )  # fmt: skip
+    kinds = set()
+    for choice in answer.choices:
+        kinds.add(choice.finish_reason)
+        assert choice.message.content in ("1", "2") if choice.finish_reason == "stop" else choice.message.tool_calls
+    assert kinds == {"stop", "tool_calls"}
+    with pytest.raises(openai.BadRequestError, match="tool_choice and a structure of the answer exclude each other"):
+        hermes.chat.completions.create(
+            model="m", messages=CHAT, tools=TOOLS, tool_choice="required", response_format={"type": "json_object"}
+        )
+
+
+WEATHER = {
+    "name": "get_weather", "description": "get_weather(city: str) -> str\nGet the weather",
+    "parameters": {"properties": {"city": {"title": "City", "type": "string"}}, "required": ["city"], "type": "object"},
+}  # fmt: skip
+CITY = {
+    "name": "City", "description": "A city",
+    "parameters": {"properties": {"name": {"maxLength": 20, "type": "string"}}, "required": ["name"], "type": "object"},
+}  # fmt: skip
+CALLED = {
+    "id": "call_6c5ab44e",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": '{\n "city": "a"\n}'},
+}
+
+
+def tool(function: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {**function, **more}}
+
+
+# As these clients have sent them (models, texts and schemas shortened).
+BODIES: dict[str, dict[str, Any]] = {
+    "langchain bind_tools": {
+        "messages": [{"content": "x", "role": "user"}], "max_completion_tokens": 9, "stream": False, "temperature": 0.0,
+        "tools": [tool(WEATHER)],
+    },
+    "langchain tool_choice any": {
+        "messages": [{"content": "x", "role": "user"}], "max_completion_tokens": 99, "parallel_tool_calls": False,
+        "stream": True, "temperature": 0.0, "tool_choice": "required", "tools": [tool(WEATHER)],
+    },
+    "langchain strict": {
+        "messages": [{"content": "x", "role": "user"}], "max_completion_tokens": 99, "stream": False,
+        "temperature": 0.0, "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+        "tools": [tool(WEATHER, strict=True)],
+    },
+    "langchain with_structured_output": {
+        "messages": [{"content": "x", "role": "user"}], "max_completion_tokens": 99, "parallel_tool_calls": False,
+        "stream": False, "temperature": 0.0, "tool_choice": {"type": "function", "function": {"name": "City"}},
+        "tools": [tool(CITY)],
+    },
+    "langchain tool message": {
+        "messages": [{"content": "x", "role": "user"}, {"content": None, "role": "assistant", "tool_calls": [CALLED]},
+                     {"content": "sunny", "role": "tool", "tool_call_id": "call_6c5ab44e"}],
+        "max_completion_tokens": 9, "stream": False, "temperature": 0.0, "tools": [tool(WEATHER)],
+    },
+    "llamaindex": {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+                     {"role": "tool", "content": "sunny", "tool_call_id": "call_6c5ab44e"}],
+        "max_tokens": 9, "parallel_tool_calls": False, "stream": False, "temperature": 0.0, "tool_choice": "auto",
+        "tools": [tool(WEATHER, strict=False)],
+    },
+    "llamaindex structured": {
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 99, "parallel_tool_calls": False, "stream": False,
+        "temperature": 0.0, "tool_choice": "required", "tools": [tool(CITY, strict=False)],
+    },
+    "litellm": {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [CALLED]},
+                     {"role": "tool", "tool_call_id": "call_6c5ab44e", "name": "get_weather", "content": "sunny"}],
+        "temperature": 0, "max_tokens": 9, "tools": [tool(WEATHER)], "tool_choice": "required", "stream": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", BODIES)
+def test_what_clients_send_is_answered(hermes: openai.OpenAI, client: str) -> None:
+    body = BODIES[client]
+    answer = hermes.post("/chat/completions", body={"model": "m", **body}, cast_to=httpx.Response)
+    assert answer.status_code == 200
+    if body.get("stream"):
+        assert answer.text.endswith("data: [DONE]\n\n")
+        assert '"tool_calls":[{"index":0,' in answer.text or body["max_tokens"] < 20
+    elif body.get("tool_choice", "auto") != "auto":
+        assert answer.json()["choices"][0]["message"]["tool_calls"]
+
+
 @pytest.mark.parametrize(
     ("template", "tokens", "text", "length"),
     [
@@ -225,6 +317,15 @@ def test_reasoning_comes_apart(thinks: openai.OpenAI, says: Any, begun: bool, te
     assert whole.message.reasoning_content == message["reasoning_content"] == thought
     assert (whole.message.content or "") == message["content"] == ("" if rest == CALL else rest)
     assert whole.finish_reason == finish == ("tool_calls" if rest == CALL else "stop")
+
+
+def test_reasoning_is_continued(thinks: openai.OpenAI, says: Any) -> None:
+    says(" so.</think>Yes.", THINKS, THOUGHTS)
+    for begun, thought in (("<think>hm", "so."), ("<think>hm</think>Yes", None)):
+        more: Any = {"continue_final_message": True, "add_generation_prompt": False}
+        messages: Any = [*CHAT, {"role": "assistant", "content": begun}]
+        answer: Any = thinks.chat.completions.create(model="m", messages=messages, extra_body=more)
+        assert answer.choices[0].message.reasoning_content == thought
 
 
 @pytest.mark.parametrize("begun", [True, False])
