@@ -107,6 +107,8 @@ class Structure:
     @classmethod
     def tools(cls, source: str) -> Self:
         """Calls of tools, as `tool_formats.calls` writes their grammar."""
+        if len(source.encode()) > MAX_BYTES:
+            raise RequestError(f"the tools have more than {MAX_BYTES} bytes; give fewer, or with smaller schemas")
         return cls("tools", source)
 
     @property

@@ -12,7 +12,7 @@ from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.generation.answer import AnswerReader
 from stageline.runtime.generation.chat_template import ChatTemplate
 from stageline.runtime.generation.grammars import Grammars
-from stageline.runtime.generation.structure import Structure
+from stageline.runtime.generation.structure import MAX_BYTES, Structure
 from stageline.runtime.generation.tool_formats import (
     HERMES,
     JSON,
@@ -304,6 +304,7 @@ def test_arguments_have_no_properties_that_are_not_named() -> None:
         ({"properties": {"a": {"type": "nonsense"}}}, "the tools cannot be followed: .*Invalid type: nonsense"),
         ({"properties": {"a": {"not": {}}}}, "the tools cannot be followed: .*not"),
         ({"properties": {f"a{n}": {} for n in range(1001)}}, "names 1001 properties"),
+        ({"properties": {"a": {"description": "b" * (MAX_BYTES - 200)}}}, "the tools have more than 262144 bytes"),
     ],
 )
 def test_a_schema_that_cannot_be_followed_is_refused(parameters: Any, message: str) -> None:
