@@ -162,6 +162,11 @@ class TextEncoder:
         """The tokenizer as the text of a tokenizer.json."""
         return str(self._tokenizer.to_str())
 
+    def token(self, text: str) -> int | None:
+        """The token that stands for this text; None if there is none."""
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found
+
     def leaves_out(self, token: int) -> bool:
         """Whether decode leaves this token out: it is a special one, or unknown to the tokenizer."""
         return token in self._special_ids or self._tokenizer.id_to_token(token) is None
@@ -171,6 +176,14 @@ class TextEncoder:
         """How the special tokens are spelt."""
         added = self._tokenizer.get_added_tokens_decoder()
         return [token.content for token in added.values() if token.special and token.content]
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """The tokens that stand for a text as a whole wherever it comes, special or not, by that text; the longest text
+        first."""
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        texts = {token.content: number for number, token in tokens.items() if token.content}
+        return dict(sorted(texts.items(), key=lambda item: -len(item[0])))
 
     def with_special(self, text: str) -> tuple["TextEncoder", int]:
         """A tokenizer that knows one special token more, and the id of that."""

@@ -238,14 +238,18 @@ class Pipeline:
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt of `chat_prompt` as a text, its special tokens included."""
+        return self.chat_template.render(messages, **variables)
+
+    @property
+    def chat_template(self) -> "ChatTemplate":
+        """The bundle's, owned by the pipeline. BundleError where it has none."""
         from stageline.runtime.generation.chat_template import ChatTemplate  # imports jinja2
 
         with self._template_lock:
             self._executor.check_open()
             if self._template is None:
                 self._template = ChatTemplate.open(self.bundle.path / "tokenizer")
-            template = self._template
-        return template.render(messages, **variables)
+            return self._template
 
     def request(
         self, prompt: str | Sequence[int], *, deadline_s: float | None = None, **sampling: Any

@@ -91,7 +91,7 @@ class ChatTemplate:
             "tools": _checked_tools(tools),
             "add_generation_prompt": add_generation_prompt,
         }
-        name = _TOOL_USE if tools is not None and _TOOL_USE in self._templates else _DEFAULT
+        name = self._name(tools is not None)
         try:
             line = json.dumps({"template": name, "variables": given})
         except (TypeError, ValueError, RecursionError) as error:
@@ -101,6 +101,13 @@ class ChatTemplate:
         with self._lock:
             text = self._ask(self._running(), line)
         return _up_to_the_last(text, messages[-1]) if continue_final_message else text
+
+    def source(self, tools: bool) -> str:
+        """The template that renders messages with `tools`, or without."""
+        return self._templates[self._name(tools)]
+
+    def _name(self, tools: bool) -> str:
+        return _TOOL_USE if tools and _TOOL_USE in self._templates else _DEFAULT
 
     def close(self) -> None:
         """End the process. May be called again."""

@@ -15,8 +15,14 @@ class TextStream:
     """
 
     def __init__(
-        self, encoder: TextEncoder, stop: Sequence[str] = (), min_tokens: int = 0, prompt: Sequence[int] = ()
+        self,
+        encoder: TextEncoder,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        prompt: Sequence[int] = (),
+        shown: Sequence[int] = (),
     ) -> None:
+        """`shown`: special tokens of which the text has the spelling."""
         self.stopped = False
         """Whether a stop was found; the text has ended before it."""
         self.added = ""
@@ -24,6 +30,7 @@ class TextStream:
         self.may_stop = bool(stop)
         """Whether it looks for stops."""
         self._characters = characters_of(encoder, prompt)
+        self._spelt = dict(zip(shown, encoder.names(shown), strict=True))
         self._stops = [_Stop(text) for text in stop]
         self._beginnings = frozenset(text[0] for text in stop)
         self._unsearched = min_tokens
@@ -32,13 +39,13 @@ class TextStream:
     def push(self, token_ids: Sequence[int]) -> str:
         """Take tokens and give the text that is certain now; none once stopped."""
         if not self._stops:
-            push = self._characters.push
+            push = self._pushed if self._spelt else self._characters.push
             self.added = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
             return self.added
         pieces = []
         self.added = ""
         for token in token_ids:
-            text = self._characters.push(token)
+            text = self._pushed(token)
             self.added += text
             if self._unsearched > 0:
                 self._unsearched -= 1
@@ -53,6 +60,11 @@ class TextStream:
         text = self._before_stop(self.added)
         held, self._held = self._held, ""
         return text + held
+
+    def _pushed(self, token: int) -> str:
+        if token in self._spelt:
+            return self._characters.finish() + self._spelt[token]
+        return self._characters.push(token)
 
     def _before_stop(self, text: str) -> str:
         """What of the text held back and `text` is certain not to be part of a stop."""

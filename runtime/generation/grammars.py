@@ -17,14 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
-from stageline.runtime.generation.structure import Structure
+from stageline.runtime.generation.structure import JSON_OPTIONS, Structure
 
 KEPT = 64
 """Compiled structures that a model keeps for later requests."""
 _THREADS = 2
-# Unbounded, a model that does not know how to go on writes spaces for ever.
-_JSON = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}", "lenient": False}
-
 # Of llguidance's default: a fifth, a quarter, a twelfth. `(x{1000}){1000}` is refused after 0.5 s, not after 6.
 _LIMITS = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000, "max_lexer_states": 20_000}
 
@@ -77,7 +74,7 @@ class Grammars:
         if self._tokenizer is None:
             self._tokenizer = self._opened(llguidance)
         try:
-            source = _grammar(llguidance, structure)
+            source = self._unforced(structure, _grammar(llguidance, structure))
         except ValueError as error:
             raise _refused(structure, str(error)) from error
         limits = llguidance.LLParserLimits(verbose_errors=False, **_LIMITS)
@@ -85,6 +82,16 @@ class Grammars:
         if matcher.is_error():
             raise _refused(structure, matcher.get_error())
         return Matcher(matcher, self._pool, self._tokenizer.vocab_size, self._vocabulary, self._ends)
+
+    def _unforced(self, structure: Structure, source: str) -> str:
+        """The grammar, which leaves it to the model how to spell what is certain if a special token is spelt in it:
+        llguidance 1.9 would force that token itself, and then find that it does not belong there."""
+        special = (text for text, token in self._encoder.added.items() if self._tokenizer.is_special_token(token))
+        if not any(text in structure.source for text in special):
+            return source
+        if source.startswith("{"):
+            source = json.loads(source)["grammars"][0]["lark_grammar"] or f"start: {structure.lark_json}"
+        return f'%llguidance {{"no_forcing": true}}\n{source}'
 
     def _opened(self, llguidance: Any) -> Any:
         size = max(self._vocabulary, self._encoder.size)
@@ -151,7 +158,7 @@ def _grammar(llguidance: Any, structure: Structure) -> str:
     """The structure as an LLMatcher takes it."""
     match structure.kind:
         case "json_schema":
-            return str(llguidance.LLMatcher.grammar_from_json_schema(structure.source, overrides=_JSON))
+            return str(llguidance.LLMatcher.grammar_from_json_schema(structure.source, overrides=JSON_OPTIONS))
         case "regex":
             return str(llguidance.LLMatcher.grammar_from_regex(structure.source))
         case "choice":
@@ -159,6 +166,8 @@ def _grammar(llguidance: Any, structure: Structure) -> str:
             return f"start: {' | '.join(texts)}"
         case "grammar":
             return str(llguidance.grammar_from("grammar", structure.source))
+        case "tools":
+            return structure.source
 
 
 def _refused(structure: Structure, why: str) -> RequestError:

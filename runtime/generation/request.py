@@ -56,6 +56,8 @@ class Sampling:
     bad_words_ids: tuple[tuple[int, ...], ...] | None = None
     suppress_tokens: tuple[int, ...] | None = None
     begin_suppress_tokens: tuple[int, ...] | None = None
+    shown_token_ids: tuple[int, ...] = ()
+    """Special tokens of which the text has the spelling, as of other tokens."""
     structure: Structure | None = None
     """What the text must look like; the choice ends where nothing may follow, even before `min_tokens`."""
 
@@ -82,6 +84,7 @@ class Sampling:
                 raise RequestError(f"stop holds {stop!r}; give texts that are not empty")
         for name, tokens in (
             ("stop_token_ids", self.stop_token_ids),
+            ("shown_token_ids", self.shown_token_ids),
             ("suppress_tokens", self.suppress_tokens or ()),
             ("begin_suppress_tokens", self.begin_suppress_tokens or ()),
             *(("bad_words_ids", word or (None,)) for word in self.bad_words_ids or ()),
@@ -109,8 +112,9 @@ class Sampling:
         for name in _LISTS:
             if given.get(name) is not None:
                 given[name] = _tuples(name, given[name])
-        if given.get("stop_token_ids", ()) is None:
-            given["stop_token_ids"] = ()
+        for name in ("stop_token_ids", "shown_token_ids"):
+            if given.get(name, ()) is None:
+                given[name] = ()
         return cls(**given)
 
 
@@ -128,7 +132,10 @@ def _tuples(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
-_LISTS = ("stop", "stop_token_ids", "sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+_LISTS = (
+    "stop", "stop_token_ids", "shown_token_ids", "sequence_bias", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens",
+)  # fmt: skip
 
 
 _MOST = 2**31 - 1

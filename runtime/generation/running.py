@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.detokenize import TextStream
-from stageline.runtime.generation.grammars import Matcher
+from stageline.runtime.generation.reasoned import RowMatcher
 from stageline.runtime.generation.request import (
     Choice,
     Completion,
@@ -104,7 +104,7 @@ class Job:
     prompt: list[int]
     generation: Generation
     submitted_at: float
-    matcher: Matcher | None = None
+    matcher: RowMatcher | None = None
     """What the structure of its choices starts from."""
     number: int = 0
     choices: list[RunningChoice] = field(default_factory=list)
@@ -129,7 +129,8 @@ class Job:
             matcher = None if self.matcher is None else self.matcher.copy()
             row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number, matcher)
             encoder = text_model.encoder
-            text = None if encoder is None else TextStream(encoder, settings.stop, settings.min_tokens, self.prompt)
+            given = settings.stop, settings.min_tokens, self.prompt, settings.shown_token_ids
+            text = None if encoder is None else TextStream(encoder, *given)
             self.choices.append(RunningChoice(self, number, continuation, row, text, max_tokens, ends))
 
     def completion(self, now: float) -> Completion:

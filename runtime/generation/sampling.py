@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.models.errors import EngineError, StructureError
 from stageline.runtime.engines.lowering.draw_graph import CANDIDATES
-from stageline.runtime.generation.grammars import Matcher
 from stageline.runtime.generation.processors import Processors
+from stageline.runtime.generation.reasoned import RowMatcher
 from stageline.runtime.generation.request import TokenLogprob
 from stageline.runtime.generation.settings import Settings
 
@@ -40,7 +40,7 @@ class Row:
         prompt: Sequence[int] = (),
         end_ids: Sequence[int] = (),
         choice: int = 0,
-        matcher: Matcher | None = None,
+        matcher: RowMatcher | None = None,
     ) -> None:
         """`prompt`: token ids below `vocabulary`, the width of the logits. `end_ids`: tokens that end a text, which are
         not drawn before `min_tokens`. `choice`: which of the n, counted from 0. `matcher`: where its text stands in the

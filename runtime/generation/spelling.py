@@ -40,7 +40,7 @@ class Spelling:
                 value = special.sub(lambda found: found[0][:1] + self._mark + found[0][1:], value)
             return value
         if isinstance(value, Mapping):
-            return {key: self._broken(one, special) for key, one in value.items()}
+            return {self._broken(key, special): self._broken(one, special) for key, one in value.items()}
         if isinstance(value, Sequence):
             return [self._broken(one, special) for one in value]
         return value

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from stageline.models.errors import RequestError
 
-Kind = Literal["json_schema", "regex", "choice", "grammar"]
+Kind = Literal["json_schema", "regex", "choice", "grammar", "tools"]
 MAX_BYTES = 256 * 1024
 """The longest schema, in bytes of UTF-8."""
 MAX_GRAMMAR_BYTES = 16 * 1024
@@ -21,6 +21,18 @@ _KEYWORDS = frozenset(
      "$ref", "$defs", "definitions", "$schema", "$id"}
 )  # fmt: skip
 _OPTIONS = "x-guidance"  # llguidance reads options of its own there: they are ours to choose
+# Unbounded, a model that does not know how to go on writes spaces for ever.
+JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}", "lenient": False}
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What a model may write before its answer, in tokens of its own: free text between `begin` and `end`."""
+
+    begin: int
+    end: int
+    begun: bool
+    """Whether the prompt has begun it; else a text has it that begins with `begin`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,8 @@ class Structure:
     kind: Kind
     source: str
     """The JSON of a schema or of a list of texts, an expression, or a grammar."""
+    after: Reasoning | None = None
+    """What comes before the text of this structure."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
@@ -89,6 +103,18 @@ class Structure:
     def grammar(cls, source: str) -> Self:
         """A text of a context-free grammar, in llguidance's variant of Lark or in GBNF."""
         return cls("grammar", source)
+
+    @classmethod
+    def tools(cls, source: str) -> Self:
+        """Calls of tools, as `tool_formats.calls` writes their grammar."""
+        if len(source.encode()) > MAX_BYTES:
+            raise RequestError(f"the tools have more than {MAX_BYTES} bytes; give fewer, or with smaller schemas")
+        return cls("tools", source)
+
+    @property
+    def lark_json(self) -> str:
+        """The schema of a json_schema as a rule's body in a grammar."""
+        return f"%json {json.dumps({**json.loads(self.source), _OPTIONS: JSON_OPTIONS}, ensure_ascii=False)}"
 
 
 def _names(value: Any) -> int:

@@ -1,7 +1,7 @@
 """What generation needs to know of a model, and prompts as its token ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -10,7 +10,8 @@ from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import GenerationDefaults, RowScaling
-from stageline.runtime.generation.grammars import Grammars, Matcher
+from stageline.runtime.generation.grammars import Grammars
+from stageline.runtime.generation.reasoned import ReasonedMatcher, RowMatcher
 from stageline.runtime.generation.request import Sampling
 from stageline.runtime.generation.settings import Settings, decide
 from stageline.runtime.generation.structure import Structure
@@ -74,13 +75,16 @@ class TextModel:
                 )
         return decide(asked, self.defaults, prompt_tokens)
 
-    def matcher(self, structure: Structure | None) -> Matcher | None:
+    def matcher(self, structure: Structure | None) -> RowMatcher | None:
         """What the choices of a request of this structure start from; see `Grammars.matcher`."""
         if structure is None:
             return None
         if self._grammars is None:
             raise RequestError("this bundle has no tokenizer, so its texts can have no structure")
-        return self._grammars.matcher(structure)
+        matcher = self._grammars.matcher(replace(structure, after=None))
+        if structure.after is None:
+            return matcher
+        return ReasonedMatcher(matcher, structure.after, np.array(self.defaults.end_ids, np.int64))
 
     @cached_property
     def _grammars(self) -> Grammars | None:

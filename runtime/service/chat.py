@@ -3,24 +3,27 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from stageline.runtime.generation.answer import AnswerReader, Part
 from stageline.runtime.generation.request import Choice
+from stageline.runtime.service.answering import Answering
 from stageline.runtime.service.errors import json_response
 from stageline.runtime.service.generations import Generations, usage
 from stageline.runtime.service.logprobs import of_chat
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import ChatRequest
 from stageline.runtime.service.server_sent_events import EventStream
+from stageline.runtime.service.tools import call_id
 from starlette.responses import Response
 
 
 async def chat(model: Model, body: ChatRequest) -> Response:
     """Respond with a whole message, or start to stream it."""
-    prompt = await asyncio.to_thread(_prompt, model, body)
-    generations = await Generations.start(model, [prompt], body.sampling, body.deadline_s)
+    prompt, answering, sampling = await asyncio.to_thread(_prepared, model, body)
+    generations = await Generations.start(model, [prompt], sampling, body.deadline_s)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -28,32 +31,94 @@ async def chat(model: Model, body: ChatRequest) -> Response:
         "model": model.name,
     }
     if body.stream:
-        return await EventStream.begin(_chunks(model, body, generations, head), model.pipeline)
+        return await EventStream.begin(_chunks(model, body, answering, generations, head), model.pipeline)
     (completion,) = await generations.completions()
     answer = {
         **head,
-        "choices": [_choice(model, body, number, choice) for number, choice in enumerate(completion.choices)],
+        "choices": [
+            _choice(model, body, answering, number, choice) for number, choice in enumerate(completion.choices)
+        ],
         "usage": usage([completion]),
     }
     return json_response(answer)
 
 
-def _prompt(model: Model, body: ChatRequest) -> list[int]:
+def _prepared(model: Model, body: ChatRequest) -> tuple[list[int], Answering, dict[str, Any]]:
+    """The prompt, how its answer is read, and the keywords for `Sampling`."""
+    sampling = body.sampling
+    if body.offered:
+        model.tool_format  # noqa: B018 - refuses tools before they are put into a prompt
     messages = [message.for_template for message in body.messages]
-    return model.fitting(model.pipeline.chat_ids(messages, **body.template_variables))
+    prompt = model.fitting(model.pipeline.chat_ids(messages, **body.template_variables))
+    answering = Answering.of(model, body, prompt, sampling["structure"])
+    return prompt, answering, {**sampling, **answering.sampling}
 
 
-def _choice(model: Model, body: ChatRequest, number: int, choice: Choice) -> dict[str, Any]:
+def _choice(model: Model, body: ChatRequest, answering: Answering, number: int, choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    finish: str = choice.finish_reason
+    if not answering.plain:
+        reader = answering.reader()
+        parts = [*reader.push(choice.text), *reader.finish()]
+        message |= _message(parts, answering)
+        finish = _finish(reader, choice.finish_reason)
     return {
         "index": number,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": message,
         "logprobs": of_chat(model, choice.logprobs) if body.logprobs else None,
-        "finish_reason": choice.finish_reason,
+        "finish_reason": finish,
     }
 
 
+def _message(parts: Sequence[Part], answering: Answering) -> dict[str, Any]:
+    """The parts of a message, in OpenAI's form; `reasoning_content` is DeepSeek's and vLLM's."""
+
+    def text(kind: str) -> str:
+        return "".join(part.text for part in parts if part.kind == kind)
+
+    calls = [
+        {
+            "id": _call_id(answering),
+            "type": "function",
+            "function": {
+                "name": part.text,
+                "arguments": "".join(one.text for one in parts if (one.kind, one.call) == ("arguments", part.call)),
+            },
+        }
+        for part in parts
+        if part.kind == "name"
+    ]
+    message: dict[str, Any] = {"content": text("content") or (None if calls else "")}
+    if answering.reasons is not None:
+        message["reasoning_content"] = text("reasoning") or None
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _delta(part: Part, answering: Answering) -> dict[str, Any]:
+    """A part in a chunk."""
+    match part.kind:
+        case "content":
+            return {"content": part.text}
+        case "reasoning":
+            return {"reasoning_content": part.text}
+        case "name":
+            named = {"id": _call_id(answering), "type": "function"}
+            return {"tool_calls": [{"index": part.call, **named, "function": {"name": part.text, "arguments": ""}}]}
+        case "arguments":
+            return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+
+
+def _call_id(answering: Answering) -> str:
+    return call_id(answering.form is not None and answering.form.short_ids)
+
+
+def _finish(reader: AnswerReader | None, reason: str) -> str:
+    """Calls that are whole end an answer as tool_calls."""
+    return "tool_calls" if reader is not None and reader.calls and reason == "stop" else reason
+
+
 async def _chunks(
-    model: Model, body: ChatRequest, generations: Generations, head: dict[str, Any]
+    model: Model, body: ChatRequest, answering: Answering, generations: Generations, head: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
     """For each choice its role, its text in pieces, and its finish reason; then the usage, if asked for."""
     if body.stream_options.include_usage:
@@ -64,16 +129,24 @@ async def _chunks(
         choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return {**head, "choices": [choice], **so_far}
 
-    begun: set[int] = set()
+    readers: dict[int, AnswerReader | None] = {}
     async with aclosing(generations.pieces()) as pieces:
         async for _, piece in pieces:
-            if piece.choice not in begun:
-                begun.add(piece.choice)
+            if piece.choice not in readers:
+                readers[piece.choice] = None if answering.plain else answering.reader()
                 yield chunk(piece.choice, {"role": "assistant", "content": "", "refusal": None})
+            reader = readers[piece.choice]
+            deltas = [{"content": piece.text}] if piece.text else []
+            if reader is not None:
+                parts = reader.push(piece.text) + (reader.finish() if piece.finish_reason else [])
+                deltas = [_delta(part, answering) for part in parts]
             logprobs = of_chat(model, piece.logprobs) if body.logprobs else None
-            if piece.text or logprobs:
-                yield chunk(piece.choice, {"content": piece.text}, logprobs)
+            if logprobs and not deltas:
+                deltas = [{"content": ""}]
+            for delta in deltas:
+                yield chunk(piece.choice, delta, logprobs)
+                logprobs = None
             if piece.finish_reason is not None:
-                yield chunk(piece.choice, {}, finish=piece.finish_reason)
+                yield chunk(piece.choice, {}, finish=_finish(reader, piece.finish_reason))
     if body.stream_options.include_usage:
         yield {**head, "choices": [], "usage": usage(generations.finished())}

@@ -8,6 +8,8 @@ from functools import cached_property
 from stageline.models.errors import BundleError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.manifest import EMBEDDING
+from stageline.runtime.generation.answer import THOUGHT
+from stageline.runtime.generation.tool_formats import ToolFormat, tool_format
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service.errors import ApiError
 
@@ -88,6 +90,16 @@ class Model:
         """That of requests which give none: the checkpoint's, or OpenAI's."""
         stated = self.pipeline.bundle.manifest.generation_defaults.temperature
         return 1.0 if stated is None else stated
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How it writes calls of tools. RequestError if it cannot, or in a way that is not known."""
+        return tool_format(self.pipeline.chat_template.source(tools=True))
+
+    @cached_property
+    def reasons(self) -> bool:
+        """Whether it may reason before it answers, by its tokens or its chat template."""
+        return THOUGHT in self.encoder.added or THOUGHT in self.pipeline.chat_template.source(tools=False)
 
     def special_name(self, token: int) -> str | None:
         """The name of a special token, which has no text; None for others."""

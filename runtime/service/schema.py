@@ -1,8 +1,8 @@
 """What clients may send, under OpenAI's names and defaults. The runtime's Sampling checks the ranges of values.
 
 Parameters that change nothing here are accepted (`IGNORED`), and so are values that ask for what is done anyway
-(`NEUTRAL`); null means that a parameter is not given. All others are refused by name: a client that asks for tools must
-not get an answer made without them.
+(`NEUTRAL`); null means that a parameter is not given. All others are refused by name: a client that asks for an image
+must not get an answer made without it.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,11 @@ from pydantic import (
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
 from stageline.runtime.service.structured import ResponseFormat, StructuredOutputs, structure
+from stageline.runtime.service.tools import ToolCall, Tooled
 
 IGNORED = frozenset(
     {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-     "prediction", "parallel_tool_calls"}
+     "prediction"}
 )  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "annotations": ([],), "audio": ({},), "bad_words": ([],), "cache_prompt": (True,),
@@ -34,8 +35,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,), "length_penalty": (1, 1.0), "logit_bias": ({},), "logprobs": (False,),
     "priority": (0,), "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
     "response_format": ({"type": "text"},), "seed": (-1,), "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,), "suffix": ("",), "tool_calls": ([],), "tool_choice": ("none", "auto"),
-    "tools": ([],), "use_beam_search": (False,), "verbosity": ("medium",),
+    "spaces_between_special_tokens": (True,), "suffix": ("",), "tool_calls": ([],), "tools": ([],),
+    "use_beam_search": (False,), "verbosity": ("medium",),
 }  # fmt: skip
 """Parameters of OpenAI's and vLLM's servers -> the values that change nothing here."""
 UNKNOWN_DROPPED: ContextVar[list[str] | None] = ContextVar("UNKNOWN_DROPPED", default=None)
@@ -150,20 +151,42 @@ class TextPart(_Body):
 class Message(_Body):
     """One turn of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
+    """No parts at all beside `tool_calls`, which come without a text."""
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_call_id: str | None = None
 
     @property
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """The form that chat templates read, text parts joined by line ends."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": "\n".join(parts), **named}
+        others = {name: getattr(self, name) for name in ("name", "reasoning_content", "tool_call_id")}
+        given = {name: value for name, value in others.items() if value is not None}
+        if self.tool_calls:
+            given["tool_calls"] = [call.for_template for call in self.tool_calls]
+        if parts or not self.tool_calls:
+            given["content"] = "\n".join(parts)
+        return {"role": self.role, **given}
+
+    @validator(mode="before")
+    @classmethod
+    def _calls_without_a_text(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("tool_calls") and values.get("content") is None:
+            return {**values, "content": []}
+        return values
+
+    @validator(mode="after")
+    def _of_its_role(self) -> Self:
+        if (self.tool_calls and self.role != "assistant") or (self.tool_call_id is not None and self.role != "tool"):
+            raise PydanticCustomError("role", "tool_calls are the assistant's, and tool_call_id is a tool's")
+        return self
 
 
-class Templated(_Body):
-    """Messages, and how the template makes a prompt of them."""
+class Templated(_Body, Tooled):
+    """Messages and tools, and how the template makes a prompt of them."""
 
     messages: list[Message]
     # vLLM's.
@@ -177,6 +200,7 @@ class Templated(_Body):
         """Keywords for `Pipeline.chat_ids`."""
         return {
             **self.chat_template_kwargs,
+            "tools": [tool.given for tool in self.offered] or None,
             "add_generation_prompt": self.add_generation_prompt,
             "continue_final_message": self.continue_final_message,
         }

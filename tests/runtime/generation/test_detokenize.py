@@ -327,3 +327,28 @@ def test_a_long_stop_that_is_nearly_there_all_the_time_costs_little() -> None:
     given_out = "".join(stream.push([ord("a")]) for _ in range(40_000))
     assert time.perf_counter() - start < 5
     assert given_out == "a" * 20_000
+
+
+def test_special_tokens_are_spelt_where_they_are_shown() -> None:
+    tokenizer = byte_level()
+    end = tokenizer.token_to_id("<end>")
+    tokens = [*b"a", end, 0xE2, 0x82, end, *"€".encode(), 0xE2]
+    for stops in ((), ("no such text",)):
+        stream = TextStream(encoder_of(tokenizer), stops, shown=[end])
+        pieces = [stream.push([token]) for token in tokens]
+        assert pieces == ["a", "<end>", "", "", "\ufffd<end>", "", "", "€", ""]
+        assert stream.finish() == "\ufffd"
+    stream = TextStream(encoder_of(tokenizer), ["<end>"], shown=[end])
+    assert stream.push([*b"a", end]) == "a"
+    assert stream.stopped
+    assert TextStream(encoder_of(tokenizer)).push([*b"a", end]) == "a"
+
+
+def test_words_keep_their_spaces_beside_a_special_token_that_is_shown() -> None:
+    tokenizer = metaspace()
+    mark = tokenizer.token_to_id("<s>")
+    words = tokenizer.encode("ab ab", add_special_tokens=False).ids
+    stream = TextStream(encoder_of(tokenizer), shown=[mark])
+    tokens = [*words, mark, *words, mark]
+    text = "".join(stream.push([token]) for token in tokens) + stream.finish()
+    assert text == tokenizer.decode(tokens, skip_special_tokens=False)

@@ -57,7 +57,7 @@ def test_what_spells_nothing_has_the_same_tokens_as_ever(encoder: TextEncoder) -
 
 
 def test_texts_are_broken_wherever_they_stand(encoder: TextEncoder) -> None:
-    deep = {"tools": [{"function": {"description": "<s>"}}]}
+    deep = {"tools": [{"function": {"description": "<s>", "properties": {"a<s>": {}}}}]}
     text = str(Spelling(encoder).broken(deep))
     assert "description" in text
     assert "<s>" not in text

@@ -1,5 +1,6 @@
 """A service in a thread, of two tiny models: `llama` generates, `bert` embeds. Its llama misbehaves on request."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import formats
 import httpx
 import pytest
 from stageline.exporter.export import export
@@ -43,6 +45,45 @@ def _with_template(bundle: Path, folder: Path) -> None:
     (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     files = (*manifest.files, file_entry(folder, "tokenizer/chat_template.jinja"))
     write_manifest(folder, manifest.model_copy(update={"files": files}))
+
+
+BYTES = (0xF8, 0xF9, 0xFA, 0xFB)  # of no text in UTF-8: their tokens may be others
+
+
+@pytest.fixture(scope="session")
+def byte_llama(made_once: Callable[..., Path]) -> Callable[..., Path]:
+    """A bundle that generates bytes, as other tests read it, or with a chat template of its own and `tokens`, at most
+    four, each special or not. Do not change it."""
+
+    def exported(folder: Path) -> None:
+        checkpoint = formats.single(folder / "checkpoint", "generator", "bfloat16").path
+        (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+        export(checkpoint, folder / "bundle", stages=2)
+        shutil.rmtree(checkpoint)
+
+    def changed(folder: Path, template: str, tokens: Mapping[str, bool]) -> None:
+        manifest = Bundle.open(shutil.copytree(made_once("service-bytes", exported) / "bundle", folder)).manifest
+        (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+        file = folder / "tokenizer" / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        for (text, special), byte in zip(tokens.items(), BYTES, strict=False):
+            number = tokenizer["model"]["vocab"].pop(chr(byte))  # as GPT-2's alphabet has it
+            tokenizer["model"]["vocab"][text] = number
+            plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            tokenizer["added_tokens"].append({"id": number, "content": text, **plain, "special": special})
+        file.write_text(json.dumps(tokenizer))
+        files = {entry.path: entry for entry in manifest.files}
+        for name in ("tokenizer/tokenizer.json", "tokenizer/chat_template.jinja"):
+            files[name] = file_entry(folder, name)
+        write_manifest(folder, manifest.model_copy(update={"files": tuple(files.values())}))
+
+    def get(template: str | None = None, tokens: Mapping[str, bool] | None = None) -> Path:
+        if template is None:
+            return made_once("service-bytes", exported) / "bundle"
+        name = hashlib.sha256(json.dumps([template, tokens]).encode()).hexdigest()[:16]
+        return made_once(f"service-bytes-{name}", lambda folder: changed(folder, template, tokens or {}))
+
+    return get
 
 
 def _pooled_bert(make_checkpoint: Callable[..., Path], folder: Path) -> None:

@@ -13,6 +13,8 @@ import openai
 import pytest
 
 CHAT = [{"role": "user", "content": "cat"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MATS, RAN = 11, 9  # tokens
 
 
@@ -101,7 +103,18 @@ CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
     ({"messages": [{"role": "user", "content": "a\ud800"}]}, "not valid Unicode"),
-    ({"tools": [{"type": "function"}]}, "unknown or unsupported parameter 'tools'"),
+    ({"messages": [{**CHAT[0], "tool_calls": [CALL]}]}, "tool_calls are the assistant's, and tool_call_id is a tool's"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages.0.tool_calls.0.function is missing"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function is missing"),
+    ({"tools": ["weather"]}, "tools.0"),
+    ({"tools": [{"type": "web_search"}]}, "tools.0"),
+    ({"tools": [{**TOOL, "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tools": [TOOL, TOOL]}, "two tools have the name 'f'; rename one"),
+    ({"tools": [TOOL]}, "this model's chat template has no tools; leave them out, or set tool_choice to none"),
+    ({"tools": [TOOL], "tool_choice": "always"}, 'give none, auto, required, or {"type": "function", "function": {'),
+    ({"tool_choice": "required"}, "tool_choice is 'required', and the tools are none; give tools to choose from"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "is 'g', and the tools are f"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls: input should be a valid boolean"),
     ({"response_format": {"type": "json_object"}}, "this model's tokenizer cannot follow a structure"),
     ({"response_format": {"type": "json_schema"}}, "give json_schema with the type json_schema"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -164,7 +177,11 @@ def test_values_that_ask_for_what_is_done_anyway_are_accepted(service: Any) -> N
     }  # fmt: skip
     sent_back = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "tool_calls": []}
     messages = [*CHAT, sent_back, *CHAT]
-    for more in ({"messages": messages}, *({name: value} for name, value in neutral.items())):
+    for more in (
+        {"messages": messages},
+        {"tools": [TOOL], "tool_choice": "none"},
+        *({name: value} for name, value in neutral.items()),
+    ):
         answer = service.post("chat/completions", **{"model": "llama", "messages": CHAT, "max_tokens": 1, **more})
         assert answer.status_code == 200, (more, answer.text)
     more = {"best_of": 1, "suffix": "", "echo": False, "stream_options": {"include_usage": False}}

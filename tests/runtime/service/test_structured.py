@@ -1,16 +1,14 @@
 """OpenAI's own client asks for texts of a structure, and gets them."""
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import formats
 import jsonschema
 import openai
 import pydantic
 import pytest
-from stageline.exporter.export import export
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service.app import create_app
 from starlette.testclient import TestClient
@@ -24,13 +22,8 @@ class Pair(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    folder = tmp_path_factory.mktemp("bytes")
-    checkpoint = formats.single(folder / "checkpoint", "generator", "bfloat16").path
-    (checkpoint / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    export(checkpoint, folder / "bundle", stages=2)
-    shutil.rmtree(checkpoint)
-    with Pipeline.open(folder / "bundle", slots=4) as pipeline:
+def client(byte_llama: Callable[..., Path]) -> Iterator[openai.OpenAI]:
+    with Pipeline.open(byte_llama(), slots=4) as pipeline:
         http = TestClient(create_app({"bytes": pipeline}))
         yield openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
 
