@@ -242,6 +242,8 @@ class CompletionRequest(Generating):
     logprobs: int | None = None
     max_tokens: int | None = _DEFAULT_COMPLETION_TOKENS
     best_of: int | None = None
+    echo: bool = False
+    """Put the prompt before each text, and with `logprobs` its tokens before those of each choice."""
 
     @validator(mode="after")
     def _best_of_all(self) -> "CompletionRequest":
@@ -252,7 +254,12 @@ class CompletionRequest(Generating):
     @property
     def sampling(self) -> dict[str, Any]:
         """Keywords for the runtime's `Sampling`."""
-        return {**super().sampling, "logprobs": self.logprobs}
+        of_prompt = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return {
+            **super().sampling,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": (self.logprobs or 0) if of_prompt else None,
+        }
 
 
 class EmbeddingRequest(_Body):
