@@ -13,13 +13,14 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.service import chat, completions, embeddings, schema, scoring, tokens
+from stageline.runtime.service import chat, completions, embeddings, responses, schema, scoring, tokens
 from stageline.runtime.service.errors import ApiError, from_stageline, from_validation, json_response
 from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.origin import HostMiddleware
 from stageline.runtime.service.request_log import RequestIdMiddleware
+from stageline.runtime.service.responses_schema import ResponsesRequest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -94,6 +95,11 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         """Continuations of prompts, whole or as server-sent events."""
         return await completions.complete(generating(body.model), body)
 
+    @app.post("/v1/responses")
+    async def responses_(body: ResponsesRequest) -> Response:
+        """The next message of a chat, in OpenAI's newer form, whole or as server-sent events."""
+        return await responses.respond(generating(body.model), body)
+
     @app.post("/v1/embeddings")
     async def embeddings_(body: schema.EmbeddingRequest) -> Response:
         """A vector for each text."""
@@ -167,6 +173,7 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
     known = {
         "/v1/chat/completions": list(schema.ChatRequest.model_fields),
         "/v1/completions": list(schema.CompletionRequest.model_fields),
+        "/v1/responses": list(ResponsesRequest.model_fields),
         "/v1/embeddings": list(schema.EmbeddingRequest.model_fields),
         **{route: list(schema.RerankRequest.model_fields) for route in ("/rerank", "/v1/rerank", "/v2/rerank")},
         "/score": list(schema.ScoreRequest.model_fields),

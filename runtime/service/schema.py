@@ -61,13 +61,20 @@ class _Body(BaseModel):
         left = {
             name: value
             for name, value in values.items()
-            if not (name in IGNORED or value is None or (name not in needed and _neutral(name, value)))
+            if not (
+                (name in IGNORED and name not in cls.model_fields)
+                or value is None
+                or (name not in needed and _neutral(name, value))
+            )
         }
         dropped = UNKNOWN_DROPPED.get()
         if dropped is None:
             return left
         dropped.extend(str(name) for name in left if name not in cls.model_fields)
         return {name: value for name, value in left.items() if name in cls.model_fields}
+
+
+Body = _Body  # for the requests of other modules
 
 
 def _neutral(name: str, value: Any) -> bool:
