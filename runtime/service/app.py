@@ -13,7 +13,17 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.service import chat, completions, embeddings, responses, schema, scoring, tokens
+from stageline.runtime.service import (
+    chat,
+    completions,
+    embeddings,
+    moderations,
+    pooling,
+    responses,
+    schema,
+    scoring,
+    tokens,
+)
 from stageline.runtime.service.errors import ApiError, from_stageline, from_validation, json_response
 from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
@@ -122,6 +132,17 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         """A score for each label of each text."""
         return await scoring.classify(model_of(body.model, "classifies"), body)
 
+    @app.post("/v1/moderations")
+    async def moderations_(body: moderations.ModerationRequest) -> Response:
+        """Which of a classifier's labels apply to each text."""
+        first = next((name for name, model in models.items() if model.classifies), next(iter(models)))
+        return await moderations.moderate(model_of(body.model or first, "classifies"), body)
+
+    @app.post("/pooling")
+    async def pooling_(body: pooling.PoolingRequest) -> Response:
+        """What a model computes of each text."""
+        return await pooling.pool(model_of(body.model, "pools"), body)
+
     @app.post("/tokenize")
     async def tokenize(body: schema.TextOrChat) -> Response:
         """The tokens of a text, or of the prompt that messages make."""
@@ -178,6 +199,8 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
         **{route: list(schema.RerankRequest.model_fields) for route in ("/rerank", "/v1/rerank", "/v2/rerank")},
         "/score": list(schema.ScoreRequest.model_fields),
         "/classify": list(schema.ClassifyRequest.model_fields),
+        "/v1/moderations": list(moderations.ModerationRequest.model_fields),
+        "/pooling": list(pooling.PoolingRequest.model_fields),
         "/detokenize": list(schema.DetokenizeRequest.model_fields),
     }
 
