@@ -24,6 +24,8 @@ class Continuation:
     leader: "Continuation | None" = None
     scores: bool = False
     """Whether the logits of all tokens of the prompt are wanted. It shares no beginning with other rows."""
+    priority: int = 0
+    """Of those that wait the lowest goes first."""
     slot: "Slot | None" = None
     computed: int = 0
     scored: int = 0

@@ -163,18 +163,22 @@ _NEVER_NONE = frozenset({"temperature", "presence_penalty", "frequency_penalty",
 class GenerationRequest:
     """A prompt, as text (special tokens in it are taken for what they are) or as token ids, and how to continue it.
 
-    `deadline_s`: seconds from submission after which it fails with DeadlineError, wherever it is.
+    `deadline_s`: seconds from submission after which it fails with DeadlineError, wherever it is. `priority`: of
+    requests that wait for a slot those with the lowest go first, and of these the one that came first.
     """
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = Sampling()
     deadline_s: float | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if self.deadline_s is not None and not (
             isinstance(self.deadline_s, (int, float)) and 0 < self.deadline_s < math.inf
         ):
             raise RequestError(f"deadline_s is {self.deadline_s!r}; give a number of seconds above 0")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise RequestError(f"priority is {self.priority!r}; give a whole number, the lower the sooner")
 
 
 @dataclass(frozen=True)

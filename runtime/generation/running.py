@@ -133,7 +133,7 @@ class Job:
         leader = None
         for number in range(settings.n):
             scores = leader is None and settings.prompt_logprobs is not None
-            continuation = Continuation(list(self.prompt), len(self.prompt), leader, scores)
+            continuation = Continuation(list(self.prompt), len(self.prompt), leader, scores, self.request.priority)
             leader = leader or continuation
             matcher = None if self.matcher is None else self.matcher.copy()
             row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number, matcher)

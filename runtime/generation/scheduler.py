@@ -66,8 +66,11 @@ class Scheduler:
         self._all_read = False  # whether no prompt waits to be issued; until then as well
 
     def add(self, continuation: Continuation) -> None:
-        """Queue a continuation; its tokens fit the capacity."""
-        self.waiting.append(continuation)
+        """Queue a continuation, behind those of its priority; its tokens fit the capacity."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > continuation.priority:
+            place -= 1
+        self.waiting.insert(place, continuation)
 
     def end(self, continuation: Continuation, keep: int | None = None) -> None:
         """Let go of a continuation, whatever its state. What its slot holds stays for others to begin with, or only the

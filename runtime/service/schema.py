@@ -32,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],), "early_stopping": (False,), "echo": (False,),
     "function_call": ("none", "auto"), "functions": ([],),
     "include_stop_str_in_output": (False,), "length_penalty": (1, 1.0), "logit_bias": ({},), "logprobs": (False,),
-    "priority": (0,), "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
+    "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
     "response_format": ({"type": "text"},), "seed": (-1,), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "suffix": ("",), "tool_calls": ([],), "tool_choice": ("none", "auto"),
     "tools": ([],), "use_beam_search": (False,), "verbosity": ("medium",),
@@ -113,6 +113,7 @@ class Generating(_Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool = False
+    priority: int = 0
     stop_token_ids: list[int] = Field(default_factory=list)
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None  # OpenAI's, of chats
@@ -121,10 +122,11 @@ class Generating(_Body):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Keywords for the runtime's `Sampling`."""
+        """Keywords for `Pipeline.request`."""
         names = (
             "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "max_tokens",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
+            "priority",
         )  # fmt: skip
         bias = tuple(((int(token),), bias) for token, bias in self.logit_bias.items())
         top_k = 0 if self.top_k == -1 else self.top_k

@@ -601,6 +601,25 @@ def test_a_full_queue_says_so_or_waits(
         assert [tokens_of(future) for future in futures] == [want(prompt, 10) for prompt in PROMPTS[:3]]
 
 
+def test_of_those_that_wait_the_lowest_priority_goes_first(hooked: Callable[..., Pipeline], gate: Gate) -> None:
+    order: list[int] = []
+    with hooked(1, gate, slots=1) as pipeline:
+        pipeline.submit(request(PROMPTS[3]))
+        assert gate.entered.wait(SECONDS)
+        futures = []
+        for number, priority in enumerate((1, 0, 2, -5, 0)):
+            asked = pipeline.request(PROMPTS[4], max_tokens=2, priority=priority)
+            futures.append(pipeline.submit(asked))
+            futures[-1].add_done_callback(lambda _, number=number: order.append(number))
+        eventually(pipeline, lambda stats: stats.waiting == 5)
+        gate.opened.set()
+        for future in futures:
+            future.result(SECONDS)
+        assert order == [3, 1, 4, 0, 2]
+        with pytest.raises(RequestError, match="priority is 'high'"):
+            pipeline.request(PROMPTS[4], priority="high")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("stages", [1, 3])
 def test_cancelled_requests_free_their_slots(
     hooked: Callable[..., Pipeline], gate: Gate, want: Callable[..., tuple[int, ...]], stages: int

@@ -84,6 +84,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"cat": 1}}, "logit_bias gives 'cat' a bias of 1"),
     ({"logit_bias": {"5": 101}}, "logit_bias gives '5' a bias of 101"),
     ({"logit_bias": {"99": 1}}, "a bias is given for token 99"),
+    ({"priority": 1.5}, "priority: input should be a valid integer"),
     ({"tempreature": 1}, "unknown or unsupported parameter 'tempreature'; known: model, "),
     ({"stream": "yes"}, "stream: input should be a valid boolean"),
     ({"stream_options": {"include_usge": True}}, "stream_options.include_usge"),
