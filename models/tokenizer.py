@@ -129,6 +129,22 @@ class TextEncoder:
         (checked,) = _inputs([text], None)
         return list(self._tokenizer.encode(checked, add_special_tokens=special).ids)
 
+    def pieces(self, text: str) -> tuple[list[int], list[str]]:
+        """The tokens of one text, with those that the tokenizer adds, and what of the text each of them is: joined they
+        are the text. What is between two tokens is the later one's. A character in several tokens is that of the last.
+
+        Raises:
+            RequestError: it is not a text.
+        """
+        (checked,) = _inputs([text], None)
+        encoding = self._tokenizer.encode(checked)
+        begins, end = [], 0
+        for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            begins.append(end if added else min(start, end))
+            end = end if added else stop
+        ends = [*begins[1:], len(text)]
+        return list(encoding.ids), [text[begin:stop] for begin, stop in zip(begins, ends, strict=True)]
+
     def count(self, text: str) -> int:
         """How many tokens the text has, special ones included.
 

@@ -203,13 +203,15 @@ class Pipeline:
         """`start` for coroutines: waits for a free place without blocking the event loop."""
         return await self._generator.submit_async(request)
 
-    def generate(self, prompt: str | Sequence[int], *, deadline_s: float | None = None, **sampling: Any) -> Generation:
+    def generate(
+        self, prompt: str | Sequence[int], *, deadline_s: float | None = None, priority: int = 0, **sampling: Any
+    ) -> Generation:
         """Continue a prompt; keywords as in `Sampling`. Iterate over it (`for`, `async for`), or take its `.result()`.
 
         Greedy unless a `temperature` is given; what else is not given is as the checkpoint says. RequestError for what
         cannot be run; waits while the queue is full.
         """
-        return self.start(self.request(prompt, deadline_s=deadline_s, **sampling))
+        return self.start(self.request(prompt, deadline_s=deadline_s, priority=priority, **sampling))
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], *, deadline_s: float | None = None, **sampling: Any
@@ -252,11 +254,11 @@ class Pipeline:
             return self._template
 
     def request(
-        self, prompt: str | Sequence[int], *, deadline_s: float | None = None, **sampling: Any
+        self, prompt: str | Sequence[int], *, deadline_s: float | None = None, priority: int = 0, **sampling: Any
     ) -> GenerationRequest:
         """A request to be submitted; keywords as in `Sampling`, lists allowed. RequestError where one is wrong."""
         text = prompt if isinstance(prompt, str) else tuple(prompt)
-        return GenerationRequest(text, Sampling.of(sampling), deadline_s)
+        return GenerationRequest(text, Sampling.of(sampling), deadline_s, priority)
 
     @cached_property
     def encoder(self) -> TextEncoder | None:

@@ -22,8 +22,14 @@ class Continuation:
     tokens: list[int]
     prompt_length: int
     leader: "Continuation | None" = None
+    scores: bool = False
+    """Whether the logits of all tokens of the prompt are wanted. It shares no beginning with other rows."""
+    priority: int = 0
+    """Of those that wait the lowest goes first."""
     slot: "Slot | None" = None
     computed: int = 0
+    scored: int = 0
+    """Tokens of the prompt, from the first on, whose logits are in a step if it `scores`."""
     shared: int = 0
     """Tokens of the prompt that were found in a cache."""
     placed_at: int = 0

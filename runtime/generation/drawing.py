@@ -1,4 +1,6 @@
-"""The tokens of a step: drawn by the last stage's device where it can, else here from the logits."""
+"""What a step's logits say: the next tokens, drawn by the last stage's device where it can, else here, and how likely
+the tokens of prompts are.
+"""
 
 from collections.abc import Sequence
 
@@ -7,9 +9,11 @@ from stageline.models.errors import EngineError
 from stageline.runtime.devices.base import on_host
 from stageline.runtime.engines import Array
 from stageline.runtime.engines.lowering.draw_graph import DONE, SETTINGS
+from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.flight import Flight
 from stageline.runtime.generation.running import RunningChoice
-from stageline.runtime.generation.sampling import Row, draw
+from stageline.runtime.generation.sampling import Row, draw, not_finite
+from stageline.runtime.generation.steps import scored
 
 Results = Sequence[int | EngineError]
 
@@ -58,6 +62,21 @@ def tokens_of(
     return [result for result in results if result is not None], None
 
 
+def scores_of(flight: Flight) -> list[tuple[Continuation, int, Array | EngineError]]:
+    """Of each continuation of whose prompt a step has logits the first token that they are for, and the logits
+    [tokens, vocabulary] of it and those after it; EngineError in place of numbers that are none."""
+    found: list[tuple[Continuation, int, Array | EngineError]] = []
+    for continuation, first, places in scored(flight.step):
+        assert flight.logits is not None
+        logits = flight.logits.reshape(-1, flight.logits.shape[-1])[places]
+        peaks = logits.max(axis=1)
+        bad = np.flatnonzero(~np.isfinite(peaks))
+        error = not_finite(f"prompt token {first + bad[0]}", float(peaks[bad[0]])) if len(bad) else None
+        found.append((continuation, first, logits if error is None else error))
+    return found
+
+
 def _rows_of(logits: Array, places: Sequence[int]) -> Array:
-    """Of rows that want one token: not a copy if all do."""
-    return logits[:, 0] if len(places) == len(logits) else logits[places, 0]
+    """[places, vocabulary] of logits [rows, picks, vocabulary]: not a copy if all are wanted."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    return flat if len(places) == len(flat) else flat[places]

@@ -29,7 +29,7 @@ from stageline.runtime.engines import Array, CacheSize, Value
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.changeover import Changeover
 from stageline.runtime.generation.continuation import Continuation
-from stageline.runtime.generation.drawing import settings_of, tokens_of
+from stageline.runtime.generation.drawing import scores_of, settings_of, tokens_of
 from stageline.runtime.generation.flight import DRAWN, Flight, engine_error
 from stageline.runtime.generation.inputs import step_inputs
 from stageline.runtime.generation.meter import GenerationStats, Meter
@@ -39,7 +39,7 @@ from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.steps import Step, chosen
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
-from stageline.runtime.generation.writing import Taken, Writer
+from stageline.runtime.generation.writing import Scores, Taken, Writer
 from stageline.runtime.stages.lanes import Lanes, StageStats
 from stageline.runtime.stages.route import Hop
 
@@ -269,7 +269,7 @@ class Generator:
 
     def _device_settings(self, step: Step, ahead: bool) -> Array | None:
         """The settings with which the last stage's device draws all tokens of a step; None if the host must draw."""
-        if not self._lanes.draws(self._hops[-1].stage):
+        if step.arrays.scored is not None or not self._lanes.draws(self._hops[-1].stage):
             return None
         rows = [(place, self._choices[continuation].row) for place, continuation in chosen(step)]
         return settings_of(rows, step.batch, ahead)
@@ -312,18 +312,20 @@ class Generator:
         if self._writer.holds(step.group):
             self._writer.write()
         self._scheduler.done(step)
+        scores = self._scored(flight)
         wanted = [
             (place, self._choices[continuation])
             for place, continuation in chosen(step)
             if not continuation.ended and continuation not in flight.void
         ]
+        taken: list[Taken] = [self._without_tokens(choice) for _, choice in wanted if not choice.max_tokens]
+        wanted = [(place, choice) for place, choice in wanted if choice.max_tokens]
         places, choices = [place for place, _ in wanted], [choice for _, choice in wanted]
         logits: Array | None = None
         try:
             results, logits = tokens_of(flight, places, choices, running)
         except EngineError as error:
             results = [error] * len(choices)
-        taken: list[Taken] = []
         for number, (choice, result) in enumerate(zip(choices, results, strict=True)):
             if choice.continuation.ended:
                 continue  # a choice beside it has failed
@@ -335,15 +337,35 @@ class Generator:
             taken.append((choice, result, choice.finish_reason, text, own))
             if running:
                 self._scheduler.learn(choice.continuation)
+            self._meter.generated_tokens += 1
             if choice.finish_reason is not None:
-                self._scheduler.end(choice.continuation)
-                del self._choices[choice.continuation]
+                self._take_out(choice)
             if running and choice.continuation in running[-1].void:
                 self._scheduler.take_back(choice.continuation)
-        self._meter.generated_tokens += len(taken)
-        self._writer.put(step.group, now, taken)
+        self._writer.put(step.group, now, taken, scores)
         if running:
             self._go_ahead(running[-1])
+
+    def _scored(self, flight: Flight) -> list[Scores]:
+        """What a step says of prompts; a request of whose prompt it says nothing sound has failed."""
+        scores: list[Scores] = []
+        for continuation, first, logits in scores_of(flight):
+            if continuation.ended:
+                continue
+            if isinstance(logits, EngineError):
+                self._fail(continuation, logits)
+            else:
+                scores.append((self._choices[continuation].job, first, logits))
+        return scores
+
+    def _without_tokens(self, choice: RunningChoice) -> Taken:
+        choice.take_nothing()
+        self._take_out(choice)
+        return choice, None, choice.finish_reason, None, None
+
+    def _take_out(self, choice: RunningChoice) -> None:
+        self._scheduler.end(choice.continuation)
+        del self._choices[choice.continuation]
 
     def _finished(self, job: Job, now: float) -> None:
         """All of it is written."""

@@ -10,7 +10,7 @@ def step_inputs(step: Step) -> tuple[dict[str, Array], int | PackedRows]:
     """The inputs by name, all int64, and where the tokens lie.
 
     Of a range: `input_ids` [slots, length], zero where a row has no new token; `past_lengths`, `new_lengths` and
-    `row_lengths` [slots]; `logits_at` [slots, picks], 0 or 1 pick in each row. Of packed tokens: as
+    `row_lengths` [slots]; `logits_at` [slots, picks], those of a row at its end, then any. Of packed tokens: as
     `Engine.step` wants them.
     """
     return _packed_inputs(step) if step.first_slot is None else (_range_inputs(step, step.first_slot), step.first_slot)
@@ -26,8 +26,9 @@ def _range_inputs(step: Step, first_slot: int) -> dict[str, Array]:
         ids[places] = own
     past, new, whole = np.zeros((3, step.batch), np.int64)
     past[places], new[places], whole[places] = rows.starts, rows.counts, rows.row_lengths
-    picks = np.zeros((step.batch, int(rows.last.any())), np.int64)
-    picks[places[rows.last]] = rows.counts[rows.last, None] - 1
+    wanted = rows.picks[:, None]
+    picks = np.zeros((step.batch, int(wanted.max())), np.int64)
+    picks[places] = np.minimum(rows.counts[:, None] - wanted + np.arange(picks.shape[1]), rows.counts[:, None] - 1)
     return {**dict(zip(CACHED_INPUTS, (ids, past, new, picks), strict=True)), ROW_LENGTHS: whole}
 
 
@@ -35,11 +36,12 @@ def _packed_inputs(step: Step) -> tuple[dict[str, Array], PackedRows]:
     rows = step.arrays
     counts, places, lengths = rows.counts, rows.starts, rows.row_lengths
     if len(counts) == step.batch:  # a token each, as in most steps
-        picks = np.flatnonzero(rows.last)
+        picks = np.flatnonzero(rows.picks)
     else:
         ends = np.cumsum(counts)
         places = np.arange(step.batch) + np.repeat(places - (ends - counts), counts)
-        picks = ends[rows.last] - 1
+        wanted = rows.picks
+        picks = np.arange(wanted.sum()) + np.repeat(ends - np.cumsum(wanted), wanted)
         lengths = np.repeat(lengths, counts)
     values = rows.tokens[:, None], places, np.ones(step.batch, np.int64), picks[:, None]
     packed = PackedRows(rows.slots, rows.starts, counts, rows.blocks)

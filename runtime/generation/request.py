@@ -38,7 +38,8 @@ class Sampling:
     seed: int | None = None
     """The same seed gives the same tokens whatever else is in flight; choice i of n draws from `seed + i`."""
     max_tokens: int | None = None
-    """None: as the checkpoint says, else until an end token, a stop, or the cache's capacity."""
+    """None: as the checkpoint says, else until an end token, a stop, or the cache's capacity. 0, nothing at all, only
+    with `prompt_logprobs`."""
     min_tokens: int | None = None
     """Until N tokens, no end token and no stop ends the choice: end and stop tokens are not drawn."""
     stop: tuple[str, ...] | None = None
@@ -48,6 +49,8 @@ class Sampling:
     """Whether the checkpoint's end tokens do not end a choice."""
     logprobs: int | None = None
     """How many of the likeliest tokens to name beside each token drawn, 0 to 20; None: no logprobs at all."""
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt, all of which is computed then, whatever a cache holds of it."""
     n: int = 1
     """How many choices, which share the prompt's cache."""
     no_repeat_ngram_size: int | None = None
@@ -70,6 +73,8 @@ class Sampling:
             kind = int if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
                 raise RequestError(f"{name} is {value!r}; give {'a whole' if whole else 'a finite'} number")
+            if name == "max_tokens" and self.prompt_logprobs is not None:
+                low = 0
             if not low <= value <= high:
                 raise RequestError(f"{name} is {value}; give {low} to {high}")
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
@@ -151,10 +156,13 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 1, _MOST),
     ("min_tokens", 0, _MOST),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("n", 1, MAX_CHOICES),
     ("no_repeat_ngram_size", 0, _MOST),
 )
-_WHOLE = frozenset({"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "n", "no_repeat_ngram_size"})
+_WHOLE = frozenset(
+    {"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "n", "no_repeat_ngram_size"}
+)
 _NEVER_NONE = frozenset({"temperature", "presence_penalty", "frequency_penalty", "n"})
 
 
@@ -162,26 +170,30 @@ _NEVER_NONE = frozenset({"temperature", "presence_penalty", "frequency_penalty",
 class GenerationRequest:
     """A prompt, as text (special tokens in it are taken for what they are) or as token ids, and how to continue it.
 
-    `deadline_s`: seconds from submission after which it fails with DeadlineError, wherever it is.
+    `deadline_s`: seconds from submission after which it fails with DeadlineError, wherever it is. `priority`: of
+    requests that wait for a slot those with the lowest go first, and of these the one that came first.
     """
 
     prompt: str | tuple[int, ...]
     sampling: Sampling = Sampling()
     deadline_s: float | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if self.deadline_s is not None and not (
             isinstance(self.deadline_s, (int, float)) and 0 < self.deadline_s < math.inf
         ):
             raise RequestError(f"deadline_s is {self.deadline_s!r}; give a number of seconds above 0")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise RequestError(f"priority is {self.priority!r}; give a whole number, the lower the sooner")
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token drawn, its log probability (of the model's own logits, before temperature, penalties and cuts, float64
-    log-softmax), and the likeliest tokens at its place as (id, logprob), likeliest first. `text` is what it adds to the
-    text, stops included: none for a special token, and for one that leaves a character unfinished; the token that
-    finishes it has the whole."""
+    """A token drawn, or of a prompt, its log probability (of the model's own logits, before temperature, penalties and
+    cuts, float64 log-softmax), and the likeliest tokens at its place as (id, logprob), likeliest first. `text` is what
+    it adds to the text, stops included: none for a special token, and for one that leaves a character unfinished; the
+    token that finishes it has the whole. Tokens of a prompt have none."""
 
     token_id: int
     logprob: float
@@ -224,7 +236,7 @@ class Completion:
     queue_s: float
     """From submission to the first step that works on it."""
     ttft_s: float
-    """From submission to the first token of the first choice."""
+    """From submission to the first token of the first choice; to the end, without tokens."""
     total_s: float
     token_times_s: tuple[float, ...] = field(default=(), repr=False)
     """When each token of choice 0 came, from submission."""
@@ -232,6 +244,8 @@ class Completion:
     """When it was submitted, by `time.perf_counter`."""
     number: int = field(default=-1, repr=False, compare=False)
     """Of the requests in the order of their arrival, as a Recorder counts them."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = field(default=(), repr=False)
+    """Of each token of the prompt, None for the first, which nothing precedes; empty unless they were asked for."""
 
     @property
     def text(self) -> str:

@@ -66,11 +66,17 @@ class RunningChoice:
             self.finish_reason = "length"
         return made
 
+    def take_nothing(self) -> None:
+        """End it without a token."""
+        self.finish_reason = "length"
+
     def write(
-        self, token: int, reason: FinishReason | None, made: Text | None, logits: NDArray[np.float32] | None
+        self, token: int | None, reason: FinishReason | None, made: Text | None, logits: NDArray[np.float32] | None
     ) -> Piece:
         """Make the piece of a token that was taken, by its `reason` the last; `made`: what `take` returned. Its log
-        probability is that of `logits` [vocabulary]."""
+        probability is that of `logits` [vocabulary]. None: the piece of a choice without tokens."""
+        if token is None:
+            return self.number, "", (), (), reason
         text, added = made or self._pushed(token)
         if reason is not None and self.text is not None and not self.text.stopped:
             text += self.text.finish()
@@ -122,9 +128,12 @@ class Job:
         ends = frozenset((*end_ids, *settings.stop_token_ids))
         room = capacity - len(self.prompt) + 1  # the last token drawn is not put into the cache
         max_tokens = room if settings.max_tokens is None else min(room, settings.max_tokens)
+        if settings.prompt_logprobs is not None:
+            self.generation.prompt_logprobs.append(None)
         leader = None
         for number in range(settings.n):
-            continuation = Continuation(list(self.prompt), len(self.prompt), leader)
+            scores = leader is None and settings.prompt_logprobs is not None
+            continuation = Continuation(list(self.prompt), len(self.prompt), leader, scores, self.request.priority)
             leader = leader or continuation
             matcher = None if self.matcher is None else self.matcher.copy()
             row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number, matcher)
@@ -133,6 +142,15 @@ class Job:
             text = None if encoder is None else TextStream(encoder, *given)
             self.choices.append(RunningChoice(self, number, continuation, row, text, max_tokens, ends))
 
+    def score(self, first: int, logits: NDArray[np.float32]) -> None:
+        """Note how likely the prompt's tokens from `first` on are, by logits [tokens, vocabulary]."""
+        count = self.settings.prompt_logprobs
+        assert count is not None
+        tokens = self.prompt[first : first + len(logits)]
+        self.generation.prompt_logprobs += [
+            logprob(row, token, count) for row, token in zip(logits, tokens, strict=True)
+        ]
+
     def completion(self, now: float) -> Completion:
         """What it ends as, once every choice has finished."""
         return Completion(
@@ -140,9 +158,10 @@ class Job:
             len(self.prompt),
             self.choices[0].continuation.shared,
             (self.started_at or now) - self.submitted_at,
-            self.token_times[0] - self.submitted_at,
+            (self.token_times[0] if self.token_times else now) - self.submitted_at,
             now - self.submitted_at,
             tuple(at - self.submitted_at for at in self.token_times),
             self.submitted_at,
             self.number,
+            tuple(self.generation.prompt_logprobs),
         )

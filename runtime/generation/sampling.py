@@ -154,10 +154,7 @@ def draw(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[int | EngineE
 
 def _chosen(row: Row, logits: NDArray[np.float32], peak: float) -> int | EngineError:
     if not math.isfinite(peak):
-        return EngineError(
-            f"the largest logit of token {row.drawn} is {peak}: numbers overflowed or weights are damaged; "
-            "export with --dtype float32, and compare with: stageline verify"
-        )
+        return not_finite(f"token {row.drawn}", peak)
     token = row.choose(logits)
     if token is None and row.matcher is not None and row.matcher.error:
         return StructureError(
@@ -170,6 +167,14 @@ def _chosen(row: Row, logits: NDArray[np.float32], peak: float) -> int | EngineE
             "bad_words_ids, suppress_tokens or no_repeat_ngram_size bar all that the model allows; loosen them"
         )
     return token
+
+
+def not_finite(token: str, peak: float) -> EngineError:
+    """The error of logits whose largest is no number that a model should give."""
+    return EngineError(
+        f"the largest logit of {token} is {peak}: numbers overflowed or weights are damaged; "
+        "export with --dtype float32, and compare with: stageline verify"
+    )
 
 
 def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Drawn | EngineError]:

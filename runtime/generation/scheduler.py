@@ -66,8 +66,11 @@ class Scheduler:
         self._all_read = False  # whether no prompt waits to be issued; until then as well
 
     def add(self, continuation: Continuation) -> None:
-        """Queue a continuation; its tokens fit the capacity."""
-        self.waiting.append(continuation)
+        """Queue a continuation, behind those of its priority; its tokens fit the capacity."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > continuation.priority:
+            place -= 1
+        self.waiting.insert(place, continuation)
 
     def end(self, continuation: Continuation, keep: int | None = None) -> None:
         """Let go of a continuation, whatever its state. What its slot holds stays for others to begin with, or only the
@@ -177,7 +180,7 @@ class Scheduler:
             if leader is not None and not placed and not leader.ended and not leader.prompt_issued:
                 return  # first come, first served: those behind wait as well, for a moment
             kind = self._kind(len(continuation.tokens))
-            slot = self.cache.place(continuation.tokens, kind)
+            slot = self.cache.place(continuation.tokens, kind, shares=not continuation.scores)
             if slot is None:
                 return
             self.waiting.popleft()
@@ -380,7 +383,13 @@ class Scheduler:
         self.cache.record(slot, continuation.tokens[start:end], end, self._steps + 1, self._kind(row_length))
         continuation.computed = end
         continuation.flying += 1
-        return StepRow(continuation, slot.number, start, count, last, row_length, tuple(self.cache.blocks_of(slot)))
+        scored = 0
+        if continuation.scores:  # nothing follows the prompt's last token that could be likely or not
+            until = min(end, continuation.prompt_length - 1)
+            scored = max(0, until - max(start, continuation.scored))
+            continuation.scored = max(continuation.scored, until)
+        blocks = tuple(self.cache.blocks_of(slot))
+        return StepRow(continuation, slot.number, start, count, last, row_length, blocks, scored)
 
     def _step(self, kind: StepKind, group: int, rows: Sequence[StepRow], length: int | None) -> Step:
         """Of a range `length` tokens wide, or of packed tokens (None)."""

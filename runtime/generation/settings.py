@@ -10,7 +10,7 @@ from stageline.runtime.generation.request import Sampling
 @dataclass(frozen=True)
 class Settings(Sampling):
     """A Sampling in which nothing is left to the checkpoint: only `seed`, `max_tokens` (the cache's capacity),
-    `logprobs` and `structure` may be None."""
+    `logprobs`, `prompt_logprobs` and `structure` may be None."""
 
     top_k: int = 0
     top_p: float = 1.0
@@ -42,13 +42,13 @@ def decide(asked: Sampling, defaults: GenerationDefaults, prompt_tokens: int) ->
         if value is None:
             values[name] = stated.get(name)
     limit = values["max_tokens"]
-    if limit is not None and limit < 1:
+    if asked.max_tokens is None and limit is not None and limit < 1:
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens, and the checkpoint's max_length is {defaults.max_length}; "
             "give max_tokens"
         )
     if asked.min_tokens is None and values["min_tokens"] is not None:
-        values["min_tokens"] = max(0, min(values["min_tokens"], limit or values["min_tokens"]))
+        values["min_tokens"] = max(0, min(values["min_tokens"], values["min_tokens"] if limit is None else limit))
     if asked.max_tokens is None and limit is not None:
         values["max_tokens"] = max(limit, values["min_tokens"] or 0)
     return Settings(**{name: value for name, value in values.items() if value is not None})

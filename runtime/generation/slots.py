@@ -47,14 +47,14 @@ class Slots:
             assert slot.continuation is None
             slot.count = 0
 
-    def place(self, tokens: Sequence[int], kind: int) -> Slot | None:
+    def place(self, tokens: Sequence[int], kind: int, shares: bool = True) -> Slot | None:
         """A slot for a row of these tokens, whose keys are made for this kind of row. It holds `count` of them already,
-        which leaves at least one to be computed. None if there is no room."""
+        which leaves at least one to be computed, and all unless it `shares`. None if there is no room."""
         free = self._free()
         if not free:
             return None
         row = np.array(tokens, np.int64)
-        donor, shared = self._donor(row, kind)
+        donor, shared = self._donor(row, kind) if shares else (None, 0)
         slot = donor if donor is not None and donor.continuation is None else min(free, key=self._placing_cost)
         if donor is not None and slot is not donor:
             self._copies.append(Copy(donor.number, slot.number, shared))
@@ -177,12 +177,12 @@ class BlockSlots(Slots):
         super().forget()
         self._blocks.forget()
 
-    def place(self, tokens: Sequence[int], kind: int) -> Slot | None:
+    def place(self, tokens: Sequence[int], kind: int, shares: bool = True) -> Slot | None:
         """See `Slots.place`. Beside rows that run there must be a block left for the growth of each."""
         free, blocks = self._free(), self._blocks
         if not free:
             return None
-        shared = blocks.begin(tokens, kind)
+        shared = blocks.begin(tokens, kind) if shares else []
         wanted = blocks.wanted(len(tokens)) - len(shared)
         others = len(self.slots) - len(free)
         more = blocks.take(wanted) if blocks.free >= wanted + others else None

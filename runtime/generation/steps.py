@@ -15,8 +15,10 @@ StepKind = Literal["prefill", "decode", "mixed"]
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """One row of a step: tokens `start` to `start + count` of a continuation. `last`: its logits are wanted. Its keys
-    are made for a row of `row_length` tokens. `blocks`: where its tokens lie, if the caches are blocks."""
+    """One row of a step: tokens `start` to `start + count` of a continuation. `last`: the logits of the last one are
+    wanted, to draw the next. Its keys are made for a row of `row_length` tokens. `blocks`: where its tokens lie, if the
+    caches are blocks. `scored`: of how many tokens logits are wanted to tell how likely the prompt's next ones are;
+    they are the last ones, or those before the last one if `last`."""
 
     continuation: Continuation
     slot: int
@@ -25,6 +27,7 @@ class StepRow:
     last: bool
     row_length: int
     blocks: tuple[int, ...] = ()
+    scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +46,35 @@ class StepRows:
     blocks: NDArray[np.int32] | None = None
     """[blocks]: those of all rows, one row after the other, as many as its tokens fill with the new ones."""
     block_size: int = 0
+    scored: NDArray[np.int64] | None = None
+    """None if it is 0 for all."""
+
+    @property
+    def picks(self) -> NDArray[np.int64]:
+        """Of how many tokens of each row logits are wanted; they are its last ones. int64 [rows]."""
+        last = self.last.astype(np.int64)
+        return last if self.scored is None else last + self.scored
 
     @classmethod
     def of(cls, rows: Sequence[StepRow], block_size: int) -> "StepRows":
         """Some rows, which have blocks unless `block_size` is 0."""
-        slots, starts, counts, last, lengths = np.array(
-            [(row.slot, row.start, row.count, row.last, row.row_length) for row in rows], np.int64
+        slots, starts, counts, last, lengths, scored = np.array(
+            [(row.slot, row.start, row.count, row.last, row.row_length, row.scored) for row in rows], np.int64
         ).T.copy()
         tokens = [token for row in rows for token in row.continuation.tokens[row.start : row.start + row.count]]
         blocks = np.array([block for row in rows for block in row.blocks], np.int32) if block_size else None
-        continuations = tuple(row.continuation for row in rows)
-        return cls(
-            continuations, slots, starts, counts, last != 0, lengths, np.array(tokens, np.int64), blocks, block_size
-        )
+        columns = slots, starts, counts, last != 0, lengths, np.array(tokens, np.int64), blocks, block_size
+        return cls(tuple(row.continuation for row in rows), *columns, scored if scored.any() else None)
 
     def __iter__(self) -> Iterator[StepRow]:
         blocks = [] if self.blocks is None else self.blocks.tolist()
-        columns = self.slots, self.starts, self.counts, self.last, self.row_lengths
-        for continuation, slot, start, count, last, row_length in zip(
+        scores = np.zeros_like(self.slots) if self.scored is None else self.scored
+        columns = self.slots, self.starts, self.counts, self.last, self.row_lengths, scores
+        for continuation, slot, start, count, last, row_length, scored in zip(
             self.continuations, *(column.tolist() for column in columns), strict=True
         ):
             own = -(-(start + count) // self.block_size) if blocks else 0
-            yield StepRow(continuation, slot, start, count, last, row_length, tuple(blocks[:own]))
+            yield StepRow(continuation, slot, start, count, last, row_length, tuple(blocks[:own]), scored)
             del blocks[:own]
 
 
@@ -97,10 +107,38 @@ class Step:
 
 
 def chosen(step: Step) -> list[tuple[int, Continuation]]:
-    """The continuations whose logits are wanted, each with the place of these: that of the row in the batch, or, of
-    packed tokens, among all that are wanted."""
+    """The continuations whose next token is drawn from a step's logits, each with the place of these among all rows of
+    the logits [slots * picks, or picks of packed tokens]."""
     rows = step.arrays
     continuations = [one for one, last in zip(rows.continuations, rows.last.tolist(), strict=True) if last]
+    if rows.scored is not None:
+        ends = _begins(step) + rows.picks
+        return list(zip((ends[rows.last] - 1).tolist(), continuations, strict=True))
     if step.first_slot is None:
         return list(enumerate(continuations))
     return list(zip((rows.slots[rows.last] - step.first_slot).tolist(), continuations, strict=True))
+
+
+def scored(step: Step) -> list[tuple[Continuation, int, slice]]:
+    """The continuations of whose prompts a step says how likely tokens are, each with the first of these tokens and the
+    places of their logits, counted as in `chosen`."""
+    rows = step.arrays
+    if rows.scored is None:
+        return []
+    begins, counts = _begins(step), rows.scored
+    firsts = rows.starts + rows.counts - rows.picks + 1  # logits are of the token after
+    return [
+        (continuation, first, slice(begin, begin + count))
+        for continuation, first, begin, count in zip(
+            rows.continuations, firsts.tolist(), begins.tolist(), counts.tolist(), strict=True
+        )
+        if count
+    ]
+
+
+def _begins(step: Step) -> NDArray[np.int64]:
+    """Where the logits of each row begin, [rows]."""
+    picks = step.arrays.picks
+    if step.first_slot is None:
+        return np.cumsum(picks) - picks
+    return (step.arrays.slots - step.first_slot) * int(picks.max())

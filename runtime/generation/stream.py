@@ -23,6 +23,8 @@ class Generation:
     def __init__(self) -> None:
         self.future: Future[Completion] = Future()
         """Done with the request. Cancelling it cancels the request and frees its slots at the next step."""
+        self.prompt_logprobs: list[TokenLogprob | None] = []
+        """Those of the prompt, whole before the first piece comes; empty unless they were asked for."""
         # The writer adds pieces, then looks for a reader that waits; the reader says that it waits, then looks for
         # pieces. So no lock is needed where nobody waits.
         self._pieces: deque[Piece] = deque()

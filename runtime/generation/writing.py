@@ -14,9 +14,12 @@ from stageline.runtime.generation.request import FinishReason
 from stageline.runtime.generation.running import Job, RunningChoice, Text
 from stageline.runtime.generation.stream import Generation, Piece
 
-Taken = tuple[RunningChoice, int, FinishReason | None, Text | None, NDArray[np.float32] | None]
-"""A token of a choice, why it is the last one if it is, its text if that is known already, and the logits of which its
-log probability is wanted."""
+Taken = tuple[RunningChoice, int | None, FinishReason | None, Text | None, NDArray[np.float32] | None]
+"""A token of a choice (None: it ends without), why it is the last one if it is, its text if that is known already, and
+the logits of which its log probability is wanted."""
+
+Scores = tuple[Job, int, NDArray[np.float32]]
+"""Logits [tokens, vocabulary] that say how likely tokens of a request's prompt are, and the first of these."""
 
 
 class Writer:
@@ -25,15 +28,15 @@ class Writer:
     def __init__(self, meter: Meter, finished: Callable[[Job, float], None]) -> None:
         """`finished` is called with each job of which all is written, and the time at which its last token came."""
         self._meter, self._finished = meter, finished
-        self._steps: deque[tuple[int, float, list[Taken]]] = deque()
+        self._steps: deque[tuple[int, float, list[Taken], list[Scores]]] = deque()
 
     def __bool__(self) -> bool:
         """Whether anything waits to be written."""
         return bool(self._steps)
 
-    def put(self, group: int, now: float, taken: list[Taken]) -> None:
-        """Keep what a step of a group of slots has drawn, which came `now`."""
-        self._steps.append((group, now, taken))
+    def put(self, group: int, now: float, taken: list[Taken], scores: list[Scores]) -> None:
+        """Keep what a step of a group of slots has drawn, and says of prompts, which came `now`."""
+        self._steps.append((group, now, taken, scores))
 
     def holds(self, group: int) -> bool:
         """Whether something waits that a step of this group has drawn."""
@@ -42,7 +45,9 @@ class Writer:
     def write(self) -> None:
         """Write all that waits."""
         while self._steps:
-            _, now, taken = self._steps.popleft()
+            _, now, taken, scores = self._steps.popleft()
+            for job, first, logits in scores:
+                job.score(first, logits)
             self._write(now, taken)
 
     def _write(self, now: float, taken: list[Taken]) -> None:
@@ -53,7 +58,7 @@ class Writer:
             job = choice.job
             piece = choice.write(token, reason, text, logits)
             pieces.setdefault(job.generation, []).append(piece)
-            if choice.number == 0:
+            if choice.number == 0 and token is not None:
                 if job.token_times:
                     before.append(job.token_times[-1])
                 else:

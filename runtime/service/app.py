@@ -13,7 +13,17 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.service import chat, completions, embeddings, schema, scoring, tokens
+from stageline.runtime.service import (
+    chat,
+    completions,
+    embeddings,
+    moderations,
+    pooling,
+    responses,
+    schema,
+    scoring,
+    tokens,
+)
 from stageline.runtime.service.errors import ApiError, from_stageline, from_validation, json_response
 from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
@@ -21,6 +31,7 @@ from stageline.runtime.service.model import Model
 from stageline.runtime.service.noted import note_model
 from stageline.runtime.service.origin import HostMiddleware
 from stageline.runtime.service.request_log import RequestIdMiddleware
+from stageline.runtime.service.responses_schema import ResponsesRequest
 from stageline.runtime.service.server_sent_events import PING_S, PingMiddleware
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -113,6 +124,11 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         """Continuations of prompts, whole or as server-sent events."""
         return await completions.complete(generating(body.model), body)
 
+    @app.post("/v1/responses")
+    async def responses_(body: ResponsesRequest) -> Response:
+        """The next message of a chat, in OpenAI's newer form, whole or as server-sent events."""
+        return await responses.respond(generating(body.model), body)
+
     @app.post("/v1/embeddings")
     async def embeddings_(body: schema.EmbeddingRequest) -> Response:
         """A vector for each text."""
@@ -134,6 +150,17 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
     async def classify(body: schema.ClassifyRequest) -> Response:
         """A score for each label of each text."""
         return await scoring.classify(model_of(body.model, "classifies"), body)
+
+    @app.post("/v1/moderations")
+    async def moderations_(body: moderations.ModerationRequest) -> Response:
+        """Which of a classifier's labels apply to each text."""
+        first = next((name for name, model in models.items() if model.classifies), next(iter(models)))
+        return await moderations.moderate(model_of(body.model or first, "classifies"), body)
+
+    @app.post("/pooling")
+    async def pooling_(body: pooling.PoolingRequest) -> Response:
+        """What a model computes of each text."""
+        return await pooling.pool(model_of(body.model, "pools"), body)
 
     @app.post("/tokenize")
     async def tokenize(body: schema.TextOrChat) -> Response:
@@ -186,10 +213,13 @@ def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:
     known = {
         "/v1/chat/completions": list(schema.ChatRequest.model_fields),
         "/v1/completions": list(schema.CompletionRequest.model_fields),
+        "/v1/responses": list(ResponsesRequest.model_fields),
         "/v1/embeddings": list(schema.EmbeddingRequest.model_fields),
         **{route: list(schema.RerankRequest.model_fields) for route in ("/rerank", "/v1/rerank", "/v2/rerank")},
         "/score": list(schema.ScoreRequest.model_fields),
         "/classify": list(schema.ClassifyRequest.model_fields),
+        "/v1/moderations": list(moderations.ModerationRequest.model_fields),
+        "/pooling": list(pooling.PoolingRequest.model_fields),
         "/detokenize": list(schema.DetokenizeRequest.model_fields),
     }
 

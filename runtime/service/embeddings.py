@@ -3,7 +3,7 @@
 import asyncio
 import base64
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from stageline.models.errors import RequestError
@@ -26,7 +26,7 @@ _INPUT_TYPES = {
 
 async def embed(model: Model, body: EmbeddingRequest) -> Response:
     """Respond with a float32 vector for each input, as numbers or as little-endian bytes in base64."""
-    inputs = await asyncio.to_thread(_arrays, model, body)
+    inputs = await asyncio.to_thread(arrays, model, body)
     counts = inputs["attention_mask"].sum(axis=1)
     names = {spec.name for spec in model.pipeline.signature.inputs}
     given = {name: array for name, array in inputs.items() if name in names}
@@ -43,7 +43,7 @@ def check_count(texts: Sequence[Any], param: str) -> None:
         raise ApiError(400, f"{param} holds {len(texts)} texts; send 1 to {MAX_INPUTS}", param=param)
 
 
-def _arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
+def arrays(model: Model, body: EmbeddingRequest) -> dict[str, Array]:
     """The model's inputs by name, int64 [inputs, length]."""
     given = each(body.input)
     check_count(given, "input")
@@ -78,7 +78,7 @@ def _prompt_of(model: Model, input_type: str, prompt: str | None) -> str | None:
     raise ApiError(400, f"there is no prompt for input_type {input_type!r}; {known}", param="input_type")
 
 
-def _cut(vectors: Array, dimensions: int) -> Array:
+def cut(vectors: Array, dimensions: int) -> Array:
     """The first `dimensions` numbers of vectors [inputs, width], each vector with length one again."""
     width = vectors.shape[1]
     if dimensions > width:
@@ -89,15 +89,20 @@ def _cut(vectors: Array, dimensions: int) -> Array:
     return result
 
 
+def written(values: Array, encoding: Literal["float", "base64"]) -> Any:
+    """Numbers as lists, or their bytes, little-endian float32, in base64."""
+    if encoding == "float":
+        return values.tolist()
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
 def _answer(model: Model, body: EmbeddingRequest, vectors: Array, tokens: int) -> bytes:
     if body.dimensions is not None:
-        vectors = _cut(vectors, body.dimensions)
+        vectors = cut(vectors, body.dimensions)
 
-    def written(vector: Array) -> Any:
-        if body.encoding_format == "float":
-            return vector.tolist()
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-
-    data = [{"object": "embedding", "index": i, "embedding": written(vector)} for i, vector in enumerate(vectors)]
+    data = [
+        {"object": "embedding", "index": i, "embedding": written(vector, body.encoding_format)}
+        for i, vector in enumerate(vectors)
+    ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return as_json({"object": "list", "data": data, "model": model.name, "usage": usage})

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Self
 
-from stageline.runtime.generation.request import MAX_CHOICES, Completion, Delta, GenerationRequest
+from stageline.runtime.generation.request import MAX_CHOICES, Completion, Delta, GenerationRequest, TokenLogprob
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.service.errors import ApiError
 from stageline.runtime.service.model import Model
@@ -73,6 +73,10 @@ class Generations:
             for task in coming:
                 task.cancel()
             self.cancel()
+
+    def prompt_logprobs(self, number: int) -> list[TokenLogprob | None]:
+        """Those of a prompt, once a piece of it has come."""
+        return self._all[number].prompt_logprobs
 
     def usage(self) -> dict[str, int]:
         """Token counts of the prompts and of the pieces so far."""

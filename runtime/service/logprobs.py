@@ -1,6 +1,7 @@
 """Log probabilities in the formats of chats and of completions, the end token included."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from stageline.runtime.generation.request import TokenLogprob
@@ -38,6 +39,27 @@ def of_completion(model: Model, tokens: Sequence[TokenLogprob], offset: int) -> 
         ],
         "text_offset": [offset + sum(lengths[:place]) for place in range(len(tokens))],
     }
+
+
+def of_prompt(
+    model: Model, texts: Sequence[str], tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+) -> dict[str, Any]:
+    """The same of a prompt, of which each token has a text. The first one's log probability is null."""
+    known = [replace(one, text=text) for one, text in zip(logprobs, texts, strict=True) if one is not None]
+    found = of_completion(model, known, len(texts[0]))
+    first = model.special_name(tokens[0])
+    before = {
+        "tokens": [texts[0] if first is None else first],
+        "token_logprobs": [None],
+        "top_logprobs": [None],
+        "text_offset": [0],
+    }
+    return joined(before, found)
+
+
+def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The lists of a completion's tokens, one after the other."""
+    return {name: [*values, *after[name]] for name, values in before.items()}
 
 
 def _name(model: Model, drawn: TokenLogprob, token: int) -> str:

@@ -57,6 +57,11 @@ class Model:
         return self.classifies or self.embeds
 
     @property
+    def pools(self) -> bool:
+        """Whether it answers with what it computes of a text."""
+        return self.classifies or self.embeds
+
+    @property
     def routes(self) -> str:
         """Where to send requests."""
         if self.generates:

@@ -33,7 +33,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],), "early_stopping": (False,), "echo": (False,),
     "function_call": ("none", "auto"), "functions": ([],),
     "include_stop_str_in_output": (False,), "length_penalty": (1, 1.0), "logit_bias": ({},), "logprobs": (False,),
-    "priority": (0,), "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
+    "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
     "response_format": ({"type": "text"},), "seed": (-1,), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "suffix": ("",), "tool_calls": ([],), "tools": ([],),
     "use_beam_search": (False,), "verbosity": ("medium",),
@@ -62,13 +62,20 @@ class _Body(BaseModel):
         left = {
             name: value
             for name, value in values.items()
-            if not (name in IGNORED or value is None or (name not in needed and _neutral(name, value)))
+            if not (
+                (name in IGNORED and name not in cls.model_fields)
+                or value is None
+                or (name not in needed and _neutral(name, value))
+            )
         }
         dropped = UNKNOWN_DROPPED.get()
         if dropped is None:
             return left
         dropped.extend(str(name) for name in left if name not in cls.model_fields)
         return {name: value for name, value in left.items() if name in cls.model_fields}
+
+
+Body = _Body  # for the requests of other modules
 
 
 def _neutral(name: str, value: Any) -> bool:
@@ -107,6 +114,7 @@ class Generating(_Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool = False
+    priority: int = 0
     stop_token_ids: list[int] = Field(default_factory=list)
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None  # OpenAI's, of chats
@@ -115,10 +123,11 @@ class Generating(_Body):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Keywords for the runtime's `Sampling`."""
+        """Keywords for `Pipeline.request`."""
         names = (
             "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "max_tokens",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
+            "priority",
         )  # fmt: skip
         bias = tuple(((int(token),), bias) for token, bias in self.logit_bias.items())
         top_k = 0 if self.top_k == -1 else self.top_k
@@ -266,6 +275,8 @@ class CompletionRequest(Generating):
     logprobs: int | None = None
     max_tokens: int | None = _DEFAULT_COMPLETION_TOKENS
     best_of: int | None = None
+    echo: bool = False
+    """Put the prompt before each text, and with `logprobs` its tokens before those of each choice."""
 
     @validator(mode="after")
     def _best_of_all(self) -> "CompletionRequest":
@@ -276,7 +287,12 @@ class CompletionRequest(Generating):
     @property
     def sampling(self) -> dict[str, Any]:
         """Keywords for the runtime's `Sampling`."""
-        return {**super().sampling, "logprobs": self.logprobs}
+        of_prompt = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return {
+            **super().sampling,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": (self.logprobs or 0) if of_prompt else None,
+        }
 
 
 class EmbeddingRequest(_Body):

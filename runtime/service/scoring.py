@@ -52,13 +52,19 @@ async def score(model: Model, body: ScoreRequest) -> Response:
 async def classify(model: Model, body: ClassifyRequest) -> Response:
     """Respond with each text's scores, and the name of the highest."""
     texts = [body.input] if isinstance(body.input, str) else body.input
-    values, tokens = await _scores(model, texts, None, "input", truncate=body.truncate)
-    labels = model.pipeline.bundle.manifest.labels or tuple(f"LABEL_{i}" for i in range(values.shape[1]))
+    values, tokens = await classifier_scores(model, texts, None, "input", truncate=body.truncate)
+    labels = labels_of(model)
     data = [
         {"index": place, "label": labels[int(row.argmax())], "probs": row.tolist(), "num_classes": len(row)}
         for place, row in enumerate(values)
     ]
     return json_response({**_head("classify", model), "data": data, "usage": _usage(tokens)})
+
+
+def labels_of(model: Model) -> tuple[str, ...]:
+    """The names of a classifier's labels."""
+    (logits,) = (spec for spec in model.pipeline.signature.outputs if spec.name == "logits")
+    return model.pipeline.bundle.manifest.labels or tuple(f"LABEL_{i}" for i in range(int(logits.shape[-1])))
 
 
 async def _relevance(
@@ -72,14 +78,14 @@ async def _relevance(
         units = vectors.astype(np.float64)
         units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
         return (units[[places[text] for text in first]] * units[len(places) :]).sum(axis=1), tokens
-    values, tokens = await _scores(model, first, second, param, truncate=True)
+    values, tokens = await classifier_scores(model, first, second, param, truncate=True)
     if values.shape[1] != 1:
         labels = f"gives {values.shape[1]} scores for a text, a reranker gives one; send the request to /classify"
         raise ApiError(400, f"the model {model.name!r} {labels}", param="model")
     return values[:, 0], tokens
 
 
-async def _scores(
+async def classifier_scores(
     model: Model, texts: Sequence[str], pairs: Sequence[str] | None, param: str, truncate: bool
 ) -> tuple[np.ndarray[Any, Any], int]:
     """A classifier's scores, float64 [texts, labels], and the tokens read."""

@@ -1,5 +1,6 @@
 """Text becomes arrays, and what cannot become one is refused in one line."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from stageline.models.errors import CheckpointError, RequestError
 from stageline.models.tokenizer import TextEncoder
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 PAD, UNK, CLS, SEP, A, B, C = range(7)
 MINILM = Path("models/checkpoints/minilm/tokenizer.json")
@@ -128,3 +129,37 @@ def test_tokens_that_decode_leaves_out_are_reported(encoder: TextEncoder) -> Non
     left_out = [token for token in (PAD, UNK, CLS, SEP, A, B, C, 1000) if encoder.leaves_out(token)]
     assert left_out == [PAD, UNK, CLS, SEP, 1000]
     assert encoder.decode([A, 1000, B]) == "a b"
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """A token for each byte, and a special one before each text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "<|im_start|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(letters))])
+    return tokenizer
+
+
+def metaspace_tokenizer() -> Tokenizer:
+    """Words with the blank before them, in the manner of SentencePiece."""
+    words = ["<unk>", "\u2581a", "\u2581cat", "\u2581sat"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "pieces"),
+    [
+        (bytes_tokenizer, "a\u00e9 \U0001f642b", ["", "a", "", "\u00e9", " ", "", "", "", "\U0001f642", "b"]),
+        (bytes_tokenizer, "<|im_start|>a", ["", "<|im_start|>", "a"]),
+        (bytes_tokenizer, "", [""]),
+        (metaspace_tokenizer, "a cat  sat ", ["a", " cat", " ", " sat", " "]),
+    ],
+)
+def test_each_token_has_a_piece_of_its_text(make: Callable[[], Tokenizer], text: str, pieces: list[str]) -> None:
+    encoder = TextEncoder(make(), 100, 0)
+    assert encoder.pieces(text) == (encoder.ids(text), pieces)

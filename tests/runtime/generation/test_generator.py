@@ -237,17 +237,20 @@ def test_tokens_are_right_whenever_requests_come_and_whichever_are_cancelled(
 
 
 def test_tokens_are_right_where_rows_are_set_back_for_want_of_blocks(
-    bundles: Callable[[int], Path], want: Callable[..., tuple[int, ...]]
+    bundles: Callable[[int], Path], model: LlamaForCausalLM, want: Callable[..., tuple[int, ...]]
 ) -> None:
     manifest = Bundle.open(bundles(2)).manifest
     values = sum(spec.heads * (spec.key_size + spec.value_size) for stage in manifest.stages for spec in stage.caches)
     memory = values * 4 * 160  # 5 blocks of 32 tokens
     prompts = [prompt for seed in range(200, 220) if len(want(prompt := prompt_of(seed, 30), MOST)) > 6][:6]
     with Pipeline.open(bundles(2), engine="openvino", slots=6, cache_memory=memory) as pipeline:
-        futures = [pipeline.submit(request(prompt, max_tokens=MOST)) for prompt in prompts]
+        futures = [pipeline.submit(request(prompt, max_tokens=MOST, prompt_logprobs=0)) for prompt in prompts]
         assert [tokens_of(future) for future in futures] == [want(prompt, MOST) for prompt in prompts]
         stats = eventually(pipeline, lambda stats: stats.running == 0)
         assert stats.set_back > 0
+        for prompt, future in zip(prompts, futures, strict=True):  # computed once more, but known once
+            found = future.result().prompt_logprobs
+            check_logprobs(found[1:], log_softmax(model, prompt[:1], prompt[1:]), prompt[1:], 0)
 
 
 def eventually(pipeline: Pipeline, holds: Callable[[Any], bool]) -> Any:
@@ -272,6 +275,96 @@ def test_logprobs_are_torchs_log_softmax(bundles: Callable[[int], Path], model: 
                 assert entry.logprob == pytest.approx(expected[place, entry.token_id], abs=1e-4)
                 best = np.sort(expected[place])[::-1][:4]
                 np.testing.assert_allclose([value for _, value in entry.top], best, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "stages", "slots", "chunk"),
+    [
+        ("onnxruntime", 1, 5, 64), ("onnxruntime", 2, 2, 1), ("onnxruntime", 3, 4, 7),
+        ("openvino", 1, 2, 7), ("openvino", 2, 5, 64), ("openvino", 3, 4, 7), ("hooked", 2, 4, 7),
+    ],
+)  # fmt: skip
+def test_logprobs_of_prompts_are_torchs_log_softmax(
+    bundles: Callable[[int], Path],
+    model: LlamaForCausalLM,
+    want: Callable[..., tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    stages: int,
+    slots: int,
+    chunk: int,
+) -> None:
+    """Beside prompts of which none are asked for, and with rows that decode; `hooked`: steps of ranges of slots."""
+
+    def of_ranges(stage: StageFile, device: Device, **settings: Any) -> Engine:
+        opened = Hooked(engine_factory("onnxruntime")(stage, device, **settings), 0, lambda *_: None, lambda *_: None)
+        opened.packs = False
+        return opened
+
+    monkeypatch.setitem(ENGINES, "hooked", lambda: of_ranges)
+    with Pipeline.open(bundles(stages), engine=engine, slots=slots, prefill_chunk=chunk) as pipeline:
+        asked = [
+            {"max_tokens": place % 3, "prompt_logprobs": place % 2 * 3, "n": 1 + place % 2}
+            for place in range(len(PROMPTS))
+        ]
+        beside = [pipeline.submit(request(prompt)) for prompt in PROMPTS[3:7]]
+        futures = [pipeline.submit(request(prompt, **more)) for prompt, more in zip(PROMPTS, asked, strict=True)]
+        assert [tokens_of(future) for future in beside] == [want(prompt, 10) for prompt in PROMPTS[3:7]]
+        for prompt, more, future in zip(PROMPTS, asked, futures, strict=True):
+            completion = future.result(SECONDS)
+            drawn = want(prompt, MOST)[: more["max_tokens"]]
+            assert [choice.token_ids for choice in completion.choices] == [drawn] * more["n"]
+            if not drawn:
+                assert completion.choices[0].finish_reason == "length"
+                assert completion.choices[0].text == ""
+            nothing, *found = completion.prompt_logprobs
+            assert nothing is None
+            check_logprobs(found, log_softmax(model, prompt[:1], prompt[1:]), prompt[1:], more["prompt_logprobs"])
+        stats = eventually(pipeline, lambda stats: stats.running == 0)
+        assert stats.generated_tokens == sum(
+            len(choice.token_ids) for future in (*beside, *futures) for choice in future.result().choices
+        )
+
+
+def check_logprobs(found: Sequence[Any], expected: Array, tokens: Sequence[int], count: int) -> None:
+    """Log probabilities of tokens, with the `count` likeliest, against torch's [tokens, vocabulary]."""
+    assert [entry.token_id for entry in found] == list(tokens)
+    for row, entry in zip(expected, found, strict=True):
+        assert entry.logprob == pytest.approx(row[entry.token_id], abs=1e-4)
+        np.testing.assert_allclose([value for _, value in entry.top], np.sort(row)[::-1][:count], atol=1e-4)
+
+
+def test_a_prompt_in_the_cache_is_computed_again_for_its_logprobs(
+    bundles: Callable[[int], Path], model: LlamaForCausalLM
+) -> None:
+    prompt = PROMPTS[7]
+    for engine in ("onnxruntime", "openvino"):
+        with Pipeline.open(bundles(2), engine=engine, slots=2, prefill_chunk=16) as pipeline:
+            plain = [pipeline.submit(request(prompt)).result(SECONDS) for _ in range(2)][1]
+            scored = pipeline.submit(request(prompt, prompt_logprobs=0)).result(SECONDS)
+            again = pipeline.submit(request(prompt)).result(SECONDS)
+        assert (plain.cached_tokens > 30, scored.cached_tokens, again.cached_tokens > 30) == (True, 0, True)
+        assert plain.choices == scored.choices == again.choices
+        check_logprobs(scored.prompt_logprobs[1:], log_softmax(model, prompt[:1], prompt[1:]), prompt[1:], 0)
+
+
+def test_a_broken_logit_of_a_prompt_fails_its_request(hooked: Callable[..., Pipeline]) -> None:
+    def after(stage: int, values: Mapping[str, Array]) -> None:
+        if "logits" in values and len(values["logits"]) > 5:
+            values["logits"][4, 0, 5] = np.nan
+
+    with hooked(1, after=after, slots=3) as pipeline:
+        with pytest.raises(EngineError, match="the largest logit of prompt token 5 is nan"):
+            pipeline.submit(request(PROMPTS[6], prompt_logprobs=0)).result(SECONDS)
+        assert len(tokens_of(pipeline.submit(request(PROMPTS[6])))) == 10
+
+
+def test_logprobs_of_a_prompt_are_there_before_the_first_piece(bundles: Callable[[int], Path]) -> None:
+    with Pipeline.open(bundles(2), prefill_chunk=8) as pipeline:
+        generation = pipeline.generate(PROMPTS[7], max_tokens=3, n=2, prompt_logprobs=1)
+        for _ in generation:
+            assert len(generation.prompt_logprobs) == len(PROMPTS[7])
+        assert generation.result().prompt_logprobs == tuple(generation.prompt_logprobs)
 
 
 def test_a_half_precision_cache_is_close(bundles: Callable[[int], Path], model: LlamaForCausalLM) -> None:
@@ -506,6 +599,25 @@ def test_a_full_queue_says_so_or_waits(
         gate.opened.set()
         futures.append(patient.result(SECONDS))
         assert [tokens_of(future) for future in futures] == [want(prompt, 10) for prompt in PROMPTS[:3]]
+
+
+def test_of_those_that_wait_the_lowest_priority_goes_first(hooked: Callable[..., Pipeline], gate: Gate) -> None:
+    order: list[int] = []
+    with hooked(1, gate, slots=1) as pipeline:
+        pipeline.submit(request(PROMPTS[3]))
+        assert gate.entered.wait(SECONDS)
+        futures = []
+        for number, priority in enumerate((1, 0, 2, -5, 0)):
+            asked = pipeline.request(PROMPTS[4], max_tokens=2, priority=priority)
+            futures.append(pipeline.submit(asked))
+            futures[-1].add_done_callback(lambda _, number=number: order.append(number))
+        eventually(pipeline, lambda stats: stats.waiting == 5)
+        gate.opened.set()
+        for future in futures:
+            future.result(SECONDS)
+        assert order == [3, 1, 4, 0, 2]
+        with pytest.raises(RequestError, match="priority is 'high'"):
+            pipeline.request(PROMPTS[4], priority="high")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stages", [1, 3])

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.continuation import Continuation
+from stageline.runtime.generation.inputs import step_inputs
 from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.slots import MIN_SHARED
-from stageline.runtime.generation.steps import Step, chosen
+from stageline.runtime.generation.steps import Step, chosen, scored
 
 GARBAGE = -1  # what a failed step leaves, padding, and anything computed on top of them
 
@@ -37,9 +38,17 @@ class Machine:
         self.finished: list[Continuation] = []
         self.random = random.Random(seed)
         self.steps: list[Step] = []
+        self.scored: dict[Continuation, int] = {}  # tokens of its prompt whose logits were asked for
 
-    def add(self, prompt: Sequence[int], length: int, leader: Continuation | None = None) -> Continuation:
-        continuation = Continuation(list(prompt), len(prompt), leader)
+    def add(
+        self,
+        prompt: Sequence[int],
+        length: int,
+        leader: Continuation | None = None,
+        scores: bool = False,
+        priority: int = 0,
+    ) -> Continuation:
+        continuation = Continuation(list(prompt), len(prompt), leader, scores, priority)
         self.lengths[continuation] = length
         self.scheduler.add(continuation)
         return continuation
@@ -66,6 +75,7 @@ class Machine:
             assert row.start + (row.count if scheduler.packs else step.length) <= scheduler.capacity
             self.issued[placed] = row.start + row.count
             assert row.last == (row.start + row.count == len(continuation.tokens))
+        self.check_picks(step)
         under_way = [*self.flying, step]
         assert sum(s.kind != "decode" for s in under_way) <= scheduler.prefills
         if step.kind != "prefill":
@@ -74,6 +84,29 @@ class Machine:
             self.check_packed(step)
         else:
             self.check_range(step, slots)
+
+    def check_picks(self, step: Step) -> None:
+        """Logits are asked for where they are said to lie, and of a prompt's tokens once in their order."""
+        inputs, _ = step_inputs(step)
+        asked = inputs["logits_at"]
+        tokens = [(row.continuation, row.start + place) for row in step.rows for place in range(row.count)]
+        if step.first_slot is None:
+            found = [tokens[number] for number in asked[:, 0]]
+        else:
+            of = {row.slot - step.first_slot: row for row in step.rows}
+            found = [
+                (of[slot].continuation, of[slot].start + number) if slot in of else None
+                for slot, numbers in enumerate(asked.tolist())
+                for number in numbers
+            ]
+        wanted = [(row.continuation, row.start + row.count - 1) for row in step.rows if row.last]
+        assert [found[place] for place, _ in chosen(step)] == wanted
+        for continuation, first, places in scored(step):
+            assert continuation.scores
+            assert first == self.scored.get(continuation, 0) + 1
+            self.scored[continuation] = first + places.stop - places.start - 1
+            before = range(first - 1, self.scored[continuation])
+            assert found[places] == [(continuation, place) for place in before]
 
     def check_packed(self, step: Step) -> None:
         assert (step.first_slot, step.batch, step.length) == (None, sum(row.count for row in step.rows), 1)
@@ -139,6 +172,9 @@ class Machine:
             assert self.issued[continuation, continuation.placed_at] == len(continuation.tokens) - 1
             self.scheduler.end(continuation)
             self.finished.append(continuation)
+            if continuation.scores:
+                assert continuation.shared == 0
+                assert self.scored.get(continuation, 0) == continuation.prompt_length - 1
             del self.lengths[continuation]
 
     def cancel(self, continuation: Continuation, keep: int | None = None) -> None:
@@ -199,16 +235,16 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(
         common=st.integers(0, 60), kind=st.integers(0, 1), own=st.integers(0, 20), more=st.integers(1, 12),
-        n=st.sampled_from([1, 1, 1, 2, 3]),
+        n=st.sampled_from([1, 1, 1, 2, 3]), scores=st.booleans(), priority=st.sampled_from([0, 0, 0, -1, 2]),
     )  # fmt: skip
-    def add(self, common: int, kind: int, own: int, more: int, n: int) -> None:
+    def add(self, common: int, kind: int, own: int, more: int, n: int, scores: bool, priority: int) -> None:
         machine = self.machine
         tail = [machine.random.randrange(3) for _ in range(own)]
         prompt = ([kind] * common + tail or [0])[: machine.scheduler.capacity]
         length = min(len(prompt) + more, machine.scheduler.capacity + 1)
-        leader = machine.add(prompt, length)
+        leader = machine.add(prompt, length, None, scores, priority)
         for _ in range(n - 1):
-            machine.add(prompt, length, leader)
+            machine.add(prompt, length, leader, False, priority)
 
     @rule()
     def issue(self) -> None:
@@ -584,3 +620,13 @@ def test_other_groups_go_on_where_the_slots_were() -> None:
     assert (step.kind, [row.slot for row in step.rows]) == ("decode", [0, 1, 2, 3])
     machine.settle()
     assert len(machine.finished) == 4
+
+
+def test_those_that_wait_go_by_priority_then_as_they_came() -> None:
+    machine = Machine(Scheduler(1, 64, 1, 64, 1))
+    running = machine.add([1] * 5, 8)
+    machine.issue()
+    wanted = [machine.add([2] * 5, 8, None, False, priority) for priority in (0, 3, -1, 0, 3, -1)]
+    machine.settle()
+    order = [wanted[i] for i in (2, 5, 0, 3, 1, 4)]
+    assert machine.finished == [running, *order]

@@ -98,6 +98,29 @@ def _pooled_bert(make_checkpoint: Callable[..., Path], folder: Path) -> None:
     export(bert, folder / "bundle", stages=2)
 
 
+def _classifier(folder: Path, make_checkpoint: Callable[..., Path], labels: int) -> None:
+    """A tiny random BERT that classifies, and its bundle."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    checkpoint = make_checkpoint(folder / "checkpoint", architectures=["BertForSequenceClassification"])
+    config = BertConfig.from_pretrained(checkpoint, num_labels=labels, architectures=["BertForSequenceClassification"])
+    torch.manual_seed(3)
+    model = BertForSequenceClassification(config)
+    torch.nn.init.normal_(model.classifier.weight, std=1.0)
+    model.save_pretrained(checkpoint)
+    export(checkpoint, folder / "bundle", stages=2, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def classifiers(make_checkpoint: Callable[..., Path], made_once: Callable[..., Path]) -> dict[str, Path]:
+    """Folders with a `checkpoint` and its `bundle`: of a `reranker`, and of a `classifier` of three labels."""
+    return {
+        name: made_once(f"service-{name}", lambda folder, labels=labels: _classifier(folder, make_checkpoint, labels))
+        for name, labels in (("reranker", 1), ("classifier", 3))
+    }
+
+
 class Hooked:
     """An engine that calls `Faults.step` after each step, with what it read and what it computed."""
 

@@ -1,7 +1,7 @@
 """Rerankers, classifiers and tokens over HTTP, against transformers, sentence-transformers and the tokenizer."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +10,17 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from sentence_transformers import CrossEncoder
-from stageline.exporter.export import export
 from stageline.runtime.pipeline import Pipeline
 from stageline.runtime.service.app import create_app
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 QUERY, DOCUMENTS = "cat sat", ["a dog", "dog ran on a dog", "a cat sat on a dog", "cat"]
 
 
-def made(folder: Path, make_checkpoint: Callable[..., Path], labels: int) -> None:
-    """A tiny random BERT that classifies, and its bundle."""
-    checkpoint = make_checkpoint(folder / "checkpoint", architectures=["BertForSequenceClassification"])
-    config = BertConfig.from_pretrained(checkpoint, num_labels=labels, architectures=["BertForSequenceClassification"])
-    torch.manual_seed(3)
-    model = BertForSequenceClassification(config)
-    torch.nn.init.normal_(model.classifier.weight, std=1.0)
-    model.save_pretrained(checkpoint)
-    export(checkpoint, folder / "bundle", stages=2, dtype="float32")
-
-
 @pytest.fixture(scope="module")
-def folders(make_checkpoint: Callable[..., Path], made_once: Callable[..., Path]) -> dict[str, Path]:
-    return {
-        name: made_once(f"service-{name}", lambda folder, labels=labels: made(folder, make_checkpoint, labels))
-        for name, labels in (("reranker", 1), ("classifier", 3))
-    }
-
-
-@pytest.fixture(scope="module")
-def client(folders: dict[str, Path], bundles: dict[str, Path]) -> Iterator[TestClient]:
+def client(classifiers: dict[str, Path], bundles: dict[str, Path]) -> Iterator[TestClient]:
     opened = {
-        **{name: Pipeline.open(folder / "bundle") for name, folder in folders.items()},
+        **{name: Pipeline.open(folder / "bundle") for name, folder in classifiers.items()},
         **{name: Pipeline.open(bundle) for name, bundle in bundles.items()},
     }
     try:
@@ -50,8 +30,8 @@ def client(folders: dict[str, Path], bundles: dict[str, Path]) -> Iterator[TestC
             pipeline.close()
 
 
-def test_documents_are_ranked_as_a_cross_encoder_ranks_them(client: TestClient, folders: dict[str, Path]) -> None:
-    encoder = CrossEncoder(str(folders["reranker"] / "checkpoint"), device="cpu")
+def test_documents_are_ranked_as_a_cross_encoder_ranks_them(client: TestClient, classifiers: dict[str, Path]) -> None:
+    encoder = CrossEncoder(str(classifiers["reranker"] / "checkpoint"), device="cpu")
     encoder.tokenizer.pad_token = encoder.tokenizer.convert_ids_to_tokens(0)
     want = encoder.predict([(QUERY, document) for document in DOCUMENTS])
     order = np.argsort(-want)
@@ -70,8 +50,8 @@ def test_documents_are_ranked_as_a_cross_encoder_ranks_them(client: TestClient, 
     assert client.post("/score", json=newer).json()["data"] == scores["data"]
 
 
-def test_labels_are_those_of_transformers(client: TestClient, folders: dict[str, Path]) -> None:
-    checkpoint = folders["classifier"] / "checkpoint"
+def test_labels_are_those_of_transformers(client: TestClient, classifiers: dict[str, Path]) -> None:
+    checkpoint = classifiers["classifier"] / "checkpoint"
     model, tokenizer = (
         AutoModelForSequenceClassification.from_pretrained(checkpoint),
         AutoTokenizer.from_pretrained(checkpoint),

@@ -77,3 +77,14 @@ def test_a_structure_too_complex_to_go_on_with_is_400(client: openai.OpenAI) -> 
         client.completions.create(
             model="bytes", prompt="x", extra_body={"structured_outputs": {"regex": "(x{1000}){1000}"}}
         )
+
+
+def test_responses_are_parsed(client: openai.OpenAI) -> None:
+    answer = client.responses.parse(model="bytes", input="x", text_format=Pair, temperature=1.5)
+    assert isinstance(answer.output_parsed, Pair)
+    assert answer.status == "completed"
+    format_: Any = {"type": "json_schema", "name": "yes", "schema": {"enum": ["yes", "no"]}, "strict": True}
+    with client.responses.stream(model="bytes", input="x", text={"format": format_}) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert json.loads(text) in ("yes", "no")
+        assert stream.get_final_response().output_text == text
