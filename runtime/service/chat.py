@@ -46,11 +46,12 @@ async def chat(model: Model, body: ChatRequest) -> Response:
 def _prepared(model: Model, body: ChatRequest) -> tuple[list[int], Answering, dict[str, Any]]:
     """The prompt, how its answer is read, and the keywords for `Sampling`."""
     sampling = body.sampling
-    if body.offered:
-        model.tool_format  # noqa: B018 - refuses tools before they are put into a prompt
+    form = (
+        model.tool_format if body.offered else None
+    )  # first: a template without tools would leave them out in silence
     messages = [message.for_template for message in body.messages]
     prompt = model.fitting(model.pipeline.chat_ids(messages, **body.template_variables))
-    answering = Answering.of(model, body, prompt, sampling["structure"])
+    answering = Answering.of(model, body, form, prompt, sampling["structure"])
     return prompt, answering, {**sampling, **answering.sampling}
 
 
