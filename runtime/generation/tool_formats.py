@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,9 @@ def tool_format(template: str) -> ToolFormat:
             "leave tools out, or set tool_choice to none"
         )
     if "[TOOL_CALLS]" in template:
-        return MISTRAL_NAMED if "[ARGS]" in template else MISTRAL
+        if "[ARGS]" in template:
+            return MISTRAL_NAMED
+        return replace(MISTRAL, opening="[TOOL_CALLS] [") if "[TOOL_CALLS] [" in template else MISTRAL
     if "<tool_call>" in template:
         return HERMES
     if "<|python_tag|>" in template or ('"parameters": ' in template and "<|start_header_id|>" in template):
@@ -90,7 +92,6 @@ def calls(
 
     RequestError for a schema that is none, or an answer that cannot be told from a call.
     """
-
     written = partial(_lark, encoder=encoder)
     call = " ".join(part for part in (written(form.before), "body", written(form.after)) if part)
     more = f" ({written(form.between)} call)*" if several and form.between is not None else ""
@@ -117,10 +118,9 @@ def calls(
 def _lark(text: str, encoder: TextEncoder) -> str:
     """A text in Lark. What the tokenizer has a token of its own for is that token: llguidance takes many of these for
     special even where the tokenizer does not."""
-    parts = re.split(f"({'|'.join(map(re.escape, encoder.added))})", text) if encoder.added else [text]
-    return " ".join(
-        f"<[{encoder.added[part]}]>" if part in encoder.added else json.dumps(part) for part in parts if part
-    )
+    tokens = {name: f"<[{token}]>" for name, token in encoder.added.items() if name in text}
+    parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
+    return " ".join(tokens.get(part) or json.dumps(part) for part in parts if part)
 
 
 def _schema(tool: Mapping[str, Any]) -> str:

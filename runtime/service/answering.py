@@ -29,10 +29,11 @@ class Answering:
     """The special tokens that tell the parts of an answer apart."""
 
     @classmethod
-    def of(cls, model: Model, body: ChatRequest, prompt: list[int], asked: Structure | None) -> Self:
-        """`asked`: the structure of the content. RequestError for tools that the model cannot call, or what cannot be
-        had together."""
-        form = model.tool_format if body.offered else None
+    def of(
+        cls, model: Model, body: ChatRequest, form: ToolFormat | None, prompt: list[int], asked: Structure | None
+    ) -> Self:
+        """`form`: how calls are written, where tools are offered. `asked`: the structure of the content. RequestError
+        for schemas that cannot be followed, or what cannot be had together."""
         several = body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool)
         reasons = _begun(model, body, prompt) if model.reasons else None
         structure = asked if form is None else _of_calls(model, body, form, several, asked)

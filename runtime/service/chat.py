@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from stageline.runtime.generation.answer import AnswerReader, Part
-from stageline.runtime.generation.request import Choice
+from stageline.runtime.generation.request import Choice, Completion
 from stageline.runtime.service.answering import Answering
 from stageline.runtime.service.errors import json_response
 from stageline.runtime.service.generations import Generations, usage
@@ -46,12 +46,18 @@ async def chat(model: Model, body: ChatRequest) -> Response:
 def _prepared(model: Model, body: ChatRequest) -> tuple[list[int], Answering, dict[str, Any]]:
     """The prompt, how its answer is read, and the keywords for `Sampling`."""
     sampling = body.sampling
-    if body.offered:
-        model.tool_format  # noqa: B018 - refuses tools before they are put into a prompt
+    form = (
+        model.tool_format if body.offered else None
+    )  # first: a template without tools would leave them out in silence
     messages = [message.for_template for message in body.messages]
     prompt = model.fitting(model.pipeline.chat_ids(messages, **body.template_variables))
-    answering = Answering.of(model, body, prompt, sampling["structure"])
+    answering = Answering.of(model, body, form, prompt, sampling["structure"])
     return prompt, answering, {**sampling, **answering.sampling}
+
+
+def _choices(model: Model, body: ChatRequest, answering: Answering, completion: Completion) -> list[dict[str, Any]]:
+    """Beside the event loop: to take long texts apart takes its time."""
+    return [_choice(model, body, answering, number, choice) for number, choice in enumerate(completion.choices)]
 
 
 def _choice(model: Model, body: ChatRequest, answering: Answering, number: int, choice: Choice) -> dict[str, Any]:

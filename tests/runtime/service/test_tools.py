@@ -146,7 +146,7 @@ def test_a_call_that_is_cut_off_ends_with_length(hermes: openai.OpenAI, says: An
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_demanded_call_comes_and_fits_its_schema(hermes: openai.OpenAI, choice: Any) -> None:
     """The weights are random."""
-    common: Any = {"model": "m", "messages": CHAT, "tools": TOOLS, "tool_choice": choice, "temperature": 1.5}
+    common: Any = {"model": "m", "messages": CHAT, "tools": TOOLS, "tool_choice": choice, "temperature": 1.5, "seed": 1}
     names = set()
     answer = hermes.chat.completions.create(**common, n=6, parallel_tool_calls=False)
     message, finish, _ = joined(hermes.chat.completions.create(**common, parallel_tool_calls=False, stream=True))
@@ -165,10 +165,12 @@ def test_a_demanded_call_comes_and_fits_its_schema(hermes: openai.OpenAI, choice
 
 def test_a_pydantic_tool_is_parsed(hermes: openai.OpenAI) -> None:
     tools = [openai.pydantic_function_tool(Weather)]
-    answer = hermes.chat.completions.parse(model="m", messages=CHAT, tools=tools, tool_choice="required", n=2)
+    answer = hermes.chat.completions.parse(
+        model="m", messages=CHAT, tools=tools, tool_choice="required", parallel_tool_calls=False, n=2, seed=1
+    )
     for choice in answer.choices:
-        for call in choice.message.tool_calls or ():
-            assert isinstance(call.function.parsed_arguments, Weather)
+        (call,) = choice.message.tool_calls or ()
+        assert isinstance(call.function.parsed_arguments, Weather)
 
 
 def test_the_history_has_calls_and_their_results(hermes: openai.OpenAI, says: Any) -> None:
@@ -187,7 +189,7 @@ def test_the_history_has_calls_and_their_results(hermes: openai.OpenAI, says: An
 def test_an_answer_of_a_schema_or_a_call(hermes: openai.OpenAI) -> None:
     """What agents ask for whose last answer has a type. The weights are random."""
     answer = hermes.chat.completions.create(
-        model="m", messages=CHAT, tools=TOOLS, parallel_tool_calls=False, n=12, temperature=2,
+        model="m", messages=CHAT, tools=TOOLS, parallel_tool_calls=False, n=12, temperature=2, seed=1,
         response_format={"type": "json_schema", "json_schema": {"name": "yes", "schema": {"enum": [1, 2]}}},
     )  # fmt: skip
     kinds = set()
@@ -295,7 +297,7 @@ def test_marks_of_other_formats_may_be_special_tokens(
                 says(text, template, tokens)
                 common["logprobs"] = True
             else:
-                common["tool_choice"] = "required"
+                common |= {"tool_choice": "required", "parallel_tool_calls": False, "seed": 1}
             answer = client.chat.completions.create(**common)
             (call, *_) = answer.choices[0].message.tool_calls or ()
             message, finish, _ = joined(client.chat.completions.create(**common, stream=True))
@@ -336,7 +338,8 @@ def test_a_structure_begins_after_the_reasoning(thinks: openai.OpenAI, begun: bo
     think, thought = tokens["tokens"]
     extra: Any = {"chat_template_kwargs": {"think": begun}}
     bias = {str(thought): 4, str(think): 4}
-    common: Any = {"model": "m", "messages": CHAT, "temperature": 1.5, "n": 6, "extra_body": extra, "logit_bias": bias}
+    common: Any = {"model": "m", "messages": CHAT, "temperature": 1.5, "n": 6, "seed": 1, "extra_body": extra}
+    common["logit_bias"] = bias
     schema = {"name": "yes", "schema": {"enum": ["yes", "no"]}}
     thoughts = 0
     for more in (
