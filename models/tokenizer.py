@@ -131,7 +131,7 @@ class TextEncoder:
 
     def pieces(self, text: str, special: bool = True) -> tuple[list[int], list[str]]:
         """The tokens of one text, with those that the tokenizer adds if `special`, and what of the text each of them is:
-        joined they are the text. What is between two tokens is the later one's. A character in several tokens is that
+        joined they are the text. What is between two tokens is the later one's; a character in several tokens is that
         of the last.
 
         Raises:
