@@ -130,7 +130,7 @@ class TextEncoder:
         return list(self._tokenizer.encode(checked, add_special_tokens=special).ids)
 
     def pieces(self, text: str, special: bool = True) -> tuple[list[int], list[str]]:
-        """The tokens of one text, with those that the tokenizer adds if `special`, and what of the text each of them is:
+        """The tokens of one text, with those that the tokenizer adds if `special`, and what of the text each one is:
         joined they are the text. What is between two tokens is the later one's; a character in several tokens is that
         of the last.
 
