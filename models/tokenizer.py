@@ -129,15 +129,16 @@ class TextEncoder:
         (checked,) = _inputs([text], None)
         return list(self._tokenizer.encode(checked, add_special_tokens=special).ids)
 
-    def pieces(self, text: str) -> tuple[list[int], list[str]]:
-        """The tokens of one text, with those that the tokenizer adds, and what of the text each of them is: joined they
-        are the text. What is between two tokens is the later one's. A character in several tokens is that of the last.
+    def pieces(self, text: str, special: bool = True) -> tuple[list[int], list[str]]:
+        """The tokens of one text, with those that the tokenizer adds if `special`, and what of the text each one is:
+        joined they are the text. What is between two tokens is the later one's; a character in several tokens is that
+        of the last.
 
         Raises:
             RequestError: it is not a text.
         """
         (checked,) = _inputs([text], None)
-        encoding = self._tokenizer.encode(checked)
+        encoding = self._tokenizer.encode(checked, add_special_tokens=special)
         begins, end = [], 0
         for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             begins.append(end if added else min(start, end))
@@ -157,6 +158,11 @@ class TextEncoder:
     def names(self, ids: Sequence[int]) -> list[str]:
         """How the vocabulary spells each of these tokens; empty for an id that it does not have."""
         return [str(self._tokenizer.id_to_token(i) or "") for i in ids]
+
+    def id_of(self, name: str) -> int | None:
+        """The token that the vocabulary spells so, if there is one."""
+        found: int | None = self._tokenizer.token_to_id(name)
+        return found
 
     def decode(self, ids: Sequence[int] | NDArray[np.int64], special: bool = False) -> str:
         """The text of these tokens [length], without the special ones unless they are asked for.

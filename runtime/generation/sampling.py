@@ -249,13 +249,11 @@ def _largest(values: NDArray[np.floating], edge: np.floating, count: int) -> NDA
 
 def logprob(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
     """The log probability of `token` and the `count` likeliest, of equally likely ones the lowest ids first."""
-    values = logits.astype(np.float64)
-    peak = values.max()
-    total = peak + np.log(np.exp(values - peak).sum())
-    count = min(count, len(logits))
+    peak = logits.max()
+    weights = np.subtract(logits, peak, dtype=np.float64)
+    total = float(peak) + float(np.log(np.exp(weights, out=weights).sum()))
     top: list[int] = []
     if count:
-        edge = np.partition(logits, -count)[-count]
-        ids = np.flatnonzero(_largest(logits, edge, count))
-        top = ids[np.argsort(-logits[ids], kind="stable")].tolist()
-    return TokenLogprob(token, float(values[token] - total), tuple((i, float(values[i] - total)) for i in top))
+        ids = _top(logits, min(count, len(logits)))
+        top = ids[np.argsort(-logits[ids], kind="stable")][:count].tolist()
+    return TokenLogprob(token, float(logits[token]) - total, tuple((i, float(logits[i]) - total) for i in top))

@@ -11,6 +11,7 @@ from typing import Any
 from stageline.runtime.generation.detokenize import TextStream
 from stageline.runtime.generation.request import Choice, TokenLogprob
 from stageline.runtime.service.errors import ApiError, json_response
+from stageline.runtime.service.fill_in import FillIn
 from stageline.runtime.service.generations import Generations, usage
 from stageline.runtime.service.logprobs import joined, of_completion, of_prompt
 from stageline.runtime.service.model import Model
@@ -62,10 +63,21 @@ def _prompts(model: Model, body: CompletionRequest) -> list[_Prompt]:
     given = each(body.prompt)
     if not given:
         raise ApiError(400, "prompt is an empty list; give a text", param="prompt")
-    prompts = [_echoed(model, one) if body.echo else _Prompt(_ids(model, one)) for one in given]
+    if body.suffix is not None:
+        prompts = [_Prompt(_fill_in(model).ids(one, body.suffix)) for one in given]
+    else:
+        prompts = [_echoed(model, one) if body.echo else _Prompt(_ids(model, one)) for one in given]
     for prompt in prompts:
         model.fitting(prompt.ids)
     return prompts
+
+
+def _fill_in(model: Model) -> FillIn:
+    found = FillIn.of(model.encoder)
+    if found is None:
+        message = f"the model {model.name!r} has no tokens to fill in the middle with, such as <|fim_prefix|>"
+        raise ApiError(400, f"{message}; leave suffix out", param="suffix")
+    return found
 
 
 def _ids(model: Model, prompt: str | list[int]) -> list[int]:

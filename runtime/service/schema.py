@@ -275,6 +275,8 @@ class CompletionRequest(Generating):
     logprobs: int | None = None
     max_tokens: int | None = _DEFAULT_COMPLETION_TOKENS
     best_of: int | None = None
+    suffix: str | None = None
+    """What comes after the completion, for models that fill in the middle."""
     echo: bool = False
     """Put the prompt before each text, and with `logprobs` its tokens before those of each choice."""
 
@@ -282,6 +284,8 @@ class CompletionRequest(Generating):
     def _best_of_all(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.n:
             raise PydanticCustomError("best_of", "best_of must equal n; ask for n choices and pick the best")
+        if self.suffix is not None and self.echo:
+            raise PydanticCustomError("suffix", "echo and suffix exclude each other; leave one of them out")
         return self
 
     @property

@@ -140,13 +140,37 @@ def test_unknown_parameters_are_left_out_where_the_service_says_so(
     serve: Callable[..., AbstractContextManager[Any]],
 ) -> None:
     with serve(unknown_parameters="ignore") as service:
-        stray = {"tool_servers": ["a"], "x\r\ny: z": 1, "echo": True}
+        stray = {"tool_servers": ["a"], "x\r\ny: z": 1, "use_beams": True}
         answer = service.post("completions", model="llama", prompt="a", max_tokens=2, **stray)
         assert answer.status_code == 200, answer.text
-        assert answer.headers["warning"] == '299 stageline "ignored: tool_servers, x??y: z, echo"'
+        assert answer.headers["warning"] == '299 stageline "ignored: tool_servers, x??y: z, use_beams"'
         assert "y" not in answer.headers
         assert "warning" not in service.post("completions", model="llama", prompt="a", max_tokens=2).headers
         for what in ({"prompt": "a"}, {"messages": CHAT}):
             answer = service.client.post("/tokenize", json={"model": "llama", "mood": "good", **what})
             assert answer.headers["warning"] == '299 stageline "ignored: mood"'
         assert service.post("completions", model="llama", prompt="a", temperature="hot").status_code == 400
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions", "responses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_says_how_many_tokens_were_cached(service: Any, route: str, stream: bool) -> None:
+    text = f"{'cat sat on ' * 12}{route.count('s') * ' dog'}"
+    given = {"chat/completions": "messages", "completions": "prompt", "responses": "input"}[route]
+    body: dict[str, Any] = {given: [{"role": "user", "content": text}] if given == "messages" else text, "seed": 1}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    cached = []
+    for _ in range(2):
+        answer = service.post(route, model="llama", stream=stream, **body)
+        assert answer.status_code == 200, answer.text
+        if stream:
+            events = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: {")]
+            last = json.loads(events[-1])
+        else:
+            last = answer.json()
+        usage = last.get("response", last)["usage"]
+        cached.append(
+            usage["input_tokens_details" if route == "responses" else "prompt_tokens_details"]["cached_tokens"]
+        )
+    assert cached[1] >= 36
