@@ -83,7 +83,7 @@ class TextEncoder:
                         "shorten it, or in Python pass truncate=True"
                     )
                 text = inputs[number]
-                encodings[number] = self._truncating.encode(*((text,) if isinstance(text, str) else text))
+                (encodings[number],) = self._truncating.encode_batch([text])  # as in `ids`
             elif not encoding.ids:
                 raise RequestError(f"text {number} ({inputs[number]!r}) has no tokens; give a text with some")
 
@@ -102,7 +102,7 @@ class TextEncoder:
         room = limit - self._tokenizer.num_special_tokens_to_add(False)
         if room < 1:
             raise RequestError(f"a text cut to {limit} tokens has none of its own; keep at least {limit + 1 - room}")
-        plain = self._tokenizer.encode(text, add_special_tokens=False)
+        (plain,) = self._tokenizer.encode_batch([text], add_special_tokens=False)  # as in `ids`
         plain.truncate(room, direction=self._truncation_side)
         return self._tokenizer.post_process(plain)
 
@@ -127,7 +127,9 @@ class TextEncoder:
             RequestError: it is not a text.
         """
         (checked,) = _inputs([text], None)
-        return list(self._tokenizer.encode(checked, add_special_tokens=special).ids)
+        # Unlike the call for a single text, that for a batch lets other threads run: a long text takes seconds.
+        (found,) = self._tokenizer.encode_batch_fast([checked], add_special_tokens=special)
+        return list(found.ids)
 
     def pieces(self, text: str, special: bool = True) -> tuple[list[int], list[str]]:
         """The tokens of one text, with those that the tokenizer adds if `special`, and what of the text each one is:
@@ -153,7 +155,8 @@ class TextEncoder:
             RequestError: it is not a text.
         """
         (checked,) = _inputs([text], None)
-        return len(self._tokenizer.encode(checked).ids)
+        (found,) = self._tokenizer.encode_batch_fast([checked])
+        return len(found.ids)
 
     def names(self, ids: Sequence[int]) -> list[str]:
         """How the vocabulary spells each of these tokens; empty for an id that it does not have."""

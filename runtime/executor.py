@@ -134,6 +134,14 @@ class Executor:
             with self._one:  # a running changeover closes the lanes that it leaves
                 pass
 
+    @property
+    def broken(self) -> str | None:
+        """See `Pipeline.broken`."""
+        lanes, reason = self.lanes, self.generator.broken if self.generator is not None else None
+        if not lanes.alive and lanes is self.lanes:  # else they were closed by a changeover
+            reason = reason or "the worker of a stage has ended by a bug"
+        return None if self.closed else reason
+
     def check_open(self) -> None:
         """RequestError once closed."""
         if self.closed:

@@ -323,6 +323,11 @@ class Pipeline:
     # All of it.
 
     @property
+    def broken(self) -> str | None:
+        """Why it answers nothing any more, if a bug has ended one of its threads; else None, also once it is closed."""
+        return self._executor.broken
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._executor.closed

@@ -218,7 +218,7 @@ def serve_command(
         def ready() -> None:
             print(f"serving {', '.join(pipelines)} at {url}", flush=True)
 
-        server = DrainingServer(app, list(pipelines.values()), drain_s, ready, tls_cert, tls_key)
+        server = DrainingServer(app, list(pipelines.values()), drain_s, ready, tls_cert, tls_key, _die)
         server.run_until_signal(listening)
 
 
@@ -250,6 +250,16 @@ def _of(name: str, bundle: Path, given: Mapping[str, Any]) -> _Served:
     own = {option: given[option] for option in _PER_MODEL if option != "error_budget"}
     own |= {"devices": common.split(given["devices"]), "cache_memory": _bytes(given["cache_memory"])}
     return _Served(name, bundle, PipelineOptions(**own), given["error_budget"])
+
+
+def _die(reason: str) -> None:
+    """End at once: threads that are broken may never end, and whoever supervises the process starts it again."""
+    print(
+        f"stageline: {' '.join(reason.split())}; ending, since nothing is answered any more",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def _telemetry(endpoint: str) -> "Telemetry":

@@ -81,6 +81,8 @@ class Generator:
         self._admission = Admission(queue)
         self._closing = False
         self._closed = False
+        self.broken: str | None = None
+        """Why it generates nothing any more, if its driver has died of a bug."""
         self._stopped: Future[None] = Future()
         self._lock = threading.Lock()  # between `submit` and `close`: no request comes after the last event
         self._thread = threading.Thread(target=self._drive, name="generator", daemon=True)
@@ -161,7 +163,9 @@ class Generator:
         try:
             self._take_events()
         except BaseException as error:  # a bug, of ours or of an engine: nobody shall wait for ever
-            self._give_up(engine_error("the generator failed", error))
+            failure = engine_error("the generator failed", error)
+            self.broken = str(failure)
+            self._give_up(failure)
         self._changeover.drop(RequestError("the pipeline was closed before its stages were switched"))
         self._stopped.set_result(None)
 

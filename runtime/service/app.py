@@ -202,11 +202,12 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.get("/health/ready")
     @app.get("/health")
     async def ready() -> Response:
-        """200 while all pipelines are open."""
+        """200 while all pipelines are open and work."""
         closed = [name for name, model in models.items() if model.pipeline.closed]
-        return (
-            json_response({"status": "closed", "models": closed}, 503) if closed else json_response({"status": "ready"})
-        )
+        broken = [name for name, model in models.items() if model.pipeline.broken]
+        if closed or broken:
+            return json_response({"status": "broken" if broken else "closed", "models": broken or closed}, 503)
+        return json_response({"status": "ready"})
 
 
 def _add_error_handlers(app: FastAPI, models: Mapping[str, Model]) -> None:

@@ -57,7 +57,7 @@ class ConnectionMiddleware:
         self._app, self._max_body_bytes = app, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond with 413 or 408, or pass the request on."""
+        """Respond with 413, 415 or 408, or pass the request on."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         try:
@@ -74,7 +74,11 @@ class ConnectionMiddleware:
             f"the body has more than {self._max_body_bytes} bytes; send a smaller one",
             headers={"Connection": "close"},
         )
-        declared = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        encoding, declared = headers.get("content-encoding", "identity"), headers.get("content-length", "0")
+        if encoding.lower() != "identity":
+            said = f"a body in {encoding[:40]!r} is not unpacked; send the body as it is, without Content-Encoding"
+            raise ApiError(415, said)
         if declared.isdecimal() and int(declared) > self._max_body_bytes:
             raise too_large
         body, more = bytearray(), True

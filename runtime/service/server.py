@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from stageline.runtime.service.connections import ConnectionWatch, GuardedSocket
 
 _HEAD_BYTES = 64 * 1024  # of a request's head; h11 bounds it, other parsers do not
 _ERRORS_S = 5  # for the errors of requests that were cut off to reach their clients
+_FLUSH_S = 1.0  # for the errors of a broken pipeline to do so
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -91,7 +93,7 @@ class DrainingServer(uvicorn.Server):
     """Serves until a signal, then accepts no new requests and gives running ones `drain_s` seconds to finish.
 
     After that it closes the pipelines, which it borrows, and unfinished requests get an error. It calls `ready` once
-    requests can come.
+    requests can come, and `failed`, with the reason, once a pipeline is broken and the errors have reached the clients.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class DrainingServer(uvicorn.Server):
         ready: Callable[[], None],
         certificate: Path | None = None,
         key: Path | None = None,
+        failed: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """With a `certificate` it serves over TLS."""
         shutdown_s = math.ceil(drain_s) + _ERRORS_S
@@ -118,7 +121,8 @@ class DrainingServer(uvicorn.Server):
         )
         self._watch = ConnectionWatch(self.server_state.connections)
         self._watching: asyncio.Task[None] | None = None
-        self._pipelines, self._drain_s, self._ready = pipelines, drain_s, ready
+        self._pipelines, self._drain_s, self._ready, self._failed = pipelines, drain_s, ready, failed
+        self._broken_since: float | None = None
 
     def run_until_signal(self, listening: socket.socket) -> None:
         """Serve on this socket until SIGTERM or SIGINT, then close it. A second SIGINT does not wait."""
@@ -135,6 +139,15 @@ class DrainingServer(uvicorn.Server):
         await super().startup([GuardedSocket(bound, self._watch) for bound in sockets or ()])
         self._watching = asyncio.create_task(self._watch.run())
         self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look for broken pipelines; whether to end."""
+        reason = next((pipeline.broken for pipeline in self._pipelines if pipeline.broken), None)
+        now = time.monotonic()
+        self._broken_since = None if reason is None else self._broken_since or now
+        if reason is not None and now - (self._broken_since or now) > _FLUSH_S:
+            self._failed(reason)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests finish, for `drain_s` seconds."""

@@ -190,6 +190,11 @@ class Worker:
         """Wait for the end of the thread."""
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread has not ended."""
+        return self._thread.is_alive()
+
     def is_current(self) -> bool:
         """Whether the caller runs on its thread, or on one that lands values for it."""
         return threading.current_thread() in (self._thread, *(lane.lander.thread for lane in self.lanes))
@@ -317,6 +322,11 @@ class Lanes:
         self.recorder = recorder
         for lane in self._lanes:
             lane.recorder = recorder
+
+    @property
+    def alive(self) -> bool:
+        """Whether all workers live, as they do until `close` unless a bug has ended one."""
+        return all(worker.alive for worker in self._workers)
 
     def is_worker(self) -> bool:
         """Whether the caller is one of the workers, as a future's callback may be."""
