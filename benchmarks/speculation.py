@@ -79,7 +79,7 @@ def main() -> None:
     rows = []
     print(f"{'':24}{'streams':>8}{'ms/token':>10}{'drafts':>8}{'gain':>7}  {'spread':14}{'drafted':>8}{'right':>7}")
     with Pipeline.open(
-        given.bundle, engine=given.engine, quantise=given.quantise, slots=max(counts), capacity=1024
+        given.bundle, engine=given.engine, quantise=given.quantise, slots=max(counts), capacity=1024, draft="lookup"
     ) as pipeline:
         for name, (text, sampling) in TEXTS.items():
             for streams in counts:

@@ -71,9 +71,9 @@ class PipelineOptions:
     rebalance: RebalanceMode = "off"
     """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
     ("auto"); docs/how-to/recut.md."""
-    draft: DraftMode = "lookup"
-    """Where drafts of the next tokens come from, which a step computes along where that gives more tokens a second: the
-    row's own text ("lookup"). The tokens are the same. For stages on CPUs."""
+    draft: DraftMode = "off"
+    """Where drafts of the next tokens come from, which steps compute along where that gives more tokens a second: the
+    text so far ("lookup"). The tokens are the same; for stages on CPUs. docs/how-to/drafts.md"""
 
     def __post_init__(self) -> None:
         for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk"):

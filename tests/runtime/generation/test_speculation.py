@@ -86,7 +86,7 @@ def test_no_token_is_another(
     requests = [drawn(rng) for _ in range(16)]
     monkeypatch.setattr(running, "Lookup", Prompter)
     monkeypatch.setattr(Speculation, "counts", bold)
-    with Pipeline.open(bundle, engine=engine, slots=slots, prefill_chunk=16, capacity=96) as pipeline:
+    with Pipeline.open(bundle, engine=engine, slots=slots, prefill_chunk=16, capacity=96, draft="lookup") as pipeline:
         plain = [g.result() for g in [pipeline.generate(p, speculation=False, **s) for p, s in requests]]
         assert pipeline.stats().generation.drafted_tokens == 0
         encoder = pipeline.encoder
@@ -105,9 +105,9 @@ def test_no_token_is_another(
     assert stats.accepted_tokens > tokens / 4  # or nothing was tried
 
 
-def test_drafts_can_be_turned_off(word_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_are_no_drafts_unless_they_are_asked_for(word_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Speculation, "counts", bold)
-    with Pipeline.open(word_llama, draft="off") as pipeline:
+    with Pipeline.open(word_llama) as pipeline:
         pipeline.generate("a cat sat", max_tokens=30, ignore_eos=True).result()
         assert pipeline.stats().generation.drafted_tokens == 0
     with pytest.raises(RequestError, match="draft is 'eagle'; it must be one of off, lookup"):
