@@ -64,6 +64,13 @@ def _run(pipeline: Pipeline, text: str, streams: int, tokens: int, **sampling: A
     return tpot, done
 
 
+def _drafts(pipeline: Pipeline) -> tuple[int, int]:
+    """Tokens drafted so far, and those of them that were right."""
+    stats = pipeline.stats().generation
+    assert stats is not None
+    return stats.drafted_tokens, stats.accepted_tokens
+
+
 def main() -> None:
     """Measure, print a table, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,15 +95,15 @@ def main() -> None:
                     times = {}
                     answers = {}
                     for drafts in (True, False) if number % 2 else (False, True):
-                        before = pipeline.stats().generation
+                        before = _drafts(pipeline)
                         times[drafts], done = _run(
                             pipeline, text, streams, given.tokens, speculation=drafts, **sampling
                         )
-                        after = pipeline.stats().generation
+                        after = _drafts(pipeline)
                         answers[drafts] = [d.choices[0].token_ids for d in done]
                         if drafts and number:
-                            drafted += after.drafted_tokens - before.drafted_tokens
-                            accepted += after.accepted_tokens - before.accepted_tokens
+                            drafted += after[0] - before[0]
+                            accepted += after[1] - before[1]
                     if answers[True] != answers[False]:
                         print(f"{name}, {streams} streams: the tokens are not the same", file=sys.stderr)
                     if number:  # the first round warms up
