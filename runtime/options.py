@@ -9,6 +9,7 @@ from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import ON_GPUS, WITH_BLOCKS, CacheDtype, CacheSize, WeightDtype
 
 RebalanceMode = Literal["off", "advise", "auto"]
+DraftMode = Literal["off", "lookup"]
 MOST_CHUNK = 512  # tokens: of a prompt per step, where the option leaves it to the devices
 MIN_TOKENS = 64  # of all caches together
 DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
@@ -16,6 +17,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "quantise": (*get_args(WeightDtype), None),
     "cache_dtype": (*get_args(CacheDtype), None),
     "rebalance": get_args(RebalanceMode),
+    "draft": get_args(DraftMode),
 }
 
 
@@ -34,6 +36,7 @@ class OpenKeywords(TypedDict, total=False):
     cache_memory: int | None
     prefill_chunk: int | None
     rebalance: RebalanceMode
+    draft: DraftMode
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class PipelineOptions:
     rebalance: RebalanceMode = "off"
     """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
     ("auto"); docs/how-to/recut.md."""
+    draft: DraftMode = "off"
+    """Where drafts of the next tokens come from, which steps compute along where that gives more tokens a second: the
+    text so far ("lookup"). The tokens are the same; for stages on CPUs. docs/how-to/drafts.md"""
 
     def __post_init__(self) -> None:
         for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk"):

@@ -65,7 +65,9 @@ def chat_command(
     if whom.startswith(("http://", "https://")):
         talker = service_talker(whom, model, api_key, sampling)
     else:
-        options = PipelineOptions(engine=engine, threads=threads, quantise=quantise, slots=1, capacity=capacity)
+        options = PipelineOptions(
+            engine=engine, threads=threads, quantise=quantise, slots=1, capacity=capacity, draft="lookup"
+        )
         folder = hub.bundle_of(Path(whom))
         talker = bundle_talker(folder, common.with_engine(folder, options, None), sampling)
     begun: list[Message] = [] if system is None else [{"role": "system", "content": system}]

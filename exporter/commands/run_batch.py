@@ -33,6 +33,7 @@ def run_batch_command(
     quantise: common.QuantiseOption = None,
     slots: common.SlotsOption = PipelineOptions.slots,
     capacity: common.CapacityOption = None,
+    draft: common.DraftOption = "lookup",
     as_json: common.JsonOption = False,
 ) -> None:
     """Answer the requests of an OpenAI batch file, as serve would over HTTP, and write their responses to another.
@@ -47,7 +48,13 @@ def run_batch_command(
         from stageline.runtime.service.batch_file import run_batch
 
     options = PipelineOptions(
-        engine=engine, devices=common.split(devices), threads=threads, quantise=quantise, slots=slots, capacity=capacity
+        engine=engine,
+        devices=common.split(devices),
+        threads=threads,
+        quantise=quantise,
+        slots=slots,
+        capacity=capacity,
+        draft=draft,
     )
     called = serve.names_of(bundles, name or [])
     with ExitStack() as stack:

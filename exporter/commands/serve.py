@@ -32,6 +32,7 @@ _PER_MODEL = (
     "cache_dtype",
     "cache_memory",
     "queue",
+    "draft",
     "rebalance",
 )  # fmt: skip - options that each model may have of its own
 _PER_PERMIT = 4  # responses being sent per request in a queue: clients may read more slowly than the pipeline answers
@@ -135,6 +136,7 @@ def serve_command(
     queue: Annotated[
         int, typer.Option(min=1, help="Max unfinished requests per bundle; further ones get status 429.")
     ] = PipelineOptions.queue,
+    draft: common.DraftOption = "lookup",
     rebalance: Annotated[
         RebalanceMode, typer.Option(help="Measure the stages, and log a better cut (advise) or switch to it (auto).")
     ] = PipelineOptions.rebalance,

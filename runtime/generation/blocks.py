@@ -70,13 +70,23 @@ class Blocks:
             self._made_by[block] = 0
         return taken
 
-    def fill(self, row: Sequence[int], tokens: NDArray[np.int64], start: int, end: int, kind: int, step: int) -> None:
-        """Step `step` computes tokens `start` to `end` - 1 of a row, which has the blocks `row`."""
+    def fill(
+        self, row: Sequence[int], tokens: NDArray[np.int64], start: int, end: int, kind: int, step: int, known: int
+    ) -> None:
+        """Step `step` computes tokens `start` to `end` - 1 of a row, which has the blocks `row`. Only what is `known`,
+        and not drafted, can be found."""
         for place in range(start // self.size, self.wanted(end)):
             before = place * self.size
             self._made_by[row[place], max(0, start - before) : end - before] = step
-            if before + self.size <= end:
+            if before + self.size <= known:
                 self.name(row, tokens, place, kind)
+
+    def settle(self, row: Sequence[int], tokens: NDArray[np.int64], known: int) -> None:
+        """The first `known` tokens of a row are no draft any more: blocks that are full with them can be found."""
+        full = known // self.size
+        first = next((place + 1 for place in range(full - 1, -1, -1) if self._number[row[place]]), 0)
+        for place in range(first, full):
+            self.name(row, tokens, place, kind=0)
 
     def note(self, blocks: NDArray[np.int32], places: NDArray[np.int64], step: int) -> None:
         """Step `step` computes a token in each of the blocks, [blocks] different ones, at its place there."""

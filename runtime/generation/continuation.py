@@ -6,10 +6,12 @@ slot.made_for[:slot.count]  the kind of row that the keys of these tokens are ma
 continuation.computed     == slot.count while it lives: the tokens issued; the next step begins there
 """
 
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from stageline.runtime.generation.lookup import Lookup
 
 
 @dataclass(eq=False, slots=True)
@@ -26,6 +28,12 @@ class Continuation:
     """Whether the logits of all tokens of the prompt are wanted. It shares no beginning with other rows."""
     priority: int = 0
     """Of those that wait the lowest goes first."""
+    lookup: Lookup | None = None
+    """What drafts its next tokens, if steps may compute drafts for it."""
+    most: int = sys.maxsize
+    """Tokens that it may have in all."""
+    draft: list[int] = field(default_factory=list)
+    """What a step under way computes after `tokens`, as if it were known."""
     slot: "Slot | None" = None
     computed: int = 0
     scored: int = 0
@@ -42,6 +50,15 @@ class Continuation:
 
     def __post_init__(self) -> None:
         self.prefill_length = self.prompt_length
+
+    def between(self, start: int, end: int) -> list[int]:
+        """Its tokens from `start` to `end` - 1, the draft included."""
+        count = len(self.tokens)
+        return self.tokens[start:end] + self.draft[max(0, start - count) : max(0, end - count)]
+
+    def goes_as_drafted(self, depth: int, token: int | None) -> bool:
+        """Whether it goes on with a token that its draft has at the place `depth`, so that what follows is computed."""
+        return not self.ended and depth < len(self.draft) and self.draft[depth] == token
 
     @property
     def prompt_issued(self) -> bool:

@@ -68,9 +68,11 @@ class Flight(Trip):
 
     def traced(self) -> tuple[Kind, int, int, tuple[int, ...]]:
         step, requests = self.step, tuple(dict.fromkeys(self.requests))
-        if step.first_slot is None and step.kind != "decode":
-            return step.kind, 1, step.batch, requests  # one row of all tokens
-        return step.kind, len(self.requests), step.length, requests
+        if step.first_slot is not None:
+            return step.kind, len(self.requests), step.length, requests
+        if step.kind == "decode":
+            return step.kind, step.batch, 1, requests  # drafted tokens are rows as well
+        return step.kind, 1, step.batch, requests  # one row of all tokens
 
     def failure(self, lane: Lane, error: BaseException) -> EngineError:
         if isinstance(error, EngineError):

@@ -36,6 +36,7 @@ from stageline.runtime.generation.meter import GenerationStats, Meter
 from stageline.runtime.generation.request import Completion, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
 from stageline.runtime.generation.scheduler import Scheduler
+from stageline.runtime.generation.speculation import Speculation
 from stageline.runtime.generation.steps import Step, chosen
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.text_model import TextModel
@@ -51,10 +52,18 @@ class Generator:
     done when no step runs on the lanes any more. `switch` exchanges the lanes for others between two steps."""
 
     def __init__(
-        self, lanes: Lanes, hops: Sequence[Hop], text_model: TextModel, cache: CacheSize, chunk: int, queue: int
+        self,
+        lanes: Lanes,
+        hops: Sequence[Hop],
+        text_model: TextModel,
+        cache: CacheSize,
+        chunk: int,
+        queue: int,
+        drafts: bool = False,
     ) -> None:
         """`hops`: the route of a step through all the stages, to `logits`. The stages' engines have caches of size
-        `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests."""
+        `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests. `drafts`:
+        whether steps may compute drafts of tokens; on CPUs only, whose steps' times are known."""
         self.text_model, self.capacity = text_model, cache.capacity
         self._lanes, self._hops = lanes, tuple(hops)
         self._decoding: dict[int, list[Flight]] = {}  # of each group, in the order in which they were issued
@@ -69,6 +78,7 @@ class Generator:
             packs=lanes.packs,
             blocks=Blocks(cache.blocks(size), size) if (size := lanes.block_tokens) is not None else None,
             scaling=text_model.row_scaling,
+            speculation=Speculation() if drafts and not lanes.on_gpus else None,
         )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}
@@ -273,7 +283,11 @@ class Generator:
 
     def _device_settings(self, step: Step, ahead: bool) -> Array | None:
         """The settings with which the last stage's device draws all tokens of a step; None if the host must draw."""
-        if step.arrays.scored is not None or not self._lanes.draws(self._hops[-1].stage):
+        if (
+            step.arrays.scored is not None
+            or step.arrays.drafted is not None
+            or not self._lanes.draws(self._hops[-1].stage)
+        ):
             return None
         rows = [(place, self._choices[continuation].row) for place, continuation in chosen(step)]
         return settings_of(rows, step.batch, ahead)
@@ -316,6 +330,8 @@ class Generator:
         if self._writer.holds(step.group):
             self._writer.write()
         self._scheduler.done(step)
+        if step.kind == "decode" and self._scheduler.speculation is not None:
+            self._scheduler.speculation.note(int(step.arrays.counts.sum()), flight.busy_s)
         scores = self._scored(flight)
         wanted = [
             (place, self._choices[continuation])
@@ -324,12 +340,35 @@ class Generator:
         ]
         taken: list[Taken] = [self._without_tokens(choice) for _, choice in wanted if not choice.max_tokens]
         wanted = [(place, choice) for place, choice in wanted if choice.max_tokens]
+        drafted = [choice.continuation for _, choice in wanted if choice.continuation.draft]
+        self._meter.drafted_tokens += sum(len(continuation.draft) for continuation in drafted)
+        depth = 0
+        while wanted:  # one after the other, for each token changes what may follow it
+            taken += (new := self._take(flight, wanted, running))
+            if not drafted:
+                break
+            going_on = {choice for choice, token, *_ in new if choice.continuation.goes_as_drafted(depth, token)}
+            wanted = [(place + 1, choice) for place, choice in wanted if choice in going_on]
+            self._meter.accepted_tokens += len(wanted)
+            depth += 1
+        for continuation in drafted:
+            self._scheduler.settle(continuation)
+        self._meter.generated_tokens += sum(token is not None for _, token, *_ in taken)
+        self._writer.put(step.group, now, taken, scores)
+        if running:
+            self._go_ahead(running[-1])
+
+    def _take(
+        self, flight: Flight, wanted: Sequence[tuple[int, RunningChoice]], running: Sequence[Flight]
+    ) -> list[Taken]:
+        """Draw the next token of each choice, whose logits are at a place of a step that has left the last stage."""
         places, choices = [place for place, _ in wanted], [choice for _, choice in wanted]
         logits: Array | None = None
         try:
             results, logits = tokens_of(flight, places, choices, running)
         except EngineError as error:
             results = [error] * len(choices)
+        taken: list[Taken] = []
         for number, (choice, result) in enumerate(zip(choices, results, strict=True)):
             if choice.continuation.ended:
                 continue  # a choice beside it has failed
@@ -341,14 +380,11 @@ class Generator:
             taken.append((choice, result, choice.finish_reason, text, own))
             if running:
                 self._scheduler.learn(choice.continuation)
-            self._meter.generated_tokens += 1
             if choice.finish_reason is not None:
                 self._take_out(choice)
             if running and choice.continuation in running[-1].void:
                 self._scheduler.take_back(choice.continuation)
-        self._writer.put(step.group, now, taken, scores)
-        if running:
-            self._go_ahead(running[-1])
+        return taken
 
     def _scored(self, flight: Flight) -> list[Scores]:
         """What a step says of prompts; a request of whose prompt it says nothing sound has failed."""

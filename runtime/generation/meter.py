@@ -53,7 +53,8 @@ class GenerationStats:
     """What generation did since the pipeline opened.
 
     `cache_usage` is the share of the KV cache that running sequences fill, 0 to 1. `set_back` is how often a sequence
-    gave its part of it to an older one, to be computed again. `host_s` is the time of the driver's thread (scheduling,
+    gave its part of it to an older one, to be computed again. Of `drafted_tokens` that steps computed as drafts,
+    `accepted_tokens` were right. `host_s` is the time of the driver's thread (scheduling,
     sampling, detokenising). `bubble_ratio` is the share of stage time that was idle while steps were running:
     1 - busy time / (stages x `active_s`). `finished` counts choices by why they ended; `prompt_length` and `length` are
     the tokens of prompts and of choices that are done.
@@ -69,6 +70,8 @@ class GenerationStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     prefill_steps: int
     decode_steps: int
     mixed_steps: int
@@ -92,6 +95,7 @@ class Meter:
         self.slots = slots
         self.finished = self.failed = self.cancelled = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.steps = {"prefill": 0, "decode": 0, "mixed": 0}
         self.active_s = self.host_s = 0.0
         self.queue_s: deque[float] = deque(maxlen=_KEPT)
@@ -180,6 +184,8 @@ class Meter:
             self.prompt_tokens,
             self.cached_tokens,
             self.generated_tokens,
+            self.drafted_tokens,
+            self.accepted_tokens,
             self.steps["prefill"],
             self.steps["decode"],
             self.steps["mixed"],

@@ -47,6 +47,8 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     """Whether the checkpoint's end tokens do not end a choice."""
+    speculation: bool = True
+    """Whether steps may compute drafts of its next tokens, where the pipeline has drafts; the tokens are the same."""
     logprobs: int | None = None
     """How many of the likeliest tokens to name beside each token drawn, 0 to 20; None: no logprobs at all."""
     prompt_logprobs: int | None = None
@@ -79,8 +81,9 @@ class Sampling:
                 raise RequestError(f"{name} is {value}; give {low} to {high}")
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}; lower it")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; give True or False")
+        for name in ("ignore_eos", "speculation"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
         stops = self.stop or ()
         if len(stops) > MAX_STOPS or len(self.stop_token_ids) > MAX_STOPS:
             raise RequestError(f"more than {MAX_STOPS} stops were given; give fewer")

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.detokenize import TextStream
+from stageline.runtime.generation.lookup import Lookup
 from stageline.runtime.generation.reasoned import RowMatcher
 from stageline.runtime.generation.request import (
     Choice,
@@ -133,7 +134,10 @@ class Job:
         leader = None
         for number in range(settings.n):
             scores = leader is None and settings.prompt_logprobs is not None
-            continuation = Continuation(list(self.prompt), len(self.prompt), leader, scores, self.request.priority)
+            tokens = list(self.prompt)
+            lookup = Lookup(tokens) if settings.speculation else None
+            most = len(tokens) + max_tokens
+            continuation = Continuation(tokens, len(tokens), leader, scores, self.request.priority, lookup, most)
             leader = leader or continuation
             matcher = None if self.matcher is None else self.matcher.copy()
             row = Row(settings, text_model.vocabulary, self.prompt, text_model.defaults.end_ids, number, matcher)

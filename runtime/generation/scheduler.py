@@ -31,6 +31,7 @@ from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.continuation import Continuation, Slot
 from stageline.runtime.generation.decoding import Decoding
 from stageline.runtime.generation.slots import BlockSlots, Slots
+from stageline.runtime.generation.speculation import Speculation
 from stageline.runtime.generation.steps import Step, StepKind, StepRow, StepRows
 
 
@@ -39,7 +40,7 @@ class Scheduler:
     """`slot_count` slots of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
     `prefills` of them running. `packs`: steps are packed tokens. `blocks`: the blocks of the caches, which are enough
     for one row of the capacity; None: each slot has a row to itself. `scaling`: how keys depend on the length of a row,
-    if they do."""
+    if they do. `speculation`: decides how many drafted tokens the decoding rows of a step get; None: there are none."""
 
     slot_count: int
     capacity: int
@@ -49,6 +50,7 @@ class Scheduler:
     packs: bool = False
     blocks: Blocks | None = None
     scaling: RowScaling | None = None
+    speculation: Speculation | None = None
     waiting: deque[Continuation] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -134,6 +136,15 @@ class Scheduler:
         slot = continuation.slot
         if slot is not None:
             slot.count = continuation.computed = min(slot.count, len(continuation.tokens) - 1)
+            self._changed()
+
+    def settle(self, continuation: Continuation) -> None:
+        """What a step has drawn after a continuation's draft is known: what came of wrong tokens was never computed."""
+        continuation.draft = []
+        slot = continuation.slot
+        if slot is not None:
+            self.cache.settle(slot, min(slot.count, len(continuation.tokens) - 1))
+            continuation.computed = slot.count
             self._changed()
 
     def done(self, step: Step) -> None:
@@ -271,7 +282,39 @@ class Scheduler:
                 room -= count
         return rows
 
+    def _drafts(self, rows: Decoding) -> list[int]:
+        """How many drafted tokens each row gets; an empty list if none does."""
+        if self.speculation is None or self.scaling is not None:
+            return []
+        limits = [
+            (one.lookup, min(one.most - len(one.tokens), self.capacity - slot.count) - 1)
+            for one, slot in zip(rows.continuations, rows.slots, strict=True)
+        ]
+        counts = self.speculation.counts(limits)
+        if not any(counts):
+            return []
+        if not self.packs:  # all rows of a range are as long as the longest
+            room = self.capacity - max(slot.count for slot in rows.slots) - 1
+            counts = [min(count, room) for count in counts]
+        return [
+            count if self.cache.has_room(slot, slot.count + 1 + count) else 0
+            for slot, count in zip(rows.slots, counts, strict=True)
+        ]
+
+    def _verify(self, group: int, rows: Decoding, drafts: Sequence[int]) -> Step:
+        """The step of decoding rows with a draft after the token of some."""
+        issued = []
+        for slot, continuation, count in zip(rows.slots, rows.continuations, drafts, strict=True):
+            if count:
+                assert continuation.lookup is not None
+                continuation.draft = continuation.lookup.draft(count)
+            issued.append(self._issue(slot, 1 + count, last=True))
+        self._decoding[group] += 1
+        return self._step("decode", group, issued, None if self.packs else 1 + max(drafts))
+
     def _decode(self, group: int, rows: Decoding) -> Step:
+        if any(drafts := self._drafts(rows)):
+            return self._verify(group, rows, drafts)
         self._decoding[group] += 1
         self._steps += 1
         starts, tokens = rows.counts, rows.advance()
@@ -380,7 +423,10 @@ class Scheduler:
         assert continuation is not None
         start, end = slot.count, slot.count + count
         row_length = max(continuation.prefill_length, end)
-        self.cache.record(slot, continuation.tokens[start:end], end, self._steps + 1, self._kind(row_length))
+        known = len(continuation.tokens)
+        self.cache.record(
+            slot, continuation.between(start, end), end, self._steps + 1, self._kind(row_length), min(end, known)
+        )
         continuation.computed = end
         continuation.flying += 1
         scored = 0
@@ -389,7 +435,8 @@ class Scheduler:
             scored = max(0, until - max(start, continuation.scored))
             continuation.scored = max(continuation.scored, until)
         blocks = tuple(self.cache.blocks_of(slot))
-        return StepRow(continuation, slot.number, start, count, last, row_length, blocks, scored)
+        drafted = len(continuation.draft)
+        return StepRow(continuation, slot.number, start, count, last, row_length, blocks, scored, drafted)
 
     def _step(self, kind: StepKind, group: int, rows: Sequence[StepRow], length: int | None) -> Step:
         """Of a range `length` tokens wide, or of packed tokens (None)."""

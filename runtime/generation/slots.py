@@ -69,13 +69,18 @@ class Slots:
         """Make room for a row of so many tokens, if there is any."""
         return tokens <= self.capacity
 
-    def record(self, slot: Slot, tokens: Sequence[int], end: int, step: int, kind: int) -> None:
-        """Step `step` computes the row's tokens up to `end`; these are `tokens`, or unknown. There is room for them."""
+    def record(self, slot: Slot, tokens: Sequence[int], end: int, step: int, kind: int, known: int) -> None:
+        """Step `step` computes the row's tokens up to `end`; these are `tokens`, or unknown. There is room for them.
+        From `known` on they are a draft: see `settle`."""
         new = slice(slot.count, end)
         slot.tokens[new] = tokens or _UNKNOWN
         slot.made_by[new], slot.made_for[new] = step, kind
         slot.count = end
         self._touch(slot)
+
+    def settle(self, slot: Slot, count: int) -> None:
+        """Of what a step has computed of a draft, the row has its first `count` tokens."""
+        slot.count = count
 
     def is_short(self, rows: Decoding) -> bool:
         """Whether `has_room` must be asked before the rows get another token each."""
@@ -206,11 +211,16 @@ class BlockSlots(Slots):
             self._give(slot, more)
         return True
 
-    def record(self, slot: Slot, tokens: Sequence[int], end: int, step: int, kind: int) -> None:
+    def record(self, slot: Slot, tokens: Sequence[int], end: int, step: int, kind: int, known: int) -> None:
         """See `Slots.record`."""
         start = slot.count
-        super().record(slot, tokens, end, step, kind)
-        self._blocks.fill(slot.blocks, slot.tokens, start, end, kind, step)
+        super().record(slot, tokens, end, step, kind, known)
+        self._blocks.fill(slot.blocks, slot.tokens, start, end, kind, step, known)
+
+    def settle(self, slot: Slot, count: int) -> None:
+        """See `Slots.settle`. Blocks that are full of what is known now can be found."""
+        super().settle(slot, count)
+        self._blocks.settle(slot.blocks, slot.tokens, count)
 
     def is_short(self, rows: Decoding) -> bool:
         """See `Slots.is_short`."""

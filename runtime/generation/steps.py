@@ -18,7 +18,8 @@ class StepRow:
     """One row of a step: tokens `start` to `start + count` of a continuation. `last`: the logits of the last one are
     wanted, to draw the next. Its keys are made for a row of `row_length` tokens. `blocks`: where its tokens lie, if the
     caches are blocks. `scored`: of how many tokens logits are wanted to tell how likely the prompt's next ones are;
-    they are the last ones, or those before the last one if `last`."""
+    they are the last ones, or those before the last one if `last`. `drafted`: how many tokens at its end are a draft;
+    logits of these and of the one before them are wanted."""
 
     continuation: Continuation
     slot: int
@@ -28,6 +29,7 @@ class StepRow:
     row_length: int
     blocks: tuple[int, ...] = ()
     scored: int = 0
+    drafted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +50,40 @@ class StepRows:
     block_size: int = 0
     scored: NDArray[np.int64] | None = None
     """None if it is 0 for all."""
+    drafted: NDArray[np.int64] | None = None
+    """None if it is 0 for all."""
 
     @property
     def picks(self) -> NDArray[np.int64]:
         """Of how many tokens of each row logits are wanted; they are its last ones. int64 [rows]."""
-        last = self.last.astype(np.int64)
-        return last if self.scored is None else last + self.scored
+        picks = self.last.astype(np.int64)
+        for more in (self.scored, self.drafted):
+            if more is not None:
+                picks += more
+        return picks
 
     @classmethod
     def of(cls, rows: Sequence[StepRow], block_size: int) -> "StepRows":
         """Some rows, which have blocks unless `block_size` is 0."""
-        slots, starts, counts, last, lengths, scored = np.array(
-            [(row.slot, row.start, row.count, row.last, row.row_length, row.scored) for row in rows], np.int64
+        slots, starts, counts, last, lengths, scored, drafted = np.array(
+            [(r.slot, r.start, r.count, r.last, r.row_length, r.scored, r.drafted) for r in rows], np.int64
         ).T.copy()
-        tokens = [token for row in rows for token in row.continuation.tokens[row.start : row.start + row.count]]
+        tokens = [token for row in rows for token in row.continuation.between(row.start, row.start + row.count)]
         blocks = np.array([block for row in rows for block in row.blocks], np.int32) if block_size else None
         columns = slots, starts, counts, last != 0, lengths, np.array(tokens, np.int64), blocks, block_size
-        return cls(tuple(row.continuation for row in rows), *columns, scored if scored.any() else None)
+        more = [column if column.any() else None for column in (scored, drafted)]
+        return cls(tuple(row.continuation for row in rows), *columns, *more)
 
     def __iter__(self) -> Iterator[StepRow]:
         blocks = [] if self.blocks is None else self.blocks.tolist()
-        scores = np.zeros_like(self.slots) if self.scored is None else self.scored
-        columns = self.slots, self.starts, self.counts, self.last, self.row_lengths, scores
-        for continuation, slot, start, count, last, row_length, scored in zip(
+        none = np.zeros_like(self.slots)
+        more = (none if column is None else column for column in (self.scored, self.drafted))
+        columns = self.slots, self.starts, self.counts, self.last, self.row_lengths, *more
+        for continuation, slot, start, count, last, row_length, scored, drafted in zip(
             self.continuations, *(column.tolist() for column in columns), strict=True
         ):
             own = -(-(start + count) // self.block_size) if blocks else 0
-            yield StepRow(continuation, slot, start, count, last, row_length, tuple(blocks[:own]), scored)
+            yield StepRow(continuation, slot, start, count, last, row_length, tuple(blocks[:own]), scored, drafted)
             del blocks[:own]
 
 
@@ -108,12 +117,12 @@ class Step:
 
 def chosen(step: Step) -> list[tuple[int, Continuation]]:
     """The continuations whose next token is drawn from a step's logits, each with the place of these among all rows of
-    the logits [slots * picks, or picks of packed tokens]."""
+    the logits [slots * picks, or picks of packed tokens]. Those after the tokens of a draft are at the next places."""
     rows = step.arrays
     continuations = [one for one, last in zip(rows.continuations, rows.last.tolist(), strict=True) if last]
-    if rows.scored is not None:
-        ends = _begins(step) + rows.picks
-        return list(zip((ends[rows.last] - 1).tolist(), continuations, strict=True))
+    if rows.scored is not None or rows.drafted is not None:
+        places = _begins(step) + (0 if rows.scored is None else rows.scored)
+        return list(zip(places[rows.last].tolist(), continuations, strict=True))
     if step.first_slot is None:
         return list(enumerate(continuations))
     return list(zip((rows.slots[rows.last] - step.first_slot).tolist(), continuations, strict=True))

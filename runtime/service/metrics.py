@@ -106,6 +106,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
     "prefill_steps": ("Steps that read prompts.", lambda s: s.prefill_steps),
     "decode_steps": ("Steps that generate one token per running sequence.", lambda s: s.decode_steps),
     "mixed_steps": ("Steps that do both.", lambda s: s.mixed_steps),
+    "drafted_tokens": ("Tokens that steps computed as drafts.", lambda s: s.drafted_tokens),
+    "accepted_tokens": ("Those of them that were right.", lambda s: s.accepted_tokens),
     "num_preemptions": ("Sequences that gave their part of the cache to an older one.", lambda s: s.set_back),
     "host_seconds": ("Time of the thread that schedules and samples.", lambda s: s.host_s),
 }

@@ -33,6 +33,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[GenerationStats], float]]] = {
     "prompt_tokens": ("Prompt tokens of finished requests.", lambda s: s.prompt_tokens),
     "generation_tokens": ("Generated tokens.", lambda s: s.generated_tokens),
     "num_preemptions": ("Sequences that were set back.", lambda s: s.set_back),
+    "spec_decode_num_draft_tokens": ("Tokens computed as drafts.", lambda s: s.drafted_tokens),
+    "spec_decode_num_accepted_tokens": ("Those of them that were right.", lambda s: s.accepted_tokens),
     "prefix_cache_queries": ("Prompt tokens that were looked up in the cache.", lambda s: s.prompt_tokens),
     "prefix_cache_hits": ("Prompt tokens that were found there.", lambda s: s.cached_tokens),
 }

@@ -126,8 +126,8 @@ class Lane:
     sampler: Sampler | None = None
     """Draws tokens on the stage's device, once it is open, if it can."""
 
-    def ran(self, began_s: float, work: Recordable) -> None:
-        """The engine ran, from `began_s` (of `perf_counter`) until now."""
+    def ran(self, began_s: float, work: Recordable) -> float:
+        """The engine ran, from `began_s` (of `perf_counter`) until now; how long that is."""
         ended_s = perf_counter()
         self.busy_s += ended_s - began_s
         self.runs += 1
@@ -138,6 +138,7 @@ class Lane:
         amount[2] += rows * tokens
         if self.recorder is not None:
             self.recorder.ran(self.number, began_s, ended_s, work)
+        return ended_s - began_s
 
     def copied(self, began_s: float, work: Recordable) -> None:
         """Something was copied for `work`, from `began_s` until now."""
@@ -297,6 +298,11 @@ class Lanes:
     def draws(self, stage: int) -> bool:
         """Whether a stage's device draws tokens."""
         return self._lanes[stage].sampler is not None
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether any stage is on a GPU."""
+        return any(lane.device.name != "cpu" for lane in self._lanes)
 
     @property
     def places(self) -> int:

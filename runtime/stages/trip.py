@@ -33,6 +33,8 @@ class Trip(ABC):
     number: int
     """Counts up in the order in which trips start."""
     error: EngineError | None = field(default=None, init=False)
+    busy_s: float = field(default=0.0, init=False)
+    """How long engines were busy with it on this thread's side; on GPUs they go on after that."""
     _place: int = field(default=0, init=False)  # in `hops`
 
     def start(self) -> None:
@@ -46,7 +48,7 @@ class Trip(ABC):
             if self.error is None:
                 began = perf_counter()
                 outputs = self.run(engine, hop.fetch)
-                lane.ran(began, self)
+                self.busy_s += lane.ran(began, self)
                 self.values = {n: value for n, value in {**self.values, **outputs}.items() if n in hop.keep}
         except BaseException as error:  # whatever an engine raises, the worker lives on
             self._fail(lane, error)

@@ -13,11 +13,35 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.continuation import Continuation
 from stageline.runtime.generation.inputs import step_inputs
+from stageline.runtime.generation.lookup import Lookup
 from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.slots import MIN_SHARED
+from stageline.runtime.generation.speculation import Speculation
 from stageline.runtime.generation.steps import Step, chosen, scored
 
 GARBAGE = -1  # what a failed step leaves, padding, and anything computed on top of them
+
+
+class Guesses(Lookup):
+    """Drafts at random, of which one token in three is right."""
+
+    def __init__(self, tokens: Sequence[int], seed: int) -> None:
+        super().__init__(tokens)
+        self.random = random.Random(seed)
+
+    def draft(self, count: int) -> list[int]:
+        return [self.random.randrange(3) for _ in range(count)]
+
+
+class Bold(Speculation):
+    """Gives rows drafts of any length, whatever they cost."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+
+    def counts(self, rows: Sequence[tuple[Lookup | None, int]]) -> list[int]:
+        return [0 if lookup is None else max(0, min(limit, self.random.randrange(-2, 9))) for lookup, limit in rows]
 
 
 class Machine:
@@ -48,7 +72,9 @@ class Machine:
         scores: bool = False,
         priority: int = 0,
     ) -> Continuation:
-        continuation = Continuation(list(prompt), len(prompt), leader, scores, priority)
+        tokens = list(prompt)
+        lookup = None if self.random.random() < 0.2 else Guesses(tokens, self.random.randrange(99))
+        continuation = Continuation(tokens, len(prompt), leader, scores, priority, lookup, most=length)
         self.lengths[continuation] = length
         self.scheduler.add(continuation)
         return continuation
@@ -74,7 +100,9 @@ class Machine:
             assert row.start >= continuation.shared or self.scheduler.set_back
             assert row.start + (row.count if scheduler.packs else step.length) <= scheduler.capacity
             self.issued[placed] = row.start + row.count
-            assert row.last == (row.start + row.count == len(continuation.tokens))
+            assert row.last == (row.start + row.count == len(continuation.tokens) + row.drafted)
+            assert not row.drafted or row.count == 1 + row.drafted
+            assert len(continuation.tokens) + row.drafted < self.lengths[continuation]
         self.check_picks(step)
         under_way = [*self.flying, step]
         assert sum(s.kind != "decode" for s in under_way) <= scheduler.prefills
@@ -99,8 +127,13 @@ class Machine:
                 for slot, numbers in enumerate(asked.tolist())
                 for number in numbers
             ]
-        wanted = [(row.continuation, row.start + row.count - 1) for row in step.rows if row.last]
-        assert [found[place] for place, _ in chosen(step)] == wanted
+        wanted = [row for row in step.rows if row.last]
+        for (place, continuation), row in zip(chosen(step), wanted, strict=True):
+            end = row.start + row.count
+            assert continuation is row.continuation
+            assert found[place : place + 1 + row.drafted] == [
+                (continuation, number) for number in range(end - 1 - row.drafted, end)
+            ]
         for continuation, first, places in scored(step):
             assert continuation.scores
             assert first == self.scored.get(continuation, 0) + 1
@@ -114,7 +147,7 @@ class Machine:
         decoding = [row for row in step.rows if row not in prompts]
         assert step.kind == ("mixed" if prompts and decoding else "prefill" if prompts else "decode")
         assert sum(row.count for row in prompts) <= self.scheduler.chunk
-        assert {row.count for row in decoding} <= {1}
+        assert {row.count - row.drafted for row in decoding} <= {1}
         assert {self.scheduler.slots[row.slot].group for row in decoding} <= {step.group}
 
     def check_range(self, step: Step, slots: Sequence[int]) -> None:
@@ -123,7 +156,7 @@ class Machine:
         assert (step.first_slot, step.batch) == (slots[0], slots[-1] - slots[0] + 1)
         assert step.length == max(row.count for row in step.rows)
         if step.kind == "decode":
-            assert {row.count for row in step.rows} == {1}
+            assert {row.count - row.drafted for row in step.rows} == {1}
             assert {scheduler.slots[slot].group for slot in range(slots[0], slots[-1] + 1)} == {step.group}
         else:
             assert slots == list(range(slots[0], slots[-1] + 1))
@@ -136,7 +169,7 @@ class Machine:
             self.cache[copy.target, : copy.tokens] = self.cache[copy.source, : copy.tokens]
         for row in step.rows:
             held = self.held(row.slot, row.blocks)
-            given_tokens = np.array(row.continuation.tokens[: row.start + row.count])
+            given_tokens = np.array(row.continuation.between(0, row.start + row.count))
             right = bool((held[: row.start] == given_tokens[: row.start]).all())
             assert right or row.continuation.ended, f"{step}: slot {row.slot} does not hold what it continues"
             held[row.start : row.start + (row.count if step.first_slot is None else step.length)] = GARBAGE
@@ -158,9 +191,21 @@ class Machine:
         else:
             self.scheduler.done(step)
             for _, continuation in chosen(step):
-                if not continuation.ended:
-                    self.draw(continuation)
+                self.go_on(continuation)
         return step
+
+    def go_on(self, continuation: Continuation) -> None:
+        """Draw a token, and those after it that the step has computed for the draft before them."""
+        depth = 0
+        while not continuation.ended:
+            self.draw(continuation)
+            if not continuation.goes_as_drafted(depth, continuation.tokens[-1]):
+                break
+            depth += 1
+        if continuation.draft and not continuation.ended:
+            self.scheduler.settle(continuation)
+            self.issued[continuation, continuation.placed_at] = continuation.computed
+            assert continuation.computed == len(continuation.tokens) - 1
 
     def held(self, slot: int, blocks: Sequence[int]) -> Any:
         """What the row of a slot holds: of a slot's own row a view, of blocks a copy."""
@@ -169,7 +214,8 @@ class Machine:
     def draw(self, continuation: Continuation) -> None:
         continuation.tokens.append(self.random.randrange(3))
         if len(continuation.tokens) == self.lengths[continuation]:
-            assert self.issued[continuation, continuation.placed_at] == len(continuation.tokens) - 1
+            computed = self.issued[continuation, continuation.placed_at]
+            assert len(continuation.tokens) - 1 <= computed <= len(continuation.tokens) + len(continuation.draft)
             self.scheduler.end(continuation)
             self.finished.append(continuation)
             if continuation.scores:
@@ -223,14 +269,15 @@ class AnyOrder(RuleBasedStateMachine):
     @initialize(
         slots=st.integers(1, 6), groups=st.integers(1, 3), chunk=st.sampled_from([1, 5, 16, 64]),
         prefills=st.integers(1, 3), capacity=st.integers(24, 72), packs=st.booleans(),
-        block=st.sampled_from([None, 1, 4, 16]), more=st.integers(0, 30), seed=st.integers(0, 99),
+        block=st.sampled_from([None, 1, 4, 16]), more=st.integers(0, 30), seed=st.integers(0, 99), drafts=st.booleans(),
     )  # fmt: skip
     def begin(
         self, slots: int, groups: int, chunk: int, prefills: int, capacity: int, packs: bool, block: int | None,
-        more: int, seed: int,
+        more: int, seed: int, drafts: bool,
     ) -> None:  # fmt: skip
         blocks = Blocks(-(-capacity // block) + more, block) if packs and block else None
         scheduler = Scheduler(slots, capacity, min(groups, slots), min(chunk, capacity), prefills, packs, blocks)
+        scheduler.speculation = Bold(seed) if drafts else None
         self.machine = Machine(scheduler, seed)
 
     @rule(
@@ -306,6 +353,7 @@ def test_under_load_every_row_reads_its_own_tokens(seed: int) -> None:
     blocks = Blocks(capacity // 5 + rng.randint(0, 20), 5) if rng.random() < 0.5 else None
     packs = blocks is not None or rng.random() < 0.5
     scheduler = Scheduler(slots, capacity, groups, chunk, prefills, packs, blocks)
+    scheduler.speculation = Bold(seed) if rng.random() < 0.5 else None
     machine = Machine(scheduler, seed)
     beginnings = [[rng.randrange(3) for _ in range(rng.randint(0, 35))] for _ in range(3)]
     for _ in range(600):
