@@ -1,12 +1,12 @@
 """Checkpoints and bundles that many tests read: tiny ones that are made up, and the reference ones."""
 
+import functools
 import gc
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ WORD_LLAMA: dict[str, Any] = {
     "eos_token_id": 3,
 }
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "sat", "ran", "on", "mats")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_parsed_once() -> None:
+    """torch parses the source of torchlib's 500 functions for every export anew, a tenth of its time; here once."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    parse: Any = ONNXRegistry.from_torchlib
+    ONNXRegistry.from_torchlib = classmethod(functools.cache(parse.__func__))  # type: ignore[method-assign]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -175,7 +184,7 @@ def link_reference_bundle(made_once: MadeOnce) -> Callable[[str, Path], Path]:
         if not checkpoint.is_dir():
             pytest.skip(f"{name} is not here: stageline models fetch {name}")
         there = Path(os.environ.get("STAGELINE_REFERENCE", "nowhere")) / name  # make test exports them beside mypy
-        make = partial(shutil.copytree, there) if there.is_dir() else partial(export, checkpoint)
+        make = functools.partial(shutil.copytree, there) if there.is_dir() else functools.partial(export, checkpoint)
         made = made_once(name, make)
         return Path(shutil.copytree(made, folder, copy_function=os.link))
 
