@@ -218,7 +218,10 @@ def serve_command(
                 print(f"stageline: {url} has no API key: anyone who can reach it can use it", file=sys.stderr)
 
         def ready() -> None:
-            print(f"serving {', '.join(pipelines)} at {url}", flush=True)
+            try:
+                print(f"serving {', '.join(pipelines)} at {url}", flush=True)
+            except BrokenPipeError:  # nobody reads it: that is no reason to end
+                sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
         server = DrainingServer(app, list(pipelines.values()), drain_s, ready, tls_cert, tls_key, _die)
         server.run_until_signal(listening)

@@ -112,6 +112,7 @@ class DrainingServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_level="warning",
+                log_config=None,  # uvicorn's wants stdout, which may be closed
                 timeout_graceful_shutdown=shutdown_s,
                 h11_max_incomplete_event_size=_HEAD_BYTES,
                 http="h11",

@@ -1,6 +1,7 @@
 """Faults that have brought others down, where no other file has them: descriptors, broken threads, hostile bodies."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import os
@@ -125,6 +126,47 @@ def test_a_process_that_answers_nothing_any_more_ends_with_an_error(bundles: dic
         assert running.stderr is not None
         said = running.stderr.read()
     assert "stageline: the generator failed: MemoryError: no more of it; ending" in said
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "left by its reader"])
+def test_a_service_lives_without_its_stdout(bundles: dict[str, Path], tmp_path: Path, closed: bool) -> None:
+    path, (reading, writing) = tmp_path / "s", os.pipe()
+    os.close(reading)
+    command = [
+        sys.executable,
+        "-c",
+        MAIN,
+        "serve",
+        str(bundles["llama"]),
+        "--unix-socket",
+        str(path),
+        "--name",
+        "llama",
+    ]
+    running = subprocess.Popen(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, preexec_fn=(lambda: os.close(1)) if closed else None
+    )
+    os.close(writing)
+    try:
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path), retries=0), base_url="http://localhost"
+        ) as client:
+            deadline = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/health").status_code == 200:
+                        break
+                assert running.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert client.post("/v1/completions", json=BODY).status_code == 200
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+        assert running.stderr is not None
+        assert running.stderr.read() == ""
+    finally:
+        running.kill()
+        running.communicate()
 
 
 def test_a_compressed_body_is_not_unpacked(service: Any) -> None:
