@@ -22,7 +22,7 @@ from starlette.responses import Response
 
 async def chat(model: Model, body: ChatRequest) -> Response:
     """Respond with a whole message, or start to stream it."""
-    prompt, answering, sampling = await asyncio.to_thread(_prepared, model, body)
+    prompt, answering, sampling = await asyncio.to_thread(prepared, model, body, body.sampling)
     generations = await Generations.start(model, [prompt], sampling, body.deadline_s)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -35,20 +35,19 @@ async def chat(model: Model, body: ChatRequest) -> Response:
     (completion,) = await generations.completions()
     answer = {
         **head,
-        "choices": [
-            _choice(model, body, answering, number, choice) for number, choice in enumerate(completion.choices)
-        ],
+        "choices": await asyncio.to_thread(_choices, model, body, answering, completion),
         "usage": usage([completion]),
     }
     return json_response(answer)
 
 
-def _prepared(model: Model, body: ChatRequest) -> tuple[list[int], Answering, dict[str, Any]]:
-    """The prompt, how its answer is read, and the keywords for `Sampling`."""
-    sampling = body.sampling
-    form = (
-        model.tool_format if body.offered else None
-    )  # first: a template without tools would leave them out in silence
+def prepared(model: Model, body: ChatRequest, sampling: dict[str, Any]) -> tuple[list[int], Answering, dict[str, Any]]:
+    """The prompt of a chat, how its answer is read, and the keywords for `Sampling`, `sampling` among them.
+
+    RequestError for a template that cannot do what is asked.
+    """
+    # First, since a template without tools would leave them out in silence.
+    form = model.tool_format if body.offered else None
     messages = [message.for_template for message in body.messages]
     prompt = model.fitting(model.pipeline.chat_ids(messages, **body.template_variables))
     answering = Answering.of(model, body, form, prompt, sampling["structure"])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from stageline.models.errors import (
     DeadlineError,
     EngineError,
@@ -76,10 +77,17 @@ def busy(message: str) -> ApiError:
     return ApiError(429, message, "rate_limit_error", code="queue_full", headers=headers)
 
 
+def first_message(error: ValidationError) -> str:
+    """What is wrong first, in one line."""
+    first = max(error.errors(), key=lambda found: len(found["loc"]))
+    message = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    return f"{'.'.join(map(str, first['loc']))}: {message}" if first["loc"] else message
+
+
 def from_validation(error: RequestValidationError, known: Sequence[str]) -> ApiError:
     """The response to a body's first error. `known`: the parameters of its endpoint."""
     first = max(error.errors(), key=lambda found: len(found["loc"]))
-    path = [str(part) for part in first["loc"][1:]]
+    path = [str(part) for part in first["loc"][1:] if not str(part).startswith("<")]  # which kind of an item it is
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}, at byte {first['loc'][1]}")
     message = f"{first['msg'][:1].lower()}{first['msg'][1:]}"

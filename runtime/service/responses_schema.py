@@ -1,12 +1,13 @@
-"""What clients may send to /v1/responses. Messages only: there is no store to go on from, and there are no tools."""
+"""What clients may send to /v1/responses, and the chat that it is. There is no store to go on from."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
-from stageline.runtime.service.schema import Body, Generating
+from stageline.runtime.service.errors import first_message
+from stageline.runtime.service.schema import Body, ChatRequest, Generating
 from stageline.runtime.service.structured import NamedSchema, ResponseFormat, structure
 
 LOGPROBS = "message.output_text.logprobs"
@@ -16,7 +17,7 @@ _ELSEWHERE = {
     "conversation": "no conversations are stored here; send the messages before in input",
     "prompt": "no prompts are stored here; send it as instructions and input",
     "background": "no responses are stored here; leave background out, and stream",
-    "tools": "tools are not supported here",
+    "max_tool_calls": "tools are called by the client, who can count; leave max_tool_calls out",
     "truncation": "nothing is left out of what does not fit; leave truncation out, or send disabled",
     "response_format": "response_format is of chats; send text.format",
     "max_tokens": "max_tokens is of chats; send max_output_tokens",
@@ -25,7 +26,6 @@ _ELSEWHERE = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "reasoning": ({}, {"effort": "none"}, {"effort": None}, {"effort": None, "summary": None}),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
 
@@ -39,7 +39,7 @@ class TextContent(Body):
     logprobs: list[Any] = Field(default_factory=list)
 
 
-class InputItem(Body):
+class MessageItem(Body):
     """A message, as a client made it or as it was answered."""
 
     type: Literal["message"] = "message"
@@ -54,19 +54,127 @@ class InputItem(Body):
     def _of_one_form(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        kind = values.get("type")
-        if kind not in (None, "message"):
-            raise PydanticCustomError(
-                "item", "items of type {kind} are not supported; send messages", {"kind": repr(kind)}
-            )
         if isinstance(text := values.get("content"), str):
             return {**values, "content": [{"type": "input_text", "text": text}]}
         return values
 
     @property
-    def for_template(self) -> dict[str, str]:
-        """The form that chat templates read, text parts joined by line ends."""
+    def of_chats(self) -> dict[str, Any]:
+        """The message as chats have it, text parts joined by line ends."""
         return {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+
+
+class CallItem(Body):
+    """A call of a tool, as it was answered."""
+
+    type: Literal["function_call"]
+    name: str
+    arguments: str
+    call_id: str
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+    @property
+    def of_chats(self) -> dict[str, Any]:
+        """The message of the assistant as chats have it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"role": "assistant", "tool_calls": [{"id": self.call_id, "type": "function", "function": function}]}
+
+
+class OutputItem(Body):
+    """What a tool has answered."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[TextContent]
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+    @property
+    def of_chats(self) -> dict[str, Any]:
+        """The message as chats have it."""
+        text = self.output if isinstance(self.output, str) else "\n".join(part.text for part in self.output)
+        return {"role": "tool", "tool_call_id": self.call_id, "content": text}
+
+
+class ReasoningText(Body):
+    """A part of a reasoning."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+class ReasoningItem(Body):
+    """What the assistant thought, as it was answered."""
+
+    type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+    summary: list[ReasoningText] = Field(default_factory=list)
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+    @property
+    def of_chats(self) -> dict[str, Any]:
+        """A part of the assistant's message as chats have it."""
+        return {"role": "assistant", "reasoning_content": "\n".join(part.text for part in self.content or self.summary)}
+
+
+def _kind(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    return f"<{kind or 'message'}>"
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[CallItem, Tag("<function_call>")]
+    | Annotated[OutputItem, Tag("<function_call_output>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")],
+    Discriminator(
+        _kind,
+        custom_error_type="item",
+        custom_error_message="items of this type are not supported; send messages, function calls and their outputs",
+    ),
+]
+
+
+class FunctionTool(Body):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @validator(mode="before")
+    @classmethod
+    def _a_function(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and (kind := values.get("type")) not in (None, "function"):
+            raise PydanticCustomError(
+                "tool", "tools of type {kind} are not supported; send functions", {"kind": repr(kind)}
+            )
+        return values
+
+    @property
+    def of_chats(self) -> dict[str, Any]:
+        """The tool as chats have it."""
+        given = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return {"type": "function", "function": given}
+
+
+class NamedFunction(Body):
+    """A `tool_choice` that names one of the tools."""
+
+    type: Literal["function"]
+    name: str
+
+
+def _may_follow(before: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
+    """Whether it goes on with the turn of the assistant: thought, then text, then calls."""
+    order = ("reasoning_content", "content", "tool_calls")
+    place = max(order.index(name) for name in before if name in order)
+    own = min(order.index(name) for name in message if name in order)
+    return place < own or place == own == 2
 
 
 class TextFormat(Body):
@@ -112,10 +220,10 @@ class ResponsesRequest(Generating):
     n: Literal[1] = 1
     metadata: dict[str, str] = Field(default_factory=dict)
     """Given back."""
-    # Of tools, which are not there.
-    tool_choice: Literal["none", "auto"] = "auto"
+    tools: list[FunctionTool] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
     parallel_tool_calls: bool = True
-    max_tool_calls: int | None = None
+    _chat: ChatRequest = PrivateAttr()
 
     @validator(mode="before")
     @classmethod
@@ -130,11 +238,46 @@ class ResponsesRequest(Generating):
             left["input"] = [{"role": "user", "content": text}]
         return left
 
+    @validator(mode="after")
+    def _a_chat(self) -> Self:
+        choice: Any = self.tool_choice
+        if isinstance(choice, NamedFunction):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        try:
+            self._chat = ChatRequest.model_validate(
+                {
+                    "model": self.model,
+                    "messages": self._messages,
+                    "tools": [tool.of_chats for tool in self.tools],
+                    "tool_choice": choice,
+                    "parallel_tool_calls": self.parallel_tool_calls,
+                }
+            )
+        except ValidationError as error:
+            raise PydanticCustomError("chat", "{said}", {"said": first_message(error)}) from None
+        return self
+
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """What the chat template makes a prompt of."""
-        before = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        return [*before, *(item.for_template for item in self.input)]
+    def chat(self) -> ChatRequest:
+        """The messages and tools, as a chat."""
+        return self._chat
+
+    @property
+    def _messages(self) -> list[dict[str, Any]]:
+        """The messages of a chat. What the assistant thought, said and called in one turn is one message."""
+        found: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            found.append({"role": "system", "content": self.instructions})
+        for item in self.input:
+            message = item.of_chats
+            before = found[-1] if found else {}
+            if message["role"] == before.get("role") == "assistant" and _may_follow(before, message):
+                calls = [*before.get("tool_calls", ()), *message.get("tool_calls", ())]
+                found[-1] = {**before, **message, **({"tool_calls": calls} if calls else {})}
+            else:
+                found.append(message)
+        return [message if "content" in message or "tool_calls" in message else {**message, "content": ""}
+                for message in found]  # fmt: skip
 
     @property
     def wants_logprobs(self) -> bool:

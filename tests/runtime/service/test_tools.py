@@ -356,3 +356,82 @@ def test_a_structure_begins_after_the_reasoning(thinks: openai.OpenAI, begun: bo
             else:
                 assert choice.message.content in ('"yes"', '"no"')
     assert thoughts
+
+
+FLAT: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+def items(response: Any) -> list[Any]:
+    """The items of a response: kind, text or name with arguments, and status."""
+    found: list[Any] = []
+    for item in response.output:
+        said = (item.name, json.loads(item.arguments)) if item.type == "function_call" else item.content[0].text
+        found.append((item.type, said, item.status))
+    return found
+
+
+def streamed(client: openai.OpenAI, **asked: Any) -> Any:
+    """The response of a stream, put together by the client, and as its last event has it."""
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        last: Any = events[-1]
+        done = [event.item for event in events if event.type == "response.output_item.done"]
+        assert [item.id for item in done] == [item.id for item in last.response.output]
+        final = stream.get_final_response()
+    assert items(final) == items(last.response)
+    return final
+
+
+def test_responses_have_calls(hermes: openai.OpenAI, says: Any) -> None:
+    says(f'Well. {CALL}\n<tool_call>\n{{"name": "time", "arguments": {{}}}}\n</tool_call>')
+    asked: Any = {"model": "m", "input": CHAT, "tools": FLAT}
+    want = [
+        ("message", "Well.", "completed"),
+        ("function_call", ("weather", {"place": "A", "days": 1}), "completed"),
+        ("function_call", ("time", {}), "completed"),
+    ]
+    whole = hermes.responses.create(**asked)
+    assert items(whole) == items(streamed(hermes, **asked)) == want
+    assert [tool.model_dump()["name"] for tool in whole.tools] == ["weather", "time"]
+    calls: list[Any] = [item for item in whole.output if item.type == "function_call"]
+    outputs = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls]
+    sent_back: Any = [*CHAT, *(item.model_dump(exclude_unset=True) for item in whole.output), *outputs]
+    says("Fine.")
+    answer = hermes.responses.create(model="m", input=sent_back, tools=FLAT)
+    assert answer.output_text == "Fine."
+    assert answer.usage is not None
+    assert answer.usage.input_tokens == len("<tool_call>x" + "Well." + "sunny" * 2)
+
+
+def test_a_response_without_text_has_an_empty_message_and_a_cut_call_is_incomplete(
+    hermes: openai.OpenAI, says: Any
+) -> None:
+    says("")
+    assert items(hermes.responses.create(model="m", input=CHAT, tools=FLAT)) == [("message", "", "completed")]
+    says(CALL)
+    cut = hermes.responses.create(model="m", input=CHAT, tools=FLAT, max_output_tokens=60)
+    assert [(item.type, item.status) for item in cut.output] == [("function_call", "incomplete")]  # type: ignore[union-attr]
+    assert cut.status == "incomplete"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+def test_a_demanded_call_of_a_response_fits_its_schema(hermes: openai.OpenAI, choice: Any) -> None:
+    """The weights are random."""
+    asked: Any = {"model": "m", "input": CHAT, "tools": FLAT, "tool_choice": choice, "parallel_tool_calls": False}
+    for answer in (hermes.responses.create(**asked), streamed(hermes, **asked, temperature=1.5)):
+        (call,) = answer.output
+        assert call.type == "function_call"
+        jsonschema.validate(json.loads(call.arguments), PARAMETERS if call.name == "weather" else {"maxProperties": 0})
+        assert call.name == "weather" or choice == "required"
+
+
+def test_the_reasoning_of_a_response_is_an_item(thinks: openai.OpenAI, says: Any) -> None:
+    says(f"<think>\nhm\n</think>\n\n{CALL}", THINKS, THOUGHTS)
+    asked: Any = {"model": "m", "input": CHAT, "tools": FLAT, "top_logprobs": 1}
+    want = [("reasoning", "hm", "completed"), ("function_call", ("weather", {"place": "A", "days": 1}), "completed")]
+    whole = thinks.responses.create(**asked)
+    assert items(whole) == items(streamed(thinks, **asked)) == want
+    says("Yes.", THINKS, THOUGHTS)
+    back: Any = [*CHAT, *(item.model_dump(exclude_unset=True) for item in whole.output)]
+    assert thinks.responses.create(model="m", input=back, tools=FLAT).output_text == "Yes."
