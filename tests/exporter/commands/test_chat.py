@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -152,6 +153,7 @@ def _own_terminal(slave: int) -> None:
     import termios
 
     fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's job in the background is told to ignore it
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(slow: tuple[str, type[Slow]]) -> None:

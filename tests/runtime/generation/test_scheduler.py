@@ -186,7 +186,7 @@ class Machine:
                     assert row.start >= row.continuation.prefill_length
                     self.issued[row.continuation, row.continuation.placed_at] = row.start
             for continuation in lost:
-                self.scheduler.end(continuation)
+                self.scheduler.end(continuation, keep=0)  # as the generator does
                 del self.lengths[continuation]
         else:
             self.scheduler.done(step)
