@@ -14,6 +14,7 @@ from stageline.models import packing
 from stageline.models.errors import BundleError, CheckpointError
 from stageline.models.safetensors_file import header_sha256, read_header
 from stageline.models.tensors import Entry, PackedEntry, Packing, TensorEntry
+from stageline.runtime.bundle.external_data import check_external_data
 from stageline.runtime.bundle.hub_cache import stays_inside
 from stageline.runtime.bundle.manifest import FileEntry, Manifest, UncutManifest
 from stageline.runtime.validation import read_document
@@ -49,6 +50,8 @@ class Bundle:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(lambda entry: _check_file(folder, entry), manifest.files):
                 pass
+        for name in (*(part.file for part in manifest.parts), *(stage.file for stage in manifest.stages)):
+            check_external_data(folder, name, listed)
         return cls(folder, manifest, tensors_of(folder, manifest))
 
     @property
