@@ -10,6 +10,7 @@ from stageline.exporter.cut import PartGraph
 from stageline.exporter.generation_defaults import generation_defaults
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.images import image_settings
+from stageline.exporter.quantise.calibration import calibrated
 from stageline.exporter.quantise.choice import Quantisation
 from stageline.exporter.sentence_head import place_head
 from stageline.exporter.tasks import reads_images
@@ -56,9 +57,12 @@ def export(
         progress("tracing")
         traced = trace_model(wanted)
         parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
+        schemes = traced.schemes
+        if quantise is not None and quantise.method == "gptq":
+            schemes = calibrated(wanted, traced)
         progress("placing weights")
         weights = place(
-            traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes, wanted.keep_packed, traced.schemes
+            traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes, wanted.keep_packed, schemes
         )
         if wanted.pooling is not None:
             weights.files.extend(place_head(wanted.pooling, wanted.checkpoint, wanted.dtype, folder, wanted.notes))

@@ -46,25 +46,41 @@ def export_command(
         Literal["32", "64", "128"] | None,
         typer.Option(help="--quantise: weights of a row that have a scale together (default: 32)."),
     ] = None,
+    method: Annotated[
+        Literal["nearest", "gptq"] | None,
+        typer.Option(
+            help="--quantise: round each weight to the nearest number (default), or matrices so that their products "
+            "keep on text that the model draws itself."
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="--method gptq: a text per line, in place of what the model draws."),
+    ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
     """Export a checkpoint to a bundle of pipeline stages.
 
     With --quantise int8 or int4 the bundle is smaller and less exact: stageline verify BUNDLE --perplexity says how
-    much.
+    much. --method gptq loses less, takes minutes, and holds the model in float32 in memory.
 
     Example: stageline export models/checkpoints/minilm -o minilm.bundle --stages 2 --quantise int8
     """
     cuts = _cuts(stages, layers) or 1
-    if group is not None and quantise is None:
-        raise common.UsageError("--group is for --quantise int8 or int4")
+    for option, value in (("--group", group), ("--method", method)):
+        if value is not None and quantise is None:
+            raise common.UsageError(f"{option} is for --quantise int8 or int4")
+    if calibrate is not None and method != "gptq":
+        raise common.UsageError("--calibrate is for --method gptq")
     begin = time.perf_counter()
     with common.needs(*common.EXPORTER):
         from stageline.exporter.export import export
         from stageline.exporter.quantise.choice import Quantisation
+        from stageline.runtime.bench.inputs import read_texts
     source = hub.checkpoint_of(checkpoint)
     with common.progress_steps() as progress:
-        rounding = None if quantise is None else Quantisation(quantise, int(group or 32))
+        texts = () if calibrate is None else tuple(read_texts(calibrate))
+        rounding = None if quantise is None else Quantisation(quantise, int(group or 32), method or "nearest", texts)
         bundle = export(source, output, stages=cuts, dtype=dtype, task=task, quantise=rounding, progress=progress)
     seconds = time.perf_counter() - begin
     manifest = bundle.manifest

@@ -11,16 +11,21 @@ from stageline.exporter.quantise.nearest import Bits, Scheme
 MIN_WEIGHTS = 1 << 14  # smaller matrices stay as they are
 SMALLEST_GROUP = 16  # that engines multiply by
 QuantisedDtype = Literal["int8", "int4"]
+Method = Literal["nearest", "gptq"]
 _BITS: dict[QuantisedDtype, Bits] = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
 class Quantisation:
     """What a user asks for: the type of the numbers, and how many columns of a row have a scale together. Where that
-    does not divide a row, it is halved until it does."""
+    does not divide a row, it is halved until it does.
+
+    `texts`: what gptq calibrates with; none: what the model draws itself."""
 
     dtype: QuantisedDtype
     group: int
+    method: Method = "nearest"
+    texts: tuple[str, ...] = ()
 
 
 def schemes(model: Any, names: Mapping[str, str], wanted: Quantisation) -> dict[str, Scheme]:

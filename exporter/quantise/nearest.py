@@ -67,22 +67,35 @@ class Scheme:
         for start in range(0, rows, step):
             slab = slice(start, start + step)
             grouped = weight[slab].astype(np.float32).reshape(-1, groups, self.group)
-            values, zeros[slab], scales[slab] = self._rounded(grouped)
+            zeros[slab], scales[slab] = self.grid(grouped)
+            numbers = grouped / steps(scales[slab])[:, :, None]
+            np.rint(numbers, out=numbers)
+            numbers += zeros[slab, :, None]
+            values = numbers.clip(0, self.top, out=numbers).astype(np.uint8)
             packed[slab] = _streams(values.reshape(-1, columns), self.bits)
-        return Parts(packed, np.ascontiguousarray(_streams(np.ascontiguousarray(zeros.T), self.bits).T), scales)
+        return Parts(packed, _columns(zeros, self.bits), scales)
 
-    def _rounded(self, grouped: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any]]:
-        """grouped [n, G, group] -> numbers of that shape, zero points [n, G], scales [n, G]."""
-        top = np.float32(2**self.bits - 1)
+    @property
+    def top(self) -> int:
+        """The largest number."""
+        return int(2**self.bits - 1)
+
+    def grid(self, grouped: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+        """grouped [n, G, group] -> zero points [n, G] and scales [n, G] of the groups."""
         low, high = grouped.min(axis=2).clip(max=0), grouped.max(axis=2).clip(min=0)
-        scales = _rounded_up((high - low) / top)
-        steps = scales.astype(np.float32)
-        steps[steps == 0] = 1  # of a group of zeros
-        zeros = np.rint(-low / steps)
-        numbers = grouped / steps[:, :, None]
-        np.rint(numbers, out=numbers)
-        numbers += zeros[:, :, None]
-        return numbers.clip(0, top, out=numbers).astype(np.uint8), zeros.astype(np.uint8), scales
+        scales = _rounded_up((high - low) / np.float32(self.top))
+        return np.rint(-low / steps(scales)).astype(np.uint8), scales
+
+    def pack(self, numbers: NDArray[np.uint8], zeros: NDArray[np.uint8], scales: NDArray[Any]) -> Parts:
+        """The parts of numbers [N, K] with these zero points [N, G] and scales [N, G]."""
+        return Parts(_streams(numbers, self.bits), _columns(zeros, self.bits), scales)
+
+
+def steps(scales: NDArray[Any]) -> NDArray[np.float32]:
+    """What numbers are divided by: the scales, and 1 for a group of zeros."""
+    found = scales.astype(np.float32)
+    found[found == 0] = 1
+    return found
 
 
 def _rounded_up(scales: NDArray[np.float32]) -> NDArray[Any]:
@@ -95,6 +108,11 @@ def _rounded_up(scales: NDArray[np.float32]) -> NDArray[Any]:
 def _words(count: int, bits: int) -> int:
     """Words of 32 bits that hold so many numbers."""
     return -(-count * bits // 32)
+
+
+def _columns(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """zeros [N, G] -> [words, G], each column a stream."""
+    return np.ascontiguousarray(_streams(np.ascontiguousarray(zeros.T), bits).T)
 
 
 def _streams(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:

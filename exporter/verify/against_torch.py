@@ -206,21 +206,31 @@ def torch_values(
 
 
 def load_reference(checkpoint: Checkpoint, manifest: Manifest, attention: str = "eager") -> Any:
-    """The reference model in float32, with the weights that transformers loads; `attention` is transformers' name."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    is_gguf = checkpoint.kind == "gguf"
-    config = skeleton.config_of(gguf_config.config(checkpoint) if is_gguf else checkpoint.config)
-    if config.model_type != manifest.architecture:
+    """The checkpoint's model in float32, with the weights that transformers loads; `attention` is transformers' name.
+    ExportError if it is not the bundle's."""
+    kind = _config(checkpoint).model_type
+    if kind != manifest.architecture:
         raise ExportError(
-            f"{checkpoint.path} is a {config.model_type}, the bundle was made from a {manifest.architecture}; "
+            f"{checkpoint.path} is a {kind}, the bundle was made from a {manifest.architecture}; "
             "give the checkpoint that the bundle was exported from"
         )
+    return load_model(checkpoint, manifest.task, attention)
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    return skeleton.config_of(gguf_config.config(checkpoint) if checkpoint.kind == "gguf" else checkpoint.config)
+
+
+def load_model(checkpoint: Checkpoint, task: str, attention: str) -> Any:
+    """The model for a task in float32, with the weights that transformers loads. ExportError if it cannot."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = _config(checkpoint)
     if hasattr(config, "quantization_config"):  # the folder's weights are unpacked
         del config.quantization_config
-    factory = tasks.class_of(config, manifest.task)
+    factory = tasks.class_of(config, task)
     try:
-        if is_gguf:
+        if checkpoint.kind == "gguf":
             return load_gguf_reference(checkpoint, factory, attention).eval()
         with folder_for_transformers(checkpoint) as folder:
             model = factory.from_pretrained(

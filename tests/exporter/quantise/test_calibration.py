@@ -1,0 +1,78 @@
+"""Rounding a whole model by GPTQ: each matrix on the inputs that the rounded ones before it make; what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from llamas import TIED
+from stageline.exporter.export import export
+from stageline.exporter.quantise.calibration import Calibrated, round_all
+from stageline.exporter.quantise.choice import Quantisation, schemes
+from stageline.exporter.quantise.gptq import gptq
+from stageline.exporter.quantise.nearest import Scheme
+from stageline.exporter.synthesize import synthesize
+from stageline.exporter.verify.against_torch import verify
+from stageline.models.errors import ExportError
+from stageline.runtime.bundle.folder import Bundle
+
+BY_GPTQ = Quantisation("int4", 64, "gptq")
+
+
+def llama() -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{k: v for k, v in TIED.items() if k not in ("model_type", "architectures")})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_every_matrix_is_rounded_on_the_inputs_that_it_then_has() -> None:
+    model, before = llama(), llama().state_dict()
+    names = {name: name for name, _ in model.named_parameters()}
+    ways = schemes(model, names, BY_GPTQ)
+    rows = torch.from_numpy(np.random.default_rng(0).integers(3, 300, (8, 64)))
+    made = round_all(model, rows, ways, names, lambda step: None)
+    assert {name: Scheme(one.bits, one.group) for name, one in made.items()} == ways
+    # what the rounded model feeds a matrix is what the matrix was fed when it was rounded
+    fed: dict[str, torch.Tensor] = {}
+    for path, module in model.model.named_modules(prefix="model"):
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs, name=f"{path}.weight": fed.update({name: inputs[0]}))
+    with torch.no_grad():
+        model.model(rows)
+    assert len(fed) == 2 * 7 == len(ways) - 1
+    for name, inputs in fed.items():
+        one, flat = made[name], inputs.reshape(-1, inputs.shape[-1])
+        assert isinstance(one, Calibrated)
+        wanted = gptq(before[name].numpy(), flat.T @ flat, ways[name])
+        np.testing.assert_array_equal(one.made.packed, wanted.packed)
+    assert not isinstance(made["model.embed_tokens.weight"], Calibrated)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tied"
+    synthesize({**TIED, "bos_token_id": 1, "eos_token_id": 2}, folder, seed=1, dtype="bfloat16")
+    return folder
+
+
+def test_a_model_is_rounded_on_what_it_draws_and_exported(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export(checkpoint, tmp_path / "bundle", quantise=BY_GPTQ)
+    assert "matrices were rounded by GPTQ on 16,384 tokens of text that the model drew" in bundle.manifest.notes
+    assert "largest difference to transformers" in (bundle.manifest.checked or "")
+    assert verify(bundle.path, checkpoint, seed=0).passed
+    again = export(checkpoint, tmp_path / "again", quantise=BY_GPTQ)
+    assert Bundle.open(again.path).manifest.files == bundle.manifest.files  # drawn from one seed
+
+
+def test_texts_need_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"tokenizer.*; leave out --calibrate"):
+        export(checkpoint, tmp_path / "bundle", quantise=Quantisation("int4", 64, "gptq", ("a text",)))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_model_that_draws_no_text_needs_texts(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    synthesize({**TIED, "architectures": ["LlamaModel"]}, folder, seed=1, dtype="bfloat16")
+    with pytest.raises(ExportError, match=r"draws no text that GPTQ could calibrate with; give texts with --calibrate"):
+        export(folder, tmp_path / "bundle", quantise=BY_GPTQ)
