@@ -175,6 +175,8 @@ def test_a_made_up_checkpoint_exports_for_its_task(
         (["recut", "b", "--layers", "2", "--stages", "1"], "not both"),
         (["recut", "b"], "give --stages or --layers"),
         (["export", "c"], "Missing option '-o'"),
+        (["export", "c", "-o", "b", "--method", "gptq"], "--method is for --quantise int8 or int4"),
+        (["export", "c", "-o", "b", "--quantise", "int4", "--calibrate", "t"], "--calibrate is for --method gptq"),
         (["nope"], "'nope'"),
     ],
 )

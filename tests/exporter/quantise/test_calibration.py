@@ -8,6 +8,7 @@ import torch
 import transformers
 from llamas import TIED
 from stageline.exporter.export import export
+from stageline.exporter.quantise import calibration
 from stageline.exporter.quantise.calibration import Calibrated, round_all
 from stageline.exporter.quantise.choice import Quantisation, schemes
 from stageline.exporter.quantise.gptq import gptq
@@ -56,9 +57,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_model_is_rounded_on_what_it_draws_and_exported(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_is_rounded_on_what_it_draws_and_exported(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "TOKENS", 512)
     bundle = export(checkpoint, tmp_path / "bundle", quantise=BY_GPTQ)
-    assert "matrices were rounded by GPTQ on 16,384 tokens of text that the model drew" in bundle.manifest.notes
+    assert "matrices were rounded by GPTQ on 512 tokens of text that the model drew" in bundle.manifest.notes
     assert "largest difference to transformers" in (bundle.manifest.checked or "")
     assert verify(bundle.path, checkpoint, seed=0).passed
     again = export(checkpoint, tmp_path / "again", quantise=BY_GPTQ)
