@@ -4,7 +4,8 @@
 
 FOLDER: a checkpoint of floats. A row gives the perplexity where an engine computes with the numbers as they are
 (OpenVINO, in float32), and in ONNX Runtime, which also rounds activations to 8 bits. `--gguf`: a row for a file whose
-weights are quantised already. `--only`: one way, by its name in the table, such as "int4, group 32, gptq". Needs the extras cpu, openvino and export.
+weights are quantised already. `--only`: one way, by its name in the table, such as "int4, group 32, gptq". Needs the
+extras cpu, openvino and export.
 """
 
 import argparse
