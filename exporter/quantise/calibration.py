@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from stageline.exporter import skeleton, tasks
-from stageline.exporter.quantise.gptq import gptq
+from stageline.exporter.quantise.gptq import gptq, hessian_of
 from stageline.exporter.quantise.nearest import ROLES, Parts, Scheme
 from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace_model import TracedModel, Wanted
@@ -75,8 +75,7 @@ def round_all(
             if isinstance(made[name], Calibrated):
                 return  # its layer is computed once more
             if not seen or seen[0][0] is not inputs[0]:
-                flat = inputs[0].reshape(-1, inputs[0].shape[-1])
-                seen[:] = [(inputs[0], flat.T @ flat)]
+                seen[:] = [(inputs[0], hessian_of(inputs[0]))]
             progress(f"rounding {name}")
             parts = gptq(module.weight.numpy(), seen[0][1], scheme)
             replace(module, scheme, parts)

@@ -17,6 +17,13 @@ DAMPING = 0.01
 _BLOCK = 128  # columns after which the later ones are changed, as one product
 
 
+def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
+    """The Hessian float32 [K, K] of a product's squared error on inputs float32 [..., K], each token as long as the
+    others: a few tokens of a model are a thousand times longer, and would be all that counts."""
+    flat = torch.nn.functional.normalize(inputs.reshape(-1, inputs.shape[-1]), dim=1)
+    return flat.T @ flat
+
+
 def gptq(weight: NDArray[np.float32], hessian: torch.Tensor, scheme: Scheme) -> Parts:
     """weight [N, K] rounded for inputs x [n, K] whose hessian x.T @ x float32 [K, K] is given. Holds about four times
     the weight, and three Hessians in float64."""

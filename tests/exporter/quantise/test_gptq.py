@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from stageline.exporter.quantise.gptq import DAMPING, gptq
+from stageline.exporter.quantise.gptq import DAMPING, gptq, hessian_of
 from stageline.exporter.quantise.nearest import ROLES, Bits, Parts, Scheme
 from stageline.models import packing
 
@@ -73,3 +73,13 @@ def test_inputs_fewer_than_columns_are_enough() -> None:
     nearest = values(scheme, scheme.round(weight), weight.shape)
     moved = inputs.numpy() @ (made - weight).T, inputs.numpy() @ (nearest - weight).T
     assert np.square(moved[0]).sum() < 0.01 * np.square(moved[1]).sum()
+
+
+def test_a_token_that_is_far_longer_counts_as_the_others_do() -> None:
+    inputs = correlated(32)
+    long = inputs.clone()
+    long[::7] *= 1000
+    torch.testing.assert_close(hessian_of(long.reshape(2, -1, 32)), hessian_of(inputs))
+    units = inputs.double().numpy() / np.linalg.norm(inputs.double().numpy(), axis=1, keepdims=True)
+    np.testing.assert_allclose(hessian_of(inputs).numpy(), units.T @ units, rtol=1e-3, atol=1e-3)
+    assert hessian_of(torch.zeros(3, 8)).equal(torch.zeros(8, 8))
