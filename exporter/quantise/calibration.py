@@ -15,6 +15,7 @@ import transformers
 from stageline.exporter import skeleton, tasks
 from stageline.exporter.quantise.gptq import gptq, hessian_of
 from stageline.exporter.quantise.nearest import ROLES, Parts, Scheme
+from stageline.exporter.quantise.streaming import check_finite
 from stageline.exporter.tokenizer import write_tokenizer
 from stageline.exporter.trace_model import TracedModel, Wanted
 from stageline.exporter.verify.against_torch import load_model, rounded
@@ -76,8 +77,15 @@ def round_all(
                 return  # its layer is computed once more
             if not seen or seen[0][0] is not inputs[0]:
                 seen[:] = [(inputs[0], hessian_of(inputs[0]))]
+                if not torch.isfinite(seen[0][1]).all():
+                    raise ExportError(
+                        f"what the model multiplies by {name} is infinite or no number for the text it is calibrated "
+                        "with; leave out --method gptq"
+                    )
             progress(f"rounding {name}")
-            parts = gptq(module.weight.numpy(), seen[0][1], scheme)
+            weight = module.weight.numpy()
+            check_finite(name, weight)
+            parts = gptq(weight, seen[0][1], scheme)
             replace(module, scheme, parts)
             made[name] = Calibrated(scheme.bits, scheme.group, parts)
 
@@ -94,8 +102,10 @@ def round_all(
             if isinstance(module, torch.nn.Linear) and module is not head:
                 hooks.append(module.register_forward_pre_hook(hook(name, schemes[name])))
             elif isinstance(module, torch.nn.Embedding):
+                check_finite(name, module.weight.numpy())
                 replace(module, schemes[name], schemes[name].round(module.weight.numpy()))
-        body(rows, **({"use_cache": False} if "use_cache" in body.config else {}))
+        body.config.use_cache = False  # one pass
+        body(rows)
     for one in hooks:
         one.remove()
     return made

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from stageline.exporter.quantise.nearest import ROLES, Parts, Scheme
 from stageline.models.errors import ExportError
 from stageline.models.tensors import Packing
@@ -44,11 +45,7 @@ def quantised(
     def rounded(spec: Spec) -> Parts:
         name, dtype, shape = spec
         values = np.frombuffer(bytearray().join(data(name)), ir_dtype(dtype).numpy()).reshape(shape)
-        if not np.isfinite(values).all():
-            raise ExportError(
-                f"{name} holds values that are infinite or no number, which cannot be quantised; export it without "
-                "--quantise, or download the checkpoint again"
-            )
+        check_finite(name, values)
         return schemes[name].round(values)
 
     def chunks(name: str) -> Iterable[Any]:
@@ -58,3 +55,12 @@ def quantised(
         return [np.ascontiguousarray(rounded(spec)[place]).view(np.uint8).reshape(-1).data]
 
     return specs, chunks, packed
+
+
+def check_finite(name: str, values: NDArray[Any]) -> None:
+    """ExportError if the values of the tensor `name` are not all finite."""
+    if not np.isfinite(values).all():
+        raise ExportError(
+            f"{name} holds values that are infinite or no number, which cannot be quantised; export it without "
+            "--quantise, or download the checkpoint again"
+        )
