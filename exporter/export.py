@@ -10,7 +10,7 @@ from stageline.exporter.cut import PartGraph
 from stageline.exporter.generation_defaults import generation_defaults
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.images import image_settings
-from stageline.exporter.quantise.calibration import calibrated
+from stageline.exporter.quantise.calibration import calibrated, first_tokens
 from stageline.exporter.quantise.choice import Quantisation
 from stageline.exporter.sentence_head import place_head
 from stageline.exporter.tasks import reads_images
@@ -52,14 +52,13 @@ def export(
     check_runs_here()
     progress("reading the checkpoint")
     wanted = _wanted(Path(path), stages, dtype, task, quantise, progress)
+    first = first_tokens(wanted) if quantise is not None and quantise.method == "gptq" else None
     target = Path(bundle)
     with new_folder(target) as folder:
         progress("tracing")
         traced = trace_model(wanted)
         parts = tuple(_write_part(folder, number, part) for number, part in enumerate(traced.parts))
-        schemes = traced.schemes
-        if quantise is not None and quantise.method == "gptq":
-            schemes = calibrated(wanted, traced)
+        schemes = traced.schemes if first is None else calibrated(wanted, traced, first)
         progress("placing weights")
         weights = place(
             traced.weights, traced.task.model, wanted.dtype, folder, wanted.notes, wanted.keep_packed, schemes

@@ -6,7 +6,7 @@ The rows are texts that the user gives, or that the model draws itself: what it 
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,45 @@ class Calibrated(Scheme):
         return self.made
 
 
-def calibrated(wanted: Wanted, traced: TracedModel) -> dict[str, Scheme]:
-    """The traced model's schemes, with the numbers that GPTQ finds for the matrices of linear layers. Holds the model
-    in float32. ExportError if it cannot be loaded, or there is no text: a model that generates none needs
-    `wanted.quantise.texts`."""
+def first_tokens(wanted: Wanted) -> list[int]:
+    """The first tokens of the texts that are given, one text after the other; without texts, the token with which the
+    model begins to draw some. ExportError if it draws none, or there is no tokenizer to read texts with."""
+    texts = wanted.quantise.texts if wanted.quantise else ()
+    if texts:
+        return _tokens(wanted, texts)[:TOKENS]
+    config = wanted.config.get_text_config()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    begins = [token for token in (config.bos_token_id, *ends) if token is not None]
+    if wanted.task != tasks.GENERATION or not begins:
+        raise ExportError(
+            f"{wanted.checkpoint.path} draws no text that GPTQ could calibrate with; give texts with --calibrate FILE, "
+            "or leave out --method gptq"
+        )
+    return begins[:1]
+
+
+def _tokens(wanted: Wanted, texts: Sequence[str]) -> list[int]:
+    notes: list[str] = []  # those of the export are written when it writes its own
+    with tempfile.TemporaryDirectory() as folder:
+        settings, _ = write_tokenizer(replace(wanted, notes=notes), Path(folder), None)
+        if settings is None:
+            why = notes[-1] if notes else "it has no tokenizer"
+            raise ExportError(f"{wanted.checkpoint.path} cannot read texts ({why}); leave out --calibrate")
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer" / "tokenizer.json"))
+    return [token for text in texts for token in tokenizer.encode(text).ids]
+
+
+def calibrated(wanted: Wanted, traced: TracedModel, first: Sequence[int]) -> dict[str, Scheme]:
+    """The traced model's schemes, with the numbers that GPTQ finds for the matrices of linear layers; `first`: as
+    `first_tokens` gives it. Holds the model in float32. ExportError if it cannot be loaded."""
     assert wanted.quantise is not None
     wanted.progress("loading the checkpoint into torch")
     model = rounded(load_model(wanted.checkpoint, wanted.task, attention="sdpa"), wanted.dtype)
     length = min(ROW, skeleton.max_positions(model) or ROW, traced.longest or ROW)
     texts = wanted.quantise.texts
-    rows = read_rows(wanted, texts, length) if texts else drawn_rows(wanted, model, length)
+    if not texts:
+        wanted.progress(f"drawing {TOKENS:,} tokens")
+    rows = _cut(first, length) if texts else _drawn(model, first[0], length)
     whose = "texts that were given" if texts else "text that the model drew"
     wanted.notes.append(f"matrices were rounded by GPTQ on {rows.numel():,} tokens of {whose}")
     return round_all(model, rows, traced.schemes, traced.weights.names, wanted.progress)
@@ -66,7 +95,7 @@ def round_all(
     made: dict[str, Scheme] = dict(schemes)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # the last inputs, which several products may share
 
-    def replace(module: Any, scheme: Scheme, parts: Parts) -> None:
+    def become(module: Any, scheme: Scheme, parts: Parts) -> None:
         shape = tuple(module.weight.shape)
         held = dequantised(scheme.packing(shape, "float32"), dict(zip(ROLES, parts, strict=True)))
         module.weight.copy_(torch.from_numpy(held))
@@ -86,7 +115,7 @@ def round_all(
             weight = module.weight.numpy()
             check_finite(name, weight)
             parts = gptq(weight, seen[0][1], scheme)
-            replace(module, scheme, parts)
+            become(module, scheme, parts)
             made[name] = Calibrated(scheme.bits, scheme.group, parts)
 
         return before
@@ -103,7 +132,7 @@ def round_all(
                 hooks.append(module.register_forward_pre_hook(hook(name, schemes[name])))
             elif isinstance(module, torch.nn.Embedding):
                 check_finite(name, module.weight.numpy())
-                replace(module, schemes[name], schemes[name].round(module.weight.numpy()))
+                become(module, schemes[name], schemes[name].round(module.weight.numpy()))
         body.config.use_cache = False  # one pass
         body(rows)
     for one in hooks:
@@ -111,18 +140,8 @@ def round_all(
     return made
 
 
-def drawn_rows(wanted: Wanted, model: Any, length: int) -> torch.Tensor:
-    """Rows that the model draws at temperature 1: int64 [rows, length]."""
-    config = model.config.get_text_config()
-    starts = [config.bos_token_id, config.eos_token_id]
-    first = next((token for start in starts for token in (start if isinstance(start, list) else [start])
-                  if token is not None), None)  # fmt: skip
-    if wanted.task != tasks.GENERATION or first is None:
-        raise ExportError(
-            f"{wanted.checkpoint.path} draws no text that GPTQ could calibrate with; give texts with --calibrate FILE, "
-            "or leave out --method gptq"
-        )
-    wanted.progress(f"drawing {TOKENS:,} tokens")
+def _drawn(model: Any, first: int, length: int) -> torch.Tensor:
+    """Rows that the model draws after the token `first` at temperature 1: int64 [rows, length]."""
     # of its own defaults, none applies: the text goes on after an end, with the next one
     model.generation_config = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=first
@@ -133,14 +152,7 @@ def drawn_rows(wanted: Wanted, model: Any, length: int) -> torch.Tensor:
         return torch.as_tensor(model.generate(given, attention_mask=torch.ones_like(given)))
 
 
-def read_rows(wanted: Wanted, texts: Sequence[str], length: int) -> torch.Tensor:
-    """Rows of the first tokens of the texts, one text after the other: int64 [rows, length]; one shorter row if there
-    are fewer."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings, _ = write_tokenizer(wanted, Path(folder), None)
-        if settings is None:
-            raise ExportError(wanted.notes[-1] + "; leave out --calibrate")
-        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer" / "tokenizer.json"))
-    ids = [token for text in texts for token in tokenizer.encode(text).ids][:TOKENS]
-    length = min(length, len(ids))
-    return torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+def _cut(tokens: Sequence[int], length: int) -> torch.Tensor:
+    """Whole rows of the tokens: int64 [rows, length]; one shorter row if there are fewer."""
+    length = min(length, len(tokens))
+    return torch.tensor(tokens[: len(tokens) // length * length]).reshape(-1, length)
