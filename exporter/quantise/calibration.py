@@ -64,6 +64,7 @@ def _tokens(wanted: Wanted, texts: Sequence[str]) -> list[int]:
             why = notes[-1] if notes else "it has no tokenizer"
             raise ExportError(f"{wanted.checkpoint.path} cannot read texts ({why}); leave out --calibrate")
         tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()  # rows are cut later
     return [token for text in texts for token in tokenizer.encode(text).ids]
 
 

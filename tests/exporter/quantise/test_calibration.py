@@ -9,12 +9,15 @@ import transformers
 from llamas import TIED
 from stageline.exporter.export import export
 from stageline.exporter.quantise import calibration
-from stageline.exporter.quantise.calibration import Calibrated, round_all
+from stageline.exporter.quantise.calibration import Calibrated, first_tokens, round_all
 from stageline.exporter.quantise.choice import Quantisation, schemes
 from stageline.exporter.quantise.gptq import gptq, hessian_of
 from stageline.exporter.quantise.nearest import Scheme
+from stageline.exporter.skeleton import config_of
 from stageline.exporter.synthesize import synthesize
+from stageline.exporter.trace_model import Wanted
 from stageline.exporter.verify.against_torch import verify
+from stageline.models.checkpoint import Checkpoint
 from stageline.models.errors import ExportError
 
 BY_GPTQ = Quantisation("int4", 64, "gptq")
@@ -85,6 +88,19 @@ def test_texts_need_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"cannot read texts \(.*tokenizer.*\); leave out --calibrate"):
         export(checkpoint, tmp_path / "bundle", quantise=Quantisation("int4", 64, "gptq", ("a text",)))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_texts_are_read_whole_by_the_tokenizer_of_the_checkpoint(tiny_checkpoint: Path) -> None:
+    texts = ("a cat sat " * 200, "dog", "a cat " * 9000)
+    source = Checkpoint.open(tiny_checkpoint)
+    way = Quantisation("int4", 64, "gptq", texts)
+    wanted = Wanted(source, config_of(source.config), "text-classification", "float32", None, 1, print, quantise=way)
+    tokens = first_tokens(wanted)
+    read = transformers.AutoTokenizer.from_pretrained(tiny_checkpoint)
+    every = [token for text in texts for token in read(text, truncation=False).input_ids]
+    assert len(every) > len(tokens) == calibration.TOKENS
+    assert tokens == every[: calibration.TOKENS]
+    assert not wanted.notes
 
 
 def test_a_model_that_draws_no_text_needs_texts(tmp_path: Path) -> None:
