@@ -6,11 +6,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 from stageline.exporter import classifier, skeleton, tasks
+from stageline.exporter.calibration import calibrated, first_tokens
 from stageline.exporter.cut import PartGraph
 from stageline.exporter.generation_defaults import generation_defaults
 from stageline.exporter.gguf import config as gguf_config
 from stageline.exporter.images import image_settings
-from stageline.exporter.quantise.calibration import calibrated, first_tokens
 from stageline.exporter.quantise.choice import Quantisation
 from stageline.exporter.sentence_head import place_head
 from stageline.exporter.tasks import reads_images

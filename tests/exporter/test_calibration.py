@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 from llamas import TIED
+from stageline.exporter import calibration
+from stageline.exporter.calibration import Calibrated, first_tokens, round_all
 from stageline.exporter.export import export
-from stageline.exporter.quantise import calibration
-from stageline.exporter.quantise.calibration import Calibrated, first_tokens, round_all
 from stageline.exporter.quantise.choice import Quantisation, schemes
 from stageline.exporter.quantise.gptq import gptq, hessian_of
 from stageline.exporter.quantise.nearest import Scheme
