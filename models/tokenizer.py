@@ -162,11 +162,6 @@ class TextEncoder:
         """How the vocabulary spells each of these tokens; empty for an id that it does not have."""
         return [str(self._tokenizer.id_to_token(i) or "") for i in ids]
 
-    def id_of(self, name: str) -> int | None:
-        """The token that the vocabulary spells so, if there is one."""
-        found: int | None = self._tokenizer.token_to_id(name)
-        return found
-
     def decode(self, ids: Sequence[int] | NDArray[np.int64], special: bool = False) -> str:
         """The text of these tokens [length], without the special ones unless they are asked for.
 

@@ -31,7 +31,7 @@ class FillIn:
     def of(cls, encoder: TextEncoder) -> Self | None:
         """None where it has no such tokens."""
         for names in _FAMILIES:
-            ids = [encoder.id_of(name) for name in names]
+            ids = [encoder.token(name) for name in names]
             if None not in ids:
                 return cls(encoder, *(number for number in ids if number is not None))
         return None

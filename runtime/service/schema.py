@@ -50,7 +50,7 @@ _MOST_BIAS = 100  # OpenAI's range of a logit's bias
 _DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat continues until it ends
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     @validator(mode="before")
@@ -75,15 +75,12 @@ class _Body(BaseModel):
         return {name: value for name, value in left.items() if name in cls.model_fields}
 
 
-Body = _Body  # for the requests of other modules
-
-
 def _neutral(name: str, value: Any) -> bool:
     """Whether the value says nothing; 0 is not False here."""
     return any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """`include_usage`: add a last chunk with the token counts. `continuous_usage_stats` (vLLM's): also give the counts
     so far with each chunk."""
 
@@ -92,7 +89,7 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False  # OpenAI pads chunks; not here
 
 
-class Generating(_Body):
+class Generating(Body):
     """Parameters of both chats and completions."""
 
     model: str
@@ -150,14 +147,14 @@ class Generating(_Body):
         return self
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a message; only text is accepted."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(Body):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -194,7 +191,7 @@ class Message(_Body):
         return self
 
 
-class Templated(_Body, Tooled):
+class Templated(Body, Tooled):
     """Messages and tools, and how the template makes a prompt of them."""
 
     messages: list[Message]
@@ -299,7 +296,7 @@ class CompletionRequest(Generating):
         }
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(Body):
     """/v1/embeddings"""
 
     model: str
@@ -317,13 +314,13 @@ class EmbeddingRequest(_Body):
     """vLLM's: keep this many tokens of each text; -1: as many as the model takes."""
 
 
-class RerankDocument(_Body):
+class RerankDocument(Body):
     """A document of /rerank that is no plain text."""
 
     text: str
 
 
-class RerankRequest(_Body):
+class RerankRequest(Body):
     """/rerank, as Cohere and Jina have it"""
 
     model: str
@@ -333,7 +330,7 @@ class RerankRequest(_Body):
     return_documents: bool = True
 
 
-class ScoreRequest(_Body):
+class ScoreRequest(Body):
     """/score, vLLM's"""
 
     model: str
@@ -350,7 +347,7 @@ class ScoreRequest(_Body):
         return {names.get(name, name): value for name, value in values.items()}
 
 
-class ClassifyRequest(_Body):
+class ClassifyRequest(Body):
     """/classify, vLLM's"""
 
     model: str
@@ -358,7 +355,7 @@ class ClassifyRequest(_Body):
     truncate: bool = False
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """/tokenize, of a text"""
 
     model: str | None = None
@@ -384,7 +381,7 @@ TextOrChat = Annotated[
 ]
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """/detokenize"""
 
     model: str | None = None
