@@ -19,6 +19,7 @@ from stageline.exporter import exact_constants
 from stageline.exporter.blocks import Call
 from stageline.exporter.cache_task import CacheTask
 from stageline.exporter.failure import reason_of
+from stageline.exporter.functional import without_retracing
 from stageline.exporter.functions import without_unknown
 from stageline.exporter.scan_graph import lower_scans
 from stageline.exporter.skeleton import Input, RefusedError, Task
@@ -125,7 +126,11 @@ def trace(
         try:
             program = torch.export.export(task, samples, dynamic_shapes=(free,), strict=False)
             exported = torch.onnx.export(
-                without_unknown(program), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+                without_retracing(without_unknown(program)),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                verbose=False,
             )
         except RefusedError:
             raise
