@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 FLOORS := models runtime exporter dashboard
 CHECKPOINTS := models/checkpoints
 export STAGELINE_CHECKPOINTS := $(CURDIR)/$(CHECKPOINTS)
+ALONE = $(shell grep -rlE '^(pytestmark = |@)pytest\.mark\.alone' tests)
 BRIEF := --seconds 1.5 --repeats 5 --warm-up 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -76,7 +77,7 @@ pytest: checkpoints
 	@rm -rf .cache/parity
 	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest -m 'not gpu and not alone and not reality' -n 2 --dist loadfile --no-loadscope-reorder
 	STAGELINE_PARITY=$(CURDIR)/.cache/parity $(BIN)/pytest tests/reality -n 2 --dist worksteal
-	$(BIN)/pytest -m alone || $(BIN)/pytest -m alone --last-failed || $(BIN)/pytest -m alone --last-failed
+	$(BIN)/pytest -m alone $(ALONE) || $(BIN)/pytest -m alone --last-failed $(ALONE) || $(BIN)/pytest -m alone --last-failed $(ALONE)
 
 docs: $(VENV)/stamp view
 	$(BIN)/python docs/generate.py --check

@@ -7,7 +7,7 @@ fraction of how large torch's values are (stageline.exporter.verify.scale). The 
 of summation (float32), and for constants of the model's code that are rounded to 11 and 8 bits (the halves).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,9 @@ def verify(
     tolerance = TOLERANCE[manifest.dtype]
     with Pipeline.open(path, engine=engine, quantise=manifest.exact) as pipeline:
         drawn = [inputs for inputs in (random_inputs(manifest, seed), long_inputs(manifest, seed)) if inputs]
-        usual: dict[str, float] = {}
-        compared = [
-            _compare_all(pipeline, torch_values(model, checkpoint, manifest, inputs), inputs, usual, engine, progress)
-            for inputs in drawn
-        ]
+        progress("torch computes the same")
+        references = [torch_values(model, checkpoint, manifest, inputs) for inputs in drawn]
+        compared = _compare_all(pipeline, list(zip(drawn, references, strict=True)), engine, progress)
         progress(f"from {'image' if manifest.image else 'text'} to answer")
         most = _OF_TEXTS[manifest.dtype]
         if manifest.image is not None:
@@ -117,41 +115,48 @@ def verify(
             texts = compare_texts(pipeline, checkpoint, model, most)
     masks = [inputs["attention_mask"] for inputs in drawn if "attention_mask" in inputs]
     lengths = tuple(int(length) for mask in masks for length in mask.sum(axis=1))
-    worst = tuple(max(each, key=_badness) for each in zip(*compared, strict=True))
-    return Verification(manifest.dtype, tolerance, seed, lengths, worst, texts)
+    return Verification(manifest.dtype, tolerance, seed, lengths, compared, texts)
 
 
 def _compare_all(
     pipeline: Pipeline,
-    reference: Mapping[str, Array],
-    inputs: Mapping[str, Array],
-    usual: dict[str, float],
+    drawn: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]],
     engine: str,
     progress: Callable[[str], None],
-) -> list[TorchComparison]:
-    """Each stage alone, and the whole pipeline, on the same inputs. `usual` is how large a token of each value is,
-    which the first inputs tell."""
+) -> tuple[TorchComparison, ...]:
+    """Each stage alone, and the whole pipeline, on each inputs that were drawn, with torch's values for them: of each
+    value the worst of these. How large a token of a value is, the first inputs tell."""
     bundle = pipeline.bundle
-    manifest, mask = bundle.manifest, inputs.get("attention_mask")
+    manifest, signature = bundle.manifest, Signature.of(bundle.manifest)
 
-    def compare(stage: int | None, spec: TensorSpec, got: Array) -> TorchComparison:
-        got, want = real_tokens(spec, got, reference[spec.name], mask)
-        scale = usual.setdefault(spec.name, typical(want))
-        return _compared(stage, spec.name, got, want, scale, TOLERANCE[manifest.dtype])
+    def compare(stage: int | None, spec: TensorSpec, got: Sequence[Array]) -> TorchComparison:
+        pairs = [
+            real_tokens(spec, one, reference[spec.name], inputs.get("attention_mask"))
+            for one, (inputs, reference) in zip(got, drawn, strict=True)
+        ]
+        usual, tolerance = typical(pairs[0][1]), TOLERANCE[manifest.dtype]
+        return max((_compared(stage, spec.name, *pair, usual, tolerance) for pair in pairs), key=_badness)
 
     comparisons = []
-    signature = Signature.of(manifest)
-    values: dict[str, Array] = signature.check_inputs(inputs)[0]
-    longest = "" if mask is None else f", rows of up to {mask.shape[1]} tokens"
+    values = [dict(signature.check_inputs(inputs)[0]) for inputs, _ in drawn]
     for number, stage in enumerate(manifest.stages):
-        progress(f"stage {number + 1} of {len(manifest.stages)}{longest}")
-        given = {spec.name: reference.get(spec.name, values.get(spec.name)) for spec in stage.inputs}
+        progress(f"stage {number + 1} of {len(manifest.stages)}")
+        given = [
+            {spec.name: reference.get(spec.name, known.get(spec.name)) for spec in stage.inputs}
+            for known, (_, reference) in zip(values, drawn, strict=True)
+        ]
         outputs = _run_stage(bundle, number, given, engine)
-        values.update(outputs)
-        comparisons += [compare(number, spec, outputs[spec.name]) for spec in stage.outputs if spec.name in reference]
-    progress(f"the whole pipeline{longest}")
-    outputs = pipeline.run(inputs)
-    return comparisons + [compare(None, spec, outputs[spec.name]) for spec in signature.outputs]
+        for known, output in zip(values, outputs, strict=True):
+            known.update(output)
+        comparisons += [
+            compare(number, spec, [output[spec.name] for output in outputs])
+            for spec in stage.outputs
+            if spec.name in drawn[0][1]
+        ]
+    progress("the whole pipeline")
+    whole = [pipeline.run(inputs) for inputs, _ in drawn]
+    comparisons += [compare(None, spec, [output[spec.name] for output in whole]) for spec in signature.outputs]
+    return tuple(comparisons)
 
 
 def torch_values(
@@ -283,14 +288,19 @@ def _badness(comparison: TorchComparison) -> float:
     return float("inf") if np.isnan(comparison.relative_error) else comparison.relative_error
 
 
-def _run_stage(bundle: Bundle, number: int, inputs: Mapping[str, Array | None], engine: str) -> dict[str, Array]:
+def _run_stage(
+    bundle: Bundle, number: int, inputs: Sequence[Mapping[str, Array | None]], engine: str
+) -> list[dict[str, Array]]:
+    """The outputs of a stage, opened once, for each of `inputs`."""
     stage = bundle.manifest.stages[number]
     file = StageFile(number, bundle.path / stage.file, bundle.path, stage.caches)
+    names = [spec.name for spec in stage.outputs]
     opened = engine_factory(engine)(file, CpuDevice(allowed_cores()), None, bundle.manifest.exact)
     try:
-        given = {name: value for name, value in inputs.items() if value is not None}
-        names = [spec.name for spec in stage.outputs]
-        return on_host(opened.run(given, names), names)
+        return [
+            on_host(opened.run({name: value for name, value in given.items() if value is not None}, names), names)
+            for given in inputs
+        ]
     finally:
         opened.close()
 

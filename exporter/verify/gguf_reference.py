@@ -46,7 +46,7 @@ def load_gguf_reference(checkpoint: Checkpoint, factory: Any, attention: str) ->
                 file.parent, gguf_file=file.name, config=config, dtype=torch.float32, attn_implementation=attention,
                 local_files_only=True, trust_remote_code=False,
             )  # fmt: skip
-        _place_frequencies(model, gguf.GGUFReader(file))
+        _place_frequencies(model, gguf.GGUFReader(str(file)))  # as transformers names it: it was read
     return model
 
 
@@ -116,15 +116,21 @@ def frequencies(
 @contextmanager
 def _as_one_file(files: tuple[Path, ...]) -> Iterator[None]:
     """Inside, gguf's reader gives the tensors of all parts of a split file; a table that transformers makes for each
-    module is made once, and no bar of progress is drawn."""
+    module is made once, and no bar of progress is drawn. A file is read once, and its hundred thousands of strings out
+    of a plain array: each slice of numpy's memmap costs as much as ten of that."""
 
     class Parts(gguf.GGUFReader):  # type: ignore[misc]
         def __init__(self, path: Any, *args: Any) -> None:
-            super().__init__(path, *args)
+            with patch.object(np, "memmap", plain):
+                super().__init__(path, *args)
             for other in files[1:]:
                 self.tensors += _whole(other).tensors
 
-    _whole = gguf.GGUFReader
+    _whole, mapped = gguf.GGUFReader, np.memmap
+
+    def plain(*args: Any, **kwargs: Any) -> NDArray[Any]:
+        return np.asarray(mapped(*args, **kwargs))
+
     table = lru_cache(maxsize=4)(gguf.get_tensor_name_map)
     with (
         patch.object(gguf, "GGUFReader", lru_cache(maxsize=1)(Parts)),

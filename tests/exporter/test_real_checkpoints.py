@@ -1,9 +1,12 @@
 """The two real checkpoints, cut every way, against torch; and what they say makes sense."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -36,12 +39,13 @@ def bundles(link_reference_bundle: Callable[[str, Path], Path], tmp_path_factory
 @pytest.fixture(scope="module")
 def smollm2_logits(bundles: Path) -> np.ndarray:
     """torch's logits in float64, the judge: its own float32 logits differ from them by as much as ours do."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        CHECKPOINTS / "smollm2",
-        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        attn_implementation="eager",
-        dtype=torch.float32,
-    )
+    with patch.object(gguf, "GGUFReader", lru_cache(gguf.GGUFReader)):  # seconds, and transformers does it three times
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            CHECKPOINTS / "smollm2",
+            gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            attn_implementation="eager",
+            dtype=torch.float32,
+        )
     with torch.no_grad():
         return np.asarray(model.double().eval()(**tensors(encoded(Bundle.open(bundles / "smollm2")))).logits)
 
