@@ -55,7 +55,8 @@ def _is_plain(graph_module: torch.fx.GraphModule, table: Mapping[Any, Any]) -> b
 
 
 def _does_nothing(node: torch.fx.Node) -> bool:
-    return node.target is _aten.dropout.default and not node.args[2]
+    """Dropout at inference, and what torch.tensor ends with."""
+    return node.target is _aten.detach_.default or (node.target is _aten.dropout.default and not node.args[2])
 
 
 def _simplify(graph_module: torch.fx.GraphModule) -> None:
