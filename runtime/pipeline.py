@@ -23,6 +23,7 @@ from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.cluster.addresses import is_remote
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import Array, default_device, engine_factory
 from stageline.runtime.executor import ChangeoverTimes, Executor
@@ -93,6 +94,9 @@ class Pipeline:
         the engine is not there or refuses.
         """
         options = replace(options or PipelineOptions(), **keywords)
+        outside = options.isolate or any(map(is_remote, options.devices or ()))
+        if outside and options.rebalance != "off":
+            raise RequestError("rebalance is for stages in this process; leave it off where devices are elsewhere")
         opener = Opener(Bundle.open(Path(bundle)), options)
         manifest, cache = opener.bundle.manifest, opener.cache
         engine_factory(options.engine)  # EngineError for a name that is not known, before all else
@@ -326,6 +330,12 @@ class Pipeline:
     def broken(self) -> str | None:
         """Why it answers nothing any more, if a bug has ended one of its threads; else None, also once it is closed."""
         return self._executor.broken
+
+    @property
+    def recovering(self) -> str | None:
+        """Why nothing is computed for the moment, while lost stages are opened again; requests wait."""
+        recovery = self._executor.recovery
+        return None if recovery is None else recovery.reason
 
     @property
     def closed(self) -> bool:

@@ -29,6 +29,7 @@ def run_batch_command(
     engine: common.EngineOption = "onnxruntime",
     error_budget: common.BudgetOption = None,
     devices: common.DevicesOption = None,
+    key_file: common.KeyFileOption = None,
     threads: common.ThreadsOption = None,
     quantise: common.QuantiseOption = None,
     slots: common.SlotsOption = PipelineOptions.slots,
@@ -50,6 +51,7 @@ def run_batch_command(
     options = PipelineOptions(
         engine=engine,
         devices=common.split(devices),
+        key_file=key_file,
         threads=threads,
         quantise=quantise,
         slots=slots,
