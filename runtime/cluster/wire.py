@@ -37,6 +37,8 @@ _MAGIC = b"SLF1"
 _HEAD = struct.Struct("<4sHHIQQ4x")  # magic, kind, arrays, bytes of JSON, bytes of the body, number
 _TAG = 16
 _ALIGNED = 64
+_SMALL = 4096
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _DTYPES = tuple(np.dtype(name) for name in ("bool", "int8", "uint8", "int32", "int64", "float16", "float32", "float64"))
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
@@ -74,12 +76,13 @@ class Wire:
 
     def send(self, kind: int, message: Mapping[str, Any], arrays: Sequence[Array] = ()) -> None:
         """Send a frame. WireError if the connection ended, or the other end takes nothing any more."""
-        body = _body(message, arrays)
+        said = _JSON.encode(message).encode()
+        body = _body(said, arrays)
         length = sum(len(part) for part in body)
         if length > MOST_BYTES:
             raise WireError(f"a step of {length:,} bytes does not fit a frame of {MOST_BYTES:,}; send fewer rows")
         with self._lock:
-            head = _HEAD.pack(_MAGIC, kind, len(arrays), len(body[0]), length, self._sent)
+            head = _HEAD.pack(_MAGIC, kind, len(arrays), len(said), length, self._sent)
             signed = self._sending.copy()
             signed.update(head)
             tag = signed.digest()[:_TAG]
@@ -105,16 +108,17 @@ class Wire:
         head = self._read(_HEAD.size + _TAG)
         signed = self._receiving.copy()
         signed.update(head[: _HEAD.size])
-        if not hmac.compare_digest(signed.digest()[:_TAG], head[_HEAD.size :].tobytes()):
+        if not hmac.compare_digest(signed.digest()[:_TAG], head[_HEAD.size :]):
             raise self._broken("the head of a frame is not signed with the key")
         magic, kind, count, json_bytes, length, number = _HEAD.unpack(head[: _HEAD.size])
         if magic != _MAGIC or number != self._received:
             raise self._broken(f"frame {self._received} was to come, not {number}")
         if not (json_bytes <= min(length, MOST_JSON) and count <= MOST_ARRAYS and length <= MOST_BYTES):
             raise self._broken(f"a frame says that it has {json_bytes} bytes of JSON, {count} arrays, {length} bytes")
-        body = self._read(length)
+        rest = self._read(length + _TAG)
+        body = rest[:length]
         signed.update(body)
-        if not hmac.compare_digest(signed.digest()[:_TAG], self._read(_TAG).tobytes()):
+        if not hmac.compare_digest(signed.digest()[:_TAG], rest[length:]):
             raise self._broken("a frame is not signed with the key")
         self._received += 1
         try:
@@ -168,22 +172,27 @@ class Wire:
             pass  # whoever receives notices by itself
 
 
-def _body(message: Mapping[str, Any], arrays: Sequence[Array]) -> list[bytes | memoryview]:
-    """The parts of a body, in order: the JSON, the table of arrays, and each array with what aligns it before it."""
-    said = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
+def _body(said: bytes, arrays: Sequence[Array]) -> list[bytes | memoryview]:
+    """The parts of a body, in order: the JSON, the table of arrays, and each array with what aligns it before it. What
+    is small is joined: each part costs more than copying it."""
     contiguous = [np.asarray(array, order="C") for array in arrays]
     for array in contiguous:
         if array.dtype not in _CODES:
             raise WireError(f"an array of {array.dtype} cannot be sent; those that can: {', '.join(map(str, _DTYPES))}")
-    table = b"".join(
-        struct.pack(f"<BB{array.ndim}Q", _CODES[array.dtype], array.ndim, *array.shape) for array in contiguous
-    )
-    parts: list[bytes | memoryview] = [said, table]
-    end = len(said) + len(table)
+    joined = [said]
+    joined += [struct.pack(f"<BB{array.ndim}Q", _CODES[array.dtype], array.ndim, *array.shape) for array in contiguous]
+    end = sum(map(len, joined))
+    parts: list[bytes | memoryview] = []
     for array in contiguous:
         gap = -end % _ALIGNED
-        parts += [bytes(gap), array.reshape(-1).view(np.uint8).data]
+        joined.append(bytes(gap))
         end += gap + array.nbytes
+        if array.nbytes < _SMALL:
+            joined.append(array.tobytes())
+        else:
+            parts += [b"".join(joined), array.reshape(-1).view(np.uint8).data]
+            joined = []
+    parts.append(b"".join(joined))
     return parts
 
 
