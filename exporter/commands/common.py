@@ -67,6 +67,10 @@ KeyFileOption = Annotated[
         help="The key of stage hosts, for devices such as tcp://node1:7070.",
     ),
 ]
+IsolateOption = Annotated[
+    bool,
+    typer.Option("--isolate", help="Each stage in a process of its own: one that crashes is started again."),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU cores that the stages share (default: all that this process may use).")
 ]
