@@ -71,6 +71,8 @@ class PipelineStats:
     changeovers: int = 0
     last_changeover: ChangeoverTimes | None = None
     rebalance: "RebalanceStats | None" = None
+    recoveries: int = 0
+    """How often lost stages were opened again."""
 
 
 class Pipeline:
@@ -362,6 +364,7 @@ class Pipeline:
             executor.changeovers,
             executor.last_changeover,
             self._rebalancer.stats() if self._rebalancer else None,
+            executor.recovery.recovered if executor.recovery else 0,
         )
 
     def record(self, recorder: Recorder | None) -> None:

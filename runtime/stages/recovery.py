@@ -29,6 +29,7 @@ class Recovery:
         self.failed: str | None = None
         """Why nothing will be computed any more."""
         self.recovered = 0
+        """How often."""
         self._lost, self._reopen, self._give_up = lost, reopen, give_up
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="recovery", daemon=True)
