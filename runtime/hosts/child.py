@@ -15,6 +15,8 @@ from stageline.runtime.hosts.stage_host import StageHost
 def main(bundle: Path, device: str, cores: Sequence[int]) -> None:
     """Host stages until standard input ends, on `cores` (none: any)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent decides
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an engine prints is for people, and nobody reads the pipe after the port
     key = bytes.fromhex(sys.stdin.readline())
     if cores:
         pin(cores)
@@ -26,7 +28,7 @@ def main(bundle: Path, device: str, cores: Sequence[int]) -> None:
         os._exit(0)  # at once: whatever an engine is doing, nobody waits for it
 
     threading.Thread(target=wait_for_end, daemon=True).start()
-    print(host.address[1], flush=True)
+    print(host.address[1], file=told, flush=True)
     host.serve()
 
 
