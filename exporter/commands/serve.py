@@ -121,7 +121,14 @@ def serve_command(
     engine: common.EngineOption = "onnxruntime",
     error_budget: common.BudgetOption = None,
     devices: common.DevicesOption = None,
-    key_file: common.KeyFileOption = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar=["STAGELINE_KEY_FILE", "STAGELINE_SERVE_KEY_FILE"],
+            help="The key of stage hosts, for devices such as tcp://node1:7070.",
+        ),
+    ] = None,
     isolate: common.IsolateOption = False,
     threads: common.ThreadsOption = None,
     quantise: common.QuantiseOption = None,
