@@ -5,7 +5,9 @@ StagelineError
 ├── ExportError         the checkpoint cannot be traced or cut
 ├── BundleError         the bundle is missing, changed, unsafe or of another version
 ├── EngineError         an engine is not installed, or failed to open or to run a stage
-│   └── StructureError  a text cannot go on by the structure that its request asks for
+│   ├── StructureError  a text cannot go on by the structure that its request asks for
+│   ├── WireError       a connection to a stage elsewhere has ended, or brought what cannot be believed
+│   └── StageLostError  a stage in another process or on another machine is gone, with all that was under way
 ├── RequestError        what was submitted to a pipeline cannot be run
 ├── QueueFullError      the pipeline's queue is full and the submitter asked not to wait
 ├── DeadlineError       a request was not finished by its deadline
@@ -38,6 +40,15 @@ class EngineError(StagelineError):
 
 class StructureError(EngineError):
     """A text cannot go on by the structure that its request asks for. Seen while the stages run, for one request."""
+
+
+class WireError(EngineError):
+    """A connection to a stage in another process or on another machine has ended, or brought what cannot be
+    believed."""
+
+
+class StageLostError(EngineError):
+    """A stage in another process or on another machine is gone, and with it all that was under way."""
 
 
 class RequestError(StagelineError):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         QueueFullError,
         RequestError,
         StagelineError,
+        StageLostError,
         StoreError,
     )
     from stageline.runtime.bundle.folder import Bundle
@@ -46,6 +47,7 @@ __all__ = [
     "QueueFullError",
     "RequestError",
     "Sampling",
+    "StageLostError",
     "StagelineError",
     "StoreError",
     "Structure",
@@ -72,6 +74,7 @@ _MODULES = {
     "QueueFullError": _ERRORS,
     "RequestError": _ERRORS,
     "Sampling": _REQUEST,
+    "StageLostError": _ERRORS,
     "StagelineError": _ERRORS,
     "StoreError": _ERRORS,
     "Structure": "stageline.runtime.generation.structure",

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Self
 
-from stageline.models.errors import BundleError, RequestError
+from stageline.models.errors import BundleError, RequestError, StageLostError
 from stageline.runtime.batching.batches import Batches
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import CACHED_INPUTS, ROW_LENGTHS
 from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.cluster.addresses import is_remote
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import CacheSize
 from stageline.runtime.generation.generator import Generator
@@ -29,7 +30,10 @@ from stageline.runtime.options import OpenKeywords, PipelineOptions
 from stageline.runtime.stages.lanes import Lanes
 from stageline.runtime.stages.opening import Opener, StageSet, check_same_model
 from stageline.runtime.stages.recorder import Recorder
+from stageline.runtime.stages.recovery import Recovery
 from stageline.runtime.stages.route import Hop, route
+
+_STAYS = "stages in other processes or on other machines cannot be switched while they serve; open the pipeline again"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Executor:
         self.closed = False
         self.earlier_s = 0.0
         """Seconds that the pipeline was open before these lanes were."""
+        self.recovery: Recovery | None = None
+        """Opens stages again that are lost, if some are outside of this process."""
         self._one = threading.Lock()  # held by whoever switches
         self._state = threading.Lock()  # guards `closed` and `_new`
         self._new: Lanes | None = None  # beside the others, during a changeover
@@ -71,14 +77,16 @@ class Executor:
         """
         names = [(stage.inputs, stage.outputs) for stage in cut.stages]
         route(names, [spec.name for spec in signature.graph_inputs], signature.check_outputs(None))
-        lanes, generator = Lanes(cut.stages, cut.threads, cut.devices), None
+        lanes, generator = cut.open(), None
         try:
             batches = Batches(signature, cut.stages, lanes, options.queue, options.micro_batch)
             if text_model is not None and cache is not None:
                 hops = generation_hops(cut)
                 chunk = options.prefill_chunk or lanes.step_tokens
                 generator = Generator(lanes, hops, text_model, cache, chunk, options.queue, options.draft == "lookup")
-            return cls(lanes, cut, batches, generator)
+            executor = cls(lanes, cut, batches, generator)
+            executor._recover_what_is_lost()
+            return executor
         except BaseException:
             lanes.close()
             raise
@@ -100,6 +108,8 @@ class Executor:
         if devices is not None:
             spread(devices, stages if isinstance(stages, int) else len(stages))  # RequestError
             changes["devices"] = devices
+            if any(map(is_remote, devices)):
+                raise RequestError(_STAYS)
         with self._turn():
             opener = replace(self.opener, options=replace(self.opener.options, **changes))
             with opener.recut(stages) as cut:
@@ -110,6 +120,16 @@ class Executor:
         check_same_model(self.opener.bundle, bundle)
         with self._turn(), replace(self.opener, bundle=bundle).recut(self.cut.layers) as cut:
             return self._switch(cut, keep_caches=False)
+
+    def reopen(self) -> ChangeoverTimes:
+        """Open all stages again, one of which is lost, and begin again on them with what was under way.
+
+        StagelineError if that cannot be; RequestError if it never will.
+        """
+        with self._one:
+            self.check_open()
+            with self.opener.again().recut(self.cut.layers) as cut:
+                return self._switch(cut, keep_caches=True, replay=True)
 
     def record(self, recorder: Recorder | None) -> None:
         """See `Pipeline.record`."""
@@ -122,6 +142,8 @@ class Executor:
         """Fail what is unfinished, then end all threads. See `Pipeline.close`."""
         with self._state:
             self.closed = True
+        if self.recovery is not None:
+            self.recovery.stop()
         own_thread = self.is_own_thread()
         self.batches.close()
         if self.generator is None:
@@ -131,6 +153,8 @@ class Executor:
         if not own_thread:
             if self.generator is not None:
                 self.generator.join()
+            if self.recovery is not None:
+                self.recovery.join()
             with self._one:  # a running changeover closes the lanes that it leaves
                 pass
 
@@ -140,6 +164,7 @@ class Executor:
         lanes, reason = self.lanes, self.generator.broken if self.generator is not None else None
         if not lanes.alive and lanes is self.lanes:  # else they were closed by a changeover
             reason = reason or "the worker of a stage has ended by a bug"
+        reason = reason or (lanes.lost if self.recovery is None else self.recovery.failed)
         return None if self.closed else reason
 
     def check_open(self) -> None:
@@ -164,24 +189,40 @@ class Executor:
                 "stages cannot be switched by a callback on one of the pipeline's threads: it would wait for itself; "
                 "use another thread"
             )
+        if self.cut.outside:
+            raise RequestError(_STAYS)
         with self._one:
             self.check_open()
             yield
 
-    def _switch(self, cut: StageSet, keep_caches: bool) -> ChangeoverTimes:
+    def _recover_what_is_lost(self) -> None:
+        if not self.cut.outside:
+            return
+        self.batches.waits_for_lost = True
+        if self.generator is not None:
+            self.generator.waits_for_lost = True
+        self.recovery = Recovery(lambda: self.lanes.lost, self.reopen, self._give_up)
+
+    def _give_up(self, error: StageLostError) -> None:
+        self.batches.give_up(error)
+        if self.generator is not None:
+            self.generator.give_up(error)
+
+    def _switch(self, cut: StageSet, keep_caches: bool, replay: bool = False) -> ChangeoverTimes:
         """Switch to other stages of the same model; returns when the old ones are closed. Call it in your `_turn`.
 
         With `keep_caches` continuations keep their places; without, those that have begun are finished on the old
-        stages. EngineError if a stage does not open or caches do not move, RequestError if closed before.
+        stages. `replay`: the old ones are lost, and continuations are computed again. EngineError if a stage does not
+        open or caches do not move, RequestError if closed before.
         """
         began = perf_counter()
-        old, new = self.lanes, Lanes(cut.stages, cut.threads, cut.devices)
+        old, new = self.lanes, cut.open()
         open_s = perf_counter() - began
         new.record(old.recorder)
         with self._state:
             self._new = new
         try:
-            times = ChangeoverTimes(open_s, self._switch_work(new, cut, keep_caches))
+            times = ChangeoverTimes(open_s, self._switch_work(new, cut, keep_caches, replay))
             self.changeovers, self.last_changeover = self.changeovers + 1, times
             return times
         finally:
@@ -189,14 +230,14 @@ class Executor:
                 self._new = None
             (old if self.lanes is new else new).close()
 
-    def _switch_work(self, new: Lanes, cut: StageSet, keep_caches: bool) -> float:
+    def _switch_work(self, new: Lanes, cut: StageSet, keep_caches: bool, replay: bool) -> float:
         """The pause in seconds. What fails leaves all work on the old lanes."""
         pause_s = None
         try:
             self.check_open()
             self.batches.switch(new, cut.stages).result()
             if self.generator is not None:
-                pause_s = self.generator.switch(new, generation_hops(cut), keep_caches)
+                pause_s = self.generator.switch(new, generation_hops(cut), keep_caches, replay)
                 pause_s.result()
         except BaseException:
             # Generation may have switched nevertheless, where this thread was interrupted.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from stageline.models.errors import RequestError
@@ -37,6 +38,8 @@ class OpenKeywords(TypedDict, total=False):
     prefill_chunk: int | None
     rebalance: RebalanceMode
     draft: DraftMode
+    key_file: str | Path | None
+    isolate: bool
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class PipelineOptions:
 
     engine: str = "onnxruntime"
     devices: Sequence[str] | None = None
-    """Devices of the stages, in turn ("cpu", "cuda:0", ...). None: the engine's own, the CPU or the first GPU. Stages
-    on "cpu" beside GPUs run in onnxruntime."""
+    """Devices of the stages, in turn ("cpu", "cuda:0", "tcp://node1:7070", ...). None: the engine's own, the CPU or the
+    first GPU. Stages on "cpu" beside GPUs run in onnxruntime; docs/how-to/machines.md has those on other machines."""
     threads: int | None = None
     """CPU cores that the stages share. None: all that this process may use."""
     queue: int = 64
@@ -74,6 +77,10 @@ class PipelineOptions:
     draft: DraftMode = "off"
     """Where drafts of the next tokens come from, which steps compute along where that gives more tokens a second: the
     text so far ("lookup"). The tokens are the same; for stages on CPUs. docs/how-to/drafts.md"""
+    key_file: str | Path | None = None
+    """A file with the key of the stage hosts, for devices such as "tcp://node1:7070"."""
+    isolate: bool = False
+    """Run each stage in a process of its own: one that crashes is started again, and no request is lost."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk"):

@@ -23,6 +23,7 @@ from stageline.models.errors import RequestError
 from stageline.models.tokenizer import TextEncoder
 from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.signature import Signature
+from stageline.runtime.cluster.addresses import is_remote
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import Array, default_device, engine_factory
 from stageline.runtime.executor import ChangeoverTimes, Executor
@@ -70,6 +71,8 @@ class PipelineStats:
     changeovers: int = 0
     last_changeover: ChangeoverTimes | None = None
     rebalance: "RebalanceStats | None" = None
+    recoveries: int = 0
+    """How often lost stages were opened again."""
 
 
 class Pipeline:
@@ -93,6 +96,9 @@ class Pipeline:
         the engine is not there or refuses.
         """
         options = replace(options or PipelineOptions(), **keywords)
+        outside = options.isolate or any(map(is_remote, options.devices or ()))
+        if outside and options.rebalance != "off":
+            raise RequestError("rebalance is for stages in this process; leave it off where devices are elsewhere")
         opener = Opener(Bundle.open(Path(bundle)), options)
         manifest, cache = opener.bundle.manifest, opener.cache
         engine_factory(options.engine)  # EngineError for a name that is not known, before all else
@@ -328,6 +334,12 @@ class Pipeline:
         return self._executor.broken
 
     @property
+    def recovering(self) -> str | None:
+        """Why nothing is computed for the moment, while lost stages are opened again; requests wait."""
+        recovery = self._executor.recovery
+        return None if recovery is None else recovery.reason
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._executor.closed
@@ -352,6 +364,7 @@ class Pipeline:
             executor.changeovers,
             executor.last_changeover,
             self._rebalancer.stats() if self._rebalancer else None,
+            executor.recovery.recovered if executor.recovery else 0,
         )
 
     def record(self, recorder: Recorder | None) -> None:

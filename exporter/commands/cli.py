@@ -22,6 +22,7 @@ from stageline.exporter.commands import (
     run,
     run_batch,
     serve,
+    stage,
     verify,
 )
 from stageline.models.errors import StagelineError
@@ -63,7 +64,8 @@ def stageline(
 
 
 for command in (
-    bundles, verify, eject, run, chat, plan, layers, build, serve, run_batch, bench, doctor, dashboard, checkpoints
+    bundles, verify, eject, run, chat, plan, layers, build, serve, stage, run_batch, bench, doctor, dashboard,
+    checkpoints,
 ):  # fmt: skip
     command.register(app)
 

@@ -55,8 +55,21 @@ BudgetOption = Annotated[
 DevicesOption = Annotated[
     str | None,
     typer.Option(
-        metavar="D,D,...", help="Devices that the stages take in turn, such as cuda:0,cuda:1 (default: the engine's)."
+        metavar="D,D,...",
+        help="Devices that the stages take in turn, such as cuda:0,cuda:1 or tcp://node1:7070 (default: the engine's).",
     ),
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="STAGELINE_KEY_FILE",
+        help="The key of stage hosts, for devices such as tcp://node1:7070.",
+    ),
+]
+IsolateOption = Annotated[
+    bool,
+    typer.Option("--isolate", help="Each stage in a process of its own: one that crashes is started again."),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU cores that the stages share (default: all that this process may use).")

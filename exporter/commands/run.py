@@ -7,10 +7,13 @@ import typer
 from stageline.exporter.commands import hub, show
 from stageline.exporter.commands.common import (
     BudgetOption,
+    DevicesOption,
     EngineOption,
     JsonOption,
+    KeyFileOption,
     UsageError,
     print_result,
+    split,
     with_engine,
 )
 from stageline.models.errors import RequestError
@@ -65,6 +68,8 @@ def run_command(
     ] = None,
     engine: EngineOption = "onnxruntime",
     error_budget: BudgetOption = None,
+    devices: DevicesOption = None,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run texts or images through a bundle and print its answers.
@@ -102,7 +107,7 @@ def run_command(
     if bool(image) != (manifest.inputs[0].name == "pixel_values"):
         wanted = "text; give --text" if image else "images; give --image"
         raise RequestError(f"{bundle} is a model of {wanted}")
-    options = with_engine(bundle, PipelineOptions(engine), error_budget)
+    options = with_engine(bundle, PipelineOptions(engine, split(devices), key_file=key_file), error_budget)
     if image:
         with Pipeline.open(bundle, options) as pipeline:
             result = images(pipeline, image)

@@ -29,6 +29,8 @@ def run_batch_command(
     engine: common.EngineOption = "onnxruntime",
     error_budget: common.BudgetOption = None,
     devices: common.DevicesOption = None,
+    key_file: common.KeyFileOption = None,
+    isolate: common.IsolateOption = False,
     threads: common.ThreadsOption = None,
     quantise: common.QuantiseOption = None,
     slots: common.SlotsOption = PipelineOptions.slots,
@@ -50,6 +52,8 @@ def run_batch_command(
     options = PipelineOptions(
         engine=engine,
         devices=common.split(devices),
+        key_file=key_file,
+        isolate=isolate,
         threads=threads,
         quantise=quantise,
         slots=slots,

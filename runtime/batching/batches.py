@@ -26,7 +26,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from stageline.models.errors import EngineError, RequestError, StagelineError
+from stageline.models.errors import EngineError, RequestError, StagelineError, StageLostError
 from stageline.runtime.admission import Admission
 from stageline.runtime.batching.micro_batch import RowSelection, join, split, take
 from stageline.runtime.batching.window import Window
@@ -86,6 +86,10 @@ class _Request:
     started: bool = False
     number: int = 0
     submitted_s: float = 0.0
+    inputs: dict[str, Array] = field(default_factory=dict)
+    """All of it, to begin again."""
+    held: bool = False
+    """Whether a stage was lost under it: it is of no track, and begins again on other lanes."""
 
 
 @dataclass(eq=False)
@@ -112,7 +116,9 @@ class _MicroBatch(Trip):
         return "batch", rows, piece.length or self.request.sizes.get(LENGTH, 1), (self.request.number,)
 
     def failure(self, lane: Lane, error: BaseException) -> EngineError:
-        """Which stage, which micro-batch, and the first line of what it raised."""
+        """Which stage, which micro-batch, and the first line of what it raised; a lost stage is the same for all."""
+        if isinstance(error, StageLostError):
+            return error
         line = str(error).strip().split("\n", 1)[0] or type(error).__name__
         what = line if isinstance(error, EngineError) else f"stage {lane.number} failed: {type(error).__name__}: {line}"
         failure = EngineError(f"micro-batch {self.piece + 1} of {len(self.request.pieces)}: {what}")
@@ -145,6 +151,8 @@ class Batches:
         self._latencies = Tally()
         self._closed = False
         self._request_numbers, self._batch_numbers = itertools.count(), itertools.count()
+        self.waits_for_lost = False
+        """Whether requests wait for other lanes where a stage of theirs is lost, and do not fail."""
 
     def submit(
         self, inputs: Mapping[str, Array], outputs: Sequence[str] | None, wait: bool, timeout: float | None
@@ -167,9 +175,20 @@ class Batches:
         with self._lock:
             old, self._track = self._track, _track(lanes, stages)
             old.left, empty = left, not old.unsettled
+            held = [request for request in self._unsettled.values() if request.held]
+        for request in held:
+            self._begin_again(request)
         if empty:
             _leave(old)
         return left
+
+    def give_up(self, error: StagelineError) -> None:
+        """There will be no others for the stages that are lost: fail what waits for them, and what comes."""
+        with self._lock:
+            self.waits_for_lost = False
+            held = [request.future for request in self._unsettled.values() if request.held]
+        for future in held:
+            self._settle(future, error)
 
     def stats(self) -> BatchStats:
         """A snapshot of the counters."""
@@ -210,20 +229,39 @@ class Batches:
                     raise RequestError("the pipeline is closed")
                 if track is not self._track:  # it has just switched
                     continue
-                track.unsettled += 1
-                self._unsettled[request.future] = request
                 request.number, request.submitted_s = next(self._request_numbers), submitted_s
-                for batch in batches:
-                    batch.number = next(self._batch_numbers)
-                    batch.in_window = batch.hops[0].stage == 0
-                    if batch.in_window:
-                        track.window.enter(batch)
-                    else:
-                        batch.start()
+                self._start(request, batches)
                 break
         # Last, since it is called at once where the future is done.
         request.future.add_done_callback(self._drop_if_cancelled)
         return request.future
+
+    def _begin_again(self, held: _Request) -> None:
+        """Queue a request that was held on the present lanes, unless it has ended."""
+        outputs = tuple(spec.name for spec in held.outputs)
+        while True:
+            track = self._track
+            request, batches = self._cut(track, outputs, held.inputs, held.sizes)
+            with self._lock:
+                if self._unsettled.get(held.future) is not held:
+                    return
+                if track is not self._track:
+                    continue
+                request.future, request.number, request.submitted_s = held.future, held.number, held.submitted_s
+                self._start(request, batches)
+                return
+
+    def _start(self, request: _Request, batches: Sequence[_MicroBatch]) -> None:
+        """Let it go through its lanes. With the lock."""
+        request.track.unsettled += 1
+        self._unsettled[request.future] = request
+        for batch in batches:
+            batch.number = next(self._batch_numbers)
+            batch.in_window = batch.hops[0].stage == 0
+            if batch.in_window:
+                request.track.window.enter(batch)
+            else:
+                batch.start()
 
     def _cut(
         self, track: _Track, outputs: tuple[str, ...], inputs: dict[str, Array], sizes: dict[str, int]
@@ -234,7 +272,7 @@ class Batches:
         )
         specs = tuple(spec for spec in self.signature.outputs if spec.name in outputs)
         hops = track.route(self.signature, outputs)
-        request = _Request(track, sizes, specs, pieces, [{} for _ in pieces], len(pieces))
+        request = _Request(track, sizes, specs, pieces, [{} for _ in pieces], len(pieces), inputs=inputs)
         return request, [
             _MicroBatch(track.lanes, hops, take(self.signature, inputs, piece), 0, request, place, self._landed)
             for place, piece in enumerate(pieces)
@@ -246,7 +284,11 @@ class Batches:
         """The outputs of a micro-batch are in host memory, or never will be."""
         request = batch.request
         try:
-            if isinstance(outcome, EngineError):
+            if request.held:
+                pass  # it begins again elsewhere
+            elif isinstance(outcome, StageLostError) and self.waits_for_lost:
+                self._hold(request)
+            elif isinstance(outcome, EngineError):
                 self._settle(request.future, outcome)
             else:
                 request.parts[batch.piece] = outcome
@@ -257,6 +299,20 @@ class Batches:
             self._settle(request.future, batch.failure(lane, error))
         if batch.in_window:
             request.track.window.leave()
+
+    def _hold(self, request: _Request) -> None:
+        """Let a request wait for other lanes, or go to those that are there already."""
+        with self._lock:
+            if self._unsettled.get(request.future) is not request:
+                return
+            request.held = True
+            track = request.track
+            track.unsettled -= 1
+            switched, last = track is not self._track, track.left is not None and not track.unsettled
+        if switched:
+            self._begin_again(request)
+        if last:
+            _leave(track)
 
     def _settle(self, future: "Future[dict[str, Array]]", end: dict[str, Array] | StagelineError) -> None:
         """End a request with its outputs or its error, unless it has ended already; a cancelled one stays cancelled."""
@@ -271,8 +327,8 @@ class Batches:
                 self._done += 1
                 self._latencies.add(perf_counter() - request.submitted_s)
             track = request.track
-            track.unsettled -= 1
-            last = track.left is not None and not track.unsettled
+            track.unsettled -= not request.held
+            last = not request.held and track.left is not None and not track.unsettled
         self._admission.give_back()
         if track.lanes.recorder is not None:
             track.lanes.recorder.ended(request.number, request.submitted_s, perf_counter())

@@ -70,6 +70,10 @@ class Bundle:
         names = dict.fromkeys(name for use in self.manifest.uses for name in use.weights.values())
         return {name: self.tensors[name] for name in names}
 
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which has the digests of the files."""
+        return file_sha256(self.path / MANIFEST)
+
     def parts(self) -> list[ir.Model]:
         """The graphs of the parts. BundleError if one can no longer be read."""
         try:

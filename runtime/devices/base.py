@@ -69,6 +69,11 @@ class Device(Protocol):
         have equal parts; None if the worker's time is the device's."""
         ...
 
+    @property
+    def lost(self) -> str | None:
+        """Why nothing can be computed on it any more, if so."""
+        ...
+
     def close(self) -> None:
         """Release what the device holds, after the engines on it. May be called again."""
         ...

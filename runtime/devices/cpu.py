@@ -14,6 +14,7 @@ class CpuDevice:
 
     cores: tuple[int, ...]
     name: str = "cpu"
+    lost: None = None
     step_tokens: int = 128  # measured on MiniLM: more only make a prompt hold up the others for longer
 
     def start_worker(self, name: str, work: Callable[[], None]) -> threading.Thread:

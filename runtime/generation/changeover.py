@@ -6,6 +6,7 @@
 
 Draining with `keep_caches`: no step is issued, and the running ones are waited for; continuations notice only a pause.
 Draining without: requests that have begun are finished, and those that come later, or still wait for a slot, are held.
+To `replay` is to keep no caches but the continuations: the old lanes are lost, and each begins again with its tokens.
 In the last three states steps are issued, nothing is held, and `pause_s` has the outcome for whoever asked.
 """
 
@@ -29,9 +30,16 @@ class Changeover:
     """A switch to `lanes` and the route `hops` through them. All but `pause_s` belongs to the driver's thread."""
 
     def __init__(
-        self, scheduler: Scheduler, lanes: Lanes, hops: Sequence[Hop], keep_caches: bool, state: State = "asked"
+        self,
+        scheduler: Scheduler,
+        lanes: Lanes,
+        hops: Sequence[Hop],
+        keep_caches: bool,
+        state: State = "asked",
+        replay: bool = False,
     ) -> None:
-        self.lanes, self.hops, self.keep_caches, self.state = lanes, tuple(hops), keep_caches, state
+        self.lanes, self.hops, self.keep_caches, self.state = lanes, tuple(hops), keep_caches or replay, state
+        self.replay = replay
         self.held: list[Continuation] = []
         self.pause_s: Future[float] = Future()
         """Seconds from asking until steps run on the new lanes. It may be cancelled while draining."""
@@ -73,10 +81,12 @@ class Changeover:
             return
         self.state = "moving"
         try:
-            if self.keep_caches:
+            if self.replay:
+                self._scheduler.replay()
+            elif self.keep_caches:
                 move_caches(old, self.lanes)
-            places = self.lanes.places
-            self._scheduler.switch(min(places, self._scheduler.slot_count), places, forget=not self.keep_caches)
+            places, forget = self.lanes.places, self.replay or not self.keep_caches
+            self._scheduler.switch(min(places, self._scheduler.slot_count), places, forget)
             serve_on(self.lanes, self.hops)
         except BaseException as error:
             self._finish("failed")

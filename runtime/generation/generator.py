@@ -22,7 +22,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from time import perf_counter
 
-from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError
+from stageline.models.errors import DeadlineError, EngineError, RequestError, StagelineError, StageLostError
 from stageline.runtime.admission import Admission
 from stageline.runtime.bundle.manifest import INPUT_IDS
 from stageline.runtime.engines import Array, CacheSize, Value
@@ -81,6 +81,9 @@ class Generator:
             speculation=Speculation() if drafts and not lanes.on_gpus else None,
         )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
+        self.waits_for_lost = False
+        """Whether continuations wait for other lanes where a stage of theirs is lost, and do not fail."""
+        self._lost = False  # a stage, until others serve
         self._choices: dict[Continuation, RunningChoice] = {}
         self._jobs: dict[Generation, Job] = {}
         self._deadlines: dict[Job, float] = {}  # of those that have one, by `perf_counter`
@@ -130,13 +133,23 @@ class Generator:
             self._events.put(partial(self._arrived, job))
         return job.generation
 
-    def switch(self, lanes: Lanes, hops: Sequence[Hop], keep_caches: bool) -> "Future[float]":
+    def give_up(self, error: StagelineError) -> None:
+        """There will be no others for the stages that are lost: fail what waits for them, and what comes."""
+
+        def fail() -> None:
+            self.waits_for_lost = self._lost = False
+            for job in list(self._jobs.values()):
+                self._end(job, error)
+
+        self._events.put(fail)
+
+    def switch(self, lanes: Lanes, hops: Sequence[Hop], keep_caches: bool, replay: bool = False) -> "Future[float]":
         """Switch to other lanes between two steps, as `Changeover` describes; one changeover at a time.
 
         The future has the pause in seconds; if it fails or is cancelled, the old lanes stay. Its error is a
         RequestError where the pipeline was closed meanwhile, else what an engine raised.
         """
-        changeover = Changeover(self._scheduler, lanes, hops, keep_caches)
+        changeover = Changeover(self._scheduler, lanes, hops, keep_caches, replay=replay)
         with self._lock:
             if self._closed:
                 raise RequestError("the pipeline is closed")
@@ -189,7 +202,7 @@ class Generator:
             self._check_deadlines()
             if not self._closing and self._changeover.drained(self._in_flight):
                 self._changeover.switch(self._lanes, self._serve_on)
-            if not self._closing and self._changeover.issues_steps:
+            if not self._closing and not self._lost and self._changeover.issues_steps:
                 while (step := self._scheduler.next()) is not None:
                     self._send(step)
             self._meter.host_s += perf_counter() - began
@@ -236,7 +249,7 @@ class Generator:
 
     def _serve_on(self, lanes: Lanes, hops: tuple[Hop, ...]) -> None:
         self._meter.switched(self._lanes.stats(self._lanes.open_s))
-        self._lanes, self._hops = lanes, hops
+        self._lanes, self._hops, self._lost = lanes, hops, False
 
     def _until_deadline(self) -> float | None:
         return max(0.0, min(self._deadlines.values()) - perf_counter()) if self._deadlines else None
@@ -298,7 +311,7 @@ class Generator:
 
     def _go_ahead(self, flight: Flight) -> None:
         """Issue the step after a running one, whose tokens the device draws and hands on by itself."""
-        if flight.token is None or self._closing or not self._changeover.issues_steps:
+        if flight.token is None or self._closing or self._lost or not self._changeover.issues_steps:
             return
         if self._decoding.get(flight.step.group, [])[-1:] != [flight]:
             return
@@ -323,6 +336,10 @@ class Generator:
         if flight in running:
             running.remove(flight)
         self._meter.done(step, self._in_flight, now)
+        if self.waits_for_lost and isinstance(flight.error, StageLostError):
+            self._lost = True
+            self._scheduler.lost(step)
+            return
         if flight.error is not None:
             for continuation in self._scheduler.failed(step):
                 self._fail(continuation, flight.error)

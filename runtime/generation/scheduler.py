@@ -171,6 +171,22 @@ class Scheduler:
                     row.continuation.computed = row.start
         return self.cache.spoilt(step.number)
 
+    def lost(self, step: Step) -> None:
+        """The step was lost with its stages; its continuations go on after `replay`."""
+        self.done(step)
+        for row in step.rows:
+            row.continuation.draft = []
+            if row.scored:
+                until = min(row.start + row.count, row.continuation.prompt_length - 1)
+                row.continuation.scored = min(row.continuation.scored, until - row.scored)
+
+    def replay(self) -> None:
+        """The stages are others, with empty caches: all that run begin again with their tokens so far, in their order.
+        No step is running."""
+        running = [slot for slot in self.slots if slot.continuation is not None]
+        for slot in sorted(running, key=self._age, reverse=True):
+            self._set_back(slot)
+
     @property
     def running(self) -> int:
         """Slots in use."""

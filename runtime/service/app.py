@@ -205,6 +205,9 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         """200 while all pipelines are open and work."""
         closed = [name for name, model in models.items() if model.pipeline.closed]
         broken = [name for name, model in models.items() if model.pipeline.broken]
+        lost = [name for name, model in models.items() if model.pipeline.recovering]
+        if lost and not closed and not broken:
+            return json_response({"status": "recovering", "models": lost}, 503)
         if closed or broken:
             return json_response({"status": "broken" if broken else "closed", "models": broken or closed}, 503)
         return json_response({"status": "ready"})

@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
+from stageline.runtime.cluster.elsewhere import Elsewhere
 from stageline.runtime.devices import open_devices
 from stageline.runtime.devices.base import Array, Device, HostCopy, Value
 from stageline.runtime.devices.cpu import CpuDevice
@@ -230,14 +231,18 @@ class Lanes:
     """All stages of a pipeline, open until `close()`."""
 
     def __init__(
-        self, stages: Sequence[PipelineStage], threads: int | None, devices: Sequence[str] | None = None
+        self,
+        stages: Sequence[PipelineStage],
+        threads: int | None,
+        devices: Sequence[str] | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """Open all stages, each on its own one of `devices`, by name (None: all on the CPU).
 
-        Those on the CPU share `threads` cores (None: all this process may use). EngineError if an engine does not
-        open, or a device is not there.
+        Those on the CPU share `threads` cores (None: all this process may use); `elsewhere` says how those outside of
+        this process are reached. EngineError if an engine does not open, or a device is not there.
         """
-        opened = open_devices(devices or ["cpu"] * len(stages), threads)
+        opened = open_devices(devices or ["cpu"] * len(stages), threads, elsewhere)
         self._lanes = [
             Lane(number, stage, device, Lander(device, number))
             for number, (stage, device) in enumerate(zip(stages, opened, strict=True))
@@ -333,6 +338,11 @@ class Lanes:
     def alive(self) -> bool:
         """Whether all workers live, as they do until `close` unless a bug has ended one."""
         return all(worker.alive for worker in self._workers)
+
+    @property
+    def lost(self) -> str | None:
+        """Why nothing is computed any more, if a device is lost."""
+        return next((lane.device.lost for lane in self._lanes if lane.device.lost is not None), None)
 
     def is_worker(self) -> bool:
         """Whether the caller is one of the workers, as a future's callback may be."""

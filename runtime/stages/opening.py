@@ -1,9 +1,10 @@
 """Stages as a pipeline opens them: from a bundle's files, or stitched again; all alike, however they are cut."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,21 @@ from stageline.runtime.bundle.folder import Bundle
 from stageline.runtime.bundle.manifest import Stage
 from stageline.runtime.bundle.recut import plan_stages
 from stageline.runtime.bundle.stitch import stitch
+from stageline.runtime.cluster.addresses import is_remote
+from stageline.runtime.cluster.elsewhere import Elsewhere
 from stageline.runtime.devices import spread
-from stageline.runtime.engines import CacheSize, StageFile, default_device, engine_factory, engine_on, open_sampler
+from stageline.runtime.devices.base import Device
+from stageline.runtime.engines import (
+    CacheSize,
+    Engine,
+    StageFile,
+    default_device,
+    engine_factory,
+    engine_on,
+    open_sampler,
+)
 from stageline.runtime.options import PipelineOptions
-from stageline.runtime.stages.lanes import PipelineStage
+from stageline.runtime.stages.lanes import Lanes, PipelineStage
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,16 @@ class StageSet:
     layers: tuple[int, ...] = ()
     opener: "Opener | None" = None
 
+    def open(self) -> Lanes:
+        """Open the stages; errors as of `Lanes`."""
+        return Lanes(self.stages, self.threads, self.devices, self.opener.elsewhere if self.opener else None)
+
+    @property
+    def outside(self) -> bool:
+        """Whether any stage is outside of this process."""
+        isolated = self.opener is not None and self.opener.options.isolate
+        return isolated or any(map(is_remote, self.devices or ()))
+
     @property
     def bundle(self) -> Bundle | None:
         """The bundle whose stages these are."""
@@ -43,6 +65,18 @@ class Opener:
 
     bundle: Bundle
     options: PipelineOptions
+    epoch: int = field(default_factory=time.time_ns)
+    """Of this opening; hosts refuse earlier ones."""
+
+    @property
+    def elsewhere(self) -> Elsewhere:
+        """How stages outside of this process are reached."""
+        isolated = self.bundle.path if self.options.isolate else None
+        return Elsewhere(self.epoch, self.options.key_file, isolated)
+
+    def again(self) -> "Opener":
+        """The same for another opening. Its epoch is the next one: those of pipelines opened later stay later."""
+        return replace(self, epoch=self.epoch + 1)
 
     @property
     def cache(self) -> CacheSize | None:
@@ -53,11 +87,11 @@ class Opener:
         """The stages that the bundle has on disk."""
         stages = self.bundle.manifest.stages
         places = self._places(len(stages))
+        layers = tuple(stage.last_block - stage.first_block + 1 for stage in stages)
         opened = [
-            self._stage(number, stage, self.bundle.path / stage.file, place)
+            self._stage(number, stage, self.bundle.path / stage.file, place, layers)
             for number, (stage, place) in enumerate(zip(stages, places, strict=True))
         ]
-        layers = tuple(stage.last_block - stage.first_block + 1 for stage in stages)
         return StageSet(tuple(opened), self.options.threads, places, layers, self)
 
     @contextmanager
@@ -84,24 +118,37 @@ class Opener:
                     file.write_bytes(ir.to_proto(model).SerializeToString())
                 except OSError as error:
                     raise BundleError(f"cannot write a stage to {file}: {error.strerror}") from error
-                opened.append(self._stage(number, stage, file, places[number]))
+                opened.append(self._stage(number, stage, file, places[number], tuple(counts)))
             yield StageSet(tuple(opened), self.options.threads, places, tuple(counts), self)
 
     def _places(self, stages: int) -> list[str]:
         devices = self.options.devices or [default_device(self.options.engine)]
         return spread(devices[:stages], stages)
 
-    def _stage(self, number: int, stage: Stage, file: Path, device: str) -> PipelineStage:
+    def _stage(self, number: int, stage: Stage, file: Path, device: str, layers: tuple[int, ...]) -> PipelineStage:
+        inputs, outputs = (tuple(spec.name for spec in specs) for specs in (stage.inputs, stage.outputs))
+        if self.options.isolate or is_remote(device):
+            return PipelineStage(inputs, outputs, self._elsewhere(number, layers))
         opening = StageFile(number, file, self.bundle.path, stage.caches)
         factory = engine_factory(engine_on(self.options.engine, device))
         logits = next((spec for spec in stage.outputs if spec.name == "logits"), None)
         generates = self.cache is not None and logits is not None
         return PipelineStage(
-            tuple(spec.name for spec in stage.inputs),
-            tuple(spec.name for spec in stage.outputs),
+            inputs,
+            outputs,
             partial(factory, opening, cache=self.cache, quantise=self.options.quantise),
             partial(open_sampler, int(logits.shape[-1])) if logits is not None and generates else None,
         )
+
+    def _elsewhere(self, number: int, layers: tuple[int, ...]) -> Callable[[Device], Engine]:
+        """What asks a host to open a stage."""
+        from stageline.runtime.cluster import messages
+        from stageline.runtime.engines.remote import RemoteEngine
+
+        options = messages.StageOptions.of(self.options)
+        version, digest = messages.stageline_version(), self.bundle.digest()
+        asked = messages.Open(stageline=version, bundle=digest, layers=layers, stage=number, options=options)
+        return partial(RemoteEngine, asked)
 
 
 def check_same_model(running: Bundle, new: Bundle) -> None:

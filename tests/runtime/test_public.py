@@ -23,6 +23,7 @@ PUBLIC = [
     "QueueFullError",
     "RequestError",
     "Sampling",
+    "StageLostError",
     "StagelineError",
     "StoreError",
     "Structure",

@@ -82,6 +82,11 @@ class CudaDevice:
             pass  # lost: keep what was counted
         return self._meter.busy_s
 
+    @property
+    def lost(self) -> str | None:
+        """See `Device.lost`."""
+        return self.gpu.why_lost
+
     def failed(self, error: CudaError) -> EngineError:
         """The error that callers see in place of `error`."""
         return self.gpu.failed(f"stage {self.stage}", error)

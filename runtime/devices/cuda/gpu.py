@@ -34,6 +34,11 @@ class Gpu:
         return f"cuda:{self.ordinal}"
 
     @property
+    def why_lost(self) -> str | None:
+        """Why nothing is computed on it any more, if so."""
+        return self._lost
+
+    @property
     def lost(self) -> bool:
         """Whether it had an error that CUDA cannot recover from."""
         return self._lost is not None

@@ -1,0 +1,1 @@
+"""The wire between a pipeline and stages in other processes and on other machines: frames, keys, messages."""

@@ -1,0 +1,1 @@
+"""Hosts: processes that run stages for a pipeline in another one."""
