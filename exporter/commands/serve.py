@@ -1,8 +1,10 @@
 """The command `stageline serve`."""
 
+import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ _PER_MODEL = (
     "draft",
     "rebalance",
 )  # fmt: skip - options that each model may have of its own
+_CLOSE_S = 10.0  # for the pipelines to close once nothing is to be answered any more
 _PER_PERMIT = 4  # responses being sent per request in a queue: clients may read more slowly than the pipeline answers
 
 NameOption = Annotated[
@@ -218,6 +221,7 @@ def serve_command(
                 print(f"stageline: {url} has no API key: anyone who can reach it can use it", file=sys.stderr)
 
         def ready() -> None:
+            gc.freeze()  # what is here now stays: a collection that walks through it would hold up all streams
             try:
                 print(f"serving {', '.join(pipelines)} at {url}", flush=True)
             except BrokenPipeError:  # nobody reads it: that is no reason to end
@@ -225,6 +229,9 @@ def serve_command(
 
         server = DrainingServer(app, list(pipelines.values()), drain_s, ready, tls_cert, tls_key, _die)
         server.run_until_signal(listening)
+        watchdog = threading.Timer(_CLOSE_S, _die, [f"a stage has not ended within {_CLOSE_S:g} s"])
+        watchdog.daemon = True
+        watchdog.start()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stageline.runtime.generation.detokenize import TextStream
-from stageline.runtime.generation.request import Choice, TokenLogprob
+from stageline.runtime.generation.request import Choice, Completion, TokenLogprob
 from stageline.runtime.service.errors import ApiError, json_response
 from stageline.runtime.service.fill_in import FillIn
 from stageline.runtime.service.generations import Generations, usage
@@ -43,7 +43,15 @@ async def complete(model: Model, body: CompletionRequest) -> Response:
     if body.stream:
         return await EventStream.begin(_chunks(model, body, prompts, generations, head), model.pipeline)
     completions = await generations.completions()
-    choices = [
+    choices = await asyncio.to_thread(_choices, model, body, prompts, completions)
+    return json_response({**head, "choices": choices, "usage": usage(completions)})
+
+
+def _choices(
+    model: Model, body: CompletionRequest, prompts: Sequence[_Prompt], completions: Sequence[Completion]
+) -> list[dict[str, Any]]:
+    """Beside the event loop: log probabilities of long texts take their time."""
+    return [
         {
             "index": index,
             "text": prompt.text + choice.text,
@@ -56,13 +64,15 @@ async def complete(model: Model, body: CompletionRequest) -> Response:
             for choice in completion.choices
         )
     ]
-    return json_response({**head, "choices": choices, "usage": usage(completions)})
 
 
 def _prompts(model: Model, body: CompletionRequest) -> list[_Prompt]:
     given = each(body.prompt)
     if not given:
         raise ApiError(400, "prompt is an empty list; give a text", param="prompt")
+    for text in (*given, body.suffix):
+        if isinstance(text, str):
+            model.perhaps_fitting(text)
     if body.suffix is not None:
         prompts = [_Prompt(_fill_in(model).ids(one, body.suffix)) for one in given]
     else:

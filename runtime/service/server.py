@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -161,4 +162,6 @@ class DrainingServer(uvicorn.Server):
     async def _close_after_drain(self) -> None:
         await asyncio.sleep(self._drain_s)
         for pipeline in self._pipelines:
-            await asyncio.to_thread(pipeline.close)
+            # No thread that the event loop would wait for: a stage that never ends, such as an endless loop in a graph,
+            # holds up its closing for ever.
+            threading.Thread(target=pipeline.close, daemon=True).start()
