@@ -38,6 +38,7 @@ _PER_MODEL = (
     "rebalance",
 )  # fmt: skip - options that each model may have of its own
 _CLOSE_S = 10.0  # for the pipelines to close once nothing is to be answered any more
+_SWITCH_S = 0.001  # of Python's lock: the event loop takes it back after each system call, each time from a busy thread
 _PER_PERMIT = 4  # responses being sent per request in a queue: clients may read more slowly than the pipeline answers
 
 NameOption = Annotated[
@@ -187,6 +188,7 @@ def serve_command(
     if log_format is not None:
         log_to_stderr(log_format)
     raise_file_limit()
+    sys.setswitchinterval(_SWITCH_S)
     if any(one.options.rebalance != "off" for one in served):
         _log_rebalancing()
     folders = [hub.bundle_of(one.bundle) for one in served]

@@ -1,8 +1,8 @@
 """Bodies of requests, weighed before they are parsed.
 
 The JSON parser and pydantic keep Python's lock from the first byte to the last, in whatever thread they run: 4 MB of
-small lists would stop all streams for seconds. So a body is refused that holds more values than a request has. One
-that may do so is looked at beside the event loop, by code that gives the lock away.
+small lists would stop all streams for seconds. So a body is refused that holds more values than a request has, and a
+large one is read beside the event loop, in steps between which the lock is given away.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 MOST_VALUES = 500_000
 """Of which each list, each object and each of its names counts as _DEAR."""
+_AT_ONCE = 64 * 1024  # bytes: under a millisecond
 _DEAR = 10  # they take as much longer than a number
 _TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
@@ -40,10 +41,14 @@ class _Weighed(Request):
     async def json(self) -> Any:
         """The body's value. ValueError for what is no JSON, ApiError for too many values."""
         body = await self.body()
-        text = body.decode(json.detect_encoding(body), "surrogatepass")  # as json.loads does
-        if _weight(text, 0, len(text)) > MOST_VALUES:  # texts included, which weigh nothing
-            await asyncio.to_thread(_weigh, text)
-        return json.loads(text)
+        return _value(body) if len(body) < _AT_ONCE else await asyncio.to_thread(_value, body)
+
+
+def _value(body: bytes) -> Any:
+    text = body.decode(json.detect_encoding(body), "surrogatepass")  # as json.loads does
+    if _weight(text, 0, len(text)) > MOST_VALUES:  # texts included, which weigh nothing
+        _weigh(text)
+    return json.loads(text)
 
 
 def _weight(text: str, begin: int, end: int) -> int:
