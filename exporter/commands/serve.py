@@ -269,7 +269,7 @@ def _of(name: str, bundle: Path, given: Mapping[str, Any]) -> _Served:
 def _die(reason: str) -> None:
     """End at once: threads that are broken may never end, and whoever supervises the process starts it again."""
     print(
-        f"stageline: {' '.join(reason.split())}; ending, since nothing is answered any more",
+        f"stageline: {words.line(reason)}; ending, since nothing is answered any more",
         file=sys.stderr,
         flush=True,
     )

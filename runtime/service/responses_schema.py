@@ -218,6 +218,7 @@ class ResponsesRequest(Generating):
     """`LOGPROBS`, or what only tools and reasoning have."""
     top_logprobs: int | None = None
     n: Literal[1] = 1
+    prompt_logprobs: None = None  # have no place in a response
     metadata: dict[str, str] = Field(default_factory=dict)
     """Given back."""
     tools: list[FunctionTool] = Field(default_factory=list, fail_fast=True)

@@ -120,6 +120,8 @@ class Generating(Body):
     min_tokens: int | None = None
     ignore_eos: bool = False
     priority: int = 0
+    prompt_logprobs: int | None = None
+    """Of each token of the prompt, and of as many of the likeliest there; not in streams."""
     stop_token_ids: list[int] = Field(default_factory=list, fail_fast=True)
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None  # OpenAI's, of chats
@@ -132,7 +134,7 @@ class Generating(Body):
         names = (
             "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "max_tokens",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
-            "priority",
+            "priority", "prompt_logprobs",
         )  # fmt: skip
         bias = tuple(((int(token),), bias) for token, bias in self.logit_bias.items())
         top_k = 0 if self.top_k == -1 else self.top_k
@@ -142,6 +144,12 @@ class Generating(Body):
             "sequence_bias": bias or None,
             "structure": structure(self.response_format, self.structured_outputs),
         }
+
+    @validator(mode="after")
+    def _prompt_logprobs_of_a_whole(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError("prompt_logprobs", "prompt_logprobs are not for streams; leave out one of them")
+        return self
 
     @validator(mode="after")
     def _bias_of_tokens(self) -> Self:
@@ -299,12 +307,10 @@ class CompletionRequest(Generating):
     @property
     def sampling(self) -> dict[str, Any]:
         """Keywords for the runtime's `Sampling`."""
-        of_prompt = self.echo and (self.logprobs is not None or self.max_tokens == 0)
-        return {
-            **super().sampling,
-            "logprobs": self.logprobs,
-            "prompt_logprobs": (self.logprobs or 0) if of_prompt else None,
-        }
+        sampling = super().sampling
+        if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            sampling["prompt_logprobs"] = max(self.logprobs or 0, self.prompt_logprobs or 0)
+        return {**sampling, "logprobs": self.logprobs}
 
 
 class EmbeddingRequest(Body):
