@@ -33,7 +33,7 @@ async def chat(model: Model, body: ChatRequest) -> Response:
     if body.stream:
         return await EventStream.begin(_chunks(model, body, answering, generations, head), model.pipeline)
     (completion,) = await generations.completions()
-    answer = {
+    answer: dict[str, Any] = {
         **head,
         "choices": await asyncio.to_thread(_choices, model, body, answering, completion),
         "usage": usage([completion]),
