@@ -237,11 +237,14 @@ class Pipeline:
         return tuple(generator.text_model.prompt_ids(ids, generator.capacity))
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """The token ids of `chat_prompt`, however many they are."""
+        """The token ids of `chat_prompt`, however many they are. RequestError where they are plainly more than fit."""
         spelling = self._spelling
         if spelling is None:
             raise RequestError("this bundle has no tokenizer; give the prompt as token ids")
         text = self.chat_text(spelling.broken(messages), **spelling.broken(variables))
+        assert self.encoder is not None
+        if self.capacity is not None and (least := self.encoder.least(text)) > self.capacity:
+            raise RequestError(f"the chat has {least} tokens at least, {self.capacity} fit; shorten it")
         return spelling.ids(text)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:

@@ -6,6 +6,11 @@ from datetime import UTC, datetime
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
+def line(text: str) -> str:
+    """A text that may be anyone's, for a terminal: in one line, and what would steer the terminal written out."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in " ".join(text.split()))
+
+
 def count(value: float) -> str:
     """1234567 -> 1.23 M; three figures."""
     return _scaled(value).strip()

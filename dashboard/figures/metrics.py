@@ -5,7 +5,7 @@ import time
 import urllib.error
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from stageline.dashboard.addresses import OPENER
 from stageline.models.errors import StagelineError
 
 _TIMEOUT_S = 3.0
+_WHOLE_S = 10.0
 _LIMIT_BYTES = 4 * 1024**2
 Key = tuple[str, tuple[tuple[str, str], ...]]
 """The name of a metric and its sorted labels."""
@@ -82,13 +83,23 @@ def scrape(address: str) -> Sample:
     """Read `address`/metrics once. StagelineError if that fails."""
     try:
         with OPENER.open(f"{address}/metrics", timeout=_TIMEOUT_S) as answer:
-            text = answer.read(_LIMIT_BYTES).decode()
+            text = _read(answer).decode()
     except urllib.error.HTTPError as error:
         raise StagelineError(f"the service at {address} answers {error.code} to /metrics") from error
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise StagelineError(f"nothing answers at {address} ({getattr(reason, 'strerror', None) or reason})") from error
     return parsed(text, time.time())
+
+
+def _read(answer: HTTPResponse) -> bytes:
+    """The body, at most _LIMIT_BYTES of it. TimeoutError for one that only trickles."""
+    read, until = bytearray(), time.monotonic() + _WHOLE_S
+    while len(read) < _LIMIT_BYTES and (piece := answer.read1(_LIMIT_BYTES - len(read))):
+        read += piece
+        if time.monotonic() > until:
+            raise TimeoutError(f"its /metrics did not end within {_WHOLE_S:g} s")
+    return bytes(read)
 
 
 def percentile(before: Buckets | None, after: Buckets | None, share: float) -> float | None:

@@ -20,6 +20,7 @@ from stageline.dashboard.views.recorded import (
 )
 from stageline.runtime import words
 from stageline.runtime.bench.compare import MARGIN, compare, incomparable, overall
+from stageline.runtime.bench.files import plain_cell
 from stageline.runtime.bench.records import Measurement, Run, RunLine
 from stageline.runtime.report import charts, rows, sentences, statements, wording
 
@@ -163,7 +164,7 @@ def _download(runs: list[Run]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(flat[0]) if flat else ["run"])
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows({name: plain_cell(value) for name, value in row.items()} for row in flat)
     stamp = time.strftime("%Y%m%d-%H%M")
     with st.container(horizontal=True):
         st.download_button(

@@ -10,6 +10,7 @@ import typer
 from stageline.exporter.commands import common, hub
 from stageline.exporter.commands.talkers import Message, bundle_talker, service_talker
 from stageline.models.errors import StagelineError
+from stageline.runtime import words
 from stageline.runtime.options import PipelineOptions
 
 _UNPRINTABLE = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -105,7 +106,7 @@ def _converse(talker: Talker, begun: list[Message]) -> None:
             _say(talker, said, question)
         except StagelineError as error:
             said.pop()
-            print(f"stageline: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"stageline: {words.line(str(error))}", file=sys.stderr)
 
 
 def _typed() -> Iterator[str]:

@@ -26,6 +26,7 @@ from stageline.exporter.commands import (
     verify,
 )
 from stageline.models.errors import StagelineError
+from stageline.runtime import words
 from stageline.runtime.validation import first_error
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -94,5 +95,5 @@ def _meant(arguments: Sequence[str]) -> str:
 
 
 def _failed(message: str, status: int) -> int:
-    print(f"stageline: {' '.join(message.split())}", file=sys.stderr)
+    print(f"stageline: {words.line(message)}", file=sys.stderr)
     return status

@@ -1,8 +1,10 @@
 """The command `stageline serve`."""
 
+import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ _PER_MODEL = (
     "draft",
     "rebalance",
 )  # fmt: skip - options that each model may have of its own
+_CLOSE_S = 10.0  # for the pipelines to close once nothing is to be answered any more
+_SWITCH_S = 0.001  # of Python's lock: the event loop takes it back after each system call, each time from a busy thread
 _PER_PERMIT = 4  # responses being sent per request in a queue: clients may read more slowly than the pipeline answers
 
 NameOption = Annotated[
@@ -195,6 +199,7 @@ def serve_command(
     if log_format is not None:
         log_to_stderr(log_format)
     raise_file_limit()
+    sys.setswitchinterval(_SWITCH_S)
     if any(one.options.rebalance != "off" for one in served):
         _log_rebalancing()
     folders = [hub.bundle_of(one.bundle) for one in served]
@@ -229,6 +234,7 @@ def serve_command(
                 print(f"stageline: {url} has no API key: anyone who can reach it can use it", file=sys.stderr)
 
         def ready() -> None:
+            gc.freeze()  # what is here now stays: a collection that walks through it would hold up all streams
             try:
                 print(f"serving {', '.join(pipelines)} at {url}", flush=True)
             except BrokenPipeError:  # nobody reads it: that is no reason to end
@@ -236,6 +242,9 @@ def serve_command(
 
         server = DrainingServer(app, list(pipelines.values()), drain_s, ready, tls_cert, tls_key, _die)
         server.run_until_signal(listening)
+        watchdog = threading.Timer(_CLOSE_S, _die, [f"a stage has not ended within {_CLOSE_S:g} s"])
+        watchdog.daemon = True
+        watchdog.start()
 
 
 @dataclass(frozen=True)
@@ -271,7 +280,7 @@ def _of(name: str, bundle: Path, given: Mapping[str, Any]) -> _Served:
 def _die(reason: str) -> None:
     """End at once: threads that are broken may never end, and whoever supervises the process starts it again."""
     print(
-        f"stageline: {' '.join(reason.split())}; ending, since nothing is answered any more",
+        f"stageline: {words.line(reason)}; ending, since nothing is answered any more",
         file=sys.stderr,
         flush=True,
     )

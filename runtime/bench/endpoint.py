@@ -23,6 +23,9 @@ from stageline.runtime.pipeline import Pipeline
 CONNECTIONS = 256
 """Requests in progress at a time; the time that more of them wait counts as latency."""
 _TIMEOUT_S = 300.0
+_MOST_BYTES = 256 * 2**20  # of an answer: 2,048 vectors of 4,096 numbers are below
+_LINE_BYTES = 2**20  # of a stream; and what is read of an error
+_LINES_PER_TOKEN, _LINES = 8, 1000  # of a stream before it is taken for endless
 
 
 class Endpoint:
@@ -91,9 +94,12 @@ class Endpoint:
     def _streamed(self, body: dict[str, Any]) -> RequestOutcome:
         response = self._send("POST", "/v1/completions", body)
         times: list[float] = []
-        tokens, done = 0, False
+        tokens, done, lines = 0, False, 0
         try:
-            for line in response:
+            while line := response.readline(_LINE_BYTES):
+                lines += 1
+                if len(line) == _LINE_BYTES or lines > _LINES + _LINES_PER_TOKEN * body["max_tokens"]:
+                    raise ValueError("more than was asked for")
                 if not line.startswith(b"data:"):
                     continue
                 data = line[5:].strip()
@@ -108,7 +114,8 @@ class Endpoint:
                 tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
                 if chunk.get("choices") and chunk["choices"][0].get("text"):
                     times.append(perf_counter())
-            response.read()
+            if len(response.read(_LINE_BYTES)) == _LINE_BYTES:
+                self._drop()
         except (OSError, HTTPException, ValueError) as error:
             self._drop()
             raise FailedRequestError(_kind(error), f"{self.name} broke off in mid stream ({error})") from error
@@ -123,7 +130,10 @@ class Endpoint:
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            answer = json.loads(self._send(method, path, body).read())
+            data = self._send(method, path, body).read(_MOST_BYTES)
+            if len(data) == _MOST_BYTES:
+                raise ValueError(f"it has more than {_MOST_BYTES >> 20} MB")
+            answer = json.loads(data)
         except (OSError, HTTPException, ValueError) as error:
             self._drop()
             raise FailedRequestError(_kind(error), f"{self.name}{path} did not answer in JSON ({error})") from error
@@ -152,7 +162,9 @@ class Endpoint:
                     ) from error
         assert response is not None
         if response.status != 200:
-            text = response.read()
+            text = response.read(_LINE_BYTES)
+            if len(text) == _LINE_BYTES:
+                self._drop()  # the rest is not waited for
             try:
                 message = _error_message(json.loads(text))
             except ValueError:

@@ -8,6 +8,7 @@ import base64
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ FORMATS = ("json", "csv", "parquet")
 _KEY = b"stageline-run"
 _COMMENT = "# stageline-run "
 _VERSION = 1
+# Begins, in a text of the comment, a cell that a spreadsheet takes for a formula. Beside texts JSON has none.
+_FORMULA = re.compile(r"[,;](?=[=+@]|-(?!\d[\d.eE+-]*[,\]}]))")
 
 
 class _File(pydantic.BaseModel):
@@ -78,6 +81,12 @@ def load(path: Path) -> ExportedRun:
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, csv.Error) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StoreError(f"{path} is not an exported run ({line}); export it again") from error
+
+
+def plain_cell(value: Any) -> Any:
+    """A value for a cell of a CSV file. A text that a spreadsheet would take for a formula gets an apostrophe before
+    it, as spreadsheets write it themselves."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _format(path: Path) -> str:
@@ -148,10 +157,12 @@ def _of_table(file: _File, columns: dict[str, Any]) -> ExportedRun:
 def _write_csv(exported: ExportedRun, path: Path) -> None:
     names, columns = _table(exported)
     with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"{_COMMENT}{_document(exported, requests=False)}\n")
+        run = _FORMULA.sub(lambda mark: f"\\u{ord(mark[0]):04x}", _document(exported, requests=False))
+        file.write(f"{_COMMENT}{run}\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows(zip(*(columns[name].tolist() for name in names), strict=True))
+        for row in zip(*(columns[name].tolist() for name in names), strict=True):
+            writer.writerow([plain_cell(value) for value in row])
 
 
 def _read_csv(path: Path) -> ExportedRun:

@@ -1,9 +1,11 @@
 """Cutting a bundle into other stages, on disk, without torch."""
 
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -69,8 +71,28 @@ def write_stages(
 def recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
     """Cut the bundle again, into `stages` stages or into stages of the given numbers of blocks, without torch.
 
-    The old stages stay valid until the new manifest is in place.
+    The old stages stay valid until the new manifest is in place. Another that cuts the same bundle waits: it would
+    remove files that this one's stages have.
     """
+    with _alone(Path(path)):
+        return _recut(path, stages)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process. A folder that is none is left for others to complain of."""
+    if not folder.is_dir():
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _recut(path: str | Path, stages: int | Sequence[int]) -> Bundle:
     bundle = Bundle.open(path)
     parts = bundle.parts()
     counts = plan_stages(bundle.manifest, parts, stages)

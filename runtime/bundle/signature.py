@@ -21,6 +21,8 @@ from stageline.runtime.devices.base import Array
 
 _DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}  # of inputs that may be left out
 _HALVES = ("float16", "bfloat16")
+MOST_VALUES = 2**31 - 1
+"""Of an input: kernels count with 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,14 @@ def _whole_rows(mask: Array) -> dict[str, Array]:
 
 def _array(spec: TensorSpec, value: object) -> Array:
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except ValueError:  # nested lists of different lengths
         raise RequestError(f"input {spec.name!r} is not an array: its rows differ in length; pad them to one") from None
+    if array.size > MOST_VALUES:
+        raise RequestError(
+            f"input {spec.name!r} has {array.size} values, at most {MOST_VALUES} are taken; send fewer rows"
+        )
+    return array
 
 
 def _cast(spec: TensorSpec, array: Array) -> Array:

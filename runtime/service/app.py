@@ -3,7 +3,8 @@
 app = create_app({"smollm2": pipeline})  # run it with uvicorn, or mount it in your own app
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,9 @@ from stageline.runtime.service import (
     scoring,
     tokens,
 )
+from stageline.runtime.service.bodies import WeighingRoute
 from stageline.runtime.service.errors import ApiError, from_stageline, from_validation, json_response
+from stageline.runtime.service.event_loop import EventLoopDelay
 from stageline.runtime.service.limits import AccessMiddleware, ConnectionMiddleware, UnknownMiddleware
 from stageline.runtime.service.metrics import CountingMiddleware, ResponseCounter, ServiceCollector
 from stageline.runtime.service.model import Model
@@ -70,12 +73,24 @@ def create_app(
     """
     models = {name: Model(name, pipeline) for name, pipeline in pipelines.items()}
     responses = ResponseCounter()
+    delay = EventLoopDelay()
     registry = CollectorRegistry()
-    registry.register(ServiceCollector(list(models.values()), responses))
+    registry.register(ServiceCollector(list(models.values()), responses, delay))
     ProcessCollector(registry=registry)
 
-    description = "Pipelines behind OpenAI's API."
-    app = FastAPI(title="Stageline", version=version("stageline"), description=description, root_path=root_path)
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with delay:
+            yield
+
+    app = FastAPI(
+        title="Stageline",
+        version=version("stageline"),
+        description="Pipelines behind OpenAI's API.",
+        root_path=root_path,
+        lifespan=lifespan,
+    )
+    app.router.route_class = WeighingRoute
     if unknown_parameters == "ignore":
         app.add_middleware(UnknownMiddleware)
     app.add_middleware(PingMiddleware, ping_s=ping_s)
@@ -96,7 +111,7 @@ def create_app(
     _add_error_handlers(app, models)
     _add_routes(app, models)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     def metrics() -> Response:
         """Counters and gauges for Prometheus."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -110,6 +125,9 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
         if not getattr(models[name], ability):
             raise ApiError(400, f"the model {name!r} {models[name].routes}", param="model")
         return models[name]
+
+    def first(ability: str) -> str:
+        return next((name for name, model in models.items() if getattr(model, ability)), next(iter(models)))
 
     def generating(name: str) -> Model:
         return model_of(name, "generates")
@@ -139,7 +157,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.post("/v2/rerank")
     async def rerank(body: schema.RerankRequest) -> Response:
         """Documents in the order of their relevance to a query."""
-        return await scoring.rerank(model_of(body.model, "scores"), body)
+        return await scoring.rerank(model_of(body.model or first("scores"), "scores"), body)
 
     @app.post("/score")
     async def score(body: schema.ScoreRequest) -> Response:
@@ -154,8 +172,7 @@ def _add_routes(app: FastAPI, models: Mapping[str, Model]) -> None:
     @app.post("/v1/moderations")
     async def moderations_(body: moderations.ModerationRequest) -> Response:
         """Which of a classifier's labels apply to each text."""
-        first = next((name for name, model in models.items() if model.classifies), next(iter(models)))
-        return await moderations.moderate(model_of(body.model or first, "classifies"), body)
+        return await moderations.moderate(model_of(body.model or first("classifies"), "classifies"), body)
 
     @app.post("/pooling")
     async def pooling_(body: pooling.PoolingRequest) -> Response:

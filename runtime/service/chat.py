@@ -12,7 +12,7 @@ from stageline.runtime.generation.request import Choice, Completion
 from stageline.runtime.service.answering import Answering
 from stageline.runtime.service.errors import json_response
 from stageline.runtime.service.generations import Generations, usage
-from stageline.runtime.service.logprobs import of_chat
+from stageline.runtime.service.logprobs import by_token, of_chat
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import ChatRequest
 from stageline.runtime.service.server_sent_events import EventStream
@@ -33,11 +33,14 @@ async def chat(model: Model, body: ChatRequest) -> Response:
     if body.stream:
         return await EventStream.begin(_chunks(model, body, answering, generations, head), model.pipeline)
     (completion,) = await generations.completions()
-    answer = {
+    answer: dict[str, Any] = {
         **head,
         "choices": await asyncio.to_thread(_choices, model, body, answering, completion),
         "usage": usage([completion]),
     }
+    if body.prompt_logprobs is not None:
+        of_prompt = await asyncio.to_thread(by_token, model, completion.prompt_logprobs, body.prompt_logprobs)
+        answer["prompt_logprobs"] = of_prompt
     return json_response(answer)
 
 

@@ -5,15 +5,15 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stageline.runtime.generation.detokenize import TextStream
-from stageline.runtime.generation.request import Choice, TokenLogprob
+from stageline.runtime.generation.request import Choice, Completion, TokenLogprob
 from stageline.runtime.service.errors import ApiError, json_response
 from stageline.runtime.service.fill_in import FillIn
 from stageline.runtime.service.generations import Generations, usage
-from stageline.runtime.service.logprobs import joined, of_completion, of_prompt
+from stageline.runtime.service.logprobs import by_token, joined, of_completion, of_prompt
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.schema import CompletionRequest, each
 from stageline.runtime.service.server_sent_events import EventStream
@@ -43,12 +43,21 @@ async def complete(model: Model, body: CompletionRequest) -> Response:
     if body.stream:
         return await EventStream.begin(_chunks(model, body, prompts, generations, head), model.pipeline)
     completions = await generations.completions()
-    choices = [
+    choices = await asyncio.to_thread(_choices, model, body, prompts, completions)
+    return json_response({**head, "choices": choices, "usage": usage(completions)})
+
+
+def _choices(
+    model: Model, body: CompletionRequest, prompts: Sequence[_Prompt], completions: Sequence[Completion]
+) -> list[dict[str, Any]]:
+    """Beside the event loop: log probabilities of long texts take their time."""
+    return [
         {
             "index": index,
             "text": prompt.text + choice.text,
             "logprobs": _logprobs(model, body, prompt, completion.prompt_logprobs, choice),
             "finish_reason": choice.finish_reason,
+            **_of_prompt(model, body, completion),
         }
         for index, (prompt, completion, choice) in enumerate(
             (prompt, completion, choice)
@@ -56,13 +65,15 @@ async def complete(model: Model, body: CompletionRequest) -> Response:
             for choice in completion.choices
         )
     ]
-    return json_response({**head, "choices": choices, "usage": usage(completions)})
 
 
 def _prompts(model: Model, body: CompletionRequest) -> list[_Prompt]:
     given = each(body.prompt)
     if not given:
         raise ApiError(400, "prompt is an empty list; give a text", param="prompt")
+    for text in (*given, body.suffix):
+        if isinstance(text, str):
+            model.perhaps_fitting(text)
     if body.suffix is not None:
         prompts = [_Prompt(_fill_in(model).ids(one, body.suffix)) for one in given]
     else:
@@ -98,13 +109,22 @@ def _echoed(model: Model, prompt: str | list[int]) -> _Prompt:
     return _Prompt(prompt, "".join(texts), tuple(texts))
 
 
+def _of_prompt(model: Model, body: CompletionRequest, completion: Completion) -> dict[str, Any]:
+    if body.prompt_logprobs is None:
+        return {}
+    return {"prompt_logprobs": by_token(model, completion.prompt_logprobs, body.prompt_logprobs)}
+
+
 def _logprobs(
     model: Model, body: CompletionRequest, prompt: _Prompt, of_its: Sequence[TokenLogprob | None], choice: Choice
 ) -> dict[str, Any] | None:
     if body.logprobs is None:
         return None
     drawn = of_completion(model, choice.logprobs, len(prompt.text))
-    return joined(of_prompt(model, prompt.texts, prompt.ids, of_its), drawn) if body.echo else drawn
+    if not body.echo:
+        return drawn
+    known = [one and replace(one, top=one.top[: body.logprobs]) for one in of_its]  # more may be asked for elsewhere
+    return joined(of_prompt(model, prompt.texts, prompt.ids, known), drawn)
 
 
 async def _chunks(

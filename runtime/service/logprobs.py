@@ -57,6 +57,25 @@ def of_prompt(
     return joined(before, found)
 
 
+def by_token(model: Model, tokens: Sequence[TokenLogprob | None], most: int) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's `prompt_logprobs`: for each token of a prompt, by token id, its log probability and those of the `most`
+    likeliest. The rank of one that is not among these is not known."""
+
+    def one(known: TokenLogprob) -> dict[str, dict[str, Any]]:
+        top = known.top[:most]
+        ranks = {token: place for place, (token, _) in enumerate(known.top, 1)}
+        return {
+            str(token): {
+                "logprob": max(logprob, _MIN),
+                "rank": ranks.get(token),
+                "decoded_token": model.special_name(token) or model.token_text(token),
+            }
+            for token, logprob in {known.token_id: known.logprob, **dict(top)}.items()
+        }
+
+    return [None if known is None else one(known) for known in tokens]
+
+
 def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The lists of a completion's tokens, one after the other."""
     return {name: [*values, *after[name]] for name, values in before.items()}

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from stageline.runtime.generation.meter import GenerationStats, GenerationTimes
 from stageline.runtime.pipeline import PipelineStats
+from stageline.runtime.service.event_loop import EventLoopDelay
 from stageline.runtime.service.limits import OPEN_TO_ALL, route_of
 from stageline.runtime.service.model import Model
 from stageline.runtime.service.vllm_metrics import buckets, vllm_metrics
@@ -57,8 +58,8 @@ class CountingMiddleware:
 class ServiceCollector(Collector):
     """Collects the metrics when Prometheus asks for them."""
 
-    def __init__(self, models: Sequence[Model], responses: ResponseCounter) -> None:
-        self._models, self._responses = models, responses
+    def __init__(self, models: Sequence[Model], responses: ResponseCounter, delay: EventLoopDelay) -> None:
+        self._models, self._responses, self._delay = models, responses, delay
 
     def collect(self) -> Iterator[Metric]:
         """All metrics. Those of a pipeline have a label `model`."""
@@ -70,6 +71,8 @@ class ServiceCollector(Collector):
         for (route, status), count in sorted(self._responses.counts.items()):
             responses.add_metric([route, str(status)], count)
         yield responses
+        late, name = self._delay.histogram, "stageline_event_loop_delay_seconds"
+        yield HistogramMetricFamily(name, "How late the event loop is.", buckets(late, late.bounds), late.total)
         stats = [(model.name, model.pipeline.stats()) for model in self._models]
         yield _requests(stats)
         yield from _stages(stats)

@@ -84,11 +84,20 @@ class Model:
 
     def fitting(self, tokens: list[int]) -> list[int]:
         """The same tokens. ApiError with the code that OpenAI's clients look for if they do not fit."""
-        if len(tokens) > self.length:
-            message = f"{len(tokens)} tokens were given, {self.name} takes at most {self.length}"
-            included = ", the output included" if self.generates else ""
-            raise ApiError(400, f"{message}{included}; shorten the text", code="context_length_exceeded")
+        self._check(len(tokens), f"{len(tokens)} tokens were given")
         return tokens
+
+    def perhaps_fitting(self, text: str) -> str:
+        """The same text. ApiError as above if it is plain, before it is made tokens, that it does not fit."""
+        least = self.encoder.least(text)
+        self._check(least, f"{least} tokens at least were given")
+        return text
+
+    def _check(self, tokens: int, said: str) -> None:
+        if tokens > self.length:
+            included = ", the output included" if self.generates else ""
+            message = f"{said}, {self.name} takes at most {self.length}{included}; shorten the text"
+            raise ApiError(400, message, code="context_length_exceeded")
 
     @property
     def temperature(self) -> float:

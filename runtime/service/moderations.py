@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 from stageline.runtime.service.errors import ApiError, json_response
 from stageline.runtime.service.model import Model
-from stageline.runtime.service.schema import Body
+from stageline.runtime.service.schema import Body, Texts
 from stageline.runtime.service.scoring import classifier_scores, labels_of
 from starlette.responses import Response
 
@@ -39,7 +39,7 @@ class ModerationRequest(Body):
 
     model: str | None = None
     """None: the first model that classifies."""
-    input: Annotated[list[str], BeforeValidator(_texts)]
+    input: Annotated[Texts, BeforeValidator(_texts)]
     truncate: bool = False
 
 

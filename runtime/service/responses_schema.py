@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError
 from pydantic import model_validator as validator
 from pydantic_core import PydanticCustomError
 from stageline.runtime.service.errors import first_message
-from stageline.runtime.service.schema import Body, ChatRequest, Generating
+from stageline.runtime.service.schema import MOST_MESSAGES, Body, ChatRequest, Generating
 from stageline.runtime.service.structured import NamedSchema, ResponseFormat, structure
 
 LOGPROBS = "message.output_text.logprobs"
@@ -44,7 +44,7 @@ class MessageItem(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[TextContent]
+    content: list[TextContent] = Field(fail_fast=True)
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
     phase: str | None = None
@@ -86,7 +86,7 @@ class OutputItem(Body):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[TextContent]
+    output: str | Annotated[list[TextContent], Field(fail_fast=True)]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -108,8 +108,8 @@ class ReasoningItem(Body):
     """What the assistant thought, as it was answered."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningText] | None = None
-    summary: list[ReasoningText] = Field(default_factory=list)
+    content: Annotated[list[ReasoningText], Field(fail_fast=True)] | None = None
+    summary: list[ReasoningText] = Field(default_factory=list, fail_fast=True)
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -209,18 +209,19 @@ class TextConfig(Body):
 class ResponsesRequest(Generating):
     """/v1/responses"""
 
-    input: list[InputItem] = Field(min_length=1)
+    input: list[InputItem] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     instructions: str | None = None
     """A system message before all others."""
     max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     text: TextConfig = TextConfig()
-    include: list[str] = Field(default_factory=list)
+    include: list[str] = Field(default_factory=list, fail_fast=True)
     """`LOGPROBS`, or what only tools and reasoning have."""
     top_logprobs: int | None = None
     n: Literal[1] = 1
+    prompt_logprobs: None = None  # have no place in a response
     metadata: dict[str, str] = Field(default_factory=dict)
     """Given back."""
-    tools: list[FunctionTool] = Field(default_factory=list)
+    tools: list[FunctionTool] = Field(default_factory=list, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
     parallel_tool_calls: bool = True
     _chat: ChatRequest = PrivateAttr()

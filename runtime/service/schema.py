@@ -33,6 +33,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "documents": ([],), "early_stopping": (False,), "echo": (False,),
     "function_call": ("none", "auto"), "functions": ([],),
     "include_stop_str_in_output": (False,), "length_penalty": (1, 1.0), "logit_bias": ({},), "logprobs": (False,),
+    "raw_scores": (False,),
     "reasoning": ("",), "reasoning_content": ("",), "reasoning_effort": ("none",), "refusal": ("",),
     "response_format": ({"type": "text"},), "seed": (-1,), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "suffix": ("",), "tool_calls": ([],), "tools": ([],),
@@ -47,7 +48,12 @@ RESERVED = frozenset(
 )  # fmt: skip
 """Names that chat_template_kwargs may not set: a prompt without the template's rules would be made of them."""
 _MOST_BIAS = 100  # OpenAI's range of a logit's bias
+MOST_MESSAGES = 2048
+_MOST_NAMES = 1000
 _DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions; a chat continues until it ends
+
+# What validates a list ends at the first that is wrong: it keeps Python's lock, and would write a line on each.
+Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -58,6 +64,8 @@ class Body(BaseModel):
     def _without_what_changes_nothing(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        if len(values) > _MOST_NAMES:
+            raise PydanticCustomError("names", "an object has {many} names; send fewer", {"many": len(values)})
         needed = {name for name, field in cls.model_fields.items() if field.is_required()}
         left = {
             name: value
@@ -98,7 +106,7 @@ class Generating(Body):
     n: int = 1
     temperature: float | None = None
     top_p: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -112,7 +120,9 @@ class Generating(Body):
     min_tokens: int | None = None
     ignore_eos: bool = False
     priority: int = 0
-    stop_token_ids: list[int] = Field(default_factory=list)
+    prompt_logprobs: int | None = None
+    """Of each token of the prompt, and of as many of the likeliest there; not in streams."""
+    stop_token_ids: list[int] = Field(default_factory=list, fail_fast=True)
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None  # OpenAI's, of chats
     # Ours: seconds.
@@ -124,7 +134,7 @@ class Generating(Body):
         names = (
             "n", "temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "max_tokens",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
-            "priority",
+            "priority", "prompt_logprobs",
         )  # fmt: skip
         bias = tuple(((int(token),), bias) for token, bias in self.logit_bias.items())
         top_k = 0 if self.top_k == -1 else self.top_k
@@ -134,6 +144,12 @@ class Generating(Body):
             "sequence_bias": bias or None,
             "structure": structure(self.response_format, self.structured_outputs),
         }
+
+    @validator(mode="after")
+    def _prompt_logprobs_of_a_whole(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError("prompt_logprobs", "prompt_logprobs are not for streams; leave out one of them")
+        return self
 
     @validator(mode="after")
     def _bias_of_tokens(self) -> Self:
@@ -158,11 +174,11 @@ class Message(Body):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     """No parts at all beside `tool_calls`, which come without a text."""
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] = Field(default_factory=list)
+    tool_calls: list[ToolCall] = Field(default_factory=list, fail_fast=True)
     tool_call_id: str | None = None
 
     @property
@@ -194,7 +210,7 @@ class Message(Body):
 class Templated(Body, Tooled):
     """Messages and tools, and how the template makes a prompt of them."""
 
-    messages: list[Message]
+    messages: list[Message] = Field(max_length=MOST_MESSAGES, fail_fast=True)
     # vLLM's.
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -227,7 +243,7 @@ class ChatRequest(Generating, Templated):
     """The newer name of `max_tokens`; wins if both are given."""
     logprobs: bool = False
     top_logprobs: int | None = None
-    modalities: list[Literal["text"]] = Field(default_factory=list)
+    modalities: list[Literal["text"]] = Field(default_factory=list, fail_fast=True)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -253,7 +269,10 @@ def _one_message(value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-TextsOrTokens = Annotated[str | list[str] | list[Token] | list[list[Token]], WrapValidator(_one_message)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+TextsOrTokens = Annotated[
+    str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)], WrapValidator(_one_message)
+]
 
 
 def each(given: str | list[str] | list[Token] | list[list[Token]]) -> list[str] | list[list[Token]]:
@@ -288,12 +307,10 @@ class CompletionRequest(Generating):
     @property
     def sampling(self) -> dict[str, Any]:
         """Keywords for the runtime's `Sampling`."""
-        of_prompt = self.echo and (self.logprobs is not None or self.max_tokens == 0)
-        return {
-            **super().sampling,
-            "logprobs": self.logprobs,
-            "prompt_logprobs": (self.logprobs or 0) if of_prompt else None,
-        }
+        sampling = super().sampling
+        if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            sampling["prompt_logprobs"] = max(self.logprobs or 0, self.prompt_logprobs or 0)
+        return {**sampling, "logprobs": self.logprobs}
 
 
 class EmbeddingRequest(Body):
@@ -320,22 +337,45 @@ class RerankDocument(Body):
     text: str
 
 
-class RerankRequest(Body):
-    """/rerank, as Cohere and Jina have it"""
+class Cut(Body):
+    """What says to how many tokens a text, or a pair, is cut."""
 
-    model: str
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    """vLLM's; -1: as many as the model takes."""
+
+    @property
+    def limit(self) -> int | None:
+        """None: what the model takes."""
+        return None if self.truncate_prompt_tokens in (None, -1) else self.truncate_prompt_tokens
+
+
+class RerankRequest(Cut):
+    """/rerank, as Cohere and Jina have it, or as Text Embeddings Inference has it, with `texts`"""
+
+    model: str | None = None
+    """None, as of the latter: the first model that scores."""
     query: str
-    documents: list[str | RerankDocument]
+    documents: list[str | RerankDocument] = Field(default_factory=list, fail_fast=True)
+    texts: Texts | None = None
     top_n: int | None = Field(default=None, ge=1)
     return_documents: bool = True
+    return_text: bool = False
+    truncate: bool = True
+
+    @validator(mode="before")
+    @classmethod
+    def _documents_or_texts(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and ("documents" in values) == (values.get("texts") is not None):
+            raise PydanticCustomError("documents", "give documents (or texts, as Text Embeddings Inference has it)")
+        return values
 
 
-class ScoreRequest(Body):
+class ScoreRequest(Cut):
     """/score, vLLM's"""
 
     model: str
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: str | Texts
+    text_2: str | Texts
 
     @validator(mode="before")
     @classmethod
@@ -347,11 +387,11 @@ class ScoreRequest(Body):
         return {names.get(name, name): value for name, value in values.items()}
 
 
-class ClassifyRequest(Body):
+class ClassifyRequest(Cut):
     """/classify, vLLM's"""
 
     model: str
-    input: str | list[str]
+    input: str | Texts
     truncate: bool = False
 
 
@@ -385,4 +425,4 @@ class DetokenizeRequest(Body):
     """/detokenize"""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Tokens

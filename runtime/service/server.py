@@ -8,15 +8,17 @@ import signal
 import socket
 import ssl
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 from stageline.models.errors import StagelineError
 from stageline.runtime.pipeline import Pipeline
-from stageline.runtime.service.connections import ConnectionWatch, GuardedSocket
+from stageline.runtime.service.connections import HEAD_S, ConnectionWatch, GuardedSocket
 
 _HEAD_BYTES = 64 * 1024  # of a request's head; h11 bounds it, other parsers do not
 _ERRORS_S = 5  # for the errors of requests that were cut off to reach their clients
@@ -137,6 +139,8 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and report that the service is ready."""
+        if self.config.ssl_certfile is not None:
+            _bound_handshakes(asyncio.get_running_loop())
         await super().startup([GuardedSocket(bound, self._watch) for bound in sockets or ()])
         self._watching = asyncio.create_task(self._watch.run())
         self._ready()
@@ -161,4 +165,13 @@ class DrainingServer(uvicorn.Server):
     async def _close_after_drain(self) -> None:
         await asyncio.sleep(self._drain_s)
         for pipeline in self._pipelines:
-            await asyncio.to_thread(pipeline.close)
+            # No thread that the event loop would wait for: a stage that never ends, such as an endless loop in a graph,
+            # holds up its closing for ever.
+            threading.Thread(target=pipeline.close, daemon=True).start()
+
+
+def _bound_handshakes(loop: asyncio.AbstractEventLoop) -> None:
+    """Let a TLS handshake take no longer than the head of a request: uvicorn leaves it to asyncio, which waits a
+    minute. The watch of the connections does not see them before."""
+    with contextlib.suppress(AttributeError):  # uvloop's is not to be changed
+        loop.create_server = partial(loop.create_server, ssl_handshake_timeout=HEAD_S)  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """How clients ask for a text of a certain structure: OpenAI's `response_format`, vLLM's `structured_outputs`."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import model_validator as validator
@@ -48,7 +48,7 @@ class StructuredOutputs(_Form):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 

@@ -103,7 +103,7 @@ class ToolCall(_Form):
 class Tooled(BaseModel):
     """The part of a chat's parameters that is about tools."""
 
-    tools: list[Tool] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list, fail_fast=True)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
 

@@ -239,6 +239,15 @@ def test_a_path_that_leaves_the_bundle(bundle: Path, message: Run) -> None:
     assert "export the bundle again" in line
 
 
+def test_what_a_bundle_says_does_not_steer_the_terminal(bundle: Path, message: Run) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["stages"][0]["file"] = "../\x1b[2J\x07evil"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    line = message("inspect", bundle)
+    assert "\x1b" not in line
+    assert "\x07" not in line
+
+
 def test_a_link_that_leaves_the_bundle(bundle: Path, message: Run) -> None:
     stage = bundle / "stage.000-001.onnx"
     stage.rename(bundle.parent / "outside.onnx")
@@ -317,3 +326,54 @@ def test_a_trace_that_holds_for_short_rows_only(make_checkpoint: Callable[..., P
         assert pipeline.run({"input_ids": np.ones((2, 8), np.int64)})["logits"].shape[:2] == (2, 8)
         with pytest.raises(RequestError, match="rows are 9 tokens long, the model can place 8; truncate them"):
             pipeline.run({"input_ids": np.ones((1, 9), np.int64)})
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All that lies in a folder."""
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("command", "limit_bytes"), [("recut", 1_000), ("copy", 1_000), ("copy", 20_000), ("profile", 100)]
+)
+def test_a_bundle_stays_as_it_is_where_no_more_can_be_written(
+    command: str, limit_bytes: int, bundle: Path, out: Path, message: Run
+) -> None:
+    before, limits = files_of(bundle), resource.getrlimit(resource.RLIMIT_FSIZE)
+    given: dict[str, list[str | Path]] = {
+        "recut": ["recut", bundle, "--layers", "1,1,1"],
+        "copy": ["recut", bundle, "--layers", "1,1,1", "-o", out / "copy"],
+        "profile": ["profile", bundle, "--threads", "1"],
+    }
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+    try:
+        line = message(*given[command])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "File too large" in line
+    assert files_of(bundle) == before
+    assert not list(out.iterdir())
+    Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["one is killed", "both end"])
+def test_two_recuts_at_once_leave_a_bundle(killed: bool, bundle: Path) -> None:
+    command = [sys.executable, "-c", "from stageline.exporter.commands.cli import main; raise SystemExit(main())"]
+    running = [
+        subprocess.Popen([*command, "recut", str(bundle), "--layers", cut], stderr=subprocess.PIPE, text=True)
+        for cut in ("1,1,1", "3")
+    ]
+    if killed:
+        manifest, deadline = (bundle / "manifest.json").read_bytes(), time.monotonic() + 60
+        while (bundle / "manifest.json").read_bytes() == manifest and time.monotonic() < deadline:
+            time.sleep(0.001)  # one of them has just begun to put its cut in place, or has
+        for one in running:
+            one.kill()
+    said = [one.communicate(timeout=60)[1] for one in running]
+    assert all("Traceback" not in text for text in said), said
+    assert killed or 0 in [one.returncode for one in running]
+    cut = tuple(stage.last_block - stage.first_block + 1 for stage in Bundle.open(bundle).manifest.stages)
+    assert cut in {(1, 1, 1), (3,)}
+    Pipeline.open(bundle).close()

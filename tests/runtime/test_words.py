@@ -24,3 +24,8 @@ from stageline.runtime import words
 )
 def test_numbers_read_as_people_write_them(text: str, wanted: str) -> None:
     assert text == wanted
+
+
+def test_a_line_for_a_terminal_does_not_steer_it() -> None:
+    said = words.line("a\nb \x1b[2Jc\x07\x9b2J\u202e \u00e9\U0001f600")
+    assert said == "a b \\x1b[2Jc\\x07\\x9b2J\\u202e \u00e9\U0001f600"

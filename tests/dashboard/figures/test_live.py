@@ -1,11 +1,13 @@
 """What the Live page makes of a service's metrics: rates, percentiles, panels, cards; and a watcher's messages."""
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from stageline.dashboard.figures import live
+from stageline.dashboard.figures import live, metrics
 from stageline.dashboard.figures.live import Watcher
 from stageline.dashboard.figures.metrics import Sample, parsed, scrape
 from stageline.models.errors import StagelineError
@@ -89,7 +91,8 @@ def test_a_panel_of_times_is_in_one_unit() -> None:
 
 @pytest.fixture
 def answering() -> Iterator[tuple[str, ThreadingHTTPServer, list[str]]]:
-    """A server that answers what the list's last entry says; a line `redirect URL` redirects."""
+    """A server that answers what the list's last entry says; a line `redirect URL` redirects, `endless PAUSE` goes on
+    and on."""
     answers = [TEXT.format(tokens=1)]
 
     class Handler(BaseHTTPRequestHandler):
@@ -101,6 +104,13 @@ def answering() -> Iterator[tuple[str, ThreadingHTTPServer, list[str]]]:
                 return
             self.send_response(200)
             self.end_headers()
+            if answers[-1].startswith("endless "):
+                pause_s = float(answers[-1].split()[1])
+                with suppress(OSError):
+                    while True:
+                        self.wfile.write(b"# " + b"x" * (1 if pause_s else 2**16) + b"\n")
+                        time.sleep(pause_s)
+                return
             self.wfile.write(answers[-1].encode())
 
         def log_message(self, *arguments: object) -> None: ...
@@ -139,3 +149,16 @@ def test_a_redirect_is_not_followed(answering: tuple[str, ThreadingHTTPServer, l
     answers.append("redirect http://169.254.169.254/latest")
     with pytest.raises(StagelineError, match="answers 302"):
         scrape(url)
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.05], ids=["flood", "trickle"])
+def test_an_endless_answer_is_broken_off(
+    pause_s: float, answering: tuple[str, ThreadingHTTPServer, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_WHOLE_S", 0.5)
+    url, _, answers = answering
+    answers.append(f"endless {pause_s}")
+    began = time.monotonic()
+    with pytest.raises(StagelineError, match="metrics"):
+        scrape(url)
+    assert time.monotonic() - began < 10

@@ -3,6 +3,8 @@
 import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import Any
@@ -36,6 +38,21 @@ def stream(*lines: str) -> Way:
         handler.end_headers()
         handler.wfile.write("".join(f"data: {line}\n\n" for line in lines).encode())
         handler.close_connection = True
+
+    return answer
+
+
+def endless(begin: str, block: str, number: int = 200) -> Way:
+    """Sends until nobody takes it any more, at most 1 GB."""
+
+    def answer(handler: BaseHTTPRequestHandler, over: Event) -> None:
+        handler.send_response(number)
+        handler.end_headers()
+        handler.close_connection = True
+        with suppress(OSError):
+            handler.wfile.write(begin.encode())
+            for _ in range(2**30 // len(block)):
+                handler.wfile.write(block.encode())
 
     return answer
 
@@ -113,6 +130,50 @@ def test_each_way_to_fail_has_its_kind(
     (failures,) = found.failures
     assert (failures.kind, failures.count) == (kind, 3)
     assert message in failures.sample
+
+
+TOKEN = 'data: {"choices": [{"text": "a"}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "message"),
+    [
+        (endless(TOKEN, TOKEN), "invalid answer", "more than was asked for"),
+        (endless("data: ", "x" * 2**16), "invalid answer", "more than was asked for"),
+        (endless("", "x" * 2**16, 500), "status 500", "answers 500: xxx"),
+        (endless("", "HTTP/1.1 302\r\n\r\n", 302), "status 302", "answers 302"),
+    ],
+    ids=["tokens", "a line", "an error", "a redirect"],
+)
+def test_an_endless_answer_is_broken_off(
+    way: Way, kind: str, message: str, failing: Callable[[Way], tuple[str, list[str]]]
+) -> None:
+    url, _ = failing(way)
+    endpoint = Endpoint(url)
+    with pytest.raises(FailedRequestError) as caught:
+        endpoint.submit(ITEM).result(20)
+    endpoint.close()
+    assert caught.value.kind == kind
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_comes_after_the_end_of_a_stream_is_left(failing: Callable[[Way], tuple[str, list[str]]]) -> None:
+    url, _ = failing(endless(f"{TOKEN}data: [DONE]\n\n", "x" * 2**16))
+    endpoint = Endpoint(url)
+    assert [endpoint.submit(ITEM).result(20).tokens_out for _ in range(2)] == [1, 1]
+    endpoint.close()
+
+
+def test_an_endless_answer_in_json_is_broken_off(
+    failing: Callable[[Way], tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_BYTES", 10 * 2**20)
+    url, _ = failing(endless('{"data": [', "1," * 2**15))
+    endpoint = Endpoint(url)
+    with pytest.raises(FailedRequestError, match="it has more than 10 MB"):
+        endpoint.submit(replace(ITEM, output_tokens=None)).result(20)
+    endpoint.close()
 
 
 def test_a_request_that_times_out_is_not_sent_again(

@@ -1,5 +1,8 @@
 """Runs as files: each format carries a run and its requests, and what cannot be read is refused."""
 
+import csv
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,19 @@ def test_a_csv_is_a_table_of_requests_with_the_run_in_a_comment(tmp_path: Path) 
     assert head.split(",") == ["measurement", "contender", "load", *(name for name, _ in COLUMNS)]
     assert len(rows) == 30
     assert rows[0].startswith("0,stageline,Server 20/s,0,")
+
+
+@pytest.mark.parametrize("before", ["", "x,", "x;", '",'])
+@pytest.mark.parametrize("begins", ["=HYPERLINK(1)", "+1+1", "-2+3+cmd|' /C calc'!A0", "-a", "@SUM(1)"])
+def test_no_cell_of_a_csv_is_a_formula(before: str, begins: str, tmp_path: Path) -> None:
+    """As a spreadsheet cuts it, with commas or semicolons; numbers may have a sign."""
+    run = replace(synthetic_runs.run(3), bundle=before + begins)
+    run = replace(run, measurements=tuple(replace(one, contender=begins) for one in run.measurements))
+    files.save(ExportedRun(run, [synthetic_runs.requests(3)], []), tmp_path / "run.csv")
+    assert files.load(tmp_path / "run.csv").run == run
+    for delimiter in ",;":
+        for row in csv.reader((tmp_path / "run.csv").read_text().splitlines(), delimiter=delimiter):
+            assert not [cell for cell in row if re.match(r"[=+@-](?!\d[\d.eE+-]*$)", cell)]
 
 
 def test_what_cannot_be_written_or_read_is_refused(tmp_path: Path) -> None:

@@ -86,6 +86,21 @@ def test_what_does_not_fit_is_refused_in_one_line(inputs: dict[str, Any], messag
     assert str(refusal.value) == message
 
 
+@pytest.mark.parametrize("shape", [(2**16, 2**15), (2**40, 4), (1, 2**59), (2**31, 1)])
+def test_shapes_whose_product_is_beyond_all_memory_are_refused_at_once(shape: tuple[int, int]) -> None:
+    """Views of a single number: they take no memory, and would be walked through for ever."""
+    many = np.broadcast_to(np.int64(1), shape)
+    with pytest.raises(RequestError, match=rf"input 'input_ids' has {shape[0] * shape[1]} values, at most"):
+        BERT.check_inputs({"input_ids": many, "attention_mask": many, "scale": TWO})
+
+
+def test_an_output_may_be_asked_for_many_times() -> None:
+    assert BERT.check_outputs(["pooled"] * 100_000) == ("pooled",)
+    assert BERT.check_outputs(["pooled", "hidden", "pooled"]) == ("hidden", "pooled")
+    with pytest.raises(RequestError, match="unknown output 'x0'"):
+        BERT.check_outputs([f"x{number}" for number in range(100_000)])
+
+
 def test_mask_and_token_types_may_be_left_out() -> None:
     inputs, sizes = BERT.check_inputs({"input_ids": IDS, "scale": TWO})
     assert sizes == {"batch": 2, "length": 3}

@@ -108,3 +108,31 @@ def test_a_stream_begins_with_the_prompt(service: Any, max_tokens: int) -> None:
                 np.testing.assert_allclose(streamed[1:], values[1:], atol=1e-4)
             elif name != "top_logprobs":
                 assert streamed == values
+
+
+def test_vllms_prompt_logprobs_are_transformers(service: Any, log_softmax: Callable[[list[int]], Any]) -> None:
+    """In each choice of completions, beside the choices of a chat; not in streams."""
+    encoder = service.pipelines["llama"].encoder
+    chat = {"messages": [{"role": "user", "content": PROMPT}]}
+    asked: list[tuple[str, dict[str, Any], list[int]]] = [
+        ("completions", {"prompt": PROMPT}, encoder.ids(PROMPT)),
+        ("completions", {"prompt": PROMPT, "echo": True, "logprobs": 1}, encoder.ids(PROMPT)),
+        ("chat/completions", chat, service.pipelines["llama"].chat_ids(chat["messages"])),
+    ]
+    for route, body, ids in asked:
+        answer = service.post(route, model="llama", max_tokens=1, temperature=0, prompt_logprobs=3, **body).json()
+        choice = answer["choices"][0]
+        first, *found = answer["prompt_logprobs"] if "chat" in route else choice["prompt_logprobs"]
+        assert first is None
+        for one, token, expected in zip(found, ids[1:], log_softmax(ids), strict=False):
+            order = np.argsort(-expected)
+            assert one.keys() == {str(number) for number in (token, *order[:3])}
+            for number, said in one.items():
+                assert said["logprob"] == pytest.approx(expected[int(number)], abs=1e-3)
+                place = int(np.flatnonzero(order == int(number))[0]) + 1
+                assert said["rank"] == (place if place <= 3 else None)
+        assert len(found) == len(ids) - 1
+        if body.get("echo"):
+            assert max(map(len, choice["logprobs"]["top_logprobs"][1:])) == 1
+        refused = service.post(route, model="llama", stream=True, prompt_logprobs=1, **body)
+        assert "not for streams" in refused.json()["error"]["message"]

@@ -4,16 +4,20 @@ import asyncio
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import trustme
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from stageline.runtime.service import connections
+from stageline.runtime.service import connections, server
 from stageline.runtime.service.app import create_app
 from stageline.runtime.service.connections import ConnectionWatch
 from stageline.runtime.service.limits import OPEN_TO_ALL
@@ -146,6 +150,30 @@ def test_silent_connections_are_closed(serve: Serve, monkeypatch: pytest.MonkeyP
         service.faults.step = lambda stage, inputs, outputs: time.sleep(0.02)  # what is being answered stays
         body = {"model": "llama", "prompt": "a cat", "min_tokens": 60, "max_tokens": 60, "temperature": 0}
         assert service.post("completions", **body).status_code == 200
+
+
+def test_who_is_silent_before_tls_is_closed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_S", 0.5)
+    authority = trustme.CA()
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "pem")
+    listening, ready = server.bound_socket("127.0.0.1", 0), threading.Event()
+    address = listening.getsockname()
+    running = server.DrainingServer(FastAPI(), [], 0, ready.set, tmp_path / "pem")
+    thread = threading.Thread(target=running.run, args=([listening],))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        with ExitStack() as stack:
+            held = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(20)]
+            for place, connection in enumerate(held):
+                if place % 2:
+                    connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a handshake
+            began = time.monotonic()
+            assert {connection.recv(1000) for connection in held} == {b""}
+            assert time.monotonic() - began < 8
+    finally:
+        running.should_exit = True
+        thread.join(20)
 
 
 class Fake:

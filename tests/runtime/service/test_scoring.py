@@ -75,6 +75,43 @@ def test_an_embedding_model_ranks_by_the_cosine(client: TestClient) -> None:
     np.testing.assert_allclose([one["score"] for one in scores], units[1:] @ units[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["reranker", "bert"])
+def test_texts_and_pairs_are_cut_as_vllms_clients_ask(client: TestClient, model: str) -> None:
+    """`vllm bench serve --backend vllm-rerank` sends -1: to what the model takes."""
+    asked = {"model": model, "query": "cat", "documents": ["cat mat " * 200, "cat"]}
+
+    def answer(route: str = "/rerank", **more: Any) -> Any:
+        answer = client.post(route, json={**asked, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    whole = answer(truncate_prompt_tokens=-1)
+    assert whole["results"] == answer()["results"]
+    if model == "bert":
+        cut = answer(truncate_prompt_tokens=6)
+        assert cut["usage"]["prompt_tokens"] <= 3 * 6 < whole["usage"]["prompt_tokens"]
+    else:
+        refused = client.post("/rerank", json={**asked, "truncate_prompt_tokens": 6})
+        assert refused.status_code == 400
+        assert "pairs of texts cannot be cut" in refused.json()["error"]["message"]
+        asked = {"model": "classifier", "input": "cat " * 500}
+        assert answer("/classify", truncate_prompt_tokens=6)["usage"]["prompt_tokens"] == 6
+
+
+def test_text_embeddings_inferences_clients_are_answered(client: TestClient) -> None:
+    """They name no model, and read a list."""
+    asked = {"query": QUERY, "texts": DOCUMENTS, "truncate": True, "raw_scores": False}
+    found = client.post("/rerank", json={**asked, "return_text": True}).json()
+    first = next(one["id"] for one in client.get("/v1/models").json()["data"] if one["id"] != "llama")
+    want = client.post("/rerank", json={"model": first, "query": QUERY, "documents": DOCUMENTS}).json()["results"]
+    assert [(one["index"], one["score"], one["text"]) for one in found] == [
+        (one["index"], one["relevance_score"], one["document"]["text"]) for one in want
+    ]
+    assert client.post("/rerank", json=asked).json()[0].keys() == {"index", "score"}
+    for wrong in ({"query": "a"}, {**asked, "documents": ["a"]}):
+        assert "give documents (or texts" in client.post("/rerank", json=wrong).json()["error"]["message"]
+
+
 def test_texts_become_tokens_and_come_back(client: TestClient, bundles: dict[str, Path]) -> None:
     encoder = Pipeline.open(bundles["llama"]).encoder
     assert encoder is not None
