@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 
 from stageline.runtime.bundle.manifest import RowScaling
 from stageline.runtime.generation.blocks import Blocks
+from stageline.runtime.generation.chunks import Chunks, age
 from stageline.runtime.generation.continuation import Continuation, Slot
 from stageline.runtime.generation.decoding import Decoding
 from stageline.runtime.generation.slots import BlockSlots, Slots
@@ -62,7 +63,7 @@ class Scheduler:
         self._decoding = [0] * self.groups  # decode steps of the group that are running
         self._prefilling = 0
         self._steps = 0
-        self._prefill_turn = False
+        self._chunks = Chunks(self.chunk, self.capacity)
         self._turn = 0  # the group whose decode step is looked at first
         self._kept: dict[int, Decoding] = {}  # of groups, what decodes; until something else happens to a row
         self._all_read = False  # whether no prompt waits to be issued; until then as well
@@ -231,7 +232,7 @@ class Scheduler:
         """Make room for a slot's next token, if need be by setting back those that were placed last."""
         while not self.cache.has_room(slot, slot.count + 1):
             idle = [other for other in self.slots if other.continuation is not None and not other.continuation.flying]
-            last = max(idle, key=self._age)
+            last = max(idle, key=age)
             self._set_back(last)
             self.set_back += 1
             if last is slot:
@@ -254,7 +255,7 @@ class Scheduler:
         if self._prefilling >= self.prefills or self._has_read_all():
             return None if rows is None else self._decode(group, rows)
         decoding = [] if rows is None else [self._issue(slot, 1, last=True) for slot in rows.slots]
-        prompts = self._prompts()
+        prompts = [self._read(slot, count) for slot, count in self._chunks.packed(self._unread())]
         self._decoding[group] += bool(decoding)
         self._prefilling += 1
         return self._step("mixed" if decoding else "prefill", group, [*decoding, *prompts], None)
@@ -269,18 +270,6 @@ class Scheduler:
     def _has_read_all(self) -> bool:
         self._all_read = self._all_read or not self._unread()
         return self._all_read
-
-    def _prompts(self) -> list[StepRow]:
-        """A chunk of those that wait for prefill, by `_urgency`."""
-        unread = self._unread()
-        rows, room = [], self.chunk
-        for slot in sorted(unread, key=self._urgency()) if unread else []:
-            assert slot.continuation is not None
-            count = min(room, slot.continuation.prefill_length - slot.count)
-            if count:
-                rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length))
-                room -= count
-        return rows
 
     def _drafts(self, rows: Decoding) -> list[int]:
         """How many drafted tokens each row gets; an empty list if none does."""
@@ -336,7 +325,7 @@ class Scheduler:
                 continue
             if group not in self._kept:
                 slots = self._decodable(group)
-                self._kept[group] = Decoding.of(sorted(slots, key=self._age) if self.packs else slots)
+                self._kept[group] = Decoding.of(sorted(slots, key=age) if self.packs else slots)
             if self._kept[group].slots:
                 return group, self._kept[group]
         return 0, None
@@ -360,62 +349,21 @@ class Scheduler:
     def _prefill(self) -> Step | None:
         if self._prefilling >= self.prefills:
             return None
-        chosen = self._prefill_slots()
+        chosen = self._chunks.of_range(self._unread())
         if not chosen:
             return None
-        counts = {slot.number: self._chunk_of(slot) for slot in chosen}
-        rows = []
-        for slot in chosen:
-            assert slot.continuation is not None
-            count = counts[slot.number]
-            rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length))
+        rows = [self._read(slot, count) for slot, count in chosen]
         self._prefilling += 1
-        return self._step("prefill", chosen[0].group, rows, max(counts.values()))
+        return self._step("prefill", chosen[0][0].group, rows, max(count for _, count in chosen))
+
+    def _read(self, slot: Slot, count: int) -> StepRow:
+        """Take the next `count` tokens of a slot's prompt for computed."""
+        assert slot.continuation is not None
+        return self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length)
 
     def _unread(self) -> list[Slot]:
         """The slots whose prompts are not issued yet, or not whole."""
         return [s for s in self.slots if s.continuation is not None and not s.continuation.prompt_issued]
-
-    def _urgency(self) -> Callable[[Slot], tuple[int, int]]:
-        """In turn the one admitted first goes first and the one with least left to do, so that neither long prompts nor
-        short ones wait for all of the others."""
-        self._prefill_turn = not self._prefill_turn
-        return self._age if self._prefill_turn else self._left
-
-    def _prefill_slots(self) -> list[Slot]:
-        """The one that goes first, and neighbours that fill up its chunk without much padding."""
-        ready = {slot.number: slot for slot in self._unread()}
-        if not ready:
-            return []
-        chosen = [min(ready.values(), key=self._urgency())]
-        for side in (1, -1):
-            while (neighbour := ready.get(chosen[-1 if side > 0 else 0].number + side)) is not None:
-                grown = [*chosen, neighbour] if side > 0 else [neighbour, *chosen]
-                if not self._fits(grown):
-                    break
-                chosen = grown
-        return chosen
-
-    def _age(self, slot: Slot) -> tuple[int, int]:
-        assert slot.continuation is not None
-        return slot.continuation.placed_at, slot.number
-
-    def _left(self, slot: Slot) -> tuple[int, int]:
-        assert slot.continuation is not None
-        return slot.continuation.prefill_length - slot.count, slot.continuation.placed_at
-
-    def _fits(self, slots: Sequence[Slot]) -> bool:
-        counts = [self._chunk_of(slot) for slot in slots]
-        padded = max(counts) * len(slots)
-        return (
-            padded <= self.chunk
-            and 3 * padded <= 4 * sum(counts)  # at most a quarter is padding
-            and all(slot.count + max(counts) <= self.capacity for slot in slots)
-        )
-
-    def _chunk_of(self, slot: Slot) -> int:
-        assert slot.continuation is not None
-        return min(self.chunk, slot.continuation.prefill_length - slot.count)
 
     def _issue(self, slot: Slot, count: int, last: bool) -> StepRow:
         """Take the next `count` tokens of the slot's continuation for computed."""
