@@ -77,7 +77,8 @@ class Executor:
             if text_model is not None and cache is not None:
                 hops = generation_hops(cut)
                 chunk = options.prefill_chunk or lanes.step_tokens
-                generator = Generator(lanes, hops, text_model, cache, chunk, options.queue, options.draft == "lookup")
+                own = options.queue, options.draft == "lookup", options.tpot_target
+                generator = Generator(lanes, hops, text_model, cache, chunk, *own)
             return cls(lanes, cut, batches, generator)
         except BaseException:
             lanes.close()

@@ -129,6 +129,16 @@ def size_bytes(text: str | None, option: str) -> float | None:
     return float(found[1]) * float(unit ** (1 + "kMGT".index(found[2])))
 
 
+def seconds(text: str | None, option: str) -> float | None:
+    """The seconds of a time such as 50ms or 0.5s; None for None. A usage error names `option`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", text)
+    if found is None or float(found[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is not a time such as 50ms or 0.5s", param_hint=option)
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+
 def split(text: str | None) -> list[str] | None:
     """The names in a comma-separated list; None for None."""
     return [name.strip() for name in text.split(",")] if text else None

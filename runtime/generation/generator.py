@@ -37,6 +37,7 @@ from stageline.runtime.generation.request import Completion, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
 from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.speculation import Speculation
+from stageline.runtime.generation.step_times import StepTimes
 from stageline.runtime.generation.steps import Step, chosen
 from stageline.runtime.generation.stream import Generation
 from stageline.runtime.generation.taking import Taking
@@ -61,15 +62,20 @@ class Generator:
         chunk: int,
         queue: int,
         drafts: bool = False,
+        tpot_target: float | None = None,
     ) -> None:
         """`hops`: the route of a step through all the stages, to `logits`. The stages' engines have caches of size
         `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests. `drafts`:
-        whether steps may compute drafts of tokens; on CPUs only, whose steps' times are known."""
+        whether steps may compute drafts of tokens. `tpot_target`: seconds, see `Scheduler`. Both on CPUs only,
+        whose steps' times are known; RequestError for such a target elsewhere."""
+        if tpot_target is not None and lanes.on_gpus:
+            raise RequestError("tpot_target is for pipelines with all stages on CPUs; leave it out")
         self.text_model, self.capacity = text_model, cache.capacity
         self._lanes, self._hops = lanes, tuple(hops)
         self._decoding: dict[int, list[Flight]] = {}  # of each group, in the order in which they were issued
         groups = min(lanes.places, cache.slots)
         chunk = min(chunk, cache.capacity)
+        times = StepTimes()
         self._scheduler = Scheduler(
             cache.slots,
             cache.capacity,
@@ -79,7 +85,10 @@ class Generator:
             packs=lanes.packs,
             blocks=Blocks(cache.blocks(size), size) if (size := lanes.block_tokens) is not None else None,
             scaling=text_model.row_scaling,
-            speculation=Speculation() if drafts and not lanes.on_gpus else None,
+            speculation=Speculation(times) if drafts and not lanes.on_gpus else None,
+            shelves=cache.rows - cache.slots,
+            tpot_target=tpot_target,
+            times=times,
         )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}
@@ -332,8 +341,8 @@ class Generator:
         if self._writer.holds(step.group):
             self._writer.write()
         self._scheduler.done(step)
-        if step.kind == "decode" and self._scheduler.speculation is not None:
-            self._scheduler.speculation.note(int(step.arrays.counts.sum()), flight.busy_s)
+        if not self._lanes.on_gpus:
+            self._scheduler.times.note(step, flight.busy_s)
         taken, scores = self._taking.all_of(flight, running)
         self._writer.put(step.group, now, taken, scores)
         if running:

@@ -16,6 +16,7 @@ from stageline.runtime.generation import running
 from stageline.runtime.generation.lookup import Lookup
 from stageline.runtime.generation.request import Completion, Sampling
 from stageline.runtime.generation.speculation import MOST, Speculation
+from stageline.runtime.generation.step_times import StepTimes
 
 WORDS = ["a", "cat", "dog", "sat", "ran", "on", "mats"]
 
@@ -129,6 +130,13 @@ def best(rows: Sequence[tuple[Sequence[float], int]], base: float, each: float) 
     return most
 
 
+def taking(base: float, each: float) -> StepTimes:
+    """Steps that take so many seconds, and so many more for each token."""
+    times = StepTimes()
+    times.line = lambda: (base, each)  # type: ignore[method-assign]
+    return times
+
+
 chance = st.integers(1, 94).map(lambda percent: percent / 100)
 
 
@@ -139,8 +147,7 @@ chance = st.integers(1, 94).map(lambda percent: percent / 100)
 def test_no_other_choice_has_more_tokens_a_second(
     rows: list[tuple[list[float], int]], base: float, each: float
 ) -> None:
-    speculation = Speculation()
-    speculation.line = lambda: (base, each)  # type: ignore[method-assign]
+    speculation = Speculation(taking(base, each))
     counts = speculation.counts([(Sure(*likely), limit) for likely, limit in rows])
     assert all(count <= limit for count, (_, limit) in zip(counts, rows, strict=True))
     tokens = len(rows) + sum(counts)
@@ -152,26 +159,5 @@ def test_no_other_choice_has_more_tokens_a_second(
 
 
 def test_a_draft_has_a_limit() -> None:
-    speculation = Speculation()
-    speculation.line = lambda: (1.0, 0.0)  # type: ignore[method-assign]
+    speculation = Speculation(taking(1.0, 0.0))
     assert speculation.counts([(Sure(*[0.999] * 100), 90), (Sure(*[0.999] * 100), 3), (None, 9)]) == [MOST, 3, 0]
-
-
-def test_the_time_of_a_token_is_learnt_from_steps() -> None:
-    speculation = Speculation()
-    rng = random.Random(1)
-    for _ in range(300):
-        tokens = rng.choice([1, 2, 5, 9])
-        speculation.note(tokens, (0.04 + 0.003 * tokens) * rng.uniform(0.95, 1.05))
-    base, each = speculation.line()
-    assert base == pytest.approx(0.04, rel=0.1)
-    assert each == pytest.approx(0.003, rel=0.25)
-
-
-def test_before_steps_differ_a_token_adds_a_tenth() -> None:
-    speculation = Speculation()
-    assert speculation.line() == (0.9, 0.1)
-    for _ in range(100):
-        speculation.note(1, 0.05)
-    base, each = speculation.line()
-    assert (base, each) == (pytest.approx(0.045), pytest.approx(0.005))
