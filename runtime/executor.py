@@ -23,7 +23,9 @@ from stageline.runtime.bundle.manifest import CACHED_INPUTS, ROW_LENGTHS
 from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import CacheSize
+from stageline.runtime.generation.draft_model import open_speculation
 from stageline.runtime.generation.generator import Generator
+from stageline.runtime.generation.step_times import StepTimes
 from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.options import OpenKeywords, PipelineOptions
 from stageline.runtime.stages.lanes import Lanes
@@ -77,8 +79,15 @@ class Executor:
             if text_model is not None and cache is not None:
                 hops = generation_hops(cut)
                 chunk = options.prefill_chunk or lanes.step_tokens
-                own = options.queue, options.draft == "lookup", options.tpot_target
-                generator = Generator(lanes, hops, text_model, cache, chunk, *own)
+                times = StepTimes()
+                drafts = open_speculation(options, text_model, times, lanes.on_gpus)
+                try:
+                    own = options.queue, times, drafts, options.tpot_target
+                    generator = Generator(lanes, hops, text_model, cache, chunk, *own)
+                except BaseException:
+                    if drafts is not None:
+                        drafts.close()
+                    raise
             return cls(lanes, cut, batches, generator)
         except BaseException:
             lanes.close()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from stageline.models.errors import RequestError
@@ -10,7 +11,8 @@ from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import ON_GPUS, WITH_BLOCKS, CacheDtype, CacheSize, WeightDtype
 
 RebalanceMode = Literal["off", "advise", "auto"]
-DraftMode = Literal["off", "lookup"]
+DRAFTS = ("off", "lookup")
+"""What `draft` can be, beside a bundle's folder."""
 MOST_CHUNK = 512  # tokens: of a prompt per step, where the option leaves it to the devices
 MIN_TOKENS = 64  # of all caches together
 DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
@@ -19,7 +21,6 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "quantise": (*get_args(WeightDtype), None),
     "cache_dtype": (*get_args(CacheDtype), None),
     "rebalance": get_args(RebalanceMode),
-    "draft": get_args(DraftMode),
 }
 
 
@@ -39,7 +40,7 @@ class OpenKeywords(TypedDict, total=False):
     prefix_cache: int | None
     prefill_chunk: int | None
     rebalance: RebalanceMode
-    draft: DraftMode
+    draft: str
     tpot_target: float | None
 
 
@@ -79,9 +80,10 @@ class PipelineOptions:
     rebalance: RebalanceMode = "off"
     """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
     ("auto"); docs/how-to/recut.md."""
-    draft: DraftMode = "off"
+    draft: str = "off"
     """Where drafts of the next tokens come from, which steps compute along where that gives more tokens a second: the
-    text so far ("lookup"). The tokens are the same; for stages on CPUs. docs/how-to/drafts.md"""
+    text so far ("lookup"), or a small model of the same vocabulary, the folder of its bundle. The tokens are the same;
+    for stages on CPUs. docs/how-to/drafts.md"""
     tpot_target: float | None = None
     """Seconds that a sequence may wait for its next token while prompts of others are read: a step reads as many of
     their tokens as its measured time allows, and 16 at least. For stages on CPUs. None: `prefill_chunk` tokens."""
@@ -97,6 +99,8 @@ class PipelineOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}")
+        if self.draft not in DRAFTS and not Path(self.draft).is_dir():
+            raise RequestError(f"draft is {self.draft!r}; it must be {', '.join(DRAFTS)} or the folder of a bundle")
         object.__setattr__(self, "devices", tuple(self.devices) if self.devices else None)
 
     def cache_size(self, manifest: Manifest) -> CacheSize | None:

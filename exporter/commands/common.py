@@ -13,7 +13,7 @@ import typer
 from stageline.models.errors import RequestError, StagelineError
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import WeightDtype
-from stageline.runtime.options import DEFAULT_CAPACITY, DraftMode, PipelineOptions
+from stageline.runtime.options import DEFAULT_CAPACITY, PipelineOptions
 from stageline.runtime.workload import Workload
 
 if TYPE_CHECKING:
@@ -74,7 +74,12 @@ CapacityOption = Annotated[
     typer.Option(min=2, help="Tokens of a slot, prompt and output together (default: the model's limit, up to 2048)."),
 ]
 DraftOption = Annotated[
-    DraftMode, typer.Option(help="Compute drafts of tokens that the text so far suggests (lookup); for CPUs.")
+    str,
+    typer.Option(
+        metavar="off|lookup|BUNDLE",
+        help="Compute drafts of tokens that the text so far suggests (lookup), or a small BUNDLE of the same "
+        "vocabulary; for CPUs.",
+    ),
 ]
 MicroBatchOption = Annotated[int, typer.Option(min=1, help="Max rows of a micro-batch (models without a KV cache).")]
 HostOption = Annotated[str, typer.Option(help="The address to listen on.")]

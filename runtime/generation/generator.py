@@ -61,13 +61,14 @@ class Generator:
         cache: CacheSize,
         chunk: int,
         queue: int,
-        drafts: bool = False,
+        times: StepTimes | None = None,
+        speculation: Speculation | None = None,
         tpot_target: float | None = None,
     ) -> None:
         """`hops`: the route of a step through all the stages, to `logits`. The stages' engines have caches of size
-        `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests. `drafts`:
-        whether steps may compute drafts of tokens. `tpot_target`: seconds, see `Scheduler`. Both on CPUs only,
-        whose steps' times are known; RequestError for such a target elsewhere."""
+        `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests. `times`,
+        `speculation`, which is closed with this, and `tpot_target` (seconds) are as in `Scheduler`; the last two are
+        for stages on CPUs, whose steps' times are known. RequestError for such a target elsewhere."""
         if tpot_target is not None and lanes.on_gpus:
             raise RequestError("tpot_target is for pipelines with all stages on CPUs; leave it out")
         self.text_model, self.capacity = text_model, cache.capacity
@@ -75,7 +76,6 @@ class Generator:
         self._decoding: dict[int, list[Flight]] = {}  # of each group, in the order in which they were issued
         groups = min(lanes.places, cache.slots)
         chunk = min(chunk, cache.capacity)
-        times = StepTimes()
         self._scheduler = Scheduler(
             cache.slots,
             cache.capacity,
@@ -85,10 +85,10 @@ class Generator:
             packs=lanes.packs,
             blocks=Blocks(cache.blocks(size), size) if (size := lanes.block_tokens) is not None else None,
             scaling=text_model.row_scaling,
-            speculation=Speculation(times) if drafts and not lanes.on_gpus else None,
+            speculation=speculation,
             shelves=cache.rows - cache.slots,
             tpot_target=tpot_target,
-            times=times,
+            times=times or StepTimes(),
         )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self._choices: dict[Continuation, RunningChoice] = {}
@@ -187,6 +187,8 @@ class Generator:
             failure = engine_error("the generator failed", error)
             self.broken = str(failure)
             self._give_up(failure)
+        if self._scheduler.speculation is not None:
+            self._scheduler.speculation.close()
         self._changeover.drop(RequestError("the pipeline was closed before its stages were switched"))
         self._stopped.set_result(None)
 
@@ -227,7 +229,8 @@ class Generator:
         if job.request.deadline_s is not None:
             self._deadlines[job] = job.submitted_at + job.request.deadline_s
         job.number, self._arrivals = self._arrivals, self._arrivals + 1
-        job.begin(self.text_model, self.capacity)
+        speculation = self._scheduler.speculation
+        job.begin(self.text_model, self.capacity, None if speculation is None else speculation.begin)
         for choice in job.choices:
             self._choices[choice.continuation] = choice
             self._changeover.admit(choice.continuation)

@@ -57,9 +57,10 @@ class Slots:
             return None
         row = np.array(tokens, np.int64)
         donor, shared = self._donor(row, kind) if shares else (None, 0)
-        goes_on = donor in free and (not self._shelves or 2 * shared > donor.count)
-        slot = donor if goes_on else min(free, key=self._placing_cost)
-        if not goes_on:
+        if donor in free and donor is not None and (not self._shelves or 2 * shared > donor.count):
+            slot = donor
+        else:
+            slot = min(free, key=self._placing_cost)
             self._shelve(slot, donor)
         if donor is not None and slot is not donor:
             self._copy(donor, slot, shared)

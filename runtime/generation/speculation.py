@@ -22,12 +22,24 @@ class Speculation:
     def __init__(self, times: StepTimes) -> None:
         self._times = times
 
+    def begin(self, tokens: Sequence[int]) -> Lookup:
+        """What drafts for a row of these tokens, which grow."""
+        return Lookup(tokens)
+
+    def drafting(self, rows: int) -> float:
+        """Seconds that drafting a token takes, of so many rows together, before the step can begin."""
+        return 0.0
+
+    def close(self) -> None:
+        """Free what it holds. May be called again."""
+
     def counts(self, rows: Sequence[tuple[Lookup | None, int]]) -> list[int]:
         """How many tokens of its draft each of a step's rows gets; a row has what drafts for it, and a limit."""
         base, each = self._times.line()
+        drafted = each + self.drafting(len(rows))
         taken = [0] * len(rows)
-        expected, tokens = float(len(rows)), len(rows)
-        if _SURE * (base + each * tokens) <= each * expected:
+        expected, seconds = float(len(rows)), base + each * len(rows)
+        if _SURE * seconds <= drafted * expected:
             return taken  # without a look at any row
         queue: list[tuple[float, int, Iterator[float]]] = []
         for number, (lookup, limit) in enumerate(rows):
@@ -40,10 +52,10 @@ class Speculation:
         heapq.heapify(queue)
         while queue:
             chance, number, chances = heapq.heappop(queue)
-            if -chance * (base + each * tokens) <= each * expected:
+            if -chance * seconds <= drafted * expected:
                 break
             taken[number] += 1
-            tokens += 1
+            seconds += drafted
             expected -= chance
             if taken[number] < min(rows[number][1], MOST):
                 heapq.heappush(queue, (-next(chances), number, chances))

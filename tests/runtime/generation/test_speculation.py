@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from stageline.models.errors import RequestError
 from stageline.runtime import Pipeline
 from stageline.runtime.bundle.recut import recut_copy
-from stageline.runtime.generation import running
 from stageline.runtime.generation.lookup import Lookup
 from stageline.runtime.generation.request import Completion, Sampling
 from stageline.runtime.generation.speculation import MOST, Speculation
@@ -85,7 +84,7 @@ def test_no_token_is_another(
     bundle = word_llama if stages == 2 else recut_copy(word_llama, tmp_path / "cut", stages).path
     rng = random.Random(f"{engine} {stages}")
     requests = [drawn(rng) for _ in range(16)]
-    monkeypatch.setattr(running, "Lookup", Prompter)
+    monkeypatch.setattr("stageline.runtime.generation.speculation.Lookup", Prompter)
     monkeypatch.setattr(Speculation, "counts", bold)
     with Pipeline.open(bundle, engine=engine, slots=slots, prefill_chunk=16, capacity=96, draft="lookup") as pipeline:
         plain = [g.result() for g in [pipeline.generate(p, speculation=False, **s) for p, s in requests]]
@@ -111,8 +110,8 @@ def test_there_are_no_drafts_unless_they_are_asked_for(word_llama: Path, monkeyp
     with Pipeline.open(word_llama) as pipeline:
         pipeline.generate("a cat sat", max_tokens=30, ignore_eos=True).result()
         assert pipeline.stats().generation.drafted_tokens == 0
-    with pytest.raises(RequestError, match="draft is 'eagle'; it must be one of off, lookup"):
-        Pipeline.open(word_llama, draft="eagle")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="draft is 'eagle'; it must be off, lookup or the folder of a bundle"):
+        Pipeline.open(word_llama, draft="eagle")
     with pytest.raises(RequestError, match="speculation is 1; give True or False"):
         Sampling.of({"speculation": 1})
 
