@@ -42,7 +42,8 @@ def measured(bundle: Path, target: float | None, given: argparse.Namespace) -> d
         last = min(one.submitted_s + one.token_times_s[-1] for one in done)
         if windows[-1][1] > last:
             sys.exit("the streams ended before the last prompt was read; give more --tokens")
-    waits, alone = [], []
+    waits: list[float] = []
+    alone: list[float] = []
     for one in done:
         times = [one.submitted_s + at for at in one.token_times_s]
         for before, after in pairwise(times):

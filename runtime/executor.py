@@ -80,7 +80,7 @@ class Executor:
                 hops = generation_hops(cut)
                 chunk = options.prefill_chunk or lanes.step_tokens
                 times = StepTimes()
-                drafts = open_speculation(options, text_model, times, lanes.on_gpus)
+                drafts = open_speculation(options, cache, text_model, times, lanes.on_gpus)
                 try:
                     own = options.queue, times, drafts, options.tpot_target
                     generator = Generator(lanes, hops, text_model, cache, chunk, *own)

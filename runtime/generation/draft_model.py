@@ -93,23 +93,28 @@ class DraftModel(Speculation):
         self._chance = _PRIOR
 
     @classmethod
-    def open(cls, path: Path, options: PipelineOptions, model: TextModel, times: StepTimes) -> Self:
-        """Open the bundle at `path` for drafts of `model`, with its `options`' slots, capacity, engine and threads.
+    def open(cls, path: Path, options: PipelineOptions, size: CacheSize, model: TextModel, times: StepTimes) -> Self:
+        """Open the bundle at `path` for drafts of `model`, whose caches have this size, with the engine and threads of
+        its `options`.
 
         RequestError where it is none for that, BundleError and EngineError as a pipeline's.
         """
         bundle = Bundle.open(path)
-        sizes = {"slots": options.slots, "capacity": options.capacity}
-        settings = PipelineOptions(options.engine, threads=options.threads, **sizes)
-        opener = Opener(bundle, settings)
-        cache = opener.cache
-        if cache is None:
+        if not bundle.manifest.cached:
             raise RequestError(f"draft bundle {path} does not generate; give one that does")
         small = TextModel.of(bundle)
-        if small.row_scaling is not None:
-            raise RequestError(f"draft bundle {path} has keys that depend on a row's length, which drafts cannot have")
         if _words(small) != _words(model):
             raise RequestError(f"draft bundle {path} has another vocabulary; give one of the same tokenizer")
+        if small.row_scaling is not None:
+            raise RequestError(f"draft bundle {path} has keys that depend on a row's length, which drafts cannot have")
+        if small.max_positions is not None and small.max_positions < size.capacity:
+            raise RequestError(
+                f"draft bundle {path} can place {small.max_positions} tokens; lower capacity, which is {size.capacity}"
+            )
+        settings = PipelineOptions(options.engine, threads=options.threads, slots=size.slots, capacity=size.capacity)
+        opener = Opener(bundle, settings)
+        cache = opener.cache
+        assert cache is not None
         stages = opener.on_disk()
         lanes = Lanes(stages.stages, stages.threads, stages.devices)
         if not lanes.packs:
@@ -193,13 +198,15 @@ class DraftModel(Speculation):
         return [int(token) for token in logits.reshape(len(slots), -1).argmax(axis=1)]
 
 
-def open_speculation(options: PipelineOptions, model: TextModel, times: StepTimes, on_gpus: bool) -> Speculation | None:
-    """What drafts for the steps of a pipeline of `model`, as its options say; None: nothing. Errors as
-    `DraftModel.open`."""
+def open_speculation(
+    options: PipelineOptions, size: CacheSize, model: TextModel, times: StepTimes, on_gpus: bool
+) -> Speculation | None:
+    """What drafts for the steps of a pipeline of `model` with caches of this size, as its options say; None: nothing.
+    Errors as `DraftModel.open`."""
     if options.draft not in DRAFTS:
         if on_gpus:
             raise RequestError("a draft bundle is for pipelines with all stages on CPUs; leave it out")
-        return DraftModel.open(Path(options.draft), options, model, times)
+        return DraftModel.open(Path(options.draft), options, size, model, times)
     return Speculation(times) if options.draft == "lookup" and not on_gpus else None
 
 

@@ -105,8 +105,13 @@ def test_a_row_learns_what_its_drafts_were_worth_and_forgets_what_was_wrong() ->
     assert next(chances) ** 2 == pytest.approx(next(chances))
 
 
-def test_a_bundle_that_cannot_draft_is_refused(word_llama: Path, llama_bundle: Path, tiny_bundle: Path) -> None:
+def test_a_bundle_that_cannot_draft_is_refused(
+    word_llama: Path, llama_bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RequestError, match=r"has another vocabulary; give one of the same tokenizer$"):
         Pipeline.open(word_llama, draft=str(llama_bundle))
+    monkeypatch.setattr("stageline.runtime.generation.draft_model._words", lambda model: 0)
+    with pytest.raises(RequestError, match=r"can place 64 tokens; lower capacity, which is 256$"):
+        Pipeline.open(word_llama, draft=str(llama_bundle), capacity=256)
     with pytest.raises(RequestError, match=r"does not generate; give one that does$"):
         Pipeline.open(word_llama, draft=str(tiny_bundle))
