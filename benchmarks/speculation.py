@@ -1,4 +1,5 @@
-"""What drafts from the text itself give: time per token with and without them, one after the other in one pipeline.
+"""What drafts from the text itself, or by a small model, give: time per token with and without them, in turn in one
+pipeline.
 
     python benchmarks/speculation.py bundles/smollm2 --json benchmarks/results/speculation.json
 
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--quantise")
+    parser.add_argument("--draft", default="lookup", help="or a bundle of a small model (benchmarks/cut_draft.py)")
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=96)
@@ -86,7 +88,7 @@ def main() -> None:
     rows = []
     print(f"{'':24}{'streams':>8}{'ms/token':>10}{'drafts':>8}{'gain':>7}  {'spread':14}{'drafted':>8}{'right':>7}")
     with Pipeline.open(
-        given.bundle, engine=given.engine, quantise=given.quantise, slots=max(counts), capacity=1024, draft="lookup"
+        given.bundle, engine=given.engine, quantise=given.quantise, slots=max(counts), capacity=1024, draft=given.draft
     ) as pipeline:
         for name, (text, sampling) in TEXTS.items():
             for streams in counts:

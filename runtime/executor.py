@@ -24,7 +24,9 @@ from stageline.runtime.bundle.signature import Signature
 from stageline.runtime.cluster.addresses import is_remote
 from stageline.runtime.devices import spread
 from stageline.runtime.engines import CacheSize
+from stageline.runtime.generation.draft_model import open_speculation
 from stageline.runtime.generation.generator import Generator
+from stageline.runtime.generation.step_times import StepTimes
 from stageline.runtime.generation.text_model import TextModel
 from stageline.runtime.options import OpenKeywords, PipelineOptions
 from stageline.runtime.stages.lanes import Lanes
@@ -83,7 +85,15 @@ class Executor:
             if text_model is not None and cache is not None:
                 hops = generation_hops(cut)
                 chunk = options.prefill_chunk or lanes.step_tokens
-                generator = Generator(lanes, hops, text_model, cache, chunk, options.queue, options.draft == "lookup")
+                times = StepTimes()
+                drafts = open_speculation(options, cache, text_model, times, lanes.on_gpus)
+                try:
+                    own = options.queue, times, drafts, options.tpot_target
+                    generator = Generator(lanes, hops, text_model, cache, chunk, *own)
+                except BaseException:
+                    if drafts is not None:
+                        drafts.close()
+                    raise
             executor = cls(lanes, cut, batches, generator)
             executor._recover_what_is_lost()
             return executor

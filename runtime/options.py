@@ -1,5 +1,6 @@
 """How a pipeline is opened: one frozen choice, checked once, for the library, the commands and the dashboard."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +11,16 @@ from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import ON_GPUS, WITH_BLOCKS, CacheDtype, CacheSize, WeightDtype
 
 RebalanceMode = Literal["off", "advise", "auto"]
-DraftMode = Literal["off", "lookup"]
+DRAFTS = ("off", "lookup")
+"""What `draft` can be, beside a bundle's folder."""
 MOST_CHUNK = 512  # tokens: of a prompt per step, where the option leaves it to the devices
 MIN_TOKENS = 64  # of all caches together
 DEFAULT_CAPACITY = 2048  # tokens a cache slot holds, if the model can place as many
+_COUNTS = ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefix_cache", "prefill_chunk")
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "quantise": (*get_args(WeightDtype), None),
     "cache_dtype": (*get_args(CacheDtype), None),
     "rebalance": get_args(RebalanceMode),
-    "draft": get_args(DraftMode),
 }
 
 
@@ -35,9 +37,11 @@ class OpenKeywords(TypedDict, total=False):
     capacity: int | None
     cache_dtype: CacheDtype | None
     cache_memory: int | None
+    prefix_cache: int | None
     prefill_chunk: int | None
     rebalance: RebalanceMode
-    draft: DraftMode
+    draft: str
+    tpot_target: float | None
     key_file: str | Path | None
     isolate: bool
 
@@ -68,29 +72,41 @@ class PipelineOptions:
     cache_memory: int | None = None
     """Max bytes of the caches of all stages. With openvino, rows have parts of it as they grow, and wait for each other
     where it is full; with the other engines each slot reserves its capacity. None: all slots can be full."""
+    prefix_cache: int | None = None
+    """Max bytes beside these of what rows held that have ended, for prompts that begin like them, so that conversations
+    that come back are not computed again. With openvino the caches are larger by so much; with onnxruntime, by whole
+    rows of the capacity. None: only as long as nothing else wants the place."""
     prefill_chunk: int | None = None
     """Max tokens of a prompt per step, so that a long prompt does not hold up the others. None: as many as keep the
     devices busy, 128 on CPUs and 512 on GPUs."""
     rebalance: RebalanceMode = "off"
     """Measure the running stages, and report a better cut in `stats()` and the log ("advise") or switch to it
     ("auto"); docs/how-to/recut.md."""
-    draft: DraftMode = "off"
+    draft: str = "off"
     """Where drafts of the next tokens come from, which steps compute along where that gives more tokens a second: the
-    text so far ("lookup"). The tokens are the same; for stages on CPUs. docs/how-to/drafts.md"""
+    text so far ("lookup"), or a small model of the same vocabulary, the folder of its bundle. The tokens are the same;
+    for stages on CPUs. docs/how-to/drafts.md"""
+    tpot_target: float | None = None
+    """Seconds that a sequence may wait for its next token while prompts of others are read: a step reads as many of
+    their tokens as its measured time allows, and 16 at least. For stages on CPUs. None: `prefill_chunk` tokens."""
     key_file: str | Path | None = None
     """A file with the key of the stage hosts, for devices such as "tcp://node1:7070"."""
     isolate: bool = False
     """Run each stage in a process of its own: one that crashes is started again, and no request is lost."""
 
     def __post_init__(self) -> None:
-        for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1")
+        if self.tpot_target is not None and not 0 < self.tpot_target < math.inf:
+            raise RequestError(f"tpot_target is {self.tpot_target}; give seconds above 0")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise RequestError(f"{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}")
+        if self.draft not in DRAFTS and not Path(self.draft).is_dir():
+            raise RequestError(f"draft is {self.draft!r}; it must be {', '.join(DRAFTS)} or the folder of a bundle")
         object.__setattr__(self, "devices", tuple(self.devices) if self.devices else None)
 
     def cache_size(self, manifest: Manifest) -> CacheSize | None:
@@ -103,7 +119,7 @@ class PipelineOptions:
             return None
         capacity = self.capacity or min(max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
         chunk = min(capacity, self.prefill_chunk or MOST_CHUNK)
-        size = CacheSize(self.slots, capacity, self.cache_dtype, chunk=chunk)
+        size = CacheSize(self.slots, capacity, self.cache_dtype, chunk=chunk, kept=self._kept(manifest, capacity))
         if self.cache_memory is None:
             return size
         token_bytes = self._token_bytes(manifest)
@@ -121,6 +137,21 @@ class PipelineOptions:
                 f"{self.capacity or MIN_TOKENS} takes {(self.capacity or MIN_TOKENS) * token_bytes:,}"
             )
         return replace(size, capacity=min(capacity, tokens), tokens=tokens)
+
+    def _kept(self, manifest: Manifest, capacity: int) -> int:
+        """Tokens of the prefix cache."""
+        if self.prefix_cache is None:
+            return 0
+        if self.engine in ON_GPUS:
+            raise RequestError(f"prefix_cache is for engines on CPUs; leave it out for {self.engine}")
+        token_bytes = self._token_bytes(manifest)
+        tokens, least = self.prefix_cache // token_bytes, 1 if self.engine in WITH_BLOCKS else capacity
+        if tokens < least:
+            raise RequestError(
+                f"prefix_cache is {self.prefix_cache:,} bytes; the least that {self.engine} keeps, {least} tokens, "
+                f"takes {least * token_bytes:,}: give more"
+            )
+        return tokens
 
     def _token_bytes(self, manifest: Manifest) -> int:
         """Bytes of a token in all caches."""

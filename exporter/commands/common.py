@@ -13,7 +13,7 @@ import typer
 from stageline.models.errors import RequestError, StagelineError
 from stageline.runtime.bundle.manifest import Manifest
 from stageline.runtime.engines import WeightDtype
-from stageline.runtime.options import DEFAULT_CAPACITY, DraftMode, PipelineOptions
+from stageline.runtime.options import DEFAULT_CAPACITY, PipelineOptions
 from stageline.runtime.workload import Workload
 
 if TYPE_CHECKING:
@@ -87,7 +87,12 @@ CapacityOption = Annotated[
     typer.Option(min=2, help="Tokens of a slot, prompt and output together (default: the model's limit, up to 2048)."),
 ]
 DraftOption = Annotated[
-    DraftMode, typer.Option(help="Compute drafts of tokens that the text so far suggests (lookup); for CPUs.")
+    str,
+    typer.Option(
+        metavar="off|lookup|BUNDLE",
+        help="Compute drafts of tokens that the text so far suggests (lookup), or a small BUNDLE of the same "
+        "vocabulary; for CPUs.",
+    ),
 ]
 MicroBatchOption = Annotated[int, typer.Option(min=1, help="Max rows of a micro-batch (models without a KV cache).")]
 HostOption = Annotated[str, typer.Option(help="The address to listen on.")]
@@ -140,6 +145,16 @@ def size_bytes(text: str | None, option: str) -> float | None:
         raise typer.BadParameter(f"{text!r} is not a size such as 8GB or 512MB", param_hint=option)
     unit = 1024.0 if found[3] else 1000.0
     return float(found[1]) * float(unit ** (1 + "kMGT".index(found[2])))
+
+
+def seconds(text: str | None, option: str) -> float | None:
+    """The seconds of a time such as 50ms or 0.5s; None for None. A usage error names `option`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", text)
+    if found is None or float(found[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is not a time such as 50ms or 0.5s", param_hint=option)
+    return float(found[1]) / (1000 if found[2] == "ms" else 1)
 
 
 def split(text: str | None) -> list[str] | None:

@@ -35,8 +35,10 @@ _PER_MODEL = (
     "capacity",
     "cache_dtype",
     "cache_memory",
+    "prefix_cache",
     "queue",
     "draft",
+    "tpot_target",
     "rebalance",
 )  # fmt: skip - options that each model may have of its own
 _CLOSE_S = 10.0  # for the pipelines to close once nothing is to be answered any more
@@ -148,10 +150,26 @@ def serve_command(
             help="Memory of the KV cache, such as 2GB; with openvino, slots share it (default: all full).",
         ),
     ] = None,
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory beside it of conversations that may come back, such as 2GB; for CPUs (default: while no other "
+            "wants their slot).",
+        ),
+    ] = None,
     queue: Annotated[
         int, typer.Option(min=1, help="Max unfinished requests per bundle; further ones get status 429.")
     ] = PipelineOptions.queue,
     draft: common.DraftOption = "lookup",
+    tpot_target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Bounds the prompt tokens of a step, so that no sequence waits longer for its next token, such as "
+            "100ms; for CPUs (default: 128 prompt tokens a step).",
+        ),
+    ] = None,
     rebalance: Annotated[
         RebalanceMode, typer.Option(help="Measure the stages, and log a better cut (advise) or switch to it (auto).")
     ] = PipelineOptions.rebalance,
@@ -273,7 +291,9 @@ def _served(context: typer.Context, bundles: Sequence[Path], names: Sequence[str
 
 def _of(name: str, bundle: Path, given: Mapping[str, Any]) -> _Served:
     own = {option: given[option] for option in _PER_MODEL if option != "error_budget"}
-    own |= {"devices": common.split(given["devices"]), "cache_memory": _bytes(given["cache_memory"])}
+    own |= {"devices": common.split(given["devices"]), "cache_memory": _bytes(given, "cache_memory")}
+    own |= {"prefix_cache": _bytes(given, "prefix_cache")}
+    own["tpot_target"] = common.seconds(given["tpot_target"], "--tpot-target")
     return _Served(name, bundle, PipelineOptions(**own), given["error_budget"])
 
 
@@ -301,9 +321,9 @@ def _check_root_path(path: str) -> None:
         raise common.UsageError(f"--root-path is {path!r}; give a path such as /llm")
 
 
-def _bytes(size: str | None) -> int | None:
-    given = common.size_bytes(size, "--cache-memory")
-    return None if given is None else int(given)
+def _bytes(given: Mapping[str, Any], option: str) -> int | None:
+    size = common.size_bytes(given[option], f"--{option.replace('_', '-')}")
+    return None if size is None else int(size)
 
 
 def _keys(file: Path | None) -> list[str]:

@@ -130,19 +130,26 @@ class StageFile:
 class CacheSize:
     """The size of each cache of a stage: `slots` rows of at most `capacity` tokens, in `dtype` (None: the engine's
     preference), and at most `tokens` in all where caches are blocks (None: as many as fit). Packed steps, if there are
-    any, have at most `chunk` new tokens of a row."""
+    any, have at most `chunk` new tokens of a row. There is room for `kept` tokens more, of rows that have ended."""
 
     slots: int
     capacity: int
     dtype: CacheDtype | None = None
     tokens: int | None = None
     chunk: int = 0
+    kept: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows in all where caches are not blocks: those of the slots, and of what is kept."""
+        return self.slots + self.kept // self.capacity
 
     def blocks(self, size: int) -> int:
-        """How many blocks of `size` tokens that is; a row of the capacity fits."""
+        """How many blocks of `size` tokens that is, where caches are blocks; a row of the capacity fits."""
         a_row = -(-self.capacity // size)
         most = self.slots * a_row
-        return most if self.tokens is None else max(a_row, min(most, self.tokens // size))
+        used = most if self.tokens is None else max(a_row, min(most, self.tokens // size))
+        return used + self.kept // size
 
 
 class Sampler(Protocol):

@@ -70,8 +70,8 @@ class OnnxRuntimeEngine:
         self._slots: dict[str, Array] = {}
         if cache:
             for spec in stage.caches:
-                self._kinds |= self._kinds_of(spec, cache.slots, cache.capacity + (cache.chunk if grouped else 0))
-            self._slots = allocated(self._kinds, stage.number, cache.slots, cache.capacity)
+                self._kinds |= self._kinds_of(spec, cache.rows, cache.capacity + (cache.chunk if grouped else 0))
+            self._slots = allocated(self._kinds, stage.number, cache.rows, cache.capacity)
         self._bindings: OrderedDict[tuple[int, int, tuple[str, ...]], Any] = OrderedDict()
 
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:

@@ -71,7 +71,7 @@ class OpenVinoEngine:
         if cache:
             for spec in stage.caches:
                 self._kinds |= self._kinds_of(spec, cache.blocks(BLOCK))
-            self._slots = allocated(self._kinds, stage.number, cache.slots, cache.capacity)
+            self._slots = allocated(self._kinds, stage.number, cache.rows, cache.capacity)
             self._bind(self._slots)
 
     def run(self, inputs: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Array]:

@@ -105,12 +105,13 @@ class Blocks:
         else:
             self._number[block] = self._number[twin]
 
-    def unfill(self, block: int, step: int) -> bool:
-        """A step has failed that was to fill a row's last block; False if other rows use it already."""
-        if self._users[block] > 1:
+    def unfill(self, row: Sequence[int], step: int) -> bool:
+        """A step has failed that was to fill a row's last blocks, these; False if other rows use the first already (of
+        the others nobody knows, since they are filled with a draft)."""
+        if self._users[row[0]] > 1:
             return False
-        self._forget(block)
-        self._unmake(step, [block])
+        self._forget(row[0])
+        self._unmake(step, row)
         return True
 
     def leave(self, row: Sequence[int], trusted: bool = True) -> None:
@@ -136,9 +137,9 @@ class Blocks:
         self._unmake(step, blocks)
         return set(blocks)
 
-    def _unmake(self, step: int, blocks: list[int]) -> None:
-        made_by = self._made_by[blocks]
-        self._made_by[blocks] = np.where(made_by == step, 0, made_by)
+    def _unmake(self, step: int, blocks: Sequence[int]) -> None:
+        made_by = self._made_by[list(blocks)]
+        self._made_by[list(blocks)] = np.where(made_by == step, 0, made_by)
 
     def _forget(self, block: int) -> None:
         key, self._key[block] = self._key[block], None

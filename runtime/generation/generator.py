@@ -29,7 +29,7 @@ from stageline.runtime.engines import Array, CacheSize, Value
 from stageline.runtime.generation.blocks import Blocks
 from stageline.runtime.generation.changeover import Changeover
 from stageline.runtime.generation.continuation import Continuation
-from stageline.runtime.generation.drawing import scores_of, settings_of, tokens_of
+from stageline.runtime.generation.drawing import settings_of
 from stageline.runtime.generation.flight import DRAWN, Flight, engine_error
 from stageline.runtime.generation.inputs import step_inputs
 from stageline.runtime.generation.meter import GenerationStats, Meter
@@ -37,10 +37,12 @@ from stageline.runtime.generation.request import Completion, GenerationRequest
 from stageline.runtime.generation.running import Job, RunningChoice
 from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.speculation import Speculation
+from stageline.runtime.generation.step_times import StepTimes
 from stageline.runtime.generation.steps import Step, chosen
 from stageline.runtime.generation.stream import Generation
+from stageline.runtime.generation.taking import Taking
 from stageline.runtime.generation.text_model import TextModel
-from stageline.runtime.generation.writing import Scores, Taken, Writer
+from stageline.runtime.generation.writing import Writer
 from stageline.runtime.stages.lanes import Lanes, StageStats
 from stageline.runtime.stages.route import Hop
 
@@ -59,11 +61,16 @@ class Generator:
         cache: CacheSize,
         chunk: int,
         queue: int,
-        drafts: bool = False,
+        times: StepTimes | None = None,
+        speculation: Speculation | None = None,
+        tpot_target: float | None = None,
     ) -> None:
         """`hops`: the route of a step through all the stages, to `logits`. The stages' engines have caches of size
-        `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests. `drafts`:
-        whether steps may compute drafts of tokens; on CPUs only, whose steps' times are known."""
+        `cache`; a prompt goes through in chunks of `chunk` tokens. `queue` bounds the unfinished requests. `times`,
+        `speculation`, which is closed with this, and `tpot_target` (seconds) are as in `Scheduler`; the last two are
+        for stages on CPUs, whose steps' times are known. RequestError for such a target elsewhere."""
+        if tpot_target is not None and lanes.on_gpus:
+            raise RequestError("tpot_target is for pipelines with all stages on CPUs; leave it out")
         self.text_model, self.capacity = text_model, cache.capacity
         self._lanes, self._hops = lanes, tuple(hops)
         self._decoding: dict[int, list[Flight]] = {}  # of each group, in the order in which they were issued
@@ -78,7 +85,10 @@ class Generator:
             packs=lanes.packs,
             blocks=Blocks(cache.blocks(size), size) if (size := lanes.block_tokens) is not None else None,
             scaling=text_model.row_scaling,
-            speculation=Speculation() if drafts and not lanes.on_gpus else None,
+            speculation=speculation,
+            shelves=cache.rows - cache.slots,
+            tpot_target=tpot_target,
+            times=times or StepTimes(),
         )
         self._changeover = Changeover(self._scheduler, lanes, hops, keep_caches=True, state="done")
         self.waits_for_lost = False
@@ -89,6 +99,7 @@ class Generator:
         self._deadlines: dict[Job, float] = {}  # of those that have one, by `perf_counter`
         self._meter = Meter(cache.slots)
         self._writer = Writer(self._meter, self._finished)
+        self._taking = Taking(self._scheduler, self._meter, self._choices, self._fail)
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._in_flight = self._arrivals = 0
         self._admission = Admission(queue)
@@ -189,6 +200,8 @@ class Generator:
             failure = engine_error("the generator failed", error)
             self.broken = str(failure)
             self._give_up(failure)
+        if self._scheduler.speculation is not None:
+            self._scheduler.speculation.close()
         self._changeover.drop(RequestError("the pipeline was closed before its stages were switched"))
         self._stopped.set_result(None)
 
@@ -229,7 +242,8 @@ class Generator:
         if job.request.deadline_s is not None:
             self._deadlines[job] = job.submitted_at + job.request.deadline_s
         job.number, self._arrivals = self._arrivals, self._arrivals + 1
-        job.begin(self.text_model, self.capacity)
+        speculation = self._scheduler.speculation
+        job.begin(self.text_model, self.capacity, None if speculation is None else speculation.begin)
         for choice in job.choices:
             self._choices[choice.continuation] = choice
             self._changeover.admit(choice.continuation)
@@ -347,82 +361,12 @@ class Generator:
         if self._writer.holds(step.group):
             self._writer.write()
         self._scheduler.done(step)
-        if step.kind == "decode" and self._scheduler.speculation is not None:
-            self._scheduler.speculation.note(int(step.arrays.counts.sum()), flight.busy_s)
-        scores = self._scored(flight)
-        wanted = [
-            (place, self._choices[continuation])
-            for place, continuation in chosen(step)
-            if not continuation.ended and continuation not in flight.void
-        ]
-        taken: list[Taken] = [self._without_tokens(choice) for _, choice in wanted if not choice.max_tokens]
-        wanted = [(place, choice) for place, choice in wanted if choice.max_tokens]
-        drafted = [choice.continuation for _, choice in wanted if choice.continuation.draft]
-        self._meter.drafted_tokens += sum(len(continuation.draft) for continuation in drafted)
-        depth = 0
-        while wanted:  # one after the other, for each token changes what may follow it
-            taken += (new := self._take(flight, wanted, running))
-            if not drafted:
-                break
-            going_on = {choice for choice, token, *_ in new if choice.continuation.goes_as_drafted(depth, token)}
-            wanted = [(place + 1, choice) for place, choice in wanted if choice in going_on]
-            self._meter.accepted_tokens += len(wanted)
-            depth += 1
-        for continuation in drafted:
-            self._scheduler.settle(continuation)
-        self._meter.generated_tokens += sum(token is not None for _, token, *_ in taken)
+        if not self._lanes.on_gpus:
+            self._scheduler.times.note(step, flight.busy_s)
+        taken, scores = self._taking.all_of(flight, running)
         self._writer.put(step.group, now, taken, scores)
         if running:
             self._go_ahead(running[-1])
-
-    def _take(
-        self, flight: Flight, wanted: Sequence[tuple[int, RunningChoice]], running: Sequence[Flight]
-    ) -> list[Taken]:
-        """Draw the next token of each choice, whose logits are at a place of a step that has left the last stage."""
-        places, choices = [place for place, _ in wanted], [choice for _, choice in wanted]
-        logits: Array | None = None
-        try:
-            results, logits = tokens_of(flight, places, choices, running)
-        except EngineError as error:
-            results = [error] * len(choices)
-        taken: list[Taken] = []
-        for number, (choice, result) in enumerate(zip(choices, results, strict=True)):
-            if choice.continuation.ended:
-                continue  # a choice beside it has failed
-            if isinstance(result, EngineError):
-                self._fail(choice.continuation, result)
-                continue
-            text = choice.take(result)
-            own = None if logits is None or choice.row.settings.logprobs is None else logits[number]
-            taken.append((choice, result, choice.finish_reason, text, own))
-            if running:
-                self._scheduler.learn(choice.continuation)
-            if choice.finish_reason is not None:
-                self._take_out(choice)
-            if running and choice.continuation in running[-1].void:
-                self._scheduler.take_back(choice.continuation)
-        return taken
-
-    def _scored(self, flight: Flight) -> list[Scores]:
-        """What a step says of prompts; a request of whose prompt it says nothing sound has failed."""
-        scores: list[Scores] = []
-        for continuation, first, logits in scores_of(flight):
-            if continuation.ended:
-                continue
-            if isinstance(logits, EngineError):
-                self._fail(continuation, logits)
-            else:
-                scores.append((self._choices[continuation].job, first, logits))
-        return scores
-
-    def _without_tokens(self, choice: RunningChoice) -> Taken:
-        choice.take_nothing()
-        self._take_out(choice)
-        return choice, None, choice.finish_reason, None, None
-
-    def _take_out(self, choice: RunningChoice) -> None:
-        self._scheduler.end(choice.continuation)
-        del self._choices[choice.continuation]
 
     def _finished(self, job: Job, now: float) -> None:
         """All of it is written."""

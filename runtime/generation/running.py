@@ -1,5 +1,6 @@
 """A request while it is generated: its choices, the tokens and text of each, and what it ends as."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -121,8 +122,11 @@ class Job:
     token_times: list[float] = field(default_factory=list)
     """When each token of the first choice came."""
 
-    def begin(self, text_model: TextModel, capacity: int) -> None:
-        """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt."""
+    def begin(
+        self, text_model: TextModel, capacity: int, drafter: Callable[[Sequence[int]], Lookup] | None = None
+    ) -> None:
+        """Make its choices, for caches of `capacity` tokens; all but the first follow the first one's prompt. `drafter`
+        makes what drafts for a row of tokens; None: nothing does."""
         settings = self.settings
         self.unfinished = settings.n
         end_ids = () if settings.ignore_eos else text_model.defaults.end_ids
@@ -135,7 +139,7 @@ class Job:
         for number in range(settings.n):
             scores = leader is None and settings.prompt_logprobs is not None
             tokens = list(self.prompt)
-            lookup = Lookup(tokens) if settings.speculation else None
+            lookup = drafter(tokens) if drafter is not None and settings.speculation else None
             most = len(tokens) + max_tokens
             continuation = Continuation(tokens, len(tokens), leader, scores, self.request.priority, lookup, most)
             leader = leader or continuation

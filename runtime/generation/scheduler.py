@@ -28,10 +28,12 @@ from dataclasses import dataclass, field, replace
 
 from stageline.runtime.bundle.manifest import RowScaling
 from stageline.runtime.generation.blocks import Blocks
+from stageline.runtime.generation.chunks import Chunks, age
 from stageline.runtime.generation.continuation import Continuation, Slot
 from stageline.runtime.generation.decoding import Decoding
 from stageline.runtime.generation.slots import BlockSlots, Slots
 from stageline.runtime.generation.speculation import Speculation
+from stageline.runtime.generation.step_times import StepTimes
 from stageline.runtime.generation.steps import Step, StepKind, StepRow, StepRows
 
 
@@ -40,7 +42,10 @@ class Scheduler:
     """`slot_count` slots of `capacity` tokens in `groups` ranges; prefill in chunks of at most `chunk` tokens, at most
     `prefills` of them running. `packs`: steps are packed tokens. `blocks`: the blocks of the caches, which are enough
     for one row of the capacity; None: each slot has a row to itself. `scaling`: how keys depend on the length of a row,
-    if they do. `speculation`: decides how many drafted tokens the decoding rows of a step get; None: there are none."""
+    if they do. `speculation`: decides how many drafted tokens the decoding rows of a step get; None: there are none.
+    `shelves`: rows of the caches beyond those of the slots, for what ended rows held, where caches are not blocks.
+    `tpot_target`: seconds that a decoding row may wait for its next token because of prompts, by `times`, which whoever
+    runs the steps notes; None: as long as a chunk takes."""
 
     slot_count: int
     capacity: int
@@ -51,18 +56,21 @@ class Scheduler:
     blocks: Blocks | None = None
     scaling: RowScaling | None = None
     speculation: Speculation | None = None
+    shelves: int = 0
+    tpot_target: float | None = None
+    times: StepTimes = field(default_factory=StepTimes)
     waiting: deque[Continuation] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         sizes = self.slot_count, self.capacity, self.groups
-        self.cache = Slots(*sizes) if self.blocks is None else BlockSlots(*sizes, self.blocks)
+        self.cache = Slots(*sizes, self.shelves) if self.blocks is None else BlockSlots(*sizes, self.blocks)
         self.slots = self.cache.slots
         self.set_back = 0
         """How often a continuation was set back for want of room."""
         self._decoding = [0] * self.groups  # decode steps of the group that are running
         self._prefilling = 0
         self._steps = 0
-        self._prefill_turn = False
+        self._chunks = Chunks(self.chunk, self.capacity, self.tpot_target, self.times)
         self._turn = 0  # the group whose decode step is looked at first
         self._kept: dict[int, Decoding] = {}  # of groups, what decodes; until something else happens to a row
         self._all_read = False  # whether no prompt waits to be issued; until then as well
@@ -168,7 +176,7 @@ class Scheduler:
                 slot = row.continuation.slot
                 decoded = row.start >= row.continuation.prefill_length
                 if slot is not None and decoded and self.cache.rewind(slot, row.start, step.number):
-                    row.continuation.computed = row.start
+                    row.continuation.computed, row.continuation.draft = row.start, []
         return self.cache.spoilt(step.number)
 
     def lost(self, step: Step) -> None:
@@ -247,7 +255,7 @@ class Scheduler:
         """Make room for a slot's next token, if need be by setting back those that were placed last."""
         while not self.cache.has_room(slot, slot.count + 1):
             idle = [other for other in self.slots if other.continuation is not None and not other.continuation.flying]
-            last = max(idle, key=self._age)
+            last = max(idle, key=age)
             self._set_back(last)
             self.set_back += 1
             if last is slot:
@@ -269,8 +277,9 @@ class Scheduler:
             rows = self._with_room(rows)
         if self._prefilling >= self.prefills or self._has_read_all():
             return None if rows is None else self._decode(group, rows)
-        decoding = [] if rows is None else [self._issue(slot, 1, last=True) for slot in rows.slots]
-        prompts = self._prompts()
+        decoding = [] if rows is None else self._go_on(rows, self._drafts(rows))
+        chosen = self._chunks.packed(self._unread(), sum(row.count for row in decoding), self._elsewhere())
+        prompts = [self._read(slot, count) for slot, count in chosen]
         self._decoding[group] += bool(decoding)
         self._prefilling += 1
         return self._step("mixed" if decoding else "prefill", group, [*decoding, *prompts], None)
@@ -286,29 +295,19 @@ class Scheduler:
         self._all_read = self._all_read or not self._unread()
         return self._all_read
 
-    def _prompts(self) -> list[StepRow]:
-        """A chunk of those that wait for prefill, by `_urgency`."""
-        unread = self._unread()
-        rows, room = [], self.chunk
-        for slot in sorted(unread, key=self._urgency()) if unread else []:
-            assert slot.continuation is not None
-            count = min(room, slot.continuation.prefill_length - slot.count)
-            if count:
-                rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length))
-                room -= count
-        return rows
-
     def _drafts(self, rows: Decoding) -> list[int]:
-        """How many drafted tokens each row gets; an empty list if none does."""
+        """How many drafted tokens each row gets, beside prompts as well as without: a token that need not be computed
+        later saves what it costs there."""
+        none = [0] * len(rows.slots)
         if self.speculation is None or self.scaling is not None:
-            return []
+            return none
         limits = [
-            (one.lookup, min(one.most - len(one.tokens), self.capacity - slot.count) - 1)
+            (one.lookup, min(one.most - len(one.tokens), self.capacity - slot.count, self.chunk) - 1)
             for one, slot in zip(rows.continuations, rows.slots, strict=True)
         ]
         counts = self.speculation.counts(limits)
         if not any(counts):
-            return []
+            return none
         if not self.packs:  # all rows of a range are as long as the longest
             room = self.capacity - max(slot.count for slot in rows.slots) - 1
             counts = [min(count, room) for count in counts]
@@ -317,21 +316,21 @@ class Scheduler:
             for slot, count in zip(rows.slots, counts, strict=True)
         ]
 
-    def _verify(self, group: int, rows: Decoding, drafts: Sequence[int]) -> Step:
-        """The step of decoding rows with a draft after the token of some."""
+    def _go_on(self, rows: Decoding, drafts: Sequence[int]) -> list[StepRow]:
+        """Take the next token of each row for computed, and so many drafted ones after it."""
         issued = []
         for slot, continuation, count in zip(rows.slots, rows.continuations, drafts, strict=True):
             if count:
                 assert continuation.lookup is not None
                 continuation.draft = continuation.lookup.draft(count)
             issued.append(self._issue(slot, 1 + count, last=True))
-        self._decoding[group] += 1
-        return self._step("decode", group, issued, None if self.packs else 1 + max(drafts))
+        return issued
 
     def _decode(self, group: int, rows: Decoding) -> Step:
-        if any(drafts := self._drafts(rows)):
-            return self._verify(group, rows, drafts)
+        drafts = self._drafts(rows)
         self._decoding[group] += 1
+        if any(drafts):
+            return self._step("decode", group, self._go_on(rows, drafts), None if self.packs else 1 + max(drafts))
         self._steps += 1
         starts, tokens = rows.counts, rows.advance()
         kinds = None if self.scaling is None else [self._kind(count) for count in rows.counts.tolist()]
@@ -352,7 +351,7 @@ class Scheduler:
                 continue
             if group not in self._kept:
                 slots = self._decodable(group)
-                self._kept[group] = Decoding.of(sorted(slots, key=self._age) if self.packs else slots)
+                self._kept[group] = Decoding.of(sorted(slots, key=age) if self.packs else slots)
             if self._kept[group].slots:
                 return group, self._kept[group]
         return 0, None
@@ -376,62 +375,26 @@ class Scheduler:
     def _prefill(self) -> Step | None:
         if self._prefilling >= self.prefills:
             return None
-        chosen = self._prefill_slots()
+        chosen = self._chunks.of_range(self._unread(), self._elsewhere())
         if not chosen:
             return None
-        counts = {slot.number: self._chunk_of(slot) for slot in chosen}
-        rows = []
-        for slot in chosen:
-            assert slot.continuation is not None
-            count = counts[slot.number]
-            rows.append(self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length))
+        rows = [self._read(slot, count) for slot, count in chosen]
         self._prefilling += 1
-        return self._step("prefill", chosen[0].group, rows, max(counts.values()))
+        return self._step("prefill", chosen[0][0].group, rows, max(count for _, count in chosen))
+
+    def _read(self, slot: Slot, count: int) -> StepRow:
+        """Take the next `count` tokens of a slot's prompt for computed."""
+        assert slot.continuation is not None
+        return self._issue(slot, count, last=slot.count + count == slot.continuation.prefill_length)
 
     def _unread(self) -> list[Slot]:
         """The slots whose prompts are not issued yet, or not whole."""
         return [s for s in self.slots if s.continuation is not None and not s.continuation.prompt_issued]
 
-    def _urgency(self) -> Callable[[Slot], tuple[int, int]]:
-        """In turn the one admitted first goes first and the one with least left to do, so that neither long prompts nor
-        short ones wait for all of the others."""
-        self._prefill_turn = not self._prefill_turn
-        return self._age if self._prefill_turn else self._left
-
-    def _prefill_slots(self) -> list[Slot]:
-        """The one that goes first, and neighbours that fill up its chunk without much padding."""
-        ready = {slot.number: slot for slot in self._unread()}
-        if not ready:
-            return []
-        chosen = [min(ready.values(), key=self._urgency())]
-        for side in (1, -1):
-            while (neighbour := ready.get(chosen[-1 if side > 0 else 0].number + side)) is not None:
-                grown = [*chosen, neighbour] if side > 0 else [neighbour, *chosen]
-                if not self._fits(grown):
-                    break
-                chosen = grown
-        return chosen
-
-    def _age(self, slot: Slot) -> tuple[int, int]:
-        assert slot.continuation is not None
-        return slot.continuation.placed_at, slot.number
-
-    def _left(self, slot: Slot) -> tuple[int, int]:
-        assert slot.continuation is not None
-        return slot.continuation.prefill_length - slot.count, slot.continuation.placed_at
-
-    def _fits(self, slots: Sequence[Slot]) -> bool:
-        counts = [self._chunk_of(slot) for slot in slots]
-        padded = max(counts) * len(slots)
-        return (
-            padded <= self.chunk
-            and 3 * padded <= 4 * sum(counts)  # at most a quarter is padding
-            and all(slot.count + max(counts) <= self.capacity for slot in slots)
-        )
-
-    def _chunk_of(self, slot: Slot) -> int:
-        assert slot.continuation is not None
-        return min(self.chunk, slot.continuation.prefill_length - slot.count)
+    def _elsewhere(self) -> int:
+        """Rows of a group that decode, if there are any."""
+        rows = sum(s.continuation is not None and s.continuation.prompt_issued for s in self.slots)
+        return -(-rows // self.groups)
 
     def _issue(self, slot: Slot, count: int, last: bool) -> StepRow:
         """Take the next `count` tokens of the slot's continuation for computed."""

@@ -24,13 +24,15 @@ class Copy:
 
 class Slots:
     """Slots with a row of `capacity` tokens to each one, in `groups` ranges. A row that begins like what another slot
-    holds is given a copy of that, and a slot keeps what it holds until it is given to another row."""
+    holds is given a copy of that, and a slot keeps what it holds until it is given to another row. Then it goes to the
+    one unused for longest of `shelves`, rows after those of the slots, in which nothing runs."""
 
-    def __init__(self, count: int, capacity: int, groups: int) -> None:
+    def __init__(self, count: int, capacity: int, groups: int, shelves: int = 0) -> None:
         self.capacity = capacity
-        self._tokens, self._made_by, self._made_for = np.zeros((3, count, capacity), np.int64)
+        self._tokens, self._made_by, self._made_for = np.zeros((3, count + shelves, capacity), np.int64)
         rows = zip(self._tokens, self._made_by, self._made_for, strict=True)
-        self.slots = [Slot(number, 0, *row) for number, row in enumerate(rows)]
+        self._all = [Slot(number, 0, *row) for number, row in enumerate(rows)]
+        self.slots, self._shelves = self._all[:count], self._all[count:]
         self._clock = 0
         self._copies: list[Copy] = []
         self.regroup(groups)
@@ -43,7 +45,7 @@ class Slots:
     def forget(self) -> None:
         """No continuation runs, and the caches hold nothing any more."""
         self._copies = []
-        for slot in self.slots:
+        for slot in self._all:
             assert slot.continuation is None
             slot.count = 0
 
@@ -55,11 +57,15 @@ class Slots:
             return None
         row = np.array(tokens, np.int64)
         donor, shared = self._donor(row, kind) if shares else (None, 0)
-        slot = donor if donor is not None and donor.continuation is None else min(free, key=self._placing_cost)
+        if donor in free and donor is not None and (not self._shelves or 2 * shared > donor.count):
+            slot = donor
+        else:
+            slot = min(free, key=self._placing_cost)
+            self._shelve(slot, donor)
         if donor is not None and slot is not donor:
-            self._copies.append(Copy(donor.number, slot.number, shared))
-            slot.made_by[:shared] = donor.made_by[:shared]
-            slot.made_for[:shared] = donor.made_for[:shared]
+            self._copy(donor, slot, shared)
+            if 2 * shared > donor.count and donor in self._shelves:
+                donor.used_at = 0  # the slot has it now
         slot.tokens[:shared] = row[:shared]
         slot.count = shared
         self._touch(slot)
@@ -121,7 +127,7 @@ class Slots:
     def spoilt(self, step: int) -> list[Continuation]:
         """A step has failed: forget what it was to leave, with all copies of it. The continuations that lose by it."""
         lost = []
-        for slot in self.slots:
+        for slot in self._all:
             spoilt = np.flatnonzero(slot.made_by[: slot.count] == step)
             if len(spoilt):  # what follows was computed from it
                 slot.count = int(spoilt[0])
@@ -145,10 +151,30 @@ class Slots:
     def _free(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.continuation is None]
 
+    def _shelve(self, slot: Slot, donor: Slot | None) -> None:
+        """Put what a slot holds on a shelf, before it is lost: in place of the beginning of the same, else of what was
+        unused for longest. `donor` is needed where it is."""
+        if slot.count < MIN_SHARED:
+            return
+        shelves = [shelf for shelf in self._shelves if shelf is not donor]
+        same = [shelf for shelf in shelves if shelf.count and _alike(shelf, slot, min(shelf.count, slot.count))]
+        if any(shelf.count >= slot.count for shelf in same):
+            return
+        shelf = min(same or shelves, key=lambda shelf: shelf.used_at, default=None)
+        if shelf is not None:
+            self._copy(slot, shelf, slot.count)
+            shelf.tokens[: slot.count] = slot.tokens[: slot.count]
+            shelf.count, shelf.used_at = slot.count, slot.used_at
+
+    def _copy(self, source: Slot, target: Slot, count: int) -> None:
+        self._copies.append(Copy(source.number, target.number, count))
+        target.made_by[:count] = source.made_by[:count]
+        target.made_for[:count] = source.made_for[:count]
+
     def _donor(self, row: NDArray[np.int64], kind: int) -> tuple[Slot | None, int]:
         """The slot that holds most of a row's beginning, and how much; the last token is always computed."""
         best: tuple[Slot | None, int] = (None, 0)
-        for slot in self.slots:
+        for slot in self._all:
             bound = min(slot.count, len(row) - 1)
             unlike = np.flatnonzero((slot.tokens[:bound] != row[:bound]) | (slot.made_for[:bound] != kind))
             shared = int(unlike[0]) if len(unlike) else bound
@@ -165,6 +191,13 @@ class Slots:
     def _touch(self, slot: Slot) -> None:
         self._clock += 1
         slot.used_at = self._clock
+
+
+def _alike(one: Slot, other: Slot, count: int) -> bool:
+    """Whether two slots hold the same in their first `count` tokens."""
+    return bool(
+        (one.tokens[:count] == other.tokens[:count]).all() and (one.made_for[:count] == other.made_for[:count]).all()
+    )
 
 
 class BlockSlots(Slots):
@@ -238,7 +271,8 @@ class BlockSlots(Slots):
 
     def rewind(self, slot: Slot, count: int, step: int) -> bool:
         """See `Slots.rewind`."""
-        if not self._blocks.unfill(slot.blocks[count // self._blocks.size], step):
+        filled = slot.blocks[count // self._blocks.size : self._blocks.wanted(slot.count)]
+        if not self._blocks.unfill(filled, step):
             return False
         return super().rewind(slot, count, step)
 

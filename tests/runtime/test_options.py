@@ -1,5 +1,6 @@
 """Options of a pipeline: checked wherever they come from, before anything is opened."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from stageline.runtime.pipeline import Pipeline
 WRONG: list[tuple[dict[str, Any], str]] = [
     *(
         ({name: 0}, f"^{name} is 0; it must be at least 1$")
-        for name in ("threads", "queue", "micro_batch", "slots", "capacity", "cache_memory", "prefill_chunk")
+        for name in (
+            "threads",
+            "queue",
+            "micro_batch",
+            "slots",
+            "capacity",
+            "cache_memory",
+            "prefix_cache",
+            "prefill_chunk",
+        )
     ),
     ({"quantise": "int3"}, "^quantise is 'int3'; it must be one of int4, int8, float32$"),
     ({"cache_dtype": "int8"}, "^cache_dtype is 'int8'; it must be one of float32, float16$"),
+    *(({"tpot_target": value}, f"^tpot_target is {value}; give seconds above 0$") for value in (0, -1.0, math.inf)),
     ({"rebalance": None}, "^rebalance is None; it must be one of off, advise, auto$"),
 ]
 
@@ -57,6 +68,14 @@ def test_caches_keep_to_their_memory(tiny_llama: Path) -> None:
     assert of_rows.cache_size(manifest) == CacheSize(2, 16, chunk=16)
     with pytest.raises(RequestError, match=r"; 2 slots of 17 tokens take .*: lower slots or capacity$"):
         replace(of_rows, capacity=17).cache_size(manifest)
+    keeping = replace(of_rows, prefix_cache=35 * token_bytes).cache_size(manifest)
+    assert keeping == CacheSize(2, 16, chunk=16, kept=35)
+    assert keeping is not None
+    assert keeping.rows == 4
+    with pytest.raises(RequestError, match=r"; the least that onnxruntime keeps, 16 tokens, takes .*: give more$"):
+        replace(of_rows, prefix_cache=15 * token_bytes).cache_size(manifest)
+    with pytest.raises(RequestError, match=r"^prefix_cache is for engines on CPUs; leave it out for tensorrt$"):
+        PipelineOptions("tensorrt", prefix_cache=10**9).cache_size(manifest)
     of_blocks = PipelineOptions("openvino", slots=8, cache_memory=100 * token_bytes)
     found = of_blocks.cache_size(manifest)
     assert found is not None

@@ -123,6 +123,10 @@ def test_what_cannot_be_served_is_reported_in_a_line(
         (["--cache-memory", "1kB"], 1, "cache_memory is 1,000 bytes; 8 slots of "),
         (["--cache-memory", "1kB", "--engine", "openvino"], 1, "a row of 64 takes "),
         (["--cache-memory", "much"], 2, "'much' is not a size such as 8GB or 512MB"),
+        (["--prefix-cache", "1kB"], 1, "prefix_cache is 1,000 bytes; the least that onnxruntime keeps, "),
+        (["--prefix-cache", "1kB", "--engine", "tensorrt"], 1, "prefix_cache is for engines on CPUs; "),
+        (["--tpot-target", "50"], 2, "'50' is not a time such as 50ms or 0.5s"),
+        (["--draft", "eagle"], 1, "draft is 'eagle'; it must be off, lookup or the folder of a bundle"),
         (["--error-budget", "0.1"], 2, "--error-budget is for --engine auto"),
     ):
         status, said = message(capsys, llama, "--port", "0", *options)

@@ -17,6 +17,7 @@ from stageline.runtime.generation.lookup import Lookup
 from stageline.runtime.generation.scheduler import Scheduler
 from stageline.runtime.generation.slots import MIN_SHARED
 from stageline.runtime.generation.speculation import Speculation
+from stageline.runtime.generation.step_times import StepTimes
 from stageline.runtime.generation.steps import Step, chosen, scored
 
 GARBAGE = -1  # what a failed step leaves, padding, and anything computed on top of them
@@ -37,7 +38,7 @@ class Bold(Speculation):
     """Gives rows drafts of any length, whatever they cost."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__(StepTimes())
         self.random = random.Random(seed)
 
     def counts(self, rows: Sequence[tuple[Lookup | None, int]]) -> list[int]:
@@ -54,7 +55,8 @@ class Machine:
     def __init__(self, scheduler: Scheduler, seed: int = 0) -> None:
         self.scheduler = scheduler
         blocks = scheduler.blocks
-        shape = (scheduler.slot_count, scheduler.capacity) if blocks is None else (blocks.count, blocks.size)
+        rows = scheduler.slot_count + scheduler.shelves
+        shape = (rows, scheduler.capacity) if blocks is None else (blocks.count, blocks.size)
         self.cache = np.full(shape, GARBAGE)
         self.flying: deque[Step] = deque()
         self.lengths: dict[Continuation, int] = {}
@@ -190,6 +192,7 @@ class Machine:
                 del self.lengths[continuation]
         else:
             self.scheduler.done(step)
+            self.scheduler.times.note(step, 0.01 + 0.001 * step.batch * step.length)
             for _, continuation in chosen(step):
                 self.go_on(continuation)
         return step
@@ -251,7 +254,7 @@ class Machine:
         cache = self.cache.copy()
         for copy in self.scheduler.cache._copies:
             cache[copy.target, : copy.tokens] = cache[copy.source, : copy.tokens]
-        for slot in self.scheduler.slots:
+        for slot in self.scheduler.cache._all:
             np.testing.assert_array_equal(cache[slot.number, : slot.count], slot.tokens[: slot.count])
 
     def check_blocks(self, blocks: Blocks) -> None:
@@ -275,14 +278,18 @@ class AnyOrder(RuleBasedStateMachine):
         slots=st.integers(1, 6), groups=st.integers(1, 3), chunk=st.sampled_from([1, 5, 16, 64]),
         prefills=st.integers(1, 3), capacity=st.integers(24, 72), packs=st.booleans(),
         block=st.sampled_from([None, 1, 4, 16]), more=st.integers(0, 30), seed=st.integers(0, 99), drafts=st.booleans(),
+        tpot=st.sampled_from([None, None, 0.03]), shelves=st.sampled_from([0, 1, 3]),
     )  # fmt: skip
     def begin(
         self, slots: int, groups: int, chunk: int, prefills: int, capacity: int, packs: bool, block: int | None,
-        more: int, seed: int, drafts: bool,
+        more: int, seed: int, drafts: bool, tpot: float | None, shelves: int,
     ) -> None:  # fmt: skip
         blocks = Blocks(-(-capacity // block) + more, block) if packs and block else None
-        scheduler = Scheduler(slots, capacity, min(groups, slots), min(chunk, capacity), prefills, packs, blocks)
-        scheduler.speculation = Bold(seed) if drafts else None
+        sizes = slots, capacity, min(groups, slots), min(chunk, capacity), prefills
+        speculation = Bold(seed) if drafts else None
+        scheduler = Scheduler(
+            *sizes, packs, blocks, speculation=speculation, shelves=0 if blocks else shelves, tpot_target=tpot
+        )
         self.machine = Machine(scheduler, seed)
 
     @rule(
@@ -357,7 +364,8 @@ def test_under_load_every_row_reads_its_own_tokens(seed: int) -> None:
     groups, chunk, prefills = rng.randint(1, slots), rng.choice([3, 16, 40]), rng.randint(1, 3)
     blocks = Blocks(capacity // 5 + rng.randint(0, 20), 5) if rng.random() < 0.5 else None
     packs = blocks is not None or rng.random() < 0.5
-    scheduler = Scheduler(slots, capacity, groups, chunk, prefills, packs, blocks)
+    shelves = rng.choice([0, 2, 9]) if blocks is None else 0
+    scheduler = Scheduler(slots, capacity, groups, chunk, prefills, packs, blocks, shelves=shelves)
     scheduler.speculation = Bold(seed) if rng.random() < 0.5 else None
     machine = Machine(scheduler, seed)
     beginnings = [[rng.randrange(3) for _ in range(rng.randint(0, 35))] for _ in range(3)]
@@ -435,6 +443,24 @@ def test_packed_steps_mix_prompts_of_any_length_with_what_decodes() -> None:
         "4 decode 1:20+1",
     ]
     assert [step.batch for step in machine.steps] == [3, 17, 17, 1]
+
+
+def test_rows_have_drafts_beside_a_prompt_and_go_on_with_what_was_right() -> None:
+    scheduler = Scheduler(4, 2000, 1, 16, 1, packs=True)
+    machine = Machine(scheduler, seed=1)
+    talker = machine.add([1, 2], 500)
+    settle_but(machine, 1)
+    talker.lookup, scheduler.speculation = Guesses(talker.tokens, 1), Bold(1)
+    machine.add(range(800), 802)
+    while len(machine.steps) < 40:
+        machine.issue()
+        machine.complete()
+    mixed = [step for step in machine.steps if step.kind == "mixed"]
+    drafted = [row.drafted for step in mixed for row in step.rows if row.continuation is talker]
+    assert len(mixed) == 39
+    assert sum(drafted) > 39
+    assert len(talker.tokens) > 2 + 39
+    assert {sum(row.count for row in step.rows if row.continuation is not talker) for step in mixed} == {16}
 
 
 def test_a_packed_step_of_each_group_is_under_way_and_a_long_prompt_fills_both() -> None:
@@ -581,6 +607,25 @@ def test_a_common_beginning_is_copied_from_one_that_runs_and_taken_over_from_one
     assert after.shared == 53
     assert not any(step.copies for step in machine.steps[copies.number :])
     assert not running.ended
+
+
+def test_what_ended_is_kept_on_shelves_the_one_unused_for_longest_leaves_first() -> None:
+    machine = Machine(Scheduler(2, 400, 1, 64, 1, shelves=3))
+    talks = {number: [number] * 30 for number in range(7)}
+
+    def turn(number: int) -> bool:
+        """A conversation goes on; whether all that was computed of it before is found."""
+        before = len(talks[number]) - 1
+        one = machine.add([*talks[number], *range(5)], len(talks[number]) + 9)
+        machine.settle()
+        talks[number] = list(one.tokens)
+        assert one.shared in (0, before)
+        return one.shared == before
+
+    assert not any(turn(number) for number in range(4))
+    assert all(turn(number) for number in (0, 1, 2, 3, 3, 0, 2, 1))
+    assert not any(turn(number) for number in (4, 5, 6))
+    assert [turn(number) for number in (1, 2, 6, 5)] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("common", [MIN_SHARED - 1, MIN_SHARED])

@@ -5,8 +5,13 @@ PipeDream (Narayanan et al., SOSP 2019) prints configurations, its authors' repo
 each layer of VGG-16, `runtime/image_classification/models/vgg16/gpus=2` and `gpus=4_straight` the stages that their
 optimizer made of it for equal GPUs, communication left out. (Its replicated plans weigh the exchange of gradients,
 which inference does not have.)
+
+vllm-project/vllm#34076: Qwen3-Coder-30B-A3B in FP8 on cards of 16,303 and 32,607 MiB, of which it may use 90 %, cut by
+hand into 16 and 32 of its 48 blocks. A cache of 262,144 tokens is 24.0 GiB; 3.18 GiB are left on the smaller card. vLLM
+divides these by what all 48 blocks need, and allows 34,736 tokens.
 """
 
+import bisect
 import itertools
 
 import pytest
@@ -44,3 +49,29 @@ def test_vgg16_is_cut_as_pipedream_cuts_it(begins: tuple[int, ...]) -> None:
     assert found.bottleneck_s == pytest.approx(theirs.bottleneck_s, rel=1e-12)
     if stages == 2:  # no other cut is as good; with four stages several are
         assert found.stages == theirs.stages
+
+
+MIB = 2**20
+TOKEN_BYTES = 24 * 2**30 / 262_144 / 48  # of a block
+TABLE_BYTES = 151_936 * 2048 * 2  # the words, and as much again for the head
+BLOCK_BYTES = (0.9 * 16_303 * MIB - 3.18 * 2**30 - TABLE_BYTES) / 16  # of what the smaller card had left
+
+
+def test_unlike_cards_hold_what_each_has_room_for() -> None:
+    def plan(capacity: int) -> Plan | None:
+        block = BLOCK_BYTES + capacity * TOKEN_BYTES
+        memory = [0.9 * mib * MIB for mib in (16_303, 32_607)]
+        return best_plan(
+            Problem(
+                devices=tuple(DeviceCost(f"{size:.0f}", (0.0, *[1e-3] * 48, 0.0), size) for size in memory),
+                links=((Link(), Link()), (Link(), Link())),
+                use_bytes=(TABLE_BYTES, *[block] * 48, TABLE_BYTES),
+                cut_bytes=(0.0,) * 48,
+            )
+        )
+
+    most = bisect.bisect_left(range(262_145), True, key=lambda capacity: plan(capacity) is None) - 1
+    found = plan(most)
+    assert found is not None
+    assert [stage.end - stage.first for stage in found.stages] == [16, 32]
+    assert most == pytest.approx(3 * 34_736, rel=0.001)
