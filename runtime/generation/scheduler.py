@@ -192,7 +192,7 @@ class Scheduler:
         """The stages are others, with empty caches: all that run begin again with their tokens so far, in their order.
         No step is running."""
         running = [slot for slot in self.slots if slot.continuation is not None]
-        for slot in sorted(running, key=self._age, reverse=True):
+        for slot in sorted(running, key=age, reverse=True):
             self._set_back(slot)
 
     @property

@@ -50,7 +50,9 @@ def test_plain_functions_stay_and_what_does_nothing_goes() -> None:
     done = functional.without_retracing(program).run_decompositions(TABLE)
     assert done is program
     assert targets(done)[0] == "aten._to_copy.default"
-    assert not [t for t in targets(done) if "dropout" in t or "detach" in t or "assert" in t or ".to." in t or "__and__" in t]
+    assert not [
+        t for t in targets(done) if "dropout" in t or "detach" in t or "assert" in t or ".to." in t or "__and__" in t
+    ]
     assert torch.equal(done.module()(x), want)
 
 
