@@ -108,11 +108,15 @@ class Scheduler:
 
     def next(self) -> Step | None:
         """The next step to issue, or None until one is done or a continuation comes."""
-        self._begin_again()
-        self._admit()
-        step = self._packed() if self.packs else self._range()
-        self._turn = (self._turn + 1) % self.groups
-        return step
+        while True:
+            set_back = self.set_back
+            self._begin_again()
+            self._admit()
+            step = self._packed() if self.packs else self._range()
+            self._turn = (self._turn + 1) % self.groups
+            if step is not None or self.set_back == set_back:
+                return step
+            # All rows of a group were set back: another one may go on, and nothing else would ask again.
 
     def ahead(self, step: Step, goes_on: Callable[[Continuation], bool]) -> Step | None:
         """The step after a running decode step, for tokens that the device draws in that and the host has not seen.

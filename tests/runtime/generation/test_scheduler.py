@@ -495,6 +495,20 @@ def test_the_last_is_set_back_where_there_is_no_block_for_the_first() -> None:
     assert len(second.tokens) == 60
 
 
+@pytest.mark.parametrize("more", range(5))
+def test_a_group_that_is_set_back_does_not_stop_the_others(more: int) -> None:
+    machine = Machine(Scheduler(2, 40, 2, 64, 1, True, Blocks(40 + more, 1)), more)
+    for kind in range(4):
+        machine.add([kind] * (10 + kind), 30)
+    while machine.lengths:
+        while machine.issue():
+            pass
+        assert machine.flying, "nothing would ever be issued again"
+        while machine.flying:
+            machine.complete()
+    assert machine.scheduler.set_back
+
+
 def test_admission_waits_for_blocks() -> None:
     machine = alone(slots=8, packs=True, blocks=Blocks(10, 8), capacity=64)
     for n in range(4):
