@@ -122,9 +122,9 @@ def main() -> None:
                     speeds[name].append(speed)
         report["tokens_per_s"] = {name: statistics.median(found) for name, found in speeds.items()}
         base = report["tokens_per_s"]["without"]
-        for name, found in speeds.items():
-            median = statistics.median(found)
-            print(f"{name:<12}{median:>8.1f} tokens/s ({min(found):.1f} to {max(found):.1f}), {median / base:.1%}")
+        for name, each in speeds.items():
+            median = statistics.median(each)
+            print(f"{name:<12}{median:>8.1f} tokens/s ({min(each):.1f} to {max(each):.1f}), {median / base:.1%}")
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

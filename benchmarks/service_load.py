@@ -159,7 +159,8 @@ def _drop(writer: asyncio.StreamWriter) -> None:
 
 
 def _unchunked(body: bytes) -> bytes:
-    parts, place = [], 0
+    parts: list[bytes] = []
+    place = 0
     while True:
         end = body.index(b"\r\n", place)
         length = int(body[place:end], 16)
