@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -128,14 +130,23 @@ class DrainingServer(uvicorn.Server):
         self._broken_since: float | None = None
 
     def run_until_signal(self, listening: socket.socket) -> None:
-        """Serve on this socket until SIGTERM or SIGINT, then close it. A second SIGINT does not wait."""
+        """Serve on this socket until SIGTERM, SIGINT or SIGHUP (the terminal was closed, and nohup was not used), then
+        close it. A second SIGINT does not wait."""
         # uvicorn raises the signal again when it is done, but it has been handled by then.
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.handle_exit)
         try:
             self.run([listening])
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal: the first one lets requests finish, a second SIGINT cuts them off."""
+        if self.should_exit and sig == signal.SIGINT:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off would show its traceback
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and report that the service is ready."""

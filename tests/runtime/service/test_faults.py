@@ -24,6 +24,17 @@ import pytest
 Serve = Callable[..., AbstractContextManager[Any]]
 MAIN = "from stageline.exporter.commands.cli import main; raise SystemExit(main())"
 BODY = {"model": "llama", "prompt": "a cat", "max_tokens": 5, "temperature": 0}
+SLOW = """
+import time
+from stageline.runtime.engines.onnxruntime import OnnxRuntimeEngine as E
+step = E.step
+E.step = lambda *args: time.sleep(0.05) or step(*args)
+"""
+OPENING = """
+import time
+from stageline.runtime.pipeline import Pipeline
+Pipeline.open = lambda *args: (print("opening", flush=True), time.sleep(60))
+"""
 BREAK = """
 from stageline.runtime.generation.generator import Generator
 def broken(self, flight):
@@ -206,3 +217,53 @@ def test_a_huge_text_holds_nobody_up(service: Any, route: str, text: str) -> Non
     status, longest_s = asyncio.run(ask())
     assert status == (400 if " " in text else 200)  # what is no word here is one token
     assert longest_s < 1.0
+
+
+def test_a_closed_terminal_lets_requests_finish(bundles: dict[str, Path]) -> None:
+    body = {**BODY, "min_tokens": 20, "max_tokens": 20, "stream": True}
+    with process(bundles["llama"], SLOW) as (running, url), httpx.Client(base_url=url, timeout=30) as client:
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.send_signal(signal.SIGHUP)
+            assert list(filter(None, lines))[-1] == "data: [DONE]"
+        assert running.wait(20) == 0
+
+
+def test_a_second_interrupt_does_not_wait(bundles: dict[str, Path]) -> None:
+    body = {**BODY, "min_tokens": 120, "max_tokens": 120, "stream": True}
+    with process(bundles["llama"], SLOW) as (running, url), httpx.Client(base_url=url, timeout=30) as client:
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)  # 6 seconds follow
+            running.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert running.poll() is None
+            running.send_signal(signal.SIGINT)
+            running.wait(20)
+            with contextlib.suppress(httpx.HTTPError):
+                assert "data: [DONE]" not in list(lines)
+        assert running.stderr is not None
+        assert "Traceback" not in running.stderr.read()
+
+
+def test_a_signal_while_opening_ends_it(bundles: dict[str, Path]) -> None:
+    command = [sys.executable, "-c", OPENING + MAIN, "serve", str(bundles["llama"]), "--port", "0"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "opening\n"
+            running.send_signal(number)
+            said = running.communicate(timeout=20)[1]
+            assert running.returncode in (-number, 128 + number)
+            assert "Traceback" not in said
+
+
+def test_more_slots_than_memory_are_refused_in_a_line(bundles: dict[str, Path]) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+
+    command = [sys.executable, "-c", MAIN, "serve", str(bundles["llama"]), "--port", "0", "--slots", "3000000"]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip().splitlines()[-1].startswith("stageline: stage 0: no memory for caches of ")
