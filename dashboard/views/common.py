@@ -1,5 +1,6 @@
 """Shared by all pages: the head, empty states, and messages instead of tracebacks."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -31,10 +32,22 @@ def guarded(body: Callable[[], None]) -> None:
     try:
         body()
     except StagelineError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
     except OSError as error:
         named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        st.error(named, icon=":material/error:")
+        st.error(plain(named), icon=":material/error:")
+
+
+def plain(text: str) -> str:
+    """What a run, a bundle or a service brought along, for a sentence in Streamlit's Markdown, where no mark of it does
+    anything: no link, no picture from elsewhere, no colour."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """The same as code, whatever backticks it has."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
 
 
 def draw(spec: Spec, key: str, sentence: str) -> None:
@@ -58,7 +71,7 @@ def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
     places = (*DashboardSettings.given().bundles, *extra)
     found = find_bundles(places)
     if not found:
-        looked = ", ".join(f"`{place}`" for place in places)
+        looked = ", ".join(code(str(place)) for place in places)
         empty(
             "No bundle yet",
             f"A bundle is an exported model, cut into stages. Looked in {looked}. Make one, then reload this page:",
@@ -73,8 +86,10 @@ def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
     asked = st.session_state.get("bundle") or st.query_params.get("bundle")
     st.session_state["bundle"] = asked if asked in names else None if asked else next(iter(names))
     if asked and asked not in names:
-        looked = ", ".join(f"`{place}`" for place in places)
-        st.warning(f"The bundle {asked} is not in {looked} any more. Choose another.", icon=":material/link_off:")
+        looked = ", ".join(code(str(place)) for place in places)
+        st.warning(
+            f"The bundle {plain(str(asked))} is not in {looked} any more. Choose another.", icon=":material/link_off:"
+        )
     chosen = st.selectbox(
         "Bundle", list(names), key="bundle", placeholder="Choose a bundle", on_change=forget, args=("stages", "cuts")
     )

@@ -8,7 +8,7 @@ import time
 import streamlit as st
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.views import address
-from stageline.dashboard.views.common import draw, empty, page
+from stageline.dashboard.views.common import draw, empty, page, plain
 from stageline.dashboard.views.recorded import (
     choices,
     differences_caption,
@@ -89,10 +89,10 @@ def _figures(runs: list[Run], key: tuple[str, str], names: list[str]) -> None:
     percent = st.number_input("Margin (%): changes within it are none", 0.0, 100.0, step=1.0, key="margin", width=340)
     address.keep("margin", f"{percent:g}", f"{100 * MARGIN:g}")
     for number, run in enumerate(runs[1:], start=1):
-        st.subheader(f"{names[0]} → {names[number]}", anchor=False)
+        st.subheader(f"{plain(names[0])} → {plain(names[number])}", anchor=False)
         reason = incomparable(runs[0], run)
         if reason is not None:
-            st.info(f"Not compared: {reason}.", icon=":material/compare:")
+            st.info(f"Not compared: {plain(reason)}.", icon=":material/compare:")
             continue
         found = compare(runs[0], run, percent / 100)
         verdict = overall(found)

@@ -4,6 +4,7 @@ import streamlit as st
 from stageline.dashboard.children.benchmarks import Launcher
 from stageline.dashboard.children.profiles import Profiler
 from stageline.dashboard.children.turn import Turn
+from stageline.dashboard.views.common import plain
 from stageline.runtime import words
 
 
@@ -33,7 +34,7 @@ def profile_shown() -> bool:
     if now.error is None:
         _following_profile()
         return True
-    st.error(f"{now.bundle.name} was not profiled: {now.error}", icon=":material/error:")
+    st.error(f"{plain(now.bundle.name)} was not profiled: {plain(str(now.error))}", icon=":material/error:")
     return False
 
 

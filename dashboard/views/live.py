@@ -11,7 +11,7 @@ from stageline.dashboard.children.services import Services, Traffic
 from stageline.dashboard.figures import live
 from stageline.dashboard.settings import DashboardSettings, as_typed, example_bundle, find_bundles
 from stageline.dashboard.views.address import keep, start
-from stageline.dashboard.views.common import empty, labels, page
+from stageline.dashboard.views.common import empty, labels, page, plain
 from stageline.models.errors import StagelineError
 from stageline.runtime import words
 
@@ -78,13 +78,13 @@ def _own_services(settings: DashboardSettings) -> str | None:
             )  # fmt: skip
     failure = st.session_state.pop("live failure", None)
     if failure:
-        st.error(failure, icon=":material/error:")
+        st.error(plain(failure), icon=":material/error:")
     for service in _services().running():
         with st.container(horizontal=True, vertical_alignment="center", key=f"service {service.url}"):
-            st.markdown(f"**{service.bundle.name}** at `{service.url}`", width="content")
+            st.markdown(f"**{plain(service.bundle.name)}** at {plain(service.url)}", width="content")
             st.button("Watch", icon=":material/visibility:", key=f"watch {service.url}", on_click=_watch,
                       args=(service.url,))  # fmt: skip
-            st.button(f"Stop {service.bundle.name}", icon=":material/stop:", key=f"stop {service.url}",
+            st.button(f"Stop {plain(service.bundle.name)}", icon=":material/stop:", key=f"stop {service.url}",
                       on_click=_services().stop, args=(service.bundle,))  # fmt: skip
     return None if chosen is None else as_typed(bundles[chosen])
 
@@ -187,7 +187,7 @@ def _sending(address: str, model: str, generates: bool) -> None:
             args=(address, model, generates), help=f"From {_STREAMS} streams at once.",
         )  # fmt: skip
     if traffic is not None and traffic.refusal is not None:
-        st.error(f"{traffic.refusal[:1].upper()}{traffic.refusal[1:]}", icon=":material/key_off:")
+        st.error(plain(f"{traffic.refusal[:1].upper()}{traffic.refusal[1:]}"), icon=":material/key_off:")
 
 
 def _send(address: str, model: str, generates: bool) -> None:

@@ -6,7 +6,7 @@ from contextlib import suppress
 import streamlit as st
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import as_typed
-from stageline.dashboard.views.common import draw, page
+from stageline.dashboard.views.common import code, draw, page, plain
 from stageline.dashboard.views.launching import turn
 from stageline.dashboard.views.recorded import RECENT, differences_caption, lines, named_runs, no_runs, run_of, store
 from stageline.models.errors import StagelineError
@@ -70,7 +70,7 @@ def _follow() -> None:
         st.rerun()
     for line in now:
         share, step = words.share(line.progress.share), line.progress.step
-        st.info(f"A benchmark of {results.short(line.bundle)} is running: {share}, {step}.",
+        st.info(f"A benchmark of {plain(results.short(line.bundle))} is running: {share}, {step}.",
                 icon=":material/hourglass_top:")  # fmt: skip
         st.page_link(st.session_state["pages"]["run"], label="Follow it", icon=":material/play_circle:")
 
@@ -104,13 +104,13 @@ def _answer(run: Run) -> None:
     answer = statements.answer(run)
     stages = words.counted(len(run.plan.blocks), "stage")
     endings = {"done": "", "running": " Still running.", "cancelled": " Cancelled before its end."}
-    ending = endings.get(run.status, f" Failed: {run.error}.")
-    name = f"{results.short(run.bundle)}, {stages}"
+    ending = endings.get(run.status, f" Failed: {plain(str(run.error))}.")
+    name = f"{plain(results.short(run.bundle))}, {stages}"
     if answer is None:
         st.markdown(f"**{name}:** the pipeline itself has no figures in this run.{ending}")
         return
     with st.container(border=True, key="answer"):
-        st.markdown(f"**{name}: {answer.achieved}**{ending} {answer.rest} `{answer.command}`")
+        st.markdown(f"**{name}: {answer.achieved}**{ending} {answer.rest} {code(answer.command)}")
         limits = statements.capacity_lines(run)
         if limits:
             st.caption(" ".join(limits))
@@ -167,7 +167,7 @@ def _curve(run: Run, before: Run | None, cuts: list[Run]) -> None:
     drawn = rows.curve_rows(run, f"{what}_{percentile}", drawn_before, cuts)
     unit = statements.throughput_unit(run)
     for reason in rows.left_out(run, f"{what}_{percentile}"):
-        st.caption(f"Not drawn: {reason}.")
+        st.caption(f"Not drawn: {plain(reason)}.")
     if not drawn:
         return
     slo, named = run.settings.slo, f"{_TIMES[what]} {percentile}"
@@ -247,11 +247,11 @@ def _changes(run: Run, before: Run | None) -> None:
     st.subheader("What changed since the run before", anchor=False)
     reason = incomparable(before, run)
     if reason is not None:
-        st.caption(f"Not compared: {reason}.")
+        st.caption(f"Not compared: {plain(reason)}.")
         return
     found = compare(before, run)
     verdict, when = wording.VERDICTS[overall(found)], words.ago(before.created, time.time())
-    st.markdown(f"{verdict}, margin {wording.percent(MARGIN)}. The pipeline against `{before.id}`, {when}:")
+    st.markdown(f"{verdict}, margin {wording.percent(MARGIN)}. The pipeline against {plain(before.id)}, {when}:")
     st.dataframe(results.matrix(found), hide_index=True, key="changes", height="content")
     differences_caption(before, run)
     st.page_link(

@@ -8,7 +8,7 @@ from stageline.dashboard.children.order import Order
 from stageline.dashboard.figures import plan as figures
 from stageline.dashboard.settings import DashboardSettings, as_typed
 from stageline.dashboard.views import address
-from stageline.dashboard.views.common import choose_bundle, draw, guarded, page
+from stageline.dashboard.views.common import choose_bundle, code, draw, guarded, page
 from stageline.dashboard.views.launching import launcher, profile_shown, profiler
 from stageline.dashboard.views.recorded import lines, run_of, store
 from stageline.runtime import words
@@ -64,7 +64,7 @@ def _profiling(folder: Path, profile: MachineProfile | None, warning: str | None
         st.info(
             "This machine is not measured yet, so times are guessed: the roofline below says how, and how far "
             "they may be off. Measure it here, or with "
-            f"`stageline profile {as_typed(folder)}`: under a minute for a small model.",
+            f"{code(f'stageline profile {as_typed(folder)}')}: under a minute for a small model.",
             icon=":material/timer:",
         )
     elif warning:

@@ -8,7 +8,7 @@ from stageline.dashboard.figures import runs as results
 from stageline.dashboard.figures.distribution import Spread, spread
 from stageline.dashboard.figures.timeline import Table
 from stageline.dashboard.settings import DashboardSettings, example_bundle
-from stageline.dashboard.views.common import empty
+from stageline.dashboard.views.common import code, empty, plain
 from stageline.models.errors import StagelineError
 from stageline.runtime.bench.records import Run, RunLine
 from stageline.runtime.bench.store import Store
@@ -53,7 +53,7 @@ def named_runs(key: str) -> list[str]:
             try:
                 found.append(store().find(name))
             except StagelineError as error:
-                st.warning(str(error), icon=":material/link_off:")
+                st.warning(plain(str(error)), icon=":material/link_off:")
     return found
 
 
@@ -78,7 +78,7 @@ def no_runs() -> None:
         "**Run a benchmark**, or in a terminal:",
         [f"stageline bench {example_bundle(DashboardSettings.given().bundles)}"],
     )
-    st.caption(f"Runs are read from `{store().path}`; `stageline dashboard --store FILE` reads another store.")
+    st.caption(f"Runs are read from {code(str(store().path))}; `stageline dashboard --store FILE` reads another store.")
 
 
 def _changed(path: Path) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from stageline.dashboard.children.order import Order
 from stageline.dashboard.figures import runs as results
 from stageline.dashboard.settings import DashboardSettings, as_typed, usable_engines
 from stageline.dashboard.views import address
-from stageline.dashboard.views.common import choose_bundle, guarded, page
+from stageline.dashboard.views.common import choose_bundle, guarded, page, plain
 from stageline.dashboard.views.launching import launcher, turn
 from stageline.dashboard.views.recorded import store
 from stageline.models.errors import StoreError
@@ -66,7 +66,7 @@ def _following(run_id: str) -> None:
     with st.container(border=True, key="progress"):
         share, step = (run.progress.share, run.progress.step) if run else (0.0, "starting")
         share = min(1.0, max(0.0, share))
-        st.subheader(f"Measuring {results.short(run.bundle)}" if run else "Starting", anchor=False)
+        st.subheader(f"Measuring {plain(results.short(run.bundle))}" if run else "Starting", anchor=False)
         st.progress(share, text=f"{words.share(share)}: {step}{_clock(run, share)}")
         if run:
             _live(run)
@@ -132,18 +132,18 @@ def _outcome(run_id: str) -> None:
     except StoreError:
         if failure is None:
             raise
-        st.error(f"The benchmark did not begin: {failure}", icon=":material/error:")
+        st.error(f"The benchmark did not begin: {plain(failure)}", icon=":material/error:")
         return
     kept = f"; {words.counted(len(run.measurements), 'measurement')} kept" if run.measurements else ""
     if run.status == "done":
         st.success(
-            f"Done: {results.short(run.bundle)}, {words.counted(len(run.measurements), 'measurement')}.",
+            f"Done: {plain(results.short(run.bundle))}, {words.counted(len(run.measurements), 'measurement')}.",
             icon=":material/check_circle:",
         )
     elif run.status == "cancelled":
         st.info(f"Cancelled{kept}.", icon=":material/cancel:")
     else:
-        st.error(f"Failed: {run.error or failure}{kept}.", icon=":material/error:")
+        st.error(f"Failed: {plain(str(run.error or failure))}{kept}.", icon=":material/error:")
     _so_far(run)
     if run.measurements:
         with st.container(horizontal=True):

@@ -39,13 +39,42 @@ def page(name: str, **query: str) -> AppTest:
 def messages(app: AppTest) -> str:
     """The text of its boxes; there is no exception."""
     assert not app.exception
-    return " ".join(str(box.value) for box in (*app.error, *app.warning, *app.info))
+    return as_read(" ".join(str(box.value) for box in (*app.error, *app.warning, *app.info)))
+
+
+def as_read(markdown: str) -> str:
+    """What a reader sees of Markdown's escaped marks."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
 def words(app: AppTest) -> str:
     """All of its texts."""
     blocks: list[Any] = [*app.title, *app.subheader, *app.markdown, *app.caption, *app.code]
-    return " ".join(str(block.value) for block in blocks)
+    return as_read(" ".join(str(block.value) for block in blocks))
+
+
+HOSTILE = "`![x](http://127.0.0.1:9/x.png) :red[a] <b>$b$</b> [c](javascript:d)"
+
+
+@pytest.mark.parametrize("shown", ["overview", "compare", "run"])
+def test_what_a_run_brings_along_is_no_markdown(
+    filled_store: Path, tmp_path: Path, started_with: StartedWith, shown: str
+) -> None:
+    """Runs may be imported from others, with whatever names and errors."""
+    store = Store(Path(shutil.copy(filled_store, tmp_path / "bench.sqlite")))
+    newest = store.run(store.find("latest"))
+    hostile = replace(newest, id="hostile", bundle=f"bundles/{HOSTILE.replace('/', '')}", created=newest.created + 9,
+                      checkpoint="f" * 64, status="failed", error=HOSTILE)  # fmt: skip
+    store.put(hostile if shown != "run" else replace(hostile, measurements=()))
+    started_with("--store", store.path)
+    query = {"runs": f"{newest.id},hostile"} if shown == "compare" else {"run": "hostile"}
+    app = overview(**query) if shown == "overview" else page(shown, **query)
+    assert not app.exception
+    blocks: list[Any] = [*app.title, *app.subheader, *app.markdown, *app.caption, *app.error, *app.warning, *app.info]
+    told = [str(block.value) for block in blocks if "javascript" in str(block.value)]
+    assert told
+    for one in (re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", text) for text in told):  # as code they are harmless
+        assert not re.search(r"(?<!\\)(!\[|\]\(|:red|<b>|\$)", one), one
 
 
 def test_overview_says_first_whether_it_is_good_and_keeps_to_one_load(
