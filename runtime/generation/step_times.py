@@ -8,7 +8,7 @@ _FADE = 0.98  # a step that was seen counts for so much less with each later one
 _TOKEN = 0.1  # what another token adds to the time of a step of one, before anything was measured
 _TOKEN_WEIGHT = 4.0
 _FLAT_WEIGHT = 64.0**2  # that tokens before cost nothing: as if a step so many tokens from the others had said so
-_LEAST = 0.25  # of the time of a step with prompts, what these take at least
+_LEAST = 0.1  # of the time of a step with prompts, what these take at least
 
 
 class Line:

@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_reported_in_one_line(decoder: Path, monkeypatch: p
     begin = on_gpus(monkeypatch, FakeDriver())
     for options, message in (
         ({"devices": ["cuda:1"]}, "stage 0 was to run on cuda:1; this machine has cuda:0"),
-        ({"devices": ["gpu"]}, "unknown device 'gpu'; devices are called cpu, cuda:0, cuda:1, ..."),
+        ({"devices": ["gpu"]}, "unknown device 'gpu'; devices are called cpu, cuda:0, ..., or tcp://HOST:PORT"),
         ({"devices": ["cuda:0"] * 4}, "4 devices are given for 3 stages; give 1 to 3"),
         (
             {"cache_dtype": "float32"},

@@ -80,7 +80,6 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"echo": True, "logprobs": 1, "prompt": [12]}, "outside the vocabulary"),
     ({"echo": True, "logprobs": 1, "prompt": [[]]}, "the prompt has no tokens"),
     ({"echo": True, "max_tokens": 0, "min_tokens": 1}, "min_tokens is 1"),
-    ({"prompt_logprobs": 1}, "unknown or unsupported parameter 'prompt_logprobs'"),
     ({"best_of": 3}, "best_of must equal n"),
     ({"suffix": "x"}, "the model 'llama' has no tokens to fill in the middle with"),
     ({"suffix": "x", "echo": True}, "echo and suffix exclude each other"),
