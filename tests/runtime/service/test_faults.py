@@ -250,7 +250,10 @@ def test_a_second_interrupt_does_not_wait(bundles: dict[str, Path]) -> None:
 def test_a_signal_while_opening_ends_it(bundles: dict[str, Path]) -> None:
     command = [sys.executable, "-c", OPENING + MAIN, "serve", str(bundles["llama"]), "--port", "0"]
     for number in (signal.SIGTERM, signal.SIGINT):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest in the background ignores it
+        ) as running:  # fmt: skip
             assert running.stdout is not None
             assert running.stdout.readline() == "opening\n"
             running.send_signal(number)
