@@ -16,7 +16,13 @@ _OF_SIZES = frozenset({operator.getitem, operator.add, operator.sub, operator.mu
                        operator.neg, operator.ge, operator.gt, operator.le, operator.lt, operator.eq,
                        operator.ne})  # fmt: skip
 _COMPOSITE = frozenset(
-    {_aten.reshape.default, _aten.contiguous.default, _aten.flatten.using_ints, _aten.chunk.default}
+    {
+        _aten.reshape.default,
+        _aten.contiguous.default,
+        _aten.flatten.using_ints,
+        _aten.chunk.default,
+        _aten.expand_as.default,
+    }
 )  # torch would take them apart, though ONNX has functions for them
 _CASTS = frozenset({_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.to.other})
 _SAME = {_aten.__and__.Tensor: _aten.bitwise_and.Tensor, _aten.__or__.Tensor: _aten.bitwise_or.Tensor}
@@ -71,10 +77,12 @@ def _simplify(graph_module: torch.fx.GraphModule) -> None:
             node.target = _SAME[node.target]
         elif node.target in _CASTS or _does_nothing(node):
             given, dtype = node.args[0], node.meta["val"].dtype
-            if given.meta["val"].dtype == dtype:
+            if given.meta["val"].dtype != dtype:
+                node.target, node.args, node.kwargs = _aten._to_copy.default, (given,), {"dtype": dtype}
+            elif any(user.op == "output" for user in node.users):  # the program's signature has its name
+                node.target, node.args, node.kwargs = _aten.clone.default, (given,), {}
+            else:
                 node.replace_all_uses_with(given)
                 graph.erase_node(node)
-            else:
-                node.target, node.args, node.kwargs = _aten._to_copy.default, (given,), {"dtype": dtype}
     graph.eliminate_dead_code()
     graph_module.recompile()

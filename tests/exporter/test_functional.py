@@ -56,6 +56,17 @@ def test_plain_functions_stay_and_what_does_nothing_goes() -> None:
     assert torch.equal(done.module()(x), want)
 
 
+def test_an_output_that_nothing_was_done_to_keeps_its_name() -> None:
+    program = program_of(lambda x: (torch.dropout(x + 1, 0.5, False), (x * 2).to(torch.float32), x.to(torch.int64)))
+    want = program.module()(x := torch.randn(4, 3, 4))
+    names = list(program.graph_signature.user_outputs)
+    done = functional.without_retracing(program).run_decompositions(TABLE)
+    assert done is program
+    outputs = next(node for node in done.graph.nodes if node.op == "output").args[0]
+    assert [node.name for node in outputs] == names
+    assert all(map(torch.equal, done.module()(x), want))
+
+
 @pytest.mark.parametrize(
     "function",
     [
