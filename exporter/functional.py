@@ -1,8 +1,8 @@
 """The program that torch.export gives, as torch's ONNX exporter wants it, without tracing it anew.
 
 That exporter runs every program twice more through torch's tracer, to replace what changes tensors in place and what
-ONNX has no function for. A model's inference has next to none of either, and the two runs are half of an export's
-time. A program of plain functions that ONNX has is therefore given to it as it is.
+ONNX has no function for. A model's inference has next to none of either, and the two runs are a fifth to two fifths of
+an export's time. A program of plain functions that ONNX has is therefore given to it as it is.
 """
 
 import operator

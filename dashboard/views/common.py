@@ -70,8 +70,8 @@ def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
     not there, or no bundle is."""
     places = (*DashboardSettings.given().bundles, *extra)
     found = find_bundles(places)
+    looked = ", ".join(code(str(place)) for place in places)
     if not found:
-        looked = ", ".join(code(str(place)) for place in places)
         empty(
             "No bundle yet",
             f"A bundle is an exported model, cut into stages. Looked in {looked}. Make one, then reload this page:",
@@ -86,7 +86,6 @@ def choose_bundle(extra: Sequence[Path] = ()) -> Path | None:
     asked = st.session_state.get("bundle") or st.query_params.get("bundle")
     st.session_state["bundle"] = asked if asked in names else None if asked else next(iter(names))
     if asked and asked not in names:
-        looked = ", ".join(code(str(place)) for place in places)
         st.warning(
             f"The bundle {plain(str(asked))} is not in {looked} any more. Choose another.", icon=":material/link_off:"
         )
